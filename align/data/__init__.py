@@ -1,0 +1,43 @@
+"""Data: sources -> rows -> examples -> token ids. Collation, which needs torch, is `align.data.collate`."""
+
+from align.data.conversations import Message, Text
+from align.data.encode import (
+    Encoded,
+    EncodedPair,
+    TruncationReport,
+    decode_completion,
+    encode_demonstration,
+    encode_pair,
+    encode_prompt,
+    end_token_ids,
+    report_truncation,
+)
+from align.data.formats import Demonstration, Example, Kind, Preference, Prompt, parse
+from align.data.mixtures import Counts, Loaded, load
+from align.data.sources import Row, looks_like_hub_id, read_rows
+
+__all__ = [
+    "Counts",
+    "Demonstration",
+    "Encoded",
+    "EncodedPair",
+    "Example",
+    "Kind",
+    "Loaded",
+    "Message",
+    "Preference",
+    "Prompt",
+    "Row",
+    "Text",
+    "TruncationReport",
+    "decode_completion",
+    "encode_demonstration",
+    "encode_pair",
+    "encode_prompt",
+    "end_token_ids",
+    "load",
+    "looks_like_hub_id",
+    "parse",
+    "read_rows",
+    "report_truncation",
+]

@@ -1,0 +1,201 @@
+"""From a recipe's `data` block to examples: read, convert, split, keep the sides apart, weight.
+
+In this order, per source: read rows; convert each one (a bad row stops the run or is counted); hold out the
+last part of the distinct prompts; drop training rows whose prompt is on the validation side of any source;
+repeat or thin the training rows by the source's weight. Nothing here draws a random number.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar, overload
+
+from align.data.conversations import Text
+from align.data.formats import Demonstration, Example, Kind, Preference, Prompt, load_converter, parse
+from align.data.sources import read_rows
+from align.errors import BadInput
+
+if TYPE_CHECKING:
+    from align.settings import Data, Source
+
+ExampleT = TypeVar("ExampleT", Demonstration, Preference, Prompt)
+
+
+@dataclass(frozen=True, slots=True)
+class Counts:
+    """What became of the rows. Training counts are rows an epoch, after weights."""
+
+    num_read: int
+    num_bad: int  # skipped, `on_bad_row: skip`
+    first_bad: str  # message of the first row skipped, "" without one
+    num_left_out: int  # a format function gave None
+    num_shared: int  # training rows removed: their prompt is in validation too
+    num_train: int
+    num_validation: int
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded(Generic[ExampleT]):
+    """Examples by side, what became of the rows, and sentences a stage prints."""
+
+    train: tuple[ExampleT, ...]
+    validation: tuple[ExampleT, ...]
+    counts: Counts
+    messages: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Converted:
+    """One source's examples and tallies."""
+
+    examples: list[Any]
+    num_read: int
+    num_bad: int
+    first_bad: str
+    num_left_out: int
+
+
+@overload
+def load(data: Data, kind: Literal["demonstrations"]) -> Loaded[Demonstration]: ...
+@overload
+def load(data: Data, kind: Literal["preferences"]) -> Loaded[Preference]: ...
+@overload
+def load(data: Data, kind: Literal["prompts"]) -> Loaded[Prompt]: ...
+def load(data: Data, kind: Kind) -> Loaded[Any]:
+    """Every source of `data` as examples of `kind`.
+
+    Raises `BadInput` for a source that cannot be read, a bad row (unless skipped) or a side left empty.
+    """
+    train_sources = [_convert(source, kind, data.on_bad_row == "skip") for source in data.train]
+    held_sources = [_convert(source, kind, data.on_bad_row == "skip") for source in data.validation]
+    kept, validation = [], []
+    for source, converted in zip(data.train, train_sources, strict=True):
+        rest, held = split_by_prompt(converted.examples, data.validation_split)
+        kept.append((source, rest))
+        validation += held
+    for source, converted in zip(data.validation, held_sources, strict=True):
+        validation += weighted(converted.examples, source.weight)
+
+    seen = {prompt_key(example) for example in validation}
+    train: list[Example] = []
+    num_shared = 0
+    for source, rest in kept:
+        own = [example for example in rest if prompt_key(example) not in seen]
+        num_shared += len(rest) - len(own)
+        train += weighted(own, source.weight)
+
+    everything = train_sources + held_sources
+    counts = Counts(
+        num_read=sum(part.num_read for part in everything),
+        num_bad=sum(part.num_bad for part in everything),
+        first_bad=next((part.first_bad for part in everything if part.first_bad), ""),
+        num_left_out=sum(part.num_left_out for part in everything),
+        num_shared=num_shared,
+        num_train=len(train),
+        num_validation=len(validation),
+    )
+    _check_sides(data, kind, counts)
+    return Loaded(tuple(train), tuple(validation), counts, _messages(counts, kind))
+
+
+def _convert(source: Source, kind: Kind, is_skipping: bool) -> _Converted:
+    converter = load_converter(source.format)
+    examples: list[Example] = []
+    num_read = num_bad = num_left_out = 0
+    first_bad = ""
+    for row in read_rows(source):  # a file that cannot be read is never skipped, only its bad rows
+        num_read += 1
+        try:
+            example = parse(row, kind, converter or "auto")
+        except BadInput as error:
+            if not is_skipping:
+                raise
+            num_bad += 1
+            first_bad = first_bad or str(error)
+            continue
+        if example is None:
+            num_left_out += 1
+        else:
+            examples.append(example)
+    return _Converted(examples, num_read, num_bad, first_bad, num_left_out)
+
+
+def prompt_key(example: Example) -> str:
+    """A prompt's identity: its text (a conversation's with roles), runs of white space as one space.
+
+    A plain `text` row has no prompt: its text stands for itself.
+    """
+    prompt: Text = example.prompt
+    if not prompt and isinstance(example, Demonstration):
+        prompt = example.completion
+    if isinstance(prompt, str):
+        return " ".join(prompt.split())
+    turns = [(message["role"], " ".join(message["content"].split())) for message in prompt]
+    return json.dumps(turns, ensure_ascii=False)  # unlike a join, never equal for different turns
+
+
+def split_by_prompt(examples: Sequence[ExampleT], share: float) -> tuple[list[ExampleT], list[ExampleT]]:
+    """(train, held out): the last `share` of the distinct prompts, in order of first appearance, is held out.
+
+    With `share` > 0 at least one prompt is held out, and at least one left. A prompt's rows go together.
+    """
+    if not share:
+        return list(examples), []
+    order = list(dict.fromkeys(prompt_key(example) for example in examples))
+    num_held = min(max(1, round(share * len(order))), len(order) - 1) if order else 0
+    held = set(order[len(order) - num_held :])
+    rest = [example for example in examples if prompt_key(example) not in held]
+    return rest, [example for example in examples if prompt_key(example) in held]
+
+
+def weighted(examples: Sequence[ExampleT], weight: float) -> list[ExampleT]:
+    """`weight` copies of the rows: 2.0 every row twice, 0.25 a fixed quarter, 1.5 all once and half again.
+
+    The fractional part takes the rows whose content hashes lowest, so it needs no seed, does not depend on
+    the rows' order, and a row added to the file moves at most one other in or out. At least one row is taken.
+    """
+    whole = math.floor(weight)
+    num_extra = round((weight - whole) * len(examples))
+    if whole == 0 and examples:
+        num_extra = max(1, num_extra)
+    by_hash = (
+        sorted(range(len(examples)), key=lambda index: _content_hash(examples[index])) if num_extra else []
+    )
+    chosen = sorted(by_hash[:num_extra])
+    return list(examples) * whole + [examples[index] for index in chosen]
+
+
+def _content_hash(example: Example) -> bytes:
+    """Of all fields but the place: a row moved within its file keeps its hash."""
+    content = [getattr(example, field.name) for field in fields(example) if field.name != "where"]
+    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).digest()
+
+
+def _check_sides(data: Data, kind: Kind, counts: Counts) -> None:
+    paths = ", ".join(source.path for source in data.train) or "no source"
+    if counts.num_train == 0:
+        reasons = "; ".join(_messages(counts, kind)[1:]) or "no rows were read"
+        raise BadInput(f"no {kind} are left to train on in {paths}: {reasons}")
+    if data.validation_split and counts.num_validation == 0:
+        raise BadInput(
+            f"`validation_split: {data.validation_split}` holds out nothing: {paths} has one distinct prompt;"
+            " add rows, or set it to 0"
+        )
+    if data.validation and counts.num_validation == 0:
+        raise BadInput(f"no {kind} are left to validate on in {', '.join(s.path for s in data.validation)}")
+
+
+def _messages(counts: Counts, kind: Kind) -> tuple[str, ...]:
+    sides = f"{counts.num_train} {kind} to train on, {counts.num_validation} to validate on"
+    lines = [f"{sides}, {counts.num_read} rows read"]
+    if counts.num_bad:
+        lines.append(f"{counts.num_bad} bad rows skipped; the first: {counts.first_bad}")
+    if counts.num_left_out:
+        lines.append(f"{counts.num_left_out} rows left out by the format function")
+    if counts.num_shared:
+        lines.append(f"{counts.num_shared} training rows removed: their prompt is in validation too")
+    return tuple(lines)

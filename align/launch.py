@@ -1,0 +1,336 @@
+"""Start one stage under `accelerate launch`, see that nothing of it is left, and bring its exit code home.
+
+    code = run_stage(plan("ddp"), ["recipes/ppo/qlora.yaml"], Path("runs/ppo/status.json"))
+
+Every launched process carries the id of its launch in its environment. The chain of a signal is
+
+    SIGTERM -> run_stage -> launcher (a session of its own) -> worker or workers, each told once
+
+and each of them asks the kernel for SIGTERM when its parent dies, so that kill -9 travels the same way.
+Only one machine is started here; for several, start this once on each with a config file for each.
+"""
+
+import difflib
+import logging
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any, Literal
+
+import yaml
+
+from align.errors import BadInput
+from align.processes import (
+    LAUNCH_ID,
+    PARENT_PID,
+    die_with_parent,
+    kill_launch,
+    processes_of,
+    read_status,
+    send,
+)
+from align.resources import recipes_folder
+
+NAMED = ("cpu", "gpu", "ddp")
+SUPPORTED = ("NO", "MULTI_CPU", "MULTI_GPU")
+_LOOK_EVERY = 0.1  # seconds
+
+
+@dataclass(frozen=True)
+class LaunchPlan:
+    """How to start the processes of a stage, and what each must find when it has started.
+
+    Accelerate silently takes another mode where the wanted one is not there, so the worker checks what it got
+    against `expected_processes` (of all machines together) and `expected_device`.
+    """
+
+    arguments: tuple[str, ...]  # of `python -m accelerate.commands.launch`
+    environment: dict[str, str]  # added to our own
+    expected_processes: int
+    expected_device: Literal["cpu", "cuda"]
+    description: str  # "2 processes on the CPU (recipes/accelerate/ddp_cpu.yaml)"
+
+
+def plan(launch: str | None) -> LaunchPlan:
+    """The plan for `cpu`, `gpu`, `ddp`, the path of an accelerate config file, or None: the user's own choice.
+
+    None is the file that `accelerate config` wrote, where there is one; else a GPU, where there is one; else the
+    CPU. `ddp` is every GPU of the machine, or two processes on the CPU where there is none.
+    Raises BadInput for a GPU that is not there and for a config file that the stages cannot run under.
+    """
+    if launch is None:
+        default = _default_config()
+        if default is not None:
+            return _plan_from_file(default)
+        launch = "gpu" if _num_gpus() else "cpu"
+    folder = recipes_folder() / "accelerate"
+    if launch == "cpu":
+        return _plan_from_file(folder / "cpu.yaml")
+    if launch == "gpu":
+        if not _num_gpus():
+            raise BadInput("launch `gpu`: torch sees no GPU on this machine; use `cpu`")
+        return _plan_from_file(folder / "gpu.yaml")
+    if launch == "ddp":
+        num_gpus = _num_gpus()
+        return (
+            _plan_from_file(folder / "ddp.yaml", num_gpus)
+            if num_gpus
+            else _plan_from_file(folder / "ddp_cpu.yaml")
+        )
+    if not Path(launch).is_file():
+        near = difflib.get_close_matches(launch, NAMED, n=1)
+        hint = f"; did you mean `{near[0]}`?" if near else ""
+        raise BadInput(f"launch `{launch}`: no such file, and not one of {', '.join(NAMED)}{hint}")
+    return _plan_from_file(Path(launch))
+
+
+def _default_config() -> Path | None:
+    """The file that `accelerate config` writes, by accelerate's own rule (importing it costs over a second)."""
+    cache = os.environ.get("XDG_CACHE_HOME", "~/.cache")
+    home = Path(os.environ.get("HF_HOME", os.path.join(cache, "huggingface"))).expanduser()
+    candidates = (home / "accelerate" / name for name in ("default_config.yaml", "default_config.json"))
+    return next((path for path in candidates if path.is_file()), None)
+
+
+def _num_gpus() -> int:
+    """The GPUs that torch may use here: CUDA or ROCm, CUDA_VISIBLE_DEVICES obeyed, none of them initialised."""
+    import torch  # over a second: only for a plan that depends on it
+
+    return torch.cuda.device_count()
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    """The entries of a config file. Raises BadInput where the stages do not run under what it asks for."""
+    try:
+        config = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise BadInput(f"{path} cannot be read as YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(config, dict):
+        raise BadInput(f"{path} is no accelerate config file: it must hold `key: value` lines")
+    kind = config.get("distributed_type")
+    if kind is False:
+        raise BadInput(f"{path}: write distributed_type: 'NO' in quotes; YAML reads a bare NO as false")
+    if kind not in SUPPORTED:
+        raise BadInput(
+            f"{path}: distributed_type {kind} is not supported; the stages run under {', '.join(SUPPORTED)}"
+        )
+    if config.get("compute_environment", "LOCAL_MACHINE") != "LOCAL_MACHINE":
+        raise BadInput(
+            f"{path}: compute_environment must be LOCAL_MACHINE, not {config['compute_environment']}"
+        )
+    for key in ("parallelism_config", "mpirun_config"):
+        if config.get(key):
+            raise BadInput(f"{path}: {key} is not supported; remove it")
+    if kind != "MULTI_GPU":
+        config.setdefault("num_processes", 1)
+    for key in ("num_processes", "num_machines"):
+        number = config.setdefault(key, 1)
+        if not isinstance(number, int) or number < 1:
+            raise BadInput(f"{path}: {key} must be a whole number from 1 up, not {number!r}")
+    return config
+
+
+def _plan_from_file(path: Path, num_processes: int | None = None) -> LaunchPlan:
+    """The plan for a config file, with `num_processes` in place of the file's own where it is given."""
+    config = _read_config(path)
+    kind, num_machines = config["distributed_type"], config["num_machines"]
+    arguments = ["--config_file", str(path)]
+    if num_processes is None:
+        num_processes = int(config["num_processes"])
+    else:
+        arguments += ["--num_processes", str(num_processes)]
+    here = max(1, num_processes // num_machines)
+    num_gpus = 0 if config.get("use_cpu", False) or kind == "MULTI_CPU" else _num_gpus()
+    device: Literal["cpu", "cuda"] = "cuda" if num_gpus else "cpu"
+    if kind == "MULTI_GPU":
+        if not config.get("use_cpu", False) and here > num_gpus:
+            raise BadInput(
+                f"{path}: {here} processes need a GPU each and torch sees {num_gpus} on this machine"
+            )
+        if "main_process_port" not in config and num_machines == 1:
+            arguments += ["--main_process_port", "0"]  # any free one: accelerate's own is 29500 for every run
+    elif num_processes > 1:
+        # accelerate would start one process and say nothing
+        raise BadInput(
+            f"{path}: {kind} with {num_processes} processes starts only one; "
+            f"use MULTI_GPU (on a CPU with use_cpu: true, as recipes/accelerate/ddp_cpu.yaml)"
+        )
+    elif device == "cpu":
+        arguments.append("--cpu")  # accelerate overwrites ACCELERATE_USE_CPU here
+    environment = {"ACCELERATE_USE_CPU": str(device == "cpu").lower()}
+    if "OMP_NUM_THREADS" not in os.environ:  # accelerate's own choice is often 1
+        environment["OMP_NUM_THREADS"] = str(max(1, _num_cores() // here))
+    what = "one process" if num_processes == 1 else f"{num_processes} processes"
+    description = f"{what} on the {'CPU' if device == 'cpu' else 'GPU'} ({path})"
+    return LaunchPlan(tuple(arguments), environment, num_processes, device, description)
+
+
+def _num_cores() -> int:
+    """The cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def run_stage(
+    plan: LaunchPlan,
+    script_arguments: list[str],
+    status_file: Path,
+    *,
+    grace_seconds: float = 120,
+    module: str = "align.worker",
+) -> int:
+    """Run `module` with `script_arguments` in the processes of `plan`; return its exit code when all are gone.
+
+    The code is the one that the worker wrote to `status_file`; without one, that of the process that failed
+    (128 + signal where a signal ended it). SIGTERM or SIGINT to us is passed on once; after `grace_seconds`
+    whatever is left is killed, and the code is 143 or 130. Call it from the main thread.
+    """
+    status_file.parent.mkdir(parents=True, exist_ok=True)
+    status_file.unlink(missing_ok=True)
+    launch_id = uuid.uuid4().hex
+    environment = _environment(plan, status_file, launch_id, grace_seconds)
+    start = [sys.executable, "-c", "from align.launch import _launcher; _launcher()"]
+    received: list[int] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+
+    previous = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        launcher = subprocess.Popen(
+            [*start, *plan.arguments, "-m", module, *script_arguments],
+            env=environment,
+            start_new_session=True,
+        )
+        try:
+            _wait(launcher, launch_id, received, grace_seconds)
+        finally:
+            kill_launch(launch_id)
+            if launcher.poll() is None:
+                launcher.kill()  # still there only where /proc does not show it
+            code = launcher.wait()
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+    if received:
+        return 128 + received[0]
+    status = read_status(status_file)
+    if status is not None:
+        return status.exit_code
+    return code if code >= 0 else 128 - code
+
+
+def _environment(plan: LaunchPlan, status_file: Path, launch_id: str, grace_seconds: float) -> dict[str, str]:
+    """The environment of the launcher and, through it, of its workers."""
+    # last, so that nothing of the user's is hidden: our own package must be found from any working directory
+    path = [os.environ.get("PYTHONPATH", ""), str(Path(__file__).resolve().parent.parent)]
+    return {
+        **os.environ,
+        **plan.environment,
+        "ALIGN_EXPECTED_PROCESSES": str(plan.expected_processes),
+        "ALIGN_EXPECTED_DEVICE": plan.expected_device,
+        "ALIGN_STATUS_FILE": str(status_file.resolve()),
+        LAUNCH_ID: launch_id,
+        PARENT_PID: str(os.getpid()),
+        "PYTHONPATH": os.pathsep.join(part for part in path if part),
+        # torch's launcher kills workers that are still saving after this time; 30 s if not told
+        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(math.ceil(grace_seconds)),
+    }
+
+
+def _wait(
+    launcher: subprocess.Popen[bytes], launch_id: str, received: list[int], grace_seconds: float
+) -> None:
+    """Return when no process of the launch is left, or `grace_seconds` after it was told to end."""
+    deadline = math.inf
+    while time.monotonic() < deadline:
+        launcher_is_gone = launcher.poll() is not None
+        left = processes_of(launch_id) if launcher_is_gone else []
+        if launcher_is_gone and not left:
+            return
+        if deadline == math.inf and (received or launcher_is_gone):
+            number = received[0] if received else signal.SIGTERM
+            # the launcher passes it on to its workers; without a launcher, what is left are orphans
+            send(left if launcher_is_gone else [launcher.pid], number)
+            deadline = time.monotonic() + grace_seconds
+            if received:
+                name = signal.Signals(number).name
+                print(
+                    f"align: {name}: the stage has {grace_seconds:g} s to save and end",
+                    file=sys.stderr,
+                    flush=True,
+                )
+        time.sleep(_LOOK_EVERY)
+
+
+class _Stopped(BaseException):
+    """A signal reached the launcher while it had no worker, or the one worker of its process group."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
+
+def _launcher() -> None:
+    """Accelerate's launcher as run_stage starts it: outlives its workers, and is silent where they have spoken.
+
+    On its own, a launcher of one process dies at SIGTERM and leaves its worker behind, and both kinds bury the
+    worker's last line under tracebacks of their own and turn its exit code into 1.
+    """
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise _Stopped(number)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, stop)  # torch's launcher puts its own in place when it starts workers
+    try:
+        die_with_parent(signal.SIGTERM, parent=int(os.environ[PARENT_PID]))
+        os.environ[PARENT_PID] = str(os.getpid())  # for the worker's own die_with_parent
+        logging.disable(logging.ERROR)  # torch's own lines about a failed worker; in this process only
+        code = _accelerate()
+    except _Stopped as stopped:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_IGN)
+        os.killpg(0, stopped.number)
+        _reap_children()
+        code = 128 + stopped.number
+    sys.exit(code)
+
+
+def _accelerate() -> int:
+    """Run accelerate's launcher in this process; return the exit code of the worker that failed first, or 0."""
+    from accelerate.commands.launch import main
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    try:
+        main()
+        return 0
+    except SignalException as error:  # torch's launcher has passed it on and waited
+        return 128 + int(error.sigval)
+    except subprocess.CalledProcessError as error:
+        code, story = error.returncode, str(error)
+    except ChildFailedError as error:
+        code, story = error.get_first_failure()[1].exitcode, str(error)
+    except ValueError as error:  # accelerate refuses the config file
+        code, story = 1, str(error)
+    if read_status(Path(os.environ["ALIGN_STATUS_FILE"])) is None:
+        print(f"accelerate launch: {story}", file=sys.stderr, flush=True)
+    return code if code >= 0 else 128 - code
+
+
+def _reap_children() -> None:
+    """Wait until this process has no child left."""
+    while True:
+        try:
+            os.wait()
+        except ChildProcessError:
+            return

@@ -1,0 +1,31 @@
+"""Estimates of the KL divergence to the reference from samples of the policy, and its coefficient."""
+
+import torch
+from torch import Tensor
+
+
+def kl_estimate(logprobs: Tensor, reference_logprobs: Tensor, *, estimator: str = "k1") -> Tensor:
+    """Per-token estimate of KL(policy || reference) at tokens drawn from the policy. Any shape.
+
+    k1 = log p - log p_ref; k2 = k1^2 / 2; k3 = exp(-k1) - 1 + k1 (Schulman, "Approximating KL Divergence", 2020).
+    k1 and k3 have the right mean; k2 and k3 are never negative.
+    """
+    k1 = logprobs - reference_logprobs
+    if estimator == "k1":
+        return k1
+    if estimator == "k2":
+        return 0.5 * k1**2
+    if estimator == "k3":
+        return torch.expm1(-k1) + k1
+    raise ValueError(f"unknown estimator {estimator!r}")
+
+
+def next_kl_coef(kl_coef: float, kl: float, *, target: float | None, horizon: int, num_sequences: int) -> float:
+    """The coefficient after `num_sequences` more sequences with mean sequence KL `kl`.
+
+    beta <- beta (1 + clip(KL / target - 1, -0.2, 0.2) n / horizon)   (Ziegler et al. 2019, section 2.2)
+    """
+    if target is None:
+        return kl_coef
+    error = min(max(kl / target - 1.0, -0.2), 0.2)
+    return kl_coef * (1.0 + error * num_sequences / horizon)

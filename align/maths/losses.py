@@ -1,0 +1,97 @@
+"""The losses, as sums over a micro-batch: the caller divides by the count of the whole minibatch.
+
+Dividing once, by a count over all micro-batches and processes, makes 1 process x N micro-batches the same as N
+processes x 1.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from align.maths.masking import masked_var
+
+
+@dataclass(frozen=True)
+class PolicyLoss:
+    """Sums over the masked tokens of one micro-batch, each a scalar; `loss` alone has a gradient."""
+
+    loss: Tensor
+    clipped: Tensor
+    approx_kl: Tensor
+    ratio: Tensor
+    ratio_max: Tensor
+    max_abs_logratio: Tensor
+
+
+def ppo_policy_loss(
+    logprobs: Tensor,
+    behaviour_logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    *,
+    cliprange: float,
+    dual_clip: float | None = None,
+) -> PolicyLoss:
+    """Sum over the mask of max(-A rho, -A clip(rho, 1 - eps, 1 + eps))   (Schulman et al. 2017, equation 7).
+
+    rho = exp(log p_new - log p_behaviour); all arguments (B, R). With `dual_clip` = c > 1 the loss of a token with
+    A < 0 is at most -A c (Ye et al. 2020). `approx_kl` sums k3 of behaviour to new, `clipped` counts the tokens
+    where the clip raised the loss, so that they have no gradient. Log-ratios are held within +-20: far outside the
+    clip already, and exp() of more would overflow.
+    """
+    logratio = (logprobs - behaviour_logprobs).masked_fill(~mask, 0.0).clamp(-20.0, 20.0)
+    advantages = advantages.masked_fill(~mask, 0.0)
+    ratio = torch.exp(logratio)
+    plain, bounded = -advantages * ratio, -advantages * ratio.clamp(1.0 - cliprange, 1.0 + cliprange)
+    losses = torch.maximum(plain, bounded)
+    if dual_clip is not None:
+        losses = torch.where(advantages < 0, torch.minimum(losses, -advantages * dual_clip), losses)
+    loss = losses.sum()
+    with torch.no_grad():
+        inside = ratio.masked_fill(~mask, 0.0)
+        return PolicyLoss(
+            loss=loss,
+            clipped=((bounded > plain) & mask).sum(),
+            approx_kl=(ratio - 1.0 - logratio).sum(),
+            ratio=inside.sum(),
+            ratio_max=inside.max() if inside.numel() else inside.new_zeros(()),
+            max_abs_logratio=logratio.abs().max() if inside.numel() else inside.new_zeros(()),
+        )
+
+
+def ppo_value_loss(
+    values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor, *, cliprange_value: float
+) -> tuple[Tensor, Tensor]:
+    """Sum over the mask of 1/2 max((V - R)^2, (clip(V, V_old - eps, V_old + eps) - R)^2), and the clipped count.
+
+    All arguments (B, R)   (Schulman's baselines; N+ implementation details, detail 24).
+    """
+    values, old_values = values.masked_fill(~mask, 0.0), old_values.masked_fill(~mask, 0.0)
+    returns = returns.masked_fill(~mask, 0.0)
+    bounded = torch.clamp(values, old_values - cliprange_value, old_values + cliprange_value)
+    plain_error, bounded_error = (values - returns) ** 2, (bounded - returns) ** 2
+    return 0.5 * torch.maximum(plain_error, bounded_error).sum(), ((bounded_error > plain_error) & mask).sum()
+
+
+def pair_loss(
+    chosen: Tensor, rejected: Tensor, *, probability: Tensor, weight: Tensor, margin: Tensor, centring: float = 0.0
+) -> Tensor:
+    """Weighted sum over pairs of -p log s(d) - (1 - p) log s(-d), d = r_chosen - r_rejected - margin. Arguments (B,).
+
+    Bradley-Terry with soft labels p = P(chosen is better); p = 1 is the usual loss (Ouyang et al. 2022, equation 1),
+    margin as in Touvron et al. 2023 (section 3.2.2). `centring` adds that times (r_chosen + r_rejected)^2
+    (Eisenstein et al. 2023, section 4.2), which keeps the scores' arbitrary offset near 0.
+    """
+    difference = chosen - rejected - margin
+    losses = -probability * F.logsigmoid(difference) - (1.0 - probability) * F.logsigmoid(-difference)
+    return (weight * (losses + centring * (chosen + rejected) ** 2)).sum()
+
+
+def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
+    """1 - Var(returns - values) / Var(returns) over the mask; 0 when the returns do not vary."""
+    inside = returns[mask]
+    if inside.numel() == 0 or bool(inside.max() == inside.min()):  # a rounded mean would leave a tiny variance
+        return returns.new_zeros(())
+    return 1.0 - masked_var(returns - values, mask) / masked_var(returns, mask)

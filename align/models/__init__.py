@@ -1,0 +1,1 @@
+"""One base in memory, and roles that are views over it."""

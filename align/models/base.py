@@ -1,0 +1,92 @@
+"""Loads a base model and its tokenizer, from a folder or the Hub."""
+
+from dataclasses import dataclass
+
+import torch
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from align.artifact import fingerprint
+from align.errors import BadInput
+from align.models.tokenizer import first_line, load_tokenizer
+from align.settings import Model
+
+
+@dataclass(frozen=True)
+class Base:
+    """Frozen weights that are in memory once; roles never change them."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    fingerprint: str
+
+
+def load_base(settings: Model, device: torch.device) -> Base:
+    """Loads the causal language model frozen, in eval mode, on `device`.
+
+    Raises:
+        BadInput: the model cannot be loaded, or its logits are not its output layer applied to its trunk's states.
+    """
+    quantisation = None
+    if settings.load_in == "nf4":
+        quantisation = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=settings.bnb_4bit_use_double_quant,
+            bnb_4bit_compute_dtype=compute_dtype(settings, device),
+        )
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            settings.base,
+            revision=settings.revision,
+            dtype=compute_dtype(settings, device),
+            attn_implementation=settings.attn_implementation,
+            quantization_config=quantisation,
+            device_map={"": device},
+            use_safetensors=True,
+        )
+    except (OSError, ValueError, ImportError) as error:
+        raise BadInput(f"`model.base`: {settings.base} cannot be loaded: {first_line(error)}") from error
+    model.requires_grad_(False).eval()
+    _switch_dropout_off(model)
+    _plain_sampling(model)
+    _check_trunk(model, settings.base)
+    return Base(model, load_tokenizer(settings), fingerprint(settings.base))
+
+
+def compute_dtype(settings: Model, device: torch.device) -> torch.dtype:
+    """The dtype of activations: 4-bit bases compute in bfloat16 on a GPU, in float32 on a CPU, where it is faster."""
+    if settings.load_in == "nf4":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[settings.load_in]
+
+
+def trunk_of(model: PreTrainedModel) -> torch.nn.Module:
+    """The decoder without its output layer: ids in, final hidden states (after the last norm) out."""
+    return model.base_model if model.base_model is not model else model.get_decoder()
+
+
+def _switch_dropout_off(model: torch.nn.Module) -> None:
+    """No role drops anything, in training passes neither: the first minibatch's ratio must be 1."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        for name in ("attention_dropout", "dropout", "hidden_dropout"):
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)
+
+
+def _plain_sampling(model: PreTrainedModel) -> None:
+    """Removes the sampling defaults that came with the model (top-k, penalties, ...): PPO samples the plain softmax."""
+    kept = {key: getattr(model.generation_config, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    model.generation_config = type(model.generation_config)(**kept)
+
+
+@torch.no_grad()
+def _check_trunk(model: PreTrainedModel, name: str) -> None:
+    ids = torch.arange(1, 9, device=model.device)[None] % model.config.get_text_config().vocab_size
+    direct = model(input_ids=ids).logits
+    ours = model.get_output_embeddings()(trunk_of(model)(input_ids=ids).last_hidden_state)
+    if not torch.allclose(direct.float(), ours.float(), rtol=1e-3, atol=1e-3):
+        raise BadInput(f"`model.base`: the logits of {name} are not its output layer applied to its hidden states "
+                       "(soft-capped or scaled logits): this architecture is not supported")

@@ -1,0 +1,56 @@
+"""`align merge`: base + adapter -> a plain transformers folder, and how far its logits are from the adapter's."""
+
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from align.artifact import folder_in_one_go, read_manifest
+from align.errors import BadInput
+from align.models.roles import Bases, Role
+from align.settings import Model
+
+PROBE = ("The answer to the question is", "Once upon a time there was a", "1 2 3 4 5 6 7 8", "Dear all, thank you for")
+
+
+@torch.no_grad()
+def merge(run: str, out: str) -> float:
+    """Writes the merged model to `out` and returns the largest difference of logits on a probe.
+
+    A 4-bit base is dequantised first and the adapter merged into what it was trained over: a quantised base cannot
+    absorb an adapter exactly, and the original 16-bit base is another model.
+
+    Raises:
+        BadInput: `run` holds no adapter, or `out` holds something already.
+    """
+    folder, target = Path(run), Path(out)
+    manifest = read_manifest(folder)
+    if not (folder / "adapter_config.json").is_file():
+        raise BadInput(f"{run} holds no adapter: it is a whole model already")
+    if manifest["kind"] == "reward":
+        raise BadInput(f"{run} is a reward model; `align merge` merges policies (sft, ppo)")
+    if manifest["status"] != "finished":
+        raise BadInput(f"the run in {run} is not finished; start it again to go on with it")
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise BadInput(f"{out} is not empty; name a new folder")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    bases = Bases(Model(**manifest["recipe"]["model"]), device)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    ids = _probe_ids(tokenizer, device)
+    before = _logits(bases.role(run), ids)
+    if bases.settings.load_in == "nf4":
+        bases.main.model.dequantize()  # in place: the roles made from here on are views over plain weights
+    merged = bases.role(run).model.merge_and_unload()  # type: ignore[operator]
+    with folder_in_one_go(target) as path:
+        merged.save_pretrained(path)
+        tokenizer.save_pretrained(path)
+    again = AutoModelForCausalLM.from_pretrained(target, dtype=merged.dtype).to(device).eval()
+    return max(float((a - b).abs().max()) for a, b in zip(before, _logits(Role(again), ids), strict=True))
+
+
+def _probe_ids(tokenizer, device: torch.device) -> list[torch.Tensor]:
+    return [tokenizer(text, return_tensors="pt")["input_ids"].to(device) for text in PROBE]
+
+
+def _logits(role: Role, ids: list[torch.Tensor]) -> list[torch.Tensor]:
+    return [role.logits(role.hidden(row, torch.ones_like(row, dtype=torch.bool))).float() for row in ids]

@@ -1,0 +1,170 @@
+"""Roles (policy, reference, reward, critic, ...) as views over bases that are in memory once.
+
+A view is a module tree of its own whose parameters and buffers are the base's own objects, so that each role has its
+own adapter, its own training flag and no way to disturb another: nothing is ever switched on or off. Fully tuned
+roles are the exception: they have weights of their own. `Bases.role` is the one place that decides.
+"""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, load_peft_weights, set_peft_model_state_dict
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from align.artifact import fingerprint, read_manifest
+from align.errors import BadInput
+from align.models.base import Base, load_base, trunk_of
+from align.settings import Full, Lora, Model
+
+HEAD_KEY = "base_model.model.score.weight"  # where PEFT keeps the head of a sequence classifier
+
+
+class Role(nn.Module):
+    """A causal language model seen as trunk + output layer, perhaps with an adapter, perhaps with a scalar head."""
+
+    def __init__(self, model: PreTrainedModel | PeftModel, *, head: nn.Linear | None = None):
+        super().__init__()
+        self.model = model
+        self.head = head
+        self.eval()
+
+    @property
+    def causal(self) -> PreTrainedModel:
+        """The transformers model, adapter layers injected."""
+        return self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+
+    @property
+    def device(self) -> torch.device:
+        return self.causal.device
+
+    @property
+    def has_adapter(self) -> bool:
+        return isinstance(self.model, PeftModel)
+
+    def hidden(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """ids (B, T), mask (B, T) bool, padded on either side -> final hidden states (B, T, H)."""
+        positions = (mask.long().cumsum(1) - 1).clamp(min=0)  # (B, T), so that padding shifts nothing
+        output = trunk_of(self.causal)(
+            input_ids=ids, attention_mask=mask.long(), position_ids=positions, use_cache=False
+        )
+        return output.last_hidden_state
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(..., H) -> (..., V)."""
+        return self.causal.get_output_embeddings()(hidden)
+
+    def scalar(self, hidden: Tensor) -> Tensor:
+        """The head's value of each state, in float32: (..., H) -> (...)."""
+        assert self.head is not None, "this role has no scalar head"
+        return self.head(hidden.to(self.head.weight.dtype)).squeeze(-1)
+
+    def trained(self) -> list[tuple[str, nn.Parameter]]:
+        """Names and parameters that have a gradient, in a fixed order."""
+        return [(name, p) for name, p in self.named_parameters() if p.requires_grad]
+
+
+def last_states(hidden: Tensor, mask: Tensor) -> Tensor:
+    """(B, T, H), mask (B, T) -> (B, H): the state of each row's last real token, found from the mask alone."""
+    positions = torch.arange(mask.shape[1], device=mask.device)
+    last = (positions * mask.long()).argmax(1)  # (B,)
+    return hidden[torch.arange(hidden.shape[0], device=hidden.device), last]
+
+
+def view(model: PreTrainedModel) -> PreTrainedModel:
+    """A module tree of its own over the very same parameters and buffers (4-bit ones too)."""
+    memo: dict[int, Any] = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    return copy.deepcopy(model, memo)
+
+
+def new_head(size: int, device: torch.device, *, bias: bool = False) -> nn.Linear:
+    """A float32 scalar head that starts at 0, so that before training every score is the same."""
+    head = nn.Linear(size, 1, bias=bias, device=device, dtype=torch.float32)
+    nn.init.zeros_(head.weight)
+    if bias:
+        nn.init.zeros_(head.bias)
+    return head
+
+
+class Bases:
+    """The bases of a process, each loaded once, and the roles over them."""
+
+    def __init__(self, settings: Model, device: torch.device):
+        self.settings, self.device = settings, device
+        self._loaded: dict[str, Base] = {}
+        self.main = self.load(settings.base)
+
+    def load(self, base: str) -> Base:
+        """The base of that name, loaded at its first use."""
+        key = fingerprint(base)
+        if key not in self._loaded:
+            settings = self.settings
+            if base != settings.base:  # another model: neither our revision nor our template is meant for it
+                settings = settings.model_copy(update={"base": base, "revision": None, "chat_template": None})
+            self._loaded[key] = load_base(settings, self.device)
+        return self._loaded[key]
+
+    def role(
+        self, folder: str | None, *, method: Lora | Full | None = None, trainable: bool = False, head: bool = False
+    ) -> Role:
+        """The role that a run's folder holds, or (`folder=None`) one that starts at the base.
+
+        `method` starts a new adapter (or full copy) over a folder that holds a whole model, or over the base.
+        `head` adds a scalar head: the folder's own if it has one, else one of zeros.
+        """
+        has_adapter = folder is not None and (Path(folder) / "adapter_config.json").is_file()
+        if has_adapter and method is not None:
+            raise BadInput(f"{folder} already holds an adapter, and a second method cannot be put over it: leave "
+                           "`method` out to go on with it, or merge it first (`align merge`)")
+        if has_adapter:
+            assert folder is not None
+            base = self.load(str(read_manifest(folder)["base"]))
+            model, weight = _with_saved_adapter(view(base.model), folder, trainable)
+        else:
+            base = self.main if folder is None else self.load(folder)
+            model, weight = _with_new_method(base.model, method, trainable), _saved_head(folder)
+        if not head:
+            return Role(model)
+        scalar = new_head(base.model.config.get_text_config().hidden_size, self.device)
+        if weight is not None:
+            scalar.weight.data.copy_(weight)
+        scalar.requires_grad_(trainable)
+        return Role(model, head=scalar)
+
+
+def _with_saved_adapter(model: PreTrainedModel, folder: str, trainable: bool) -> tuple[PeftModel, Tensor | None]:
+    config = PeftConfig.from_pretrained(folder)
+    config.inference_mode = not trainable
+    config.task_type, config.modules_to_save = "CAUSAL_LM", None  # the head, if any, is ours to place
+    peft_model = get_peft_model(model, config)
+    weights = load_peft_weights(folder, device=str(model.device))
+    head = weights.pop(HEAD_KEY, None)
+    result = set_peft_model_state_dict(peft_model, weights)
+    if result.unexpected_keys or any("lora_" in key for key in result.missing_keys):
+        raise BadInput(f"the adapter in {folder} does not fit its base: {(result.unexpected_keys or ['keys missing'])[0]}")
+    return peft_model, head
+
+
+def _with_new_method(model: PreTrainedModel, method: Lora | Full | None, trainable: bool) -> PreTrainedModel | PeftModel:
+    if method is None:
+        return view(model)
+    if isinstance(method, Full):
+        return copy.deepcopy(model).requires_grad_(trainable)
+    return get_peft_model(view(model), lora_config(method))
+
+
+def lora_config(method: Lora, *, task_type: str = "CAUSAL_LM") -> LoraConfig:
+    """The recipe's LoRA settings as PEFT's own configuration."""
+    values = method.model_dump(exclude={"kind"})
+    if not isinstance(values["target_modules"], str):
+        values["target_modules"] = list(values["target_modules"])
+    return LoraConfig(task_type=task_type, **values)
+
+
+def _saved_head(folder: str | None) -> Tensor | None:
+    from safetensors.torch import load_file
+
+    path = Path(folder) / "head.safetensors" if folder is not None else None
+    return load_file(path)["score.weight"] if path is not None and path.is_file() else None

@@ -1,0 +1,73 @@
+"""Writes roles in PEFT's and transformers' own formats, and merges them."""
+
+import shutil
+from pathlib import Path
+
+import torch
+from peft import PeftModel, get_peft_model_state_dict
+from safetensors.torch import save_file
+from torch import Tensor
+
+from align.artifact import write_atomically
+from align.models.roles import HEAD_KEY, Role
+
+
+def save_role(role: Role, folder: Path, *, base_name: str) -> None:
+    """Writes the role's adapter (or whole model) and head into `folder`, each file atomically.
+
+    An adapter folder opens with `PeftModel.from_pretrained(AutoModelForCausalLM...)`; one with a head opens with
+    `PeftModel.from_pretrained(AutoModelForSequenceClassification.from_pretrained(base, num_labels=1), folder)`.
+    A fully tuned role opens with `AutoModelForCausalLM`; its head is then `head.safetensors`.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    if not isinstance(role.model, PeftModel):
+        _save_whole(role, folder)
+        return
+    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in adapter_weights(role.model).items()}
+    config = role.model.peft_config["default"]
+    before = config.task_type, config.modules_to_save, config.inference_mode, config.base_model_name_or_path
+    config.inference_mode, config.base_model_name_or_path = True, base_name
+    if role.head is not None:
+        weights[HEAD_KEY] = role.head.weight.detach().cpu().contiguous()
+        config.task_type, config.modules_to_save = "SEQ_CLS", ["score"]
+    try:
+        with_config = folder / ".adapter_config"
+        config.save_pretrained(str(with_config))
+        (with_config / "adapter_config.json").replace(folder / "adapter_config.json")
+        shutil.rmtree(with_config)
+    finally:
+        config.task_type, config.modules_to_save, config.inference_mode, config.base_model_name_or_path = before
+    write_atomically(folder / "adapter_model.safetensors",
+                     lambda path: save_file(weights, path, metadata={"format": "pt"}))
+
+
+def adapter_weights(model: PeftModel) -> dict[str, Tensor]:
+    """The adapter alone, by the names under which PEFT saves it."""
+    return get_peft_model_state_dict(model, save_embedding_layers=False)
+
+
+def _save_whole(role: Role, folder: Path) -> None:
+    temporary = folder / ".model"
+    shutil.rmtree(temporary, ignore_errors=True)
+    role.causal.save_pretrained(temporary)
+    for file in temporary.iterdir():
+        file.replace(folder / file.name)
+    temporary.rmdir()
+    if role.head is not None:
+        weights = {"score.weight": role.head.weight.detach().cpu().contiguous()}
+        write_atomically(folder / "head.safetensors", lambda path: save_file(weights, path))
+
+
+def trained_state(role: Role) -> dict[str, Tensor]:
+    """Every tensor that training changes, by its name in the role, on the CPU: what a checkpoint keeps."""
+    return {name: p.detach().cpu().clone().contiguous() for name, p in role.trained()}
+
+
+@torch.no_grad()
+def restore(role: Role, state: dict[str, Tensor]) -> None:
+    """Puts a `trained_state` back. The names must be the same."""
+    parameters = dict(role.trained())
+    if parameters.keys() != state.keys():
+        raise ValueError(f"the checkpoint's parameters differ: {sorted(parameters.keys() ^ state.keys())[:3]}")
+    for name, value in state.items():
+        parameters[name].copy_(value)

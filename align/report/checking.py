@@ -1,0 +1,101 @@
+"""What `align check` shows of a recipe that is sound."""
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.console import Console
+from rich.text import Text
+
+from align.data import encode_demonstration, encode_pair, encode_prompt, load, looks_like_hub_id
+from align.recipe import Recipe
+from align.report.tables import plain
+from align.settings import Data, Full, Lora, PpoSettings, RewardSettings, SftSettings, StageSettings
+
+STATES = {"new": "new", "running": "was stopped; goes on", "finished": "finished already"}
+
+
+def show(recipe: Recipe, states: dict[str, str]) -> None:
+    """Prints, stage by stage: resolved recipe, what it reads and writes, what it trains, one sample."""
+    console = Console(soft_wrap=True)
+    for name, settings in recipe.stages.items():
+        console.rule(Text(f"{name} ({settings.stage})"), align="left")
+        values = settings.model_dump(mode="json", by_alias=True, exclude_defaults=True)
+        console.print(Text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True).rstrip(), style="dim"))
+        for key, (folder, _) in settings.parents().items():
+            console.print(Text(f"reads   {folder}  ({key})"))
+        for key, (kind, data) in settings.data_sections().items():
+            console.print(Text(f"reads   {_counts(kind, data)}  ({key})"))
+        console.print(Text(f"writes  {settings.output}  ({STATES[states[name]]})"))
+        method = getattr(settings, "method", None) or getattr(getattr(settings, "policy", None), "method", None)
+        if method is None and isinstance(settings, PpoSettings) and settings.policy.path is None:
+            method = Lora()
+        if method is not None:
+            console.print(Text(f"trains  {_trainable(settings, method)}"))
+        _show_sample(console, settings)
+    console.print(f"{recipe.path}: sound", style="bold")
+
+
+def _is_far(data: Data) -> bool:
+    return any(looks_like_hub_id(source.path) for source in (*data.train, *data.validation))
+
+
+def _counts(kind: str, data: Data) -> str:
+    names = ", ".join(source.path for source in data.train)
+    if _is_far(data):
+        return f"{kind} from the Hub: {names}"
+    counts = load(data, kind).counts  # type: ignore[call-overload]
+    return f"{counts.num_train} {kind}, {counts.num_validation} held out: {names}"
+
+
+def _trainable(settings: StageSettings, method: Lora | Full) -> str:
+    """Counted on a model without storage; nothing is loaded."""
+    if not Path(settings.model.base).is_dir():
+        return "(the base is on the Hub: counted when it is loaded)"
+    import torch
+    from peft import get_peft_model
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from align.models.roles import lora_config
+
+    with torch.device("meta"):
+        model: Any = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(settings.model.base))
+        whole = model.num_parameters()
+        if isinstance(method, Lora):
+            model = get_peft_model(model, lora_config(method))
+            trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        else:
+            trained = whole
+    return f"{trained:,} of {whole:,} parameters ({trained / whole:.2%}), method {method.kind}"
+
+
+def _show_sample(console: Console, settings: StageSettings) -> None:
+    """The first row as tokens: those that carry loss (or are scored) in green."""
+    sections = settings.data_sections()
+    if not sections or not Path(settings.model.base).is_dir():
+        return
+    kind, data = next(iter(sections.values()))
+    if _is_far(data):
+        return
+    from align.models.tokenizer import load_tokenizer
+
+    tokenizer = load_tokenizer(settings.model)
+    row = load(data, kind).train[0]  # type: ignore[call-overload]
+    if isinstance(settings, SftSettings):
+        encoded = encode_demonstration(tokenizer, row, settings.max_length)
+        parts = [("sample  ", list(zip(encoded.input_ids, encoded.loss_mask, strict=True)))]
+    elif isinstance(settings, RewardSettings):
+        pair = encode_pair(tokenizer, row, settings.max_length)
+        if pair is None:
+            return
+        parts = [(name, [*((t, False) for t in pair.prompt_ids), *((t, True) for t in ids)])
+                 for name, ids in (("chosen  ", pair.chosen_ids), ("rejected", pair.rejected_ids))]
+    else:
+        parts = [("prompt  ", [(token, False) for token in encode_prompt(tokenizer, row)])]
+    for name, tokens in parts:
+        text = Text(f"{name}")
+        for token, is_marked in tokens:
+            text.append(plain(tokenizer.decode([token]).replace("\n", "⏎"), 40) or "␣",
+                        style="black on green" if is_marked else "dim")
+            text.append("|" if not console.is_terminal and is_marked else "")
+        console.print(text)

@@ -1,0 +1,68 @@
+"""Tables for the terminal. What a model wrote is shown as plain text: no markup, no control characters."""
+
+import json
+import unicodedata
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+from rich.text import Text
+
+from align.artifact import write_atomically
+
+SHOWN = 160  # characters of a text in a cell
+
+
+def plain(text: str, limit: int = SHOWN) -> str:
+    """`text` on one line, control and direction characters replaced, cut in the middle to `limit` characters."""
+    safe = "".join(" " if c in "\n\t\r" else ("\N{REPLACEMENT CHARACTER}" if unicodedata.category(c)[0] == "C" else c)
+                   for c in text)
+    safe = " ".join(safe.split())
+    return safe if len(safe) <= limit else safe[: limit * 2 // 3] + " … " + safe[-(limit // 3) :]
+
+
+def prompt_text(prompt: Any) -> str:
+    """The last message of a conversation, or the plain prompt."""
+    return prompt if isinstance(prompt, str) else str(prompt[-1]["content"])
+
+
+def sample_table(rows: list[dict[str, Any]]) -> Table:
+    """Prompt, response, score and KL of some answers."""
+    table = Table(title=f"samples, iteration {rows[0]['iteration']}", title_justify="left", expand=True)
+    table.add_column("prompt", ratio=3)
+    table.add_column("response", ratio=4)
+    table.add_column("score", justify="right", no_wrap=True)
+    table.add_column("KL", justify="right", no_wrap=True)
+    for row in rows:
+        table.add_row(Text(plain(prompt_text(row["prompt"]))), Text(plain(row["response"])),
+                      f"{row['score']:.2f}", f"{row['kl']:.2f}")
+    return table
+
+
+def save_samples(folder: Path, iteration: int, rows: list[dict[str, Any]]) -> None:
+    """Adds `rows` to samples.jsonl, in place of any from this iteration or later (a resumed run comes here again)."""
+    path = folder / "samples.jsonl"
+    before = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+    kept = [row for row in before if row["iteration"] < iteration] + rows
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept)
+
+    def write(temporary: Path) -> None:
+        temporary.write_text(text, encoding="utf-8")
+
+    write_atomically(path, write)
+
+
+def result_table(title: str, columns: list[str], rows: list[list[str]]) -> Table:
+    """A plain table: first column to the left, the others to the right."""
+    table = Table(title=title, title_justify="left")
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="left" if index == 0 else "right")
+    for row in rows:
+        table.add_row(*(Text(cell) for cell in row))
+    return table
+
+
+def markdown_table(columns: list[str], rows: list[list[str]]) -> str:
+    """The same as Markdown."""
+    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows]) + "\n"

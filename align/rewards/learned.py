@@ -1,0 +1,104 @@
+"""Learned rewards: a reward run of ours as a view over its base, or any transformers sequence classifier."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from align.artifact import MANIFEST, read_manifest
+from align.data import encode_pair
+from align.data.collate import pad_right
+from align.data.formats import Preference
+from align.errors import BadInput
+from align.models.roles import Bases
+from align.models.scoring import score_sequences
+from align.rewards.mix import Answers, Scorer
+from align.settings import LearnedReward
+
+UNLIMITED = 1 << 30  # tokens: answers are as long as they were sampled
+
+
+def learned(settings: LearnedReward, bases: Bases) -> Scorer:
+    """A scorer: (score - mean) / std as measured by the reward run, clipped to +- `clip` if that is set."""
+    if (Path(settings.path) / MANIFEST).is_file():
+        return _ours(settings, bases)
+    return _classifier(settings, bases)
+
+
+def _ours(settings: LearnedReward, bases: Bases) -> Scorer:
+    manifest = read_manifest(settings.path)
+    role = bases.role(settings.path, head=True)
+    base = bases.load(str(manifest["base"])) if role.has_adapter else bases.load(settings.path)
+    is_same_tokenizer = base is bases.main or base.tokenizer.get_vocab() == bases.main.tokenizer.get_vocab()
+    mean, std = (float(manifest["score_mean"]), float(manifest["score_std"])) if settings.normalize else (0.0, 1.0)
+
+    def score(answers: Answers) -> list[float]:
+        sequences = _joined(answers) if is_same_tokenizer else _retokenised(answers, base.tokenizer)
+        raw = score_sequences(role, sequences, pad_id=base.tokenizer.pad_token_id, batch_size=settings.batch_size)
+        return _normalised(raw, mean, std, settings.clip)
+
+    return score
+
+
+def _classifier(settings: LearnedReward, bases: Bases) -> Scorer:
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(settings.path)
+        model = AutoModelForSequenceClassification.from_pretrained(settings.path, use_safetensors=True)
+    except (OSError, ValueError) as error:
+        raise BadInput(f"`rewards`: no reward model can be loaded from {settings.path}: "
+                       f"{str(error).strip().splitlines()[0]}") from error
+    if model.config.num_labels != 1:
+        raise BadInput(f"`rewards`: {settings.path} gives {model.config.num_labels} labels; a reward has one")
+    model.to(bases.device).eval().requires_grad_(False)
+
+    def score(answers: Answers) -> list[float]:
+        raw = _classified(model, _retokenised(answers, tokenizer), settings.batch_size)
+        return _normalised(raw, 0.0, 1.0, settings.clip)
+
+    return score
+
+
+@torch.no_grad()
+def _classified(model: Any, sequences: list[list[int]], batch_size: int) -> torch.Tensor:
+    """Scores (N,). transformers pools at the last id that is not the pad, mask or no mask: so the pad is made an id
+    that no sequence holds, and a pad token that equals the end token hides no end."""
+    used = {token for sequence in sequences for token in sequence}
+    pad_id = next(i for i in range(model.config.get_text_config().vocab_size) if i not in used)
+    model.config.get_text_config().pad_token_id = model.config.pad_token_id = pad_id
+    scores = torch.zeros(len(sequences))
+    order = sorted(range(len(sequences)), key=lambda i: -len(sequences[i]))
+    for start in range(0, len(order), batch_size):
+        rows = order[start : start + batch_size]
+        ids, mask = pad_right([sequences[i] for i in rows], pad_id)
+        logits = model(input_ids=ids.to(model.device), attention_mask=mask.long().to(model.device)).logits
+        scores[rows] = logits[:, 0].float().cpu()
+    return scores
+
+
+def _joined(answers: Answers) -> list[list[int]]:
+    return [[*p, *a] for p, a in zip(answers.prompt_ids, answers.ids, strict=True)]
+
+
+def _retokenised(answers: Answers, tokenizer: Any) -> list[list[int]]:
+    """Prompt and answer in the reward model's own chat template and tokens."""
+    sequences = []
+    for prompt, text in zip(answers.prompts, answers.texts, strict=True):
+        source = prompt.prompt
+        if not isinstance(source, str) and tokenizer.chat_template is None:
+            source = "\n".join(message["content"] for message in source) + "\n"  # a classifier without a template
+        if isinstance(source, str):
+            sequences.append(list(tokenizer(source + text)["input_ids"]))
+            continue
+        reply = ({"role": "assistant", "content": text},)
+        pair = encode_pair(tokenizer, Preference(source, reply, reply, 1.0, 1.0, 0.0, prompt.where), UNLIMITED)
+        assert pair is not None
+        sequences.append([*pair.prompt_ids, *pair.chosen_ids])
+    return sequences
+
+
+def _normalised(raw: torch.Tensor, mean: float, std: float, clip: float | None) -> list[float]:
+    scores = (raw - mean) / max(std, 1e-8)
+    if clip is not None:
+        scores = scores.clamp(-clip, clip)
+    return [float(score) for score in scores]

@@ -1,0 +1,1 @@
+"""Drawing answers from a policy, and reading log-probabilities and values at their positions."""

@@ -1,0 +1,348 @@
+"""What a recipe may say: every key has a field here, with its range, and every field is read by some stage.
+
+Light on purpose (pydantic only), so that a recipe is refused before anything heavy is imported. Names are those of
+transformers, PEFT and TRL wherever they have one.
+"""
+
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Positive = Annotated[float, Field(gt=0.0)]
+NonNegative = Annotated[float, Field(ge=0.0)]
+Count = Annotated[int, Field(ge=1)]
+Interval = Annotated[int, Field(ge=0)]  # every so many steps; 0 = never
+
+
+class Settings(BaseModel):
+    """A frozen section of a recipe; unknown keys are an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class Model(Settings):
+    """The base that every role is a view over."""
+
+    base: str
+    load_in: Literal["float32", "bfloat16", "nf4"] = "float32"
+    bnb_4bit_use_double_quant: bool = True
+    attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    revision: str | None = None
+    chat_template: str | None = None  # a Jinja file; None: the tokenizer's own
+
+
+class Lora(Settings):
+    """PEFT's LoraConfig, by its own names. `qlora` is the same over a 4-bit base, and insists on it."""
+
+    kind: Literal["lora", "qlora"] = "lora"
+    r: Count = 16
+    lora_alpha: Positive = 32.0
+    lora_dropout: Fraction = 0.0
+    target_modules: str | tuple[str, ...] = "all-linear"
+    bias: Literal["none", "all", "lora_only"] = "none"
+    use_rslora: bool = False
+    use_dora: bool = False
+    init_lora_weights: bool | Literal["gaussian"] = True  # PiSSA and OLoRA rewrite the base, which roles share
+
+
+class Full(Settings):
+    """All parameters of a copy of the base."""
+
+    kind: Literal["full"]
+
+
+Method = Annotated[Lora | Full, Field(discriminator="kind")]
+
+
+def _default_kind(value: Any) -> Any:
+    return {"kind": "lora", **value} if isinstance(value, dict) and "kind" not in value else value
+
+
+class Source(Settings):
+    """One data set: a local .jsonl / .json / .csv / .parquet file, or a data set's Hub id."""
+
+    path: str
+    name: str | None = None  # the Hub configuration
+    split: str = "train"  # the Hub split
+    format: str = "auto"  # or file.py:function
+    weight: Positive = 1.0  # 2 = every row twice an epoch, 0.25 = a fixed quarter of the rows
+    limit: Count | None = None  # the first so many rows
+
+
+def _as_sources(value: Any) -> Any:
+    rows = value if isinstance(value, (list, tuple)) else [value]
+    return tuple({"path": row} if isinstance(row, str) else row for row in rows)
+
+
+Sources = Annotated[tuple[Source, ...], BeforeValidator(_as_sources)]
+
+
+class Data(Settings):
+    """What to train on and what to hold out. A prompt is never on both sides."""
+
+    train: Annotated[Sources, Field(min_length=1)]
+    validation: Sources = ()
+    validation_split: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0  # the last so many of the distinct prompts
+    on_bad_row: Literal["error", "skip"] = "error"
+
+    @model_validator(mode="after")
+    def _one_way_to_hold_out(self) -> "Data":
+        if self.validation and self.validation_split:
+            raise ValueError("give `validation` or `validation_split`, not both")
+        return self
+
+
+class Training(Settings):
+    """Optimisation of SFT and reward models, by transformers' TrainingArguments names."""
+
+    learning_rate: Positive = 2e-4
+    num_train_epochs: Positive = 1.0
+    max_steps: int = -1  # > 0 overrides num_train_epochs
+    per_device_train_batch_size: Count = 8
+    gradient_accumulation_steps: Count = 1
+    per_device_eval_batch_size: Count = 16
+    weight_decay: NonNegative = 0.0
+    warmup_ratio: Fraction = 0.03
+    lr_scheduler_type: Literal["linear", "cosine", "constant"] = "cosine"
+    max_grad_norm: Positive = 1.0
+    adam_beta1: Fraction = 0.9
+    adam_beta2: Fraction = 0.999
+    adam_epsilon: Positive = 1e-8
+    gradient_checkpointing: bool = False
+    logging_steps: Count = 10
+    eval_steps: Interval = 0  # 0: at the end only
+    save_steps: Interval = 50
+
+
+class Track(Settings):
+    """metrics.jsonl is always written; wandb when asked for."""
+
+    wandb_project: str | None = None
+    wandb_mode: Literal["online", "offline", "disabled"] = "online"
+    wandb_name: str | None = None
+
+
+class StageSettings(Settings):
+    """What every stage has. A stage of your own subclasses this and adds `run(self, worker)`."""
+
+    kind: ClassVar[str] = "custom"
+    stage: str
+    output: str
+    model: Model
+    seed: Interval = 0
+    launch: str | None = None
+    track: Track = Track()
+
+    def parents(self) -> dict[str, tuple[str, tuple[str, ...]]]:
+        """Folders of earlier stages that this one reads: recipe key -> (folder, kinds that will do)."""
+        return {}
+
+    def data_sections(self) -> dict[str, tuple[str, Data]]:
+        """Data that this stage reads: recipe key -> (demonstrations | preferences | prompts, section)."""
+        return {}
+
+
+class SftSettings(StageSettings):
+    """Supervised fine-tuning on demonstrations, with TRL's SFTTrainer."""
+
+    kind: ClassVar[str] = "sft"
+    method: Annotated[Method, BeforeValidator(_default_kind)] = Lora()
+    data: Data
+    max_length: Annotated[int, Field(ge=8)] = 1024
+    packing: bool = True
+    train: Training = Training()
+
+    def data_sections(self) -> dict[str, tuple[str, Data]]:
+        return {"data": ("demonstrations", self.data)}
+
+
+class RewardSettings(StageSettings):
+    """A reward model on preference pairs: Bradley-Terry, soft labels, weights and margins."""
+
+    kind: ClassVar[str] = "reward"
+    method: Annotated[Method, BeforeValidator(_default_kind)] = Lora()
+    data: Data
+    max_length: Annotated[int, Field(ge=8)] = 1024
+    train: Training = Training(learning_rate=1e-4)
+    center_rewards_coefficient: NonNegative = 0.01
+    reference: Sources = ()  # demonstrations to measure score mean and std on; none: the training pairs' answers
+
+    def data_sections(self) -> dict[str, tuple[str, Data]]:
+        sections = {"data": ("preferences", self.data)}
+        if self.reference:
+            sections["reference"] = ("demonstrations", Data(train=self.reference))
+        return sections
+
+
+class Reward(BaseModel):
+    """One term of the reward. `use: learned` or `file.py:function`; its siblings are that function's arguments."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+    use: str
+    weight: float = 1.0
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        return dict(self.model_extra or {})
+
+
+class LearnedReward(Settings):
+    """Arguments of `use: learned`: one of our reward runs, or any transformers sequence classifier."""
+
+    path: str = Field(alias="from")
+    normalize: bool = True  # (score - mean) / std, as measured on the reference samples of that run
+    clip: Positive | None = None  # after normalising
+    batch_size: Count = 16
+
+
+class Policy(Settings):
+    """Where the policy starts: an SFT (or PPO) run's folder, or the base itself when `from` is left out."""
+
+    path: str | None = Field(default=None, alias="from")
+    method: Annotated[Method, BeforeValidator(_default_kind)] | None = None  # None: go on with that run's adapter
+
+
+class Critic(Settings):
+    """The value function."""
+
+    kind: Literal["adapter", "trunk"] = "adapter"  # an adapter of its own, or a head on the policy's trunk
+    path: str | None = Field(default=None, alias="from")  # a reward run to start from; None: the policy's start
+    learning_rate: Positive | None = None  # None: the policy's
+    warmup_iterations: Interval = 0  # iterations in which only the critic learns
+
+
+class Sampling(Settings):
+    """How answers are drawn. top_k and top_p other than none are not the distribution PPO differentiates."""
+
+    max_new_tokens: Count = 128
+    temperature: Positive = 1.0
+    top_k: Interval = 0
+    top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+
+
+class Ppo(Settings):
+    """The algorithm, by the names of the PPO papers and of TRL's former PPOConfig."""
+
+    num_iterations: Count = 100
+    prompts_per_iteration: Count = 32
+    num_generations: Count = 1  # samples of each prompt
+    num_ppo_epochs: Count = 4
+    num_mini_batches: Count = 1  # optimiser steps an epoch
+    per_device_train_batch_size: Count = 8  # rows a micro-batch: memory only
+    sampling_batch_size: Count = 32
+    learning_rate: Positive = 3e-5
+    lr_scheduler_type: Literal["linear", "constant"] = "linear"
+    adam_epsilon: Positive = 1e-5
+    weight_decay: NonNegative = 0.0
+    max_grad_norm: Positive = 1.0
+    gradient_checkpointing: bool = False
+    gamma: Fraction = 1.0
+    lam: Fraction = 0.95
+    cliprange: Positive = 0.2
+    dual_clip: Annotated[float, Field(gt=1.0)] | None = None
+    cliprange_value: Positive = 0.2
+    vf_coef: NonNegative = 0.1
+    whiten_rewards: bool = False
+    whiten_advantages: bool = True
+    kl_coef: NonNegative = 0.05
+    kl_estimator: Literal["k1", "k2", "k3"] = "k1"
+    kl_target: Positive | None = None  # adaptive coefficient towards this sequence KL (nats); None: fixed
+    kl_horizon: Count = 10_000  # sequences
+    kl_budget: Positive | None = None  # stop past this sequence KL, keep the best checkpoint under it
+    missing_eos_penalty: float | None = 1.0  # None: no penalty
+    missing_eos: Literal["replace", "subtract"] = "replace"  # the score becomes -penalty, or loses it
+    ratio_tolerance: Positive | None = None  # of the first minibatch's log-ratio; None: by the dtype
+    save_steps: Interval = 10
+    eval_steps: Interval = 10
+    num_sample_rows: Interval = 3  # rows of the sample table
+    max_eval_prompts: Count = 64
+
+    @model_validator(mode="after")
+    def _batch_can_be_split(self) -> "Ppo":
+        rows = self.prompts_per_iteration * self.num_generations
+        if rows % self.num_mini_batches:
+            raise ValueError(f"{rows} rows an iteration (prompts_per_iteration x num_generations) cannot be split "
+                             f"into num_mini_batches: {self.num_mini_batches}; choose a divisor of {rows}")
+        return self
+
+
+class PpoSettings(StageSettings):
+    """Proximal policy optimisation of a LoRA, QLoRA or full policy."""
+
+    kind: ClassVar[str] = "ppo"
+    policy: Policy = Policy()
+    critic: Critic = Critic()
+    rewards: Annotated[tuple[Reward, ...], Field(min_length=1)]
+    prompts: Data
+    max_prompt_length: Count = 512
+    sampling: Sampling = Sampling()
+    ppo: Ppo = Ppo()
+
+    def parents(self) -> dict[str, tuple[str, tuple[str, ...]]]:
+        found = {}
+        if self.policy.path is not None:
+            found["policy.from"] = (self.policy.path, ("sft", "ppo"))
+        if self.critic.path is not None:
+            found["critic.from"] = (self.critic.path, ("reward",))
+        return found | learned_parents("rewards", self.rewards)
+
+    def data_sections(self) -> dict[str, tuple[str, Data]]:
+        return {"prompts": ("prompts", self.prompts)}
+
+
+class PairCheck(Settings):
+    """Accuracy of a reward run on pairs that it has not seen."""
+
+    path: str = Field(alias="from")
+    data: Data
+    max_length: Annotated[int, Field(ge=8)] = 1024
+
+
+class EvaluateSettings(StageSettings):
+    """Samples several policies on unseen prompts, scores them, and compares them two by two."""
+
+    kind: ClassVar[str] = "evaluate"
+    policies: Annotated[dict[str, str | None], Field(min_length=1)]  # name -> run folder; null: the base
+    compare: tuple[tuple[str, str], ...] = ()  # (challenger, incumbent)
+    reference: str | None = None  # the policy that KL is measured to
+    judge: Annotated[tuple[Reward, ...], Field(min_length=1)]
+    reward: PairCheck | None = None
+    prompts: Data
+    max_prompts: Count = 256
+    max_prompt_length: Count = 512
+    batch_size: Count = 32
+    sampling: Sampling = Sampling()
+
+    @model_validator(mode="after")
+    def _names_are_policies(self) -> "EvaluateSettings":
+        for name in [name for pair in self.compare for name in pair] + [self.reference or next(iter(self.policies))]:
+            if name not in self.policies:
+                raise ValueError(f"`{name}` is none of the policies: {', '.join(self.policies)}")
+        return self
+
+    def parents(self) -> dict[str, tuple[str, tuple[str, ...]]]:
+        found = {f"policies.{name}": (path, ("sft", "ppo")) for name, path in self.policies.items() if path}
+        if self.reward is not None:
+            found["reward.from"] = (self.reward.path, ("reward",))
+        return found | learned_parents("judge", self.judge)
+
+    def data_sections(self) -> dict[str, tuple[str, Data]]:
+        sections = {"prompts": ("prompts", self.prompts)}
+        if self.reward is not None:
+            sections["reward.data"] = ("preferences", self.reward.data)
+        return sections
+
+
+def learned_parents(key: str, rewards: tuple[Reward, ...]) -> dict[str, tuple[str, tuple[str, ...]]]:
+    """The reward runs among `rewards`; `*` stands for a transformers sequence classifier, which has no manifest."""
+    return {
+        f"{key}[{index}].from": (str(reward.arguments.get("from")), ("reward", "*"))
+        for index, reward in enumerate(rewards)
+        if reward.use == "learned"
+    }
+
+
+STAGES: dict[str, type[StageSettings]] = {
+    cls.kind: cls for cls in (SftSettings, RewardSettings, PpoSettings, EvaluateSettings)
+}

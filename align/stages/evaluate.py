@@ -1,0 +1,154 @@
+"""The evaluate stage: several policies answer the same unseen prompts, and a judge compares them.
+
+Writes results.json, results.md and samples.jsonl. Every policy draws with the same random numbers. A win rate counts
+ties as halves; its interval is Wilson's at 95 %.
+"""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from align.artifact import begin, finish, write_atomically, write_json
+from align.data import decode_completion, encode_prompt, end_token_ids, load
+from align.errors import BadInput
+from align.maths.calibration import wilson_interval, win_rate
+from align.maths.kl import kl_estimate
+from align.models.roles import Bases, Role
+from align.report.tables import markdown_table, result_table, save_samples
+from align.rewards import Answers, build_rewards
+from align.rollout.reading import read_all
+from align.rollout.sampling import sample, uniforms
+from align.settings import EvaluateSettings
+from align.stages.reward import encode_pairs, evaluate_pairs
+from align.track import Tracker
+from align.worker import Worker
+
+STREAM = 2  # of random numbers
+
+
+@dataclass(frozen=True)
+class Judged:
+    """One policy's answers to N prompts."""
+
+    texts: list[str]
+    scores: list[float]
+    kl: list[float]  # sequence KL to the reference policy, nats
+    lengths: list[int]
+    ended: list[bool]
+
+
+def run(settings: EvaluateSettings, worker: Worker) -> None:
+    """Judges the policies and writes the table."""
+    started = time.perf_counter()
+    bases = Bases(settings.model, worker.device)
+    if worker.is_main:
+        begin(settings, bases.main.fingerprint)
+    worker.wait()
+    loaded = load(settings.prompts, "prompts")
+    tokenizer = bases.main.tokenizer
+    rows = [(p, encode_prompt(tokenizer, p)) for p in (loaded.validation or loaded.train)]
+    rows = [(p, ids) for p, ids in rows if 0 < len(ids) <= settings.max_prompt_length][: settings.max_prompts]
+    if not rows:
+        raise BadInput(f"`prompts`: none has at most {settings.max_prompt_length} tokens (`max_prompt_length`)")
+    judge = build_rewards(settings.judge, bases)
+    reference_name = settings.reference or next(iter(settings.policies))
+    reference = bases.role(settings.policies[reference_name])
+    tracker = Tracker(settings, total=len(settings.policies), start=0, shown=("score", "kl"), is_main=worker.is_main)
+    try:
+        judged = {}
+        for number, (name, folder) in enumerate(settings.policies.items(), 1):
+            judged[name] = _judge(bases.role(folder), reference, rows, judge, bases, settings, worker)
+            found = judged[name]
+            tracker.log(number, {"policy": name, "score": _mean(found.scores), "kl": _mean(found.kl)})
+        metrics = _metrics(judged, settings, reference_name) | _pair_metrics(settings, bases, worker)
+        metrics["seconds"] = time.perf_counter() - started
+        if worker.is_main:
+            _write(metrics, judged, rows, settings, tracker)
+    finally:
+        tracker.close()
+    worker.wait()
+
+
+def _judge(role: Role, reference: Role, rows: list, judge, bases: Bases, settings: EvaluateSettings, worker: Worker) -> Judged:
+    mine = list(worker.mine(len(rows)))
+    tokenizer, sampling = bases.main.tokenizer, settings.sampling
+    numbers = uniforms(settings.seed, STREAM, 0, mine, sampling.max_new_tokens)
+    rollouts = sample(role, [rows[i][1] for i in mine], numbers, sampling, end_ids=end_token_ids(tokenizer),
+                      pad_id=tokenizer.pad_token_id, batch_size=settings.batch_size)
+    readings = [read_all(each, rollouts, temperature=sampling.temperature, batch_size=settings.batch_size)
+                for each in (role, reference)]
+    kl = kl_estimate(readings[0].logprobs, readings[1].logprobs).sum(1)
+    texts = [decode_completion(tokenizer, ids) for ids in rollouts.responses()]
+    answers = Answers([rows[i][0] for i in mine], [rows[i][1] for i in mine], texts, rollouts.responses())
+    scores, _ = judge(answers)
+    own = list(zip(texts, scores, kl.tolist(), rollouts.lengths.tolist(), rollouts.ended.tolist(), strict=True))
+    parts = worker.gather_objects(own)
+    whole = [parts[i % len(parts)][i // len(parts)] for i in range(len(rows))]
+    return Judged(*(list(column) for column in zip(*whole, strict=True)))
+
+
+def _metrics(judged: dict[str, Judged], settings: EvaluateSettings, reference: str) -> dict:
+    policies = {
+        name: {"score": _mean(j.scores), "score_std": float(torch.tensor(j.scores).std(correction=0)),
+               f"kl_to_{reference}": _mean(j.kl), "response_length": _mean(j.lengths), "eos_share": _mean(j.ended)}
+        for name, j in judged.items()
+    }
+    compared = []
+    for challenger, incumbent in settings.compare:
+        share, count = win_rate(judged[challenger].scores, judged[incumbent].scores), len(judged[challenger].scores)
+        low, high = wilson_interval(share, count)
+        compared.append({"challenger": challenger, "incumbent": incumbent, "win_rate": share, "low": low, "high": high,
+                         "prompts": count})
+    return {"policies": policies, "compare": compared}
+
+
+def _pair_metrics(settings: EvaluateSettings, bases: Bases, worker: Worker) -> dict:
+    check = settings.reward
+    if check is None:
+        return {}
+    loaded = load(check.data, "preferences")
+    pairs, _ = encode_pairs(bases.main.tokenizer, loaded.validation or loaded.train, check.max_length)
+    role = bases.role(check.path, head=True)
+    found = evaluate_pairs(role, pairs, settings.batch_size, int(bases.main.tokenizer.pad_token_id), worker)
+    return {"reward": {name.removeprefix("eval_"): value for name, value in found.items()} | {"pairs": len(pairs)}}
+
+
+def _write(metrics: dict, judged: dict[str, Judged], rows: list, settings: EvaluateSettings, tracker: Tracker) -> None:
+    folder = Path(settings.output)
+    save_samples(folder, 0, [
+        {"iteration": 0, "prompt": prompt.prompt, **{name: {"response": j.texts[i], "score": j.scores[i], "kl": j.kl[i]}
+                                                     for name, j in judged.items()}}
+        for i, (prompt, _) in enumerate(rows)
+    ])
+    write_json(folder / "results.json", metrics)
+    columns, table, facts = _table(metrics)
+    tracker.say(result_table(f"{len(rows)} unseen prompts", columns, table))
+    for fact in facts:
+        tracker.say(fact)
+    text = markdown_table(columns, table) + "\n" + "\n".join(f"- {fact}" for fact in facts) + "\n"
+    write_atomically(folder / "results.md", lambda path: _write_text(path, text))
+    finish(folder, metrics=metrics)
+
+
+def _write_text(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")
+
+
+def _table(metrics: dict) -> tuple[list[str], list[list[str]], list[str]]:
+    first = next(iter(metrics["policies"].values()))
+    kl_key = next(key for key in first if key.startswith("kl_to_"))
+    columns = ["policy", "score", "± std", kl_key.replace("_", " ").replace("kl", "KL"), "tokens", "ends"]
+    table = [[name, f"{m['score']:.3f}", f"{m['score_std']:.3f}", f"{m[kl_key]:.2f}", f"{m['response_length']:.1f}",
+              f"{m['eos_share']:.0%}"] for name, m in metrics["policies"].items()]
+    facts = [f"{c['challenger']} beats {c['incumbent']} on {c['win_rate']:.1%} of {c['prompts']} prompts "
+             f"(95 % interval {c['low']:.1%} to {c['high']:.1%})" for c in metrics["compare"]]
+    if "reward" in metrics:
+        r = metrics["reward"]
+        facts.append(f"reward model: accuracy {r['accuracy']:.3f}, ECE {r['ece']:.3f} on {r['pairs']} unseen pairs")
+    return columns, table, facts
+
+
+def _mean(values: list) -> float:
+    return float(torch.tensor(values, dtype=torch.float64).mean())

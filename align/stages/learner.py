@@ -1,0 +1,107 @@
+"""An optimiser over some roles' trained parameters, the same on one process as on many.
+
+No DDP wrapper: gradients add up locally over micro-batches, are summed over the processes once a step, clipped, and
+applied. Losses are divided beforehand by counts of the whole minibatch, so that N processes x 1 micro-batch do what
+1 process x N does.
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import get_scheduler
+
+from align.worker import Worker
+
+
+class NoGradient(Exception):
+    """Training would change nothing: the gradient is exactly zero."""
+
+
+class Learner:
+    """AdamW, gradient clipping and a learning-rate schedule over a fixed list of parameters."""
+
+    def __init__(
+        self,
+        name: str,
+        parameters: list[nn.Parameter],
+        worker: Worker,
+        *,
+        learning_rate: float,
+        schedule: str,
+        num_steps: int,
+        num_warmup_steps: int = 0,
+        max_grad_norm: float = 1.0,
+        weight_decay: float = 0.0,
+        betas: tuple[float, float] = (0.9, 0.999),
+        epsilon: float = 1e-8,
+    ):
+        if not parameters:
+            raise NoGradient(f"the {name} has no parameter to train")
+        self.name, self.parameters, self.worker = name, parameters, worker
+        self.max_grad_norm = max_grad_norm
+        self.optimizer = torch.optim.AdamW(
+            parameters, lr=learning_rate, betas=betas, eps=epsilon, weight_decay=weight_decay
+        )
+        self.schedule = get_scheduler(
+            "constant_with_warmup" if schedule == "constant" else schedule,
+            self.optimizer, num_warmup_steps=num_warmup_steps, num_training_steps=num_steps,
+        )
+        _same_start(parameters, worker)
+
+    @property
+    def learning_rate(self) -> float:
+        return float(self.schedule.get_last_lr()[0])
+
+    def step(self) -> float:
+        """Sums the gradients over the processes, clips, steps, clears; returns the norm before clipping.
+
+        Raises:
+            FloatingPointError: the gradient is not finite; the parameters are as they were.
+        """
+        norm = self._sum_gradients()
+        if not math.isfinite(norm):
+            raise FloatingPointError(f"the gradient of the {self.name} is {norm}")
+        self.optimizer.step()
+        self.schedule.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return norm
+
+    def clear(self) -> None:
+        """Drops the gradients gathered so far."""
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def _sum_gradients(self) -> float:
+        for p in self.parameters:  # a process may have had no row of this minibatch
+            if p.grad is None:
+                p.grad = torch.zeros_like(p)
+        if self.worker.num_processes > 1:
+            flat = torch.cat([p.grad.reshape(-1) for p in self.parameters if p.grad is not None])
+            self.worker.sum_(flat)
+            for p, part in zip(self.parameters, flat.split([p.numel() for p in self.parameters]), strict=True):
+                assert p.grad is not None
+                p.grad.copy_(part.view_as(p))
+        return float(nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm))
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"optimizer": self.optimizer.state_dict(), "schedule": self.schedule.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.schedule.load_state_dict(state["schedule"])
+
+
+def _same_start(parameters: list[nn.Parameter], worker: Worker) -> None:
+    """Every process starts from the first one's weights."""
+    if worker.num_processes == 1:
+        return
+    import torch.distributed as dist
+
+    for p in parameters:
+        dist.broadcast(p.data, src=0)
+
+
+def total(values: list[Tensor]) -> Tensor:
+    """The sum of some scalars, as a float64 scalar."""
+    return torch.stack([v.detach().double() for v in values]).sum()

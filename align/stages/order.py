@@ -1,0 +1,27 @@
+"""Which rows a step sees: a function of seed and step alone, so that nothing has to be remembered to resume."""
+
+import math
+
+import numpy as np
+
+
+def steps_of(num_rows: int, rows_a_step: int, num_epochs: float, max_steps: int) -> int:
+    """Optimiser steps of a run; `max_steps` > 0 overrides the epochs."""
+    return max_steps if max_steps > 0 else max(1, math.ceil(num_rows * num_epochs / rows_a_step))
+
+
+def row_order(num_rows: int, rows_a_step: int, step: int, seed: int) -> list[int]:
+    """Row numbers of step `step` (from 0): consecutive pieces of an endless series of shuffled epochs."""
+    rows: list[int] = []
+    position = step * rows_a_step
+    while len(rows) < rows_a_step:
+        epoch, offset = divmod(position, num_rows)
+        piece = epoch_order(num_rows, epoch, seed)[offset : offset + rows_a_step - len(rows)]
+        rows += piece
+        position += len(piece)
+    return rows
+
+
+def epoch_order(num_rows: int, epoch: int, seed: int) -> list[int]:
+    """A permutation of the rows that differs from epoch to epoch."""
+    return [int(i) for i in np.random.default_rng([seed, 1, epoch]).permutation(num_rows)]

@@ -1,0 +1,239 @@
+"""The PPO stage: policy, reference, critic and rewards as views over one base.
+
+    for prompts in batches:
+        scored     = sample_and_score(cast, prompts)     # tokens (B, P + R), log-probs, values (B, R), scores (B,)
+        experience = assess(scored, kl_coef)             # rewards, advantages, returns (B, R): pure maths
+        update     = improve(cast, experience)           # clipped policy and value losses
+        kl_coef    = next_kl_coef(kl_coef, kl)
+
+Every random draw is a function of seed, iteration and row, so a resumed run, another batch size or another number of
+processes samples the same answers.
+"""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from align.artifact import begin, finish, folder_in_one_go, read_manifest
+from align.data import encode_prompt, end_token_ids, load
+from align.errors import BadInput
+from align.maths.kl import next_kl_coef
+from align.models.roles import Bases, Role, new_head
+from align.models.saving import save_role
+from align.phases import Phases
+from align.report.curves import ppo_curves
+from align.report.tables import sample_table, save_samples
+from align.rewards import build_rewards
+from align.settings import Lora, PpoSettings
+from align.stages import checkpoint
+from align.stages.learner import Learner
+from align.stages.order import row_order
+from align.stages.ppo_steps import Cast, PromptRow, Scored, assess, figures, improve, sample_and_score
+from align.track import Tracker
+from align.worker import Worker
+
+TRAIN, EVALUATE = 0, 1  # streams of random numbers
+
+
+def run(settings: PpoSettings, worker: Worker) -> None:
+    """Trains a policy, or goes on from the newest checkpoint, and saves it as a PEFT folder."""
+    cast = cast_roles(settings, worker)
+    loaded = load(settings.prompts, "prompts")
+    train, said = prompt_rows(cast, loaded.train, settings.max_prompt_length)
+    held_out, _ = prompt_rows(cast, loaded.validation[: settings.ppo.max_eval_prompts], settings.max_prompt_length)
+    if not train:
+        raise BadInput(f"`prompts`: no prompt is left; {said}")
+    if settings.ppo.kl_budget is not None and not held_out:
+        raise BadInput("`ppo.kl_budget` keeps the best checkpoint by held-out prompts, and there are none: give "
+                       "`prompts.validation` or `prompts.validation_split`")
+    learners = make_learners(cast, settings, worker)
+    if worker.is_main:
+        begin(settings, cast.base.fingerprint)
+    worker.wait()
+    roles = {"policy": cast.policy} | ({} if cast.is_shared_trunk else {"critic": cast.critic})
+    state = checkpoint.resume(settings.output, worker, roles=roles, learners=learners)
+    progress: dict[str, Any] = state or {"step": 0, "kl_coef": settings.ppo.kl_coef, "best": None}
+    tracker = Tracker(settings, total=settings.ppo.num_iterations, start=progress["step"],
+                      shown=("score", "kl", "eval_score", "eval_kl"), is_main=worker.is_main)
+    try:
+        for message in (*loaded.messages, said, *_warnings(settings)):
+            tracker.say(message)
+        _loop(cast, train, held_out, learners, roles, progress, settings, worker, tracker)
+        _finish(cast, progress, settings, worker, tracker)
+    finally:
+        tracker.close()
+
+
+def _loop(
+    cast: Cast, train: list[PromptRow], held_out: list[PromptRow], learners: dict[str, Learner], roles: dict[str, Role],
+    progress: dict[str, Any], settings: PpoSettings, worker: Worker, tracker: Tracker,
+) -> None:
+    ppo = settings.ppo
+
+    def save(iteration: int) -> None:
+        checkpoint.save(settings.output, iteration, worker, roles=roles, learners=learners, progress=progress)
+
+    if progress["step"] == 0 and held_out and ppo.eval_steps:
+        tracker.log(0, _evaluate(cast, held_out, progress, settings, worker, tracker, 0))
+    for iteration in range(progress["step"] + 1, ppo.num_iterations + 1):
+        phases = Phases(worker.device)
+        rows = row_order(len(train), ppo.prompts_per_iteration, iteration - 1, settings.seed)
+        prompts = [train[i] for i in rows for _ in range(ppo.num_generations)]
+        scored = sample_and_score(cast, prompts, settings, worker, phases, stream=TRAIN, step=iteration)
+        experience = assess(scored, progress["kl_coef"], ppo)
+        with phases("update"):
+            update = improve(cast, experience, learners, settings, worker, iteration=iteration, is_first=iteration == 1,
+                             is_warmup=iteration <= settings.critic.warmup_iterations)
+        metrics = figures(scored, experience, progress["kl_coef"]) | update | _speeds(scored, phases, ppo.num_ppo_epochs)
+        progress["kl_coef"] = next_kl_coef(progress["kl_coef"], metrics["kl"], target=ppo.kl_target,
+                                           horizon=ppo.kl_horizon, num_sequences=len(prompts))
+        progress["step"] = iteration
+        is_last = iteration == ppo.num_iterations
+        if ppo.eval_steps and (iteration % ppo.eval_steps == 0 or is_last):
+            if held_out:
+                metrics |= _evaluate(cast, held_out, progress, settings, worker, tracker, iteration)
+            else:
+                _show_samples(scored, experience, settings, worker, tracker, iteration)
+        tracker.log(iteration, metrics)
+        reached = max(metrics["kl"], metrics.get("eval_kl", 0.0))
+        if ppo.kl_budget is not None and reached > ppo.kl_budget:
+            tracker.say(f"stopped at iteration {iteration}: sequence KL {reached:.3g} is over the budget {ppo.kl_budget:g}")
+            return
+        if ppo.save_steps and iteration % ppo.save_steps == 0 and not is_last:
+            save(iteration)
+        worker.stop_if_asked(lambda iteration=iteration: save(iteration))
+
+
+def cast_roles(settings: PpoSettings, worker: Worker) -> Cast:
+    """Loads the base once and every role over it. The reference is where the policy starts, loaded again, frozen."""
+    bases = Bases(settings.model, worker.device)
+    start, method = settings.policy.path, settings.policy.method
+    is_adapter = start is not None and (Path(start) / "adapter_config.json").is_file()
+    if not is_adapter and method is None:
+        method = Lora()
+    policy = bases.role(start, method=method, trainable=True)
+    reference = bases.role(start)
+    base = bases.load(start) if start is not None and not is_adapter else bases.main
+    size = base.model.config.get_text_config().hidden_size
+    if settings.critic.kind == "trunk":
+        policy.head = new_head(size, worker.device, bias=True)
+        critic = policy
+    elif settings.critic.path is not None:
+        critic = bases.role(settings.critic.path, trainable=True, head=True)
+        critic.head = _value_head(critic, settings.critic.path)
+    else:
+        critic = bases.role(start, method=method, trainable=True)
+        critic.head = new_head(size, worker.device, bias=True)
+    if settings.ppo.gradient_checkpointing:
+        for role in {id(role): role for role in (policy, critic)}.values():
+            role.causal.gradient_checkpointing_enable({"use_reentrant": False})
+    return Cast(base, policy, reference, critic, build_rewards(settings.rewards, bases), end_token_ids(base.tokenizer))
+
+
+def _value_head(critic: Role, folder: str) -> nn.Linear:
+    """The reward model's head with its normalisation folded in: values start on the scale of the scores."""
+    assert critic.head is not None
+    manifest = read_manifest(folder)
+    head = new_head(critic.head.in_features, critic.device, bias=True)
+    std = max(float(manifest["score_std"]), 1e-8)
+    head.weight.data.copy_(critic.head.weight.data / std)
+    head.bias.data.fill_(-float(manifest["score_mean"]) / std)
+    return head
+
+
+def prompt_rows(cast: Cast, prompts: Any, max_length: int) -> tuple[list[PromptRow], str]:
+    """The prompts of at most `max_length` tokens, and a sentence on the others."""
+    rows = [PromptRow(prompt, encode_prompt(cast.base.tokenizer, prompt)) for prompt in prompts]
+    kept = [row for row in rows if 0 < len(row.ids) <= max_length]
+    return kept, f"{len(kept)} prompts; {len(rows) - len(kept)} of {len(rows)} left out: over {max_length} tokens"
+
+
+def make_learners(cast: Cast, settings: PpoSettings, worker: Worker) -> dict[str, Learner]:
+    """An optimiser for the policy and one for the critic (its head alone, when it sits on the policy's trunk)."""
+    ppo = settings.ppo
+    head = [p for name, p in cast.critic.trained() if name.startswith("head.")]
+    body = [p for name, p in cast.policy.trained() if not name.startswith("head.")]
+    critic = head if cast.is_shared_trunk else [p for _, p in cast.critic.trained()]
+    steps = ppo.num_ppo_epochs * ppo.num_mini_batches
+    warmup = settings.critic.warmup_iterations
+
+    def learner(name: str, parameters: list[nn.Parameter], rate: float, iterations: int) -> Learner:
+        return Learner(name, parameters, worker, learning_rate=rate, schedule=ppo.lr_scheduler_type,
+                       num_steps=max(1, iterations * steps), max_grad_norm=ppo.max_grad_norm,
+                       weight_decay=ppo.weight_decay, epsilon=ppo.adam_epsilon)
+
+    return {
+        "policy": learner("policy", body, ppo.learning_rate, ppo.num_iterations - warmup),
+        "critic": learner("critic", critic, settings.critic.learning_rate or ppo.learning_rate, ppo.num_iterations),
+    }
+
+
+def _evaluate(
+    cast: Cast, held_out: list[PromptRow], progress: dict[str, Any], settings: PpoSettings, worker: Worker,
+    tracker: Tracker, iteration: int,
+) -> dict[str, float]:
+    """Score and KL on the held-out prompts, always with the same random numbers; keeps the best under the budget."""
+    scored = sample_and_score(cast, held_out, settings, worker, Phases(worker.device), stream=EVALUATE, step=0)
+    experience = assess(scored, progress["kl_coef"], settings.ppo)
+    _show_samples(scored, experience, settings, worker, tracker, iteration)
+    score, kl = float(scored.scores.mean()), float(experience.kl.sum(1).mean())
+    budget, best = settings.ppo.kl_budget, progress["best"]
+    if budget is not None and kl <= budget and (best is None or score > best["score"]):
+        progress["best"] = {"iteration": iteration, "score": score, "kl": kl}
+        if worker.is_main:
+            with folder_in_one_go(Path(settings.output) / "best") as folder:
+                save_role(Role(cast.policy.model), folder, base_name=settings.model.base)
+    return {"eval_score": score, "eval_score_std": float(scored.scores.std(correction=0)), "eval_kl": kl,
+            "eval_response_length": float(scored.rollouts.lengths.float().mean()),
+            "eval_eos_share": float(scored.rollouts.ended.float().mean())}
+
+
+def _show_samples(
+    scored: Scored, experience: Any, settings: PpoSettings, worker: Worker, tracker: Tracker, iteration: int
+) -> None:
+    if not worker.is_main or not settings.ppo.num_sample_rows:
+        return
+    rows = [{"iteration": iteration, "prompt": scored.prompts[i].prompt.prompt, "response": scored.texts[i],
+             "score": float(scored.scores[i]), "kl": float(experience.kl[i].sum())}
+            for i in range(min(settings.ppo.num_sample_rows, len(scored.texts)))]
+    save_samples(Path(settings.output), iteration, rows)
+    tracker.say(sample_table(rows))
+
+
+def _speeds(scored: Scored, phases: Phases, num_epochs: int) -> dict[str, float]:
+    """Tokens a second and peak MiB by phase, of this process. Sampling counts answers; the others count all tokens."""
+    answered = int(scored.rollouts.lengths.sum())
+    whole = answered + int(scored.rollouts.prompt_mask.sum())
+    tokens = {"sample": answered, "score": whole, "update": whole * num_epochs}
+    return ({f"tokens_per_second_{name}": tokens[name] / max(phases.seconds[name], 1e-9) for name in tokens}
+            | {f"seconds_{name}": phases.seconds[name] for name in tokens}
+            | {f"peak_mib_{name}": phases.peak_mib[name] for name in tokens})
+
+
+def _warnings(settings: PpoSettings) -> list[str]:
+    if settings.sampling.top_k or settings.sampling.top_p < 1.0:
+        return ["warning: with top_k or top_p answers are not drawn from the distribution that PPO differentiates; "
+                "the KL may come out negative"]
+    return []
+
+
+def _finish(cast: Cast, progress: dict[str, Any], settings: PpoSettings, worker: Worker, tracker: Tracker) -> None:
+    """Saves the last policy, or the best one under the KL budget, and the pictures."""
+    if worker.is_main:
+        folder, best = Path(settings.output), progress["best"]
+        if best is not None:
+            for file in (folder / "best").iterdir():
+                shutil.copy(file, folder / file.name)
+            tracker.say(f"kept iteration {best['iteration']}: score {best['score']:.3f} at KL {best['kl']:.3g}")
+        else:
+            save_role(Role(cast.policy.model), folder, base_name=settings.model.base)
+        cast.base.tokenizer.save_pretrained(folder)
+        ppo_curves(folder)
+        finish(folder, metrics={"iterations": progress["step"], "best": best, "kl_coef": progress["kl_coef"]})
+        checkpoint.clear(settings.output)
+        shutil.rmtree(folder / "best", ignore_errors=True)
+        tracker.say(f"policy in {settings.output}")
+    worker.wait()
+

@@ -1,0 +1,125 @@
+"""Where the numbers go: metrics.jsonl always, the terminal, and wandb when the recipe asks."""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from align.artifact import write_atomically
+from align.settings import StageSettings
+
+METRICS = "metrics.jsonl"
+
+
+class Tracker:
+    """Logs the steps of one run. On processes other than the first every call does nothing.
+
+    On a terminal a progress bar shows the numbers that matter; in a log file there is a line at each logged step,
+    about twenty lines in all.
+    """
+
+    def __init__(self, settings: StageSettings, *, total: int, start: int, shown: tuple[str, ...], is_main: bool):
+        self.is_main, self.shown, self.total = is_main, shown, total
+        self.console = Console(stderr=False, soft_wrap=False)
+        self._every = max(1, total // 20)
+        self._wandb: Any = None
+        self._progress: Progress | None = None
+        if not is_main:
+            return
+        self.path = Path(settings.output) / METRICS
+        _forget_after(self.path, start)
+        self._file = self.path.open("a", encoding="utf-8")
+        self._wandb = _start_wandb(settings)
+        if self.console.is_terminal:
+            columns = (TextColumn("{task.description}"), BarColumn(bar_width=16), MofNCompleteColumn(),
+                       TimeRemainingColumn(compact=True), TextColumn("{task.fields[numbers]}"))
+            self._progress = Progress(*columns, console=self.console, transient=False)
+            self._task = self._progress.add_task(settings.stage.rpartition(":")[2], total=total, completed=start, numbers="")
+            self._progress.start()
+
+    def log(self, step: int, metrics: dict[str, Any]) -> None:
+        """Records the metrics of `step` (counted from 1)."""
+        if not self.is_main:
+            return
+        json.dump({"step": step, **metrics}, self._file)
+        self._file.write("\n")
+        self._file.flush()
+        if self._wandb is not None:
+            self._wandb.log(metrics, step=step)
+        numbers = "  ".join(f"{name.rpartition('/')[2]} {metrics[name]:.4g}" for name in self.shown if name in metrics)
+        if self._progress is not None:
+            self._progress.update(self._task, completed=step, numbers=numbers)
+        elif numbers and (step % self._every == 0 or step in (1, self.total)):
+            print(f"  {step:>{len(str(self.total))}}/{self.total}  {numbers}", flush=True)
+
+    def say(self, text: Any) -> None:
+        """Prints a line, or anything rich can show, above the progress bar."""
+        if self.is_main:
+            self.console.print(text, highlight=False, markup=False)
+
+    def close(self) -> None:
+        """Ends the bar, the file and the wandb run; safe to call twice."""
+        if not self.is_main:
+            return
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None
+        self._file.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+            self._wandb = None
+
+
+def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
+    """The logged steps of a run, in order; a line cut off by a crash is left out."""
+    path = Path(folder) / METRICS
+    if not path.is_file():
+        return []
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            continue
+    return rows
+
+
+def _forget_after(path: Path, step: int) -> None:
+    """Drops what was logged after the step that the run resumes from: those steps come again."""
+    kept = [row for row in read_metrics(path.parent) if row.get("step", 0) <= step]
+    text = "".join(json.dumps(row) + "\n" for row in kept)
+
+    def write(temporary: Path) -> None:
+        temporary.write_text(text, encoding="utf-8")
+
+    write_atomically(path, write)
+
+
+def _start_wandb(settings: StageSettings) -> Any:
+    track = settings.track
+    if track.wandb_project is None or track.wandb_mode == "disabled":
+        return None
+    import wandb
+
+    os.environ.setdefault("WANDB_SILENT", "true")
+    return wandb.init(
+        project=track.wandb_project, name=track.wandb_name, mode=track.wandb_mode, dir=settings.output,
+        id=f"{Path(settings.output).name}-{abs(hash_of(settings)):x}"[:64], resume="allow",
+        config=json.loads(settings.model_dump_json(by_alias=True)),
+    )
+
+
+def hash_of(settings: StageSettings) -> int:
+    """A number that is the same for the same recipe and output, so that a resumed run goes on in wandb."""
+    import hashlib
+
+    text = settings.model_dump_json(by_alias=True) + str(Path(settings.output).resolve())
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:6], "big")
+
+
+def is_terminal() -> bool:
+    return sys.stdout.isatty()

@@ -1,0 +1,219 @@
+"""One process of a stage, as accelerate starts it: `python -m align.worker RECIPE [--stage NAME] [a.b=value ...]`.
+
+Validates again (the recipe may be run by hand), checks that the processes that were asked for are those that run,
+turns SIGTERM into a stop at the next step boundary, and writes its exit code where `align run` reads it.
+"""
+
+import os
+import random
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+from align.errors import BadInput
+from align.processes import PARENT_PID, die_with_parent, write_status
+from align.recipe import load_recipe
+from align.settings import StageSettings
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+TERMINATED = 143
+INTERRUPTED = 130
+
+
+class Stopped(Exception):
+    """The run was asked to stop and has saved its state; `code` is the exit code (143 or 130)."""
+
+    def __init__(self, code: int):
+        super().__init__(f"stopped by a signal, state saved (exit code {code})")
+        self.code = code
+
+
+class Worker:
+    """This process among its peers: device, rank, sums over processes, and whether to stop."""
+
+    def __init__(self) -> None:
+        import torch
+        from accelerate import Accelerator
+        from accelerate.utils import DistributedType
+
+        use_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
+        self.accelerator = Accelerator(cpu=use_cpu or not torch.cuda.is_available())
+        self.device: torch.device = self.accelerator.device
+        self.rank, self.num_processes = self.accelerator.process_index, self.accelerator.num_processes
+        self.is_main = self.accelerator.is_main_process
+        plain = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
+        if self.accelerator.distributed_type not in plain:
+            raise BadInput(f"accelerate's mode {self.accelerator.distributed_type.value} shards the base, which roles "
+                           "share whole; use `launch: cpu`, `gpu` or `ddp`")
+        self._check_mode()
+        self._signal = 0
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._ask_to_stop)
+
+    def _check_mode(self) -> None:
+        """Accelerate quietly runs another mode than the one asked for on some machines: then stop."""
+        asked = int(os.environ.get("ALIGN_EXPECTED_PROCESSES") or os.environ.get("WORLD_SIZE") or 1)
+        if self.num_processes != asked:
+            raise BadInput(f"{asked} processes were asked for and {self.num_processes} know of each other; check "
+                           "`launch` or the accelerate config (two CPU processes: distributed_type MULTI_GPU, "
+                           "use_cpu true)")
+        device = os.environ.get("ALIGN_EXPECTED_DEVICE") or self.device.type
+        if self.device.type != device:
+            raise BadInput(f"the device {device} was asked for and {self.device.type} is used; check `launch`")
+
+    def _ask_to_stop(self, number: int, frame: FrameType | None) -> None:
+        self._signal = number
+
+    def is_asked_to_stop(self) -> bool:
+        """Whether any process got a signal. All processes must ask together."""
+        return self.maximum(float(self._signal)) > 0
+
+    def stop_if_asked(self, save: Callable[[], None]) -> None:
+        """At a step boundary: when any process got a signal, calls `save()` on all and raises Stopped."""
+        number = int(self.maximum(float(self._signal)))
+        if number:
+            save()
+            raise Stopped(TERMINATED if number == signal.SIGTERM else INTERRUPTED)
+
+    def maximum(self, value: float) -> float:
+        """The largest `value` of all processes."""
+        if self.num_processes == 1:
+            return value
+        import torch
+        import torch.distributed as dist
+
+        tensor = torch.tensor(value, dtype=torch.float64, device=self.device)
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+        return float(tensor)
+
+    def sum_(self, tensor: "Tensor") -> "Tensor":
+        """Sums `tensor` over the processes in place."""
+        if self.num_processes > 1:
+            import torch.distributed as dist
+
+            dist.all_reduce(tensor)
+        return tensor
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        """`value` of every process, in order of rank. Pickle between our own processes only."""
+        if self.num_processes == 1:
+            return [value]
+        import torch.distributed as dist
+
+        found: list[Any] = [None] * self.num_processes
+        dist.all_gather_object(found, value)
+        return found
+
+    def mine(self, count: int) -> range:
+        """The positions among `count` that are this process's to compute."""
+        return range(self.rank, count, self.num_processes)
+
+    def wait(self) -> None:
+        """Until every process is here."""
+        if self.num_processes > 1:
+            self.accelerator.wait_for_everyone()
+
+
+def seed_everything(seed: int) -> None:
+    """Python's, NumPy's and torch's generators."""
+    import numpy as np
+    import torch
+
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def run_stage(settings: StageSettings) -> None:
+    """Runs one validated stage in this process, from a new, a running or (nothing to do) a finished folder."""
+    from align.artifact import state_of
+
+    if state_of(settings) == "finished":
+        print(f"{settings.output} is finished already", flush=True)
+        return
+    quiet_libraries()
+    from align.stages import runner
+
+    worker = Worker()
+    try:
+        seed_everything(settings.seed)
+        runner(settings)(settings, worker)
+    finally:
+        worker.accelerator.end_training()  # else gloo sometimes aborts at exit
+
+
+def quiet_libraries() -> None:
+    """Progress bars and advice of the libraries do not belong between our lines. Before they are imported."""
+    import logging
+    import warnings
+
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module=r"(transformers|trl|peft|accelerate|bitsandbytes|datasets|torch)\b")
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+
+
+def main(kind: str | None = None, arguments: list[str] | None = None) -> None:
+    """Entry of a stage's process; `kind` picks that stage of a pipeline. Exits with the stage's code."""
+    die_with_parent(parent=int(os.environ[PARENT_PID]) if PARENT_PID in os.environ else None)
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    code, message = 1, ""
+    try:
+        settings = _chosen(words, kind)
+        from align.door import check_stage
+
+        check_stage(settings)
+        run_stage(settings)
+        code = 0
+    except BadInput as error:
+        code, message = 2, str(error)
+    except Stopped as stop:
+        code, message = stop.code, str(stop)
+    except Exception:
+        message = traceback.format_exc()
+    if os.environ.get("RANK", "0") == "0":
+        if message:
+            print(message if code == 1 else f"align: {message}", file=sys.stderr, flush=True)
+        if os.environ.get("ALIGN_STATUS_FILE"):
+            write_status(Path(os.environ["ALIGN_STATUS_FILE"]), code, message.strip().split("\n")[-1])
+    elif code == 1:
+        time.sleep(1.0)  # let the first process say it first
+        print(message, file=sys.stderr, flush=True)
+    sys.stdout.flush()
+    os._exit(code)  # library threads (wandb, datasets) must not hold the process, nor change its code
+
+
+def _chosen(words: list[str], kind: str | None) -> StageSettings:
+    if not words or words[0] in ("-h", "--help"):
+        script = f"scripts/{kind}.py" if kind else "-m align.worker"
+        raise BadInput(f"usage: accelerate launch {script} RECIPE [--stage NAME] [a.b=value ...]")
+    name, rest = words[0], words[1:]
+    stage_name = None
+    if rest[:1] == ["--stage"]:
+        stage_name, rest = (rest[1] if len(rest) > 1 else ""), rest[2:]
+    recipe = load_recipe(name, rest)
+    if stage_name is not None:
+        if stage_name not in recipe.stages:
+            raise BadInput(f"{recipe.path} has no stage `{stage_name}`; it has: {', '.join(recipe.stages)}")
+        return recipe.stages[stage_name]
+    if kind is not None:
+        return recipe.only(kind)[1]
+    if len(recipe.stages) != 1:
+        raise BadInput(f"{recipe.path} is a pipeline; name one of its stages: --stage {' | '.join(recipe.stages)}")
+    return next(iter(recipe.stages.values()))
+
+
+if __name__ == "__main__":
+    main()

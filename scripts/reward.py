@@ -1,0 +1,6 @@
+"""accelerate launch scripts/reward.py RECIPE [a.b=value ...]: the reward stage of a recipe, with any accelerate config."""
+
+from align.worker import main
+
+if __name__ == "__main__":
+    main("reward")

@@ -1,0 +1,90 @@
+"""A worker for test_launch.py: `python -m tests.helpers.fake_worker WHAT FOLDER`, WHAT being a function below.
+
+Each writes FOLDER/<rank>.json when it is ready, so that a test knows when to send a signal and whom to look for.
+"""
+
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from align.processes import LAUNCH_ID, PARENT_PID, die_with_parent, write_status
+
+RANK = int(os.environ.get("RANK", "0"))
+
+
+def ready(folder: Path, **facts: Any) -> None:
+    """Write FOLDER/<rank>.json, whole."""
+    part = folder / f"{RANK}.part"
+    part.write_text(json.dumps({"pid": os.getpid(), "launch_id": os.environ.get(LAUNCH_ID), **facts}))
+    part.rename(folder / f"{RANK}.json")
+
+
+def group(folder: Path) -> None:
+    """Tell what this process knows of the others."""
+    import torch
+    from accelerate import Accelerator
+    from accelerate.utils import gather
+
+    accelerator = Accelerator()
+    ranks = gather(torch.tensor([accelerator.process_index])).tolist()
+    backend = torch.distributed.get_backend() if torch.distributed.is_initialized() else None
+    ready(
+        folder,
+        num_processes=accelerator.num_processes,
+        device=accelerator.device.type,
+        backend=backend,
+        ranks=ranks,
+        expected=[os.environ.get("ALIGN_EXPECTED_PROCESSES"), os.environ.get("ALIGN_EXPECTED_DEVICE")],
+        threads=torch.get_num_threads(),
+    )
+    accelerator.end_training()
+
+
+def fail(folder: Path) -> None:
+    """Fail in the last rank with 7 in the status, and 3 as its process's own code; the others wait."""
+    if RANK == int(os.environ.get("WORLD_SIZE", "1")) - 1:
+        print("fake worker: seven", file=sys.stderr, flush=True)
+        write_status(Path(os.environ["ALIGN_STATUS_FILE"]), 7, "seven")
+        sys.exit(3)
+    time.sleep(60)
+
+
+def die(folder: Path) -> None:
+    """End by kill -9, as the kernel does where memory is short: no status is written."""
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def save(folder: Path) -> None:
+    """Wait for a signal, then take a second to save; FOLDER/<rank>.saved holds the signals that came."""
+    received: list[int] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+
+    signal.signal(signal.SIGTERM, note)
+    signal.signal(signal.SIGINT, note)
+    die_with_parent(signal.SIGTERM, parent=int(os.environ[PARENT_PID]))
+    ready(folder)
+    while not received:
+        time.sleep(0.02)
+    end = time.monotonic() + 1
+    while time.monotonic() < end:
+        time.sleep(0.02)
+    (folder / f"{RANK}.saved").write_text(json.dumps(received))
+
+
+def deaf(folder: Path) -> None:
+    """Ignore every signal that can be ignored."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    ready(folder)
+    time.sleep(60)
+
+
+if __name__ == "__main__":
+    {"group": group, "fail": fail, "die": die, "save": save, "deaf": deaf}[sys.argv[1]](Path(sys.argv[2]))

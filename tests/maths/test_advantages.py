@@ -1,0 +1,161 @@
+"""Rewards along a response and generalised advantage estimation."""
+
+import math
+
+import pytest
+import torch
+
+from align.maths.advantages import gae, token_rewards
+from align.maths.masking import length_mask, whiten
+from tests import oracles
+
+SEEDS = range(10)
+GARBAGE = [math.nan, math.inf, -math.inf, 1e30]
+
+
+def tensor(values) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def close(actual: torch.Tensor, expected) -> None:
+    torch.testing.assert_close(actual, tensor(expected), rtol=1e-10, atol=1e-10)
+
+
+def ragged(seed: int):
+    """Scores (B,), two blocks of rows (B, R) and lengths as numbers, and the mask."""
+    rng, lengths, width = oracles.ragged(seed)
+    scores = [rng.gauss(0.5, 1.0) for _ in lengths]
+    first, second = oracles.rows(rng, len(lengths), width), oracles.rows(rng, len(lengths), width, mean=0.3)
+    return scores, first, second, lengths, length_mask(torch.tensor(lengths), width)
+
+
+# ---- rewards
+
+
+def test_rewards_by_hand_for_full_early_at_once_and_empty():
+    # beta 0.1 and kl 1, 2, 3: the penalty is -0.1, -0.2, -0.3; the score stands at the last real token
+    kl, mask = tensor([[1.0, 2.0, 3.0]] * 4), length_mask(torch.tensor([3, 2, 1, 0]), 3)
+    close(
+        token_rewards(tensor([10.0, 20.0, 30.0, 40.0]), kl, mask, kl_coef=0.1),
+        [[-0.1, -0.2, 9.7], [-0.1, 19.8, 0.0], [29.9, 0.0, 0.0], [0.0, 0.0, 0.0]],
+    )
+
+
+@pytest.mark.parametrize("kl_coef", [0.0, 0.05, 1.3])
+@pytest.mark.parametrize("seed", SEEDS)
+def test_rewards_match_the_oracle(seed, kl_coef):
+    scores, kl, _, lengths, mask = ragged(seed)
+    actual = token_rewards(tensor(scores), tensor(kl), mask, kl_coef=kl_coef)
+    close(actual, oracles.token_rewards(scores, kl, lengths, kl_coef))
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_rewards_of_a_row_sum_to_the_score_less_the_penalty(seed):
+    scores, kl, _, lengths, mask = ragged(seed)
+    totals = token_rewards(tensor(scores), tensor(kl), mask, kl_coef=0.05).sum(dim=1)
+    expected = [
+        s - 0.05 * math.fsum(row[:n]) if n else 0.0 for s, row, n in zip(scores, kl, lengths, strict=True)
+    ]
+    close(totals, expected)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_rewards_ignore_what_stands_outside_the_mask(seed):
+    scores, kl, _, lengths, mask = ragged(seed)
+    results, gradients = [], []
+    for outside, score_of_empty in (([0.0], 0.0), (GARBAGE, math.nan)):
+        values = tensor(oracles.put_outside(kl, lengths, outside)).requires_grad_()
+        given = tensor([s if n else score_of_empty for s, n in zip(scores, lengths, strict=True)])
+        result = token_rewards(given, values, mask, kl_coef=0.05)
+        results.append(result.detach())
+        (result * torch.arange(1.0, result.numel() + 1).view_as(result)).sum().backward()
+        gradients.append(values.grad)
+    assert torch.equal(*results) and torch.equal(*gradients)
+    assert (results[1][~mask] == 0).all() and (gradients[1][~mask] == 0).all()
+
+
+# ---- advantages
+
+
+def test_gae_by_hand():
+    # gamma 1/2, lambda 1/2; rewards 1, 2, 4; values 2, 4, 8
+    # full:  delta = 1 + 2 - 2 = 1,  2 + 4 - 4 = 2,  4 + 0 - 8 = -4
+    #        A_2 = -4,  A_1 = 2 - 4/4 = 1,  A_0 = 1 + 1/4 = 1.25;  returns 3.25, 5, 4
+    # two tokens: delta_1 = 2 + 0 - 4 = -2;  A_1 = -2,  A_0 = 1 - 2/4 = 0.5;  returns 2.5, 2
+    # one token:  A_0 = 1 - 2 = -1;  return 1
+    rewards, values = tensor([[1.0, 2.0, 4.0]] * 4), tensor([[2.0, 4.0, 8.0]] * 4)
+    advantages, returns = gae(rewards, values, length_mask(torch.tensor([3, 2, 1, 0]), 3), gamma=0.5, lam=0.5)
+    close(advantages, [[1.25, 1.0, -4.0], [0.5, -2.0, 0.0], [-1.0, 0.0, 0.0], [0.0, 0.0, 0.0]])
+    close(returns, [[3.25, 5.0, 4.0], [2.5, 2.0, 0.0], [1.0, 0.0, 0.0], [0.0, 0.0, 0.0]])
+
+
+@pytest.mark.parametrize("gamma, lam", [(1.0, 0.95), (0.9, 0.8), (1.0, 1.0), (0.99, 0.0), (0.0, 0.5)])
+@pytest.mark.parametrize("seed", SEEDS)
+def test_gae_matches_the_oracle(seed, gamma, lam):
+    _, rewards, values, lengths, mask = ragged(seed)
+    actual = gae(tensor(rewards), tensor(values), mask, gamma=gamma, lam=lam)
+    for a, b in zip(actual, oracles.gae(rewards, values, lengths, gamma, lam), strict=True):
+        close(a, b)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_lambda_one_gives_the_rewards_to_come(seed):
+    # with gamma = lambda = 1 the values telescope away: the return is the plain sum of what is left
+    _, rewards, values, lengths, mask = ragged(seed)
+    _, returns = gae(tensor(rewards), tensor(values), mask, gamma=1.0, lam=1.0)
+    close(
+        returns,
+        [
+            [math.fsum(row[t:n]) if t < n else 0.0 for t in range(len(row))]
+            for row, n in zip(rewards, lengths, strict=True)
+        ],
+    )
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_returns_are_advantages_plus_values_before_whitening(seed):
+    _, rewards, values, lengths, mask = ragged(seed)
+    advantages, returns = gae(tensor(rewards), tensor(values), mask, gamma=1.0, lam=0.95)
+    close(returns, (advantages + tensor(values) * mask).tolist())
+    # and the advantages come raw: the caller whitens them over all processes
+    expected, _ = oracles.gae(rewards, values, lengths, 1.0, 0.95)
+    close(whiten(advantages, mask), oracles.whiten(expected, lengths))
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_gae_ignores_what_stands_outside_the_mask(seed):
+    _, rewards, values, lengths, mask = ragged(seed)
+    clean = gae(tensor(rewards), tensor(values), mask, gamma=1.0, lam=0.95)
+    dirty = gae(
+        tensor(oracles.put_outside(rewards, lengths, GARBAGE)),
+        tensor(oracles.put_outside(values, lengths, GARBAGE[::-1])),
+        mask,
+        gamma=1.0,
+        lam=0.95,
+    )
+    for a, b in zip(clean, dirty, strict=True):
+        assert torch.equal(a, b)
+        assert (b[~mask] == 0).all()
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_padding_columns_and_the_order_of_rows_change_nothing(seed):
+    scores, kl, values, lengths, mask = ragged(seed)
+
+    def both(scores, kl, values, mask):
+        rewards = token_rewards(scores, kl, mask, kl_coef=0.05)
+        return rewards, *gae(rewards, values, mask, gamma=1.0, lam=0.95)
+
+    expected = both(tensor(scores), tensor(kl), tensor(values), mask)
+    width, padding = mask.shape[1], torch.full((len(lengths), 4), math.nan, dtype=torch.float64)
+    wide = both(
+        tensor(scores),
+        torch.cat([tensor(kl), padding], dim=1),
+        torch.cat([tensor(values), padding], dim=1),
+        length_mask(torch.tensor(lengths), width + 4),
+    )
+    order = torch.randperm(len(lengths), generator=torch.Generator().manual_seed(seed))
+    mixed = both(tensor(scores)[order], tensor(kl)[order], tensor(values)[order], mask[order])
+    for a, b, c in zip(expected, wide, mixed, strict=True):
+        assert torch.equal(a, b[:, :width]) and (b[:, width:] == 0).all()
+        assert torch.equal(a[order], c)
