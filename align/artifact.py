@@ -1,9 +1,9 @@
 """A stage's folder: its manifest says what it holds before any weights are loaded, and whether it is finished.
 
-    manifest.json       kind, status, base and its fingerprint, parents, recipe, versions, metrics
-    metrics.jsonl       one line a logged step
-    checkpoints/step-*  whole training state, each folder complete or absent
-    (weights)           PEFT's or transformers' own files, beside the manifest
+manifest.json       kind, status, base and its fingerprint, parents, recipe, versions, metrics
+metrics.jsonl       one line a logged step
+checkpoints/step-*  whole training state, each folder complete or absent
+(weights)           PEFT's or transformers' own files, beside the manifest
 """
 
 import hashlib
@@ -116,8 +116,10 @@ def state_of(settings: StageSettings) -> str:
     changed = _differences(before, now)
     if changed:
         key, was, becomes = changed[0]
-        raise BadInput(f"`output`: {folder} holds a run of another recipe (`{key}` was {was!r}, is {becomes!r}); "
-                       "choose another output, or delete that folder")
+        raise BadInput(
+            f"`output`: {folder} holds a run of another recipe (`{key}` was {was!r}, is {becomes!r}); "
+            "choose another output, or delete that folder"
+        )
     return str(manifest.get("status", "running"))
 
 
@@ -140,16 +142,19 @@ def begin(settings: StageSettings, base_fingerprint: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     if (folder / MANIFEST).is_file():
         return
-    write_json(folder / MANIFEST, {
-        "kind": settings.kind,
-        "status": "running",
-        "base": settings.model.base,
-        "base_fingerprint": base_fingerprint,
-        "parents": {key: path for key, (path, _) in settings.parents().items()},
-        "recipe": recipe_of(settings),
-        "versions": {name: _version(name) for name in VERSIONED} | {"python": platform.python_version()},
-        "metrics": {},
-    })
+    write_json(
+        folder / MANIFEST,
+        {
+            "kind": settings.kind,
+            "status": "running",
+            "base": settings.model.base,
+            "base_fingerprint": base_fingerprint,
+            "parents": {key: path for key, (path, _) in settings.parents().items()},
+            "recipe": recipe_of(settings),
+            "versions": {name: _version(name) for name in VERSIONED} | {"python": platform.python_version()},
+            "metrics": {},
+        },
+    )
 
 
 def finish(folder: str | Path, **values: Any) -> None:

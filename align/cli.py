@@ -8,11 +8,19 @@ import typer
 
 from align.errors import BadInput
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False,
-                  help="SFT, reward model and PPO over one base model, from recipes, under accelerate.")
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="SFT, reward model and PPO over one base model, from recipes, under accelerate.",
+)
 
-RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="A YAML file, or the name of a recipe that travels "
-                                                                 "with align, such as `quickstart`.")]
+RecipeName = Annotated[
+    str,
+    typer.Argument(
+        metavar="RECIPE", help="A YAML file, or the name of a recipe that travels with align, such as `quickstart`."
+    ),
+]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[a.b=value ...]", help="Keys of the recipe to change.")]
 
 
@@ -39,8 +47,10 @@ def check(recipe: RecipeName, overrides: Overrides = None) -> None:
 
 
 @app.command()
-def merge(run: Annotated[str, typer.Argument(metavar="RUN", help="Folder of an sft or ppo run.")],
-          out: Annotated[str, typer.Argument(metavar="OUT", help="A new folder.")]) -> None:
+def merge(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="Folder of an sft or ppo run.")],
+    out: Annotated[str, typer.Argument(metavar="OUT", help="A new folder.")],
+) -> None:
     """Merge a run's adapter into its base: a plain transformers folder."""
     from align.artifact import read_manifest
 

@@ -64,19 +64,26 @@ def _check_model(settings: StageSettings) -> None:
         if not list(folder.glob("*.safetensors")):
             raise BadInput(f"`model.base`: {model.base} holds no safetensors weights (pickled ones are not loaded)")
     elif not looks_like_hub_id(model.base):
-        near = get_close_matches(folder.name, [p.name for p in folder.parent.glob("*")], n=1) if folder.parent.is_dir() else []
+        near = (
+            get_close_matches(folder.name, [p.name for p in folder.parent.glob("*")], n=1)
+            if folder.parent.is_dir()
+            else []
+        )
         hint = f"; did you mean `{folder.parent / near[0]}`?" if near else ""
         raise BadInput(f"`model.base`: {model.base} is neither a folder nor a Hub id (`owner/name`){hint}")
     if model.chat_template is not None and not Path(model.chat_template).is_file():
         raise BadInput(f"`model.chat_template`: {model.chat_template} is not there; name a Jinja file")
     if isinstance(method, Full) and model.load_in == "nf4":
-        raise BadInput("`method: full` cannot train a 4-bit base (`model.load_in: nf4`): use `kind: qlora`, or "
-                       "`load_in: bfloat16`")
+        raise BadInput(
+            "`method: full` cannot train a 4-bit base (`model.load_in: nf4`): use `kind: qlora`, or `load_in: bfloat16`"
+        )
     if isinstance(method, Lora) and method.kind == "qlora" and model.load_in != "nf4":
         raise BadInput(f"`method.kind: qlora` needs `model.load_in: nf4` (it is {model.load_in}); or use `kind: lora`")
     if isinstance(settings, SftSettings) and settings.packing and model.attn_implementation == "eager":
-        raise BadInput("`packing: true` is exact with `attn_implementation` sdpa or flash_attention_2; with eager set "
-                       "`packing: false`")
+        raise BadInput(
+            "`packing: true` is exact with `attn_implementation` sdpa or flash_attention_2; with eager set "
+            "`packing: false`"
+        )
 
 
 def _method(settings: StageSettings) -> Lora | Full | None:
@@ -95,11 +102,15 @@ def _check_same_base(settings: StageSettings, folder: str, key: str) -> None:
         return
     manifest = read_manifest(folder)
     if manifest.get("base_fingerprint") != fingerprint(settings.model.base):
-        raise BadInput(f"`{key}`: {folder} was trained over the base {manifest.get('base')}, and this recipe's "
-                       f"`model.base` is {settings.model.base}; use the same base")
+        raise BadInput(
+            f"`{key}`: {folder} was trained over the base {manifest.get('base')}, and this recipe's "
+            f"`model.base` is {settings.model.base}; use the same base"
+        )
     if isinstance(settings, PpoSettings) and key == "policy.from" and settings.policy.method is not None:
-        raise BadInput(f"`policy.method`: {folder} holds an adapter already, and training goes on with it: leave "
-                       "`policy.method` out, or merge it first (`align merge`)")
+        raise BadInput(
+            f"`policy.method`: {folder} holds an adapter already, and training goes on with it: leave "
+            "`policy.method` out, or merge it first (`align merge`)"
+        )
 
 
 def _check_data(key: str, kind: str, data: Data) -> None:

@@ -79,11 +79,7 @@ def plan(launch: str | None) -> LaunchPlan:
         return _plan_from_file(folder / "gpu.yaml")
     if launch == "ddp":
         num_gpus = _num_gpus()
-        return (
-            _plan_from_file(folder / "ddp.yaml", num_gpus)
-            if num_gpus
-            else _plan_from_file(folder / "ddp_cpu.yaml")
-        )
+        return _plan_from_file(folder / "ddp.yaml", num_gpus) if num_gpus else _plan_from_file(folder / "ddp_cpu.yaml")
     if not Path(launch).is_file():
         near = difflib.get_close_matches(launch, NAMED, n=1)
         hint = f"; did you mean `{near[0]}`?" if near else ""
@@ -118,13 +114,9 @@ def _read_config(path: Path) -> dict[str, Any]:
     if kind is False:
         raise BadInput(f"{path}: write distributed_type: 'NO' in quotes; YAML reads a bare NO as false")
     if kind not in SUPPORTED:
-        raise BadInput(
-            f"{path}: distributed_type {kind} is not supported; the stages run under {', '.join(SUPPORTED)}"
-        )
+        raise BadInput(f"{path}: distributed_type {kind} is not supported; the stages run under {', '.join(SUPPORTED)}")
     if config.get("compute_environment", "LOCAL_MACHINE") != "LOCAL_MACHINE":
-        raise BadInput(
-            f"{path}: compute_environment must be LOCAL_MACHINE, not {config['compute_environment']}"
-        )
+        raise BadInput(f"{path}: compute_environment must be LOCAL_MACHINE, not {config['compute_environment']}")
     for key in ("parallelism_config", "mpirun_config"):
         if config.get(key):
             raise BadInput(f"{path}: {key} is not supported; remove it")
@@ -151,9 +143,7 @@ def _plan_from_file(path: Path, num_processes: int | None = None) -> LaunchPlan:
     device: Literal["cpu", "cuda"] = "cuda" if num_gpus else "cpu"
     if kind == "MULTI_GPU":
         if not config.get("use_cpu", False) and here > num_gpus:
-            raise BadInput(
-                f"{path}: {here} processes need a GPU each and torch sees {num_gpus} on this machine"
-            )
+            raise BadInput(f"{path}: {here} processes need a GPU each and torch sees {num_gpus} on this machine")
         if "main_process_port" not in config and num_machines == 1:
             arguments += ["--main_process_port", "0"]  # any free one: accelerate's own is 29500 for every run
     elif num_processes > 1:
@@ -246,9 +236,7 @@ def _environment(plan: LaunchPlan, status_file: Path, launch_id: str, grace_seco
     }
 
 
-def _wait(
-    launcher: subprocess.Popen[bytes], launch_id: str, received: list[int], grace_seconds: float
-) -> None:
+def _wait(launcher: subprocess.Popen[bytes], launch_id: str, received: list[int], grace_seconds: float) -> None:
     """Return when no process of the launch is left, or `grace_seconds` after it was told to end."""
     deadline = math.inf
     while time.monotonic() < deadline:

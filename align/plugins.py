@@ -35,7 +35,9 @@ def load_object(reference: str) -> Any:
     return getattr(module, name)
 
 
-def check_arguments(function: Callable[..., Any], given: dict[str, Any], *, supplied: tuple[str, ...], where: str) -> None:
+def check_arguments(
+    function: Callable[..., Any], given: dict[str, Any], *, supplied: tuple[str, ...], where: str
+) -> None:
     """Raises BadInput unless `function` takes every key of `given` and gets every argument that it needs.
 
     `supplied` are the argument names that the toolkit passes by itself; `where` names the recipe's key.

@@ -2,7 +2,8 @@
 
 A recipe is one stage (`stage: ppo`, ...) or a pipeline (`stages: {sft: {...}, ppo: {...}}`), whose top-level keys
 `model`, `seed`, `launch` and `track` hold for every stage that does not give its own, and whose stages write to
-`<output>/<name>` unless they say otherwise. `${...}` refers to other keys, `${here:FILE}` to a file beside the recipe.
+`<output>/<name>` unless they say otherwise. `${...}` refers to other keys, `${here:FILE}` to a file beside the recipe;
+`vars:` is a place for values that are only referred to.
 """
 
 import typing
@@ -76,6 +77,7 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
     path = find_recipe(name)
     values = _resolved(path, overrides)
     overridden = {item.partition("=")[0] for item in overrides}
+    values.pop("vars", None)
     if "stages" not in values:
         return Recipe(path, {path.stem: _validated(values, path, overridden, prefix="")}, is_pipeline=False)
     for key in values:
@@ -115,7 +117,7 @@ def _resolved(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
         if not equals or not key:
             raise BadInput(f"override `{item}` is not of the form a.b=value")
         try:
-            value = OmegaConf.create(f"value: {text}" if text else "value: null")["value"]
+            value = OmegaConf.from_dotlist([f"value={text}"])["value"] if text else None
             OmegaConf.update(config, key, value, merge=True, force_add=True)
         except (OmegaConfBaseException, yaml.YAMLError, TypeError, ValueError, AttributeError) as error:
             raise BadInput(f"override `{item}` cannot be applied to {path}: {_one_line(error)}") from error

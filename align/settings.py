@@ -75,6 +75,7 @@ def _as_sources(value: Any) -> Any:
     return tuple({"path": row} if isinstance(row, str) else row for row in rows)
 
 
+Parents = dict[str, tuple[str, tuple[str, ...]]]  # recipe key -> (folder, kinds that will do)
 Sources = Annotated[tuple[Source, ...], BeforeValidator(_as_sources)]
 
 
@@ -134,7 +135,7 @@ class StageSettings(Settings):
     launch: str | None = None
     track: Track = Track()
 
-    def parents(self) -> dict[str, tuple[str, tuple[str, ...]]]:
+    def parents(self) -> Parents:
         """Folders of earlier stages that this one reads: recipe key -> (folder, kinds that will do)."""
         return {}
 
@@ -262,8 +263,10 @@ class Ppo(Settings):
     def _batch_can_be_split(self) -> "Ppo":
         rows = self.prompts_per_iteration * self.num_generations
         if rows % self.num_mini_batches:
-            raise ValueError(f"{rows} rows an iteration (prompts_per_iteration x num_generations) cannot be split "
-                             f"into num_mini_batches: {self.num_mini_batches}; choose a divisor of {rows}")
+            raise ValueError(
+                f"{rows} rows an iteration (prompts_per_iteration x num_generations) cannot be split "
+                f"into num_mini_batches: {self.num_mini_batches}; choose a divisor of {rows}"
+            )
         return self
 
 
@@ -279,8 +282,8 @@ class PpoSettings(StageSettings):
     sampling: Sampling = Sampling()
     ppo: Ppo = Ppo()
 
-    def parents(self) -> dict[str, tuple[str, tuple[str, ...]]]:
-        found = {}
+    def parents(self) -> Parents:
+        found: Parents = {}
         if self.policy.path is not None:
             found["policy.from"] = (self.policy.path, ("sft", "ppo"))
         if self.critic.path is not None:
@@ -321,8 +324,8 @@ class EvaluateSettings(StageSettings):
                 raise ValueError(f"`{name}` is none of the policies: {', '.join(self.policies)}")
         return self
 
-    def parents(self) -> dict[str, tuple[str, tuple[str, ...]]]:
-        found = {f"policies.{name}": (path, ("sft", "ppo")) for name, path in self.policies.items() if path}
+    def parents(self) -> Parents:
+        found: Parents = {f"policies.{name}": (path, ("sft", "ppo")) for name, path in self.policies.items() if path}
         if self.reward is not None:
             found["reward.from"] = (self.reward.path, ("reward",))
         return found | learned_parents("judge", self.judge)
@@ -334,7 +337,7 @@ class EvaluateSettings(StageSettings):
         return sections
 
 
-def learned_parents(key: str, rewards: tuple[Reward, ...]) -> dict[str, tuple[str, tuple[str, ...]]]:
+def learned_parents(key: str, rewards: tuple[Reward, ...]) -> Parents:
     """The reward runs among `rewards`; `*` stands for a transformers sequence classifier, which has no manifest."""
     return {
         f"{key}[{index}].from": (str(reward.arguments.get("from")), ("reward", "*"))

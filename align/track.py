@@ -35,10 +35,17 @@ class Tracker:
         self._file = self.path.open("a", encoding="utf-8")
         self._wandb = _start_wandb(settings)
         if self.console.is_terminal:
-            columns = (TextColumn("{task.description}"), BarColumn(bar_width=16), MofNCompleteColumn(),
-                       TimeRemainingColumn(compact=True), TextColumn("{task.fields[numbers]}"))
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(bar_width=16),
+                MofNCompleteColumn(),
+                TimeRemainingColumn(compact=True),
+                TextColumn("{task.fields[numbers]}"),
+            )
             self._progress = Progress(*columns, console=self.console, transient=False)
-            self._task = self._progress.add_task(settings.stage.rpartition(":")[2], total=total, completed=start, numbers="")
+            self._task = self._progress.add_task(
+                settings.stage.rpartition(":")[2], total=total, completed=start, numbers=""
+            )
             self._progress.start()
 
     def log(self, step: int, metrics: dict[str, Any]) -> None:
@@ -107,8 +114,12 @@ def _start_wandb(settings: StageSettings) -> Any:
 
     os.environ.setdefault("WANDB_SILENT", "true")
     return wandb.init(
-        project=track.wandb_project, name=track.wandb_name, mode=track.wandb_mode, dir=settings.output,
-        id=f"{Path(settings.output).name}-{abs(hash_of(settings)):x}"[:64], resume="allow",
+        project=track.wandb_project,
+        name=track.wandb_name,
+        mode=track.wandb_mode,
+        dir=settings.output,
+        id=f"{Path(settings.output).name}-{abs(hash_of(settings)):x}"[:64],
+        resume="allow",
         config=json.loads(settings.model_dump_json(by_alias=True)),
     )
 

@@ -50,8 +50,10 @@ class Worker:
         self.is_main = self.accelerator.is_main_process
         plain = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
         if self.accelerator.distributed_type not in plain:
-            raise BadInput(f"accelerate's mode {self.accelerator.distributed_type.value} shards the base, which roles "
-                           "share whole; use `launch: cpu`, `gpu` or `ddp`")
+            raise BadInput(
+                f"accelerate's mode {self.accelerator.distributed_type.value} shards the base, which roles "
+                "share whole; use `launch: cpu`, `gpu` or `ddp`"
+            )
         self._check_mode()
         self._signal = 0
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -61,9 +63,11 @@ class Worker:
         """Accelerate quietly runs another mode than the one asked for on some machines: then stop."""
         asked = int(os.environ.get("ALIGN_EXPECTED_PROCESSES") or os.environ.get("WORLD_SIZE") or 1)
         if self.num_processes != asked:
-            raise BadInput(f"{asked} processes were asked for and {self.num_processes} know of each other; check "
-                           "`launch` or the accelerate config (two CPU processes: distributed_type MULTI_GPU, "
-                           "use_cpu true)")
+            raise BadInput(
+                f"{asked} processes were asked for and {self.num_processes} know of each other; check "
+                "`launch` or the accelerate config (two CPU processes: distributed_type MULTI_GPU, "
+                "use_cpu true)"
+            )
         device = os.environ.get("ALIGN_EXPECTED_DEVICE") or self.device.type
         if self.device.type != device:
             raise BadInput(f"the device {device} was asked for and {self.device.type} is used; check `launch`")

@@ -1,4 +1,4 @@
-"""accelerate launch scripts/evaluate.py RECIPE [a.b=value ...]: the evaluate stage of a recipe, with any accelerate config."""
+"""accelerate launch scripts/evaluate.py RECIPE [a.b=value ...]: the evaluate stage, with any accelerate config."""
 
 from align.worker import main
 

@@ -3,8 +3,8 @@
     python scripts/make_tiny_model.py [recipes/quickstart/model]
 
 It reads what the micro-world of recipes/quickstart/world.py might have on its bookshelves: descriptions,
-small stories, and shop conversations in which the helper is as often wrong, rude or occupied with someone
-else's order as not, and the customer says how content they are. So the base knows the language, can copy,
+small stories, and shop conversations in which the helper is often wrong, rude or occupied with someone
+else's order, and the customer says how content they are. So the base knows the language, can copy,
 and has seen good service, but does not provide it: that is left to SFT and PPO.
 
 Left out on purpose: validation, checkpoints, mixed precision. About ten minutes on two CPU cores.
@@ -107,10 +107,10 @@ def reaction(score: float) -> str:
 
 
 def conversation(rng: random.Random) -> str:
-    """A chat by the template, its helper of any skill and one time in three deaf to the order."""
+    """A chat by the template, its helper of any skill and one time in seven deaf to the order."""
     order, prompt = world.draw_request(rng)
-    heard = world.draw_request(rng)[0] if rng.random() < 0.33 else order
-    answer = world.draw_answer(heard, rng.uniform(0.0, 1.0), rng)
+    heard = world.draw_request(rng)[0] if rng.random() < 0.15 else order
+    answer = world.draw_answer(heard, rng.uniform(0.0, 0.8), rng)
     score = world.gold([prompt], [answer])[0]
     messages = [*prompt, world.say("assistant", answer), world.say("user", reaction(score))]
     return BOS + "".join(f"<|{message['role']}|>{message['content']}{EOS}" for message in messages)
@@ -122,7 +122,7 @@ def draw_text(rng: random.Random, progress: float) -> str:
     It plays echo alone at first: mixed in among the other texts, whose things are mostly chance, the same
     game takes several times as long to teach copying.
     """
-    if progress < 0.3:
+    if progress < 0.2:
         return f"{BOS}{echo(rng)}{EOS}"
     if rng.random() < 0.65:
         return conversation(rng)
@@ -221,7 +221,7 @@ def pretrain(model: LlamaForCausalLM, tokenizer, steps: int, batch_size: int, ra
 def main() -> None:
     parser = argparse.ArgumentParser(description="Pretrain the quickstart's base model.")
     parser.add_argument("out", type=Path, nargs="?", default=ROOT / "recipes" / "quickstart" / "model")
-    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--steps", type=int, default=5000)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--rate", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=0)
@@ -233,9 +233,7 @@ def main() -> None:
     model = make_model(tokenizer)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(tokenizer)} tokens")
     # Another seed than the data files', which start from 0: their orders should be new to the model.
-    pretrain(
-        model, tokenizer, arguments.steps, arguments.batch_size, arguments.rate, seed=arguments.seed + 1_000_003
-    )
+    pretrain(model, tokenizer, arguments.steps, arguments.batch_size, arguments.rate, seed=arguments.seed + 1_000_003)
     model.generation_config = GenerationConfig(
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=tokenizer.bos_token_id,

@@ -1,4 +1,4 @@
-"""accelerate launch scripts/reward.py RECIPE [a.b=value ...]: the reward stage of a recipe, with any accelerate config."""
+"""accelerate launch scripts/reward.py RECIPE [a.b=value ...]: the reward stage, with any accelerate config."""
 
 from align.worker import main
 

@@ -96,10 +96,7 @@ def token_logprob_gradient(logits: list[float], token: int, temperature: float =
 
 def matmul(hidden: list[float], weight: Rows, bias: list[float]) -> list[float]:
     """weight (V, H) times hidden (H,) plus bias (V,)."""
-    return [
-        math.fsum(w * h for w, h in zip(row, hidden, strict=True)) + b
-        for row, b in zip(weight, bias, strict=True)
-    ]
+    return [math.fsum(w * h for w, h in zip(row, hidden, strict=True)) + b for row, b in zip(weight, bias, strict=True)]
 
 
 # ---- KL
@@ -194,11 +191,7 @@ def ppo_policy(
         "loss": math.fsum(policy_token_loss(*x, cliprange, dual_clip) for x in zip(n, o, a, strict=True)),
         # as the N+ code counts them: where the clipped term is the larger loss, not wherever the ratio is out of range
         "clipped": float(
-            sum(
-                1
-                for r, x in zip(ratios, a, strict=True)
-                if -x * clip(r, 1.0 - cliprange, 1.0 + cliprange) > -x * r
-            )
+            sum(1 for r, x in zip(ratios, a, strict=True) if -x * clip(r, 1.0 - cliprange, 1.0 + cliprange) > -x * r)
         ),
         # KL(behaviour || new) at tokens drawn from the behaviour policy
         "approx_kl": math.fsum(kl_estimate(y, x, "k3") for x, y in zip(n, o, strict=True)),
@@ -208,9 +201,7 @@ def ppo_policy(
     }
 
 
-def ppo_value(
-    values: Rows, old: Rows, returns: Rows, lengths: list[int], cliprange: float
-) -> tuple[float, int]:
+def ppo_value(values: Rows, old: Rows, returns: Rows, lengths: list[int], cliprange: float) -> tuple[float, int]:
     """The sum of half the larger squared error, and how often the clipped one is the larger."""
     total, clipped = [], 0
     for v, o, g in zip(real(values, lengths), real(old, lengths), real(returns, lengths), strict=True):
@@ -275,9 +266,7 @@ def expected_calibration_error(probabilities: list[float], outcomes: list[float]
     for b in range(num_bins):
         low, high = b / num_bins, (b + 1) / num_bins
         inside = [
-            (p, y)
-            for p, y in zip(probabilities, outcomes, strict=True)
-            if low < p <= high or (b == 0 and p == 0.0)
+            (p, y) for p, y in zip(probabilities, outcomes, strict=True) if low < p <= high or (b == 0 and p == 0.0)
         ]
         if inside:
             gap = abs(mean([p for p, _ in inside]) - mean([y for _, y in inside]))

@@ -103,9 +103,7 @@ def test_the_config_files_work_by_hand(tmp_path: Path, name: str, num_ranks: int
 
 
 @pytest.mark.parametrize("name", ["cpu", "ddp_cpu"])
-def test_the_workers_exit_code_comes_home(
-    name: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_the_workers_exit_code_comes_home(name: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     status = tmp_path / "status"
     status.write_text("left by an earlier run")
     # a short grace: what stops the other rank is torch's launcher
@@ -126,9 +124,7 @@ def test_a_worker_that_said_nothing_is_reported(tmp_path: Path, capfd: pytest.Ca
     "launch, num_ranks, number",
     [("cpu", 1, signal.SIGTERM), ("cpu", 1, signal.SIGINT), ("ddp", 2, signal.SIGTERM)],
 )
-def test_a_signal_lets_the_worker_save(
-    started: Any, tmp_path: Path, launch: str, num_ranks: int, number: int
-) -> None:
+def test_a_signal_lets_the_worker_save(started: Any, tmp_path: Path, launch: str, num_ranks: int, number: int) -> None:
     launch = launch if launch == "cpu" else str(CONFIGS / "ddp_cpu.yaml")
     process, launch_id = started(launch, "save", num_ranks=num_ranks)
     process.send_signal(number)

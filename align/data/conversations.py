@@ -70,14 +70,11 @@ def _read_message(item: Any, where: str, field: str) -> Message:
         raise BadInput(f"{where}: `{field}` is {kind_of(item)}; a message is {{role, content}}")
     if item.get("tool_calls"):
         raise BadInput(f"{where}: `{field}.tool_calls` is not supported; write the call into `content`")
-    role_key, content_key = (
-        ("from", "value") if "from" in item and "role" not in item else ("role", "content")
-    )
+    role_key, content_key = ("from", "value") if "from" in item and "role" not in item else ("role", "content")
     for key in (role_key, content_key):
         if item.get(key) is None:
             raise BadInput(
-                f"{where}: `{field}.{key}` is missing{did_you_mean(key, item)};"
-                " a message is {role, content}"
+                f"{where}: `{field}.{key}` is missing{did_you_mean(key, item)}; a message is {{role, content}}"
             )
     role = read_string(item[role_key], where, f"{field}.{role_key}")
     if role not in ROLES:
@@ -86,9 +83,7 @@ def _read_message(item: Any, where: str, field: str) -> Message:
         raise BadInput(f"{where}: `{field}.{role_key}` is `{role}`, an unknown role; {hint}")
     content = read_string(_joined_parts(item[content_key]), where, f"{field}.{content_key}")
     if not content.strip() and role != "system":
-        what = (
-            "answer" if ROLES[role] == "assistant" else "prompt" if ROLES[role] == "user" else "tool result"
-        )
+        what = "answer" if ROLES[role] == "assistant" else "prompt" if ROLES[role] == "user" else "tool result"
         raise BadInput(f"{where}: `{field}.{content_key}` is an empty {what}; fill it, or leave the row out")
     return {"role": ROLES[role], "content": content}
 
@@ -102,9 +97,7 @@ def _joined_parts(content: Any) -> Any:
     return content
 
 
-def check_order(
-    messages: tuple[Message, ...], where: str, field: str, *, after: str | None, ends: str
-) -> None:
+def check_order(messages: tuple[Message, ...], where: str, field: str, *, after: str | None, ends: str) -> None:
     """Refuse an unsound order of roles.
 
     `after` is the role of the turn before these (None: they open the conversation); `ends` is "prompt"

@@ -47,9 +47,7 @@ class _Discontinuous(Exception):
     """The template does not render the conversation as a continuation of its earlier turns."""
 
 
-def encode_demonstration(
-    tokenizer: PreTrainedTokenizerBase, demonstration: Demonstration, max_length: int
-) -> Encoded:
+def encode_demonstration(tokenizer: PreTrainedTokenizerBase, demonstration: Demonstration, max_length: int) -> Encoded:
     """Ids of the whole demonstration, loss on each answer and its end token, cut at `max_length` tokens."""
     prompt, completion = demonstration.prompt, demonstration.completion
     if isinstance(prompt, str) or isinstance(completion, str):
@@ -67,9 +65,7 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[in
     return _ids(tokenizer, _render(tokenizer, prompt.prompt, prompt.where, is_prompt=True))
 
 
-def encode_pair(
-    tokenizer: PreTrainedTokenizerBase, preference: Preference, max_length: int
-) -> EncodedPair | None:
+def encode_pair(tokenizer: PreTrainedTokenizerBase, preference: Preference, max_length: int) -> EncodedPair | None:
     """The pair's ids, or None when the prompt and the longer answer exceed `max_length` tokens together."""
     prompt_ids, chosen_ids = _encode_answer(tokenizer, preference, is_chosen=True)
     _, rejected_ids = _encode_answer(tokenizer, preference, is_chosen=False)
@@ -112,9 +108,7 @@ def _encode_answer(
     return head_ids, tail_ids[: _answer_length(tokenizer, tail_ids)]
 
 
-def _encode_plain(
-    tokenizer: PreTrainedTokenizerBase, prompt: str, completion: str
-) -> tuple[list[int], list[int]]:
+def _encode_plain(tokenizer: PreTrainedTokenizerBase, prompt: str, completion: str) -> tuple[list[int], list[int]]:
     """Ids of the prompt, and of the completion with the end token."""
     prompt_ids = _plain_prompt_ids(tokenizer, prompt)
     whole = _plain_prompt_ids(tokenizer, prompt + completion)
@@ -244,9 +238,7 @@ def _render(
             _plain_dicts(messages), tokenize=False, add_generation_prompt=is_prompt
         )
     except TemplateError as error:
-        raise BadInput(
-            f"{where}: the chat template refuses this conversation ({error}); {TEMPLATE_CURE}"
-        ) from None
+        raise BadInput(f"{where}: the chat template refuses this conversation ({error}); {TEMPLATE_CURE}") from None
     return str(rendered)
 
 
@@ -256,8 +248,7 @@ def _plain_dicts(messages: Sequence[Message]) -> list[dict[str, str]]:
 
 def _discontinuous(where: str, cure: str) -> BadInput:
     return BadInput(
-        f"{where}: the chat template does not render an answer as a continuation of its prompt;"
-        f" {TEMPLATE_CURE} {cure}"
+        f"{where}: the chat template does not render an answer as a continuation of its prompt; {TEMPLATE_CURE} {cure}"
     )
 
 

@@ -81,9 +81,7 @@ RESERVED_COLUMNS = ("prompts", "completions")  # what a reward function is calle
 
 
 @overload
-def parse(
-    row: Row, kind: Literal["demonstrations"], format: str | Converter = ...
-) -> Demonstration | None: ...
+def parse(row: Row, kind: Literal["demonstrations"], format: str | Converter = ...) -> Demonstration | None: ...
 @overload
 def parse(row: Row, kind: Literal["preferences"], format: str | Converter = ...) -> Preference | None: ...
 @overload
@@ -122,9 +120,7 @@ def load_converter(format: str) -> Converter | None:
 
     converter = load_object(format)
     if not callable(converter):
-        raise BadInput(
-            f"format `{format}` is {kind_of(converter)}; it must be a function row -> dict or None"
-        )
+        raise BadInput(f"format `{format}` is {kind_of(converter)}; it must be a function row -> dict or None")
     return converter  # type: ignore[no-any-return]
 
 
@@ -135,13 +131,9 @@ def _converted(converter: Converter, row: Row) -> dict[str, Any] | None:
     except BadInput:
         raise
     except Exception as error:  # someone else's function: say which row broke it
-        raise BadInput(
-            f"{row.where}: format function `{name}` raised {type(error).__name__}: {error}"
-        ) from error
+        raise BadInput(f"{row.where}: format function `{name}` raised {type(error).__name__}: {error}") from error
     if values is not None and not isinstance(values, dict):
-        raise BadInput(
-            f"{row.where}: format function `{name}` gave {kind_of(values)}; it must give a dict or None"
-        )
+        raise BadInput(f"{row.where}: format function `{name}` gave {kind_of(values)}; it must give a dict or None")
     return values
 
 
@@ -152,9 +144,7 @@ def _layout(values: dict[str, Any], kind: str, where: str) -> tuple[str, ...]:
             return layout
 
     def nearness(layout: tuple[str, ...]) -> float:
-        scores = [
-            1.0 if f in values else 0.8 * bool(difflib.get_close_matches(f, values, n=1)) for f in layout
-        ]
+        scores = [1.0 if f in values else 0.8 * bool(difflib.get_close_matches(f, values, n=1)) for f in layout]
         return sum(scores) / len(scores)
 
     nearest = max(LAYOUTS[kind], key=nearness)
@@ -177,9 +167,7 @@ def _demonstration(values: dict[str, Any], where: str) -> Demonstration:
         first = next(index for index, message in enumerate(messages) if message["role"] == "assistant")
         return Demonstration(messages[:first], messages[first:], where)
     if values.get("label") is False and layout == ("prompt", "completion"):
-        raise BadInput(
-            f"{where}: `label` is false: an answer marked bad is no demonstration; leave the row out"
-        )
+        raise BadInput(f"{where}: `label` is false: an answer marked bad is no demonstration; leave the row out")
     prompt = _read_prompt(values, layout[0], where)
     field = layout[1]
     prompt, completion = _matched(prompt, read_text(values[field], where, field))
@@ -267,9 +255,7 @@ def _read_pair(values: dict[str, Any], where: str) -> tuple[Text, Text, Text]:
     chosen = read_text(values["chosen"], where, "chosen")
     rejected = read_text(values["rejected"], where, "rejected")
     if isinstance(chosen, str) != isinstance(rejected, str):
-        raise BadInput(
-            f"{where}: one of `chosen`, `rejected` is text and the other messages; write both alike"
-        )
+        raise BadInput(f"{where}: one of `chosen`, `rejected` is text and the other messages; write both alike")
     if chosen == rejected:
         raise BadInput(f"{where}: `chosen` and `rejected` are equal; a pair needs two answers that differ")
     field = next((field for field in PROMPT_FIELDS if field in values), None)
@@ -302,14 +288,10 @@ def _split_conversations(
     while shared and chosen[shared - 1]["role"] not in ("user", "tool"):
         shared -= 1  # answers of several turns: the prompt may not end with an answer
     if not shared:
-        raise BadInput(
-            f"{where}: `prompt` is missing, and `chosen` and `rejected` share no opening turns; add it"
-        )
+        raise BadInput(f"{where}: `prompt` is missing, and `chosen` and `rejected` share no opening turns; add it")
     if shared == min(len(chosen), len(rejected)):
         short = "chosen" if len(chosen) == shared else "rejected"
-        raise BadInput(
-            f"{where}: `{short}` is an empty answer: it ends where the shared prompt ends; add a turn"
-        )
+        raise BadInput(f"{where}: `{short}` is an empty answer: it ends where the shared prompt ends; add a turn")
     return _with_system(chosen[:shared], values, where), chosen[shared:], rejected[shared:]
 
 
@@ -326,9 +308,7 @@ def _split_strings(chosen: str, rejected: str, where: str) -> tuple[str, str, st
     elif " " in prompt:
         prompt = prompt[: prompt.rindex(" ")]
     if not prompt.strip():
-        raise BadInput(
-            f"{where}: `prompt` is missing, and `chosen` and `rejected` do not begin alike; add it"
-        )
+        raise BadInput(f"{where}: `prompt` is missing, and `chosen` and `rejected` do not begin alike; add it")
     return prompt, chosen[len(prompt) :], rejected[len(prompt) :]
 
 

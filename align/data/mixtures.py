@@ -162,9 +162,7 @@ def weighted(examples: Sequence[ExampleT], weight: float) -> list[ExampleT]:
     num_extra = round((weight - whole) * len(examples))
     if whole == 0 and examples:
         num_extra = max(1, num_extra)
-    by_hash = (
-        sorted(range(len(examples)), key=lambda index: _content_hash(examples[index])) if num_extra else []
-    )
+    by_hash = sorted(range(len(examples)), key=lambda index: _content_hash(examples[index])) if num_extra else []
     chosen = sorted(by_hash[:num_extra])
     return list(examples) * whole + [examples[index] for index in chosen]
 

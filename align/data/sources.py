@@ -80,9 +80,7 @@ def _checked_ending(path: str) -> str:
 
 def _missing_file(path: str, file: Path) -> str:
     if not file.parent.is_dir():
-        return (
-            f"{path}: no such file, nor is there a folder {file.parent}; paths start at the working directory"
-        )
+        return f"{path}: no such file, nor is there a folder {file.parent}; paths start at the working directory"
     names = [entry.name for entry in file.parent.iterdir() if entry.suffix.lower() in DATA_ENDINGS]
     nearest = difflib.get_close_matches(file.name, names, n=1, cutoff=0.5)
     if nearest:
@@ -134,9 +132,7 @@ def _read_json(path: str) -> Iterator[Row]:
     except RecursionError:
         raise BadInput(f"{path}: not usable JSON (nested too deeply)") from None
     if not isinstance(items, list):
-        raise BadInput(
-            f"{path}: a .json file is a list of objects [{{...}}, ...]; this is a {type(items).__name__}"
-        )
+        raise BadInput(f"{path}: a .json file is a list of objects [{{...}}, ...]; this is a {type(items).__name__}")
     for number, item in enumerate(items, start=1):
         where = f"{path}:item {number}"
         yield Row(_object(item, where), where)
@@ -157,14 +153,11 @@ def _read_csv(path: str) -> Iterator[Row]:
                 continue
             if len(cells) != len(header):
                 raise BadInput(
-                    f"{where}: {len(cells)} cells under {len(header)} columns;"
-                    " quote cells that hold commas or quotes"
+                    f"{where}: {len(cells)} cells under {len(header)} columns; quote cells that hold commas or quotes"
                 )
             yield Row(dict(zip(header, cells, strict=True)), where)
     except csv.Error as error:
-        raise BadInput(
-            f"{path}:{line}: not CSV ({error}); quote cells that hold commas, quotes or line ends"
-        ) from None
+        raise BadInput(f"{path}:{line}: not CSV ({error}); quote cells that hold commas, quotes or line ends") from None
 
 
 def _checked_header(names: list[str], where: str) -> list[str]:
@@ -189,9 +182,7 @@ def _read_parquet(path: str) -> Iterator[Row]:
                     number += 1
                     yield Row(values, f"{path}:item {number}")
     except (OSError, ValueError) as error:  # pyarrow's own errors derive from these
-        raise BadInput(
-            f"{path}: not readable as Parquet after {number} rows ({_first_line(error)})"
-        ) from None
+        raise BadInput(f"{path}: not readable as Parquet after {number} rows ({_first_line(error)})") from None
 
 
 def _read_hub(source: Source) -> Iterator[Row]:
@@ -202,7 +193,7 @@ def _read_hub(source: Source) -> Iterator[Row]:
         raise BadInput(f"{label}: a Hub dataset needs the `datasets` package; pip install datasets") from None
     try:
         rows = datasets.load_dataset(source.path, source.name, split=source.split)
-    except Exception as error:  # noqa: BLE001 - the Hub client raises many unrelated types
+    except Exception as error:
         raise BadInput(
             f"{label}: cannot be loaded from the Hub ({type(error).__name__}: {_first_line(error)});"
             " a local file ends in " + ", ".join(DATA_ENDINGS)

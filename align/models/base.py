@@ -49,6 +49,7 @@ def load_base(settings: Model, device: torch.device) -> Base:
         raise BadInput(f"`model.base`: {settings.base} cannot be loaded: {first_line(error)}") from error
     model.requires_grad_(False).eval()
     _switch_dropout_off(model)
+    _same_4_bit_arithmetic(model)
     _plain_sampling(model)
     _check_trunk(model, settings.base)
     return Base(model, load_tokenizer(settings), fingerprint(settings.base))
@@ -76,6 +77,14 @@ def _switch_dropout_off(model: torch.nn.Module) -> None:
                 setattr(module, name, 0.0)
 
 
+def _same_4_bit_arithmetic(model: torch.nn.Module) -> None:
+    """On CPUs with AVX512-BF16 bitsandbytes would repack 4-bit weights in place at the first inference pass and go on
+    in bfloat16, whatever dtype was asked: training and sampling would not see the same policy."""
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+
 def _plain_sampling(model: PreTrainedModel) -> None:
     """Removes the sampling defaults that came with the model (top-k, penalties, ...): PPO samples the plain softmax."""
     kept = {key: getattr(model.generation_config, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
@@ -88,5 +97,7 @@ def _check_trunk(model: PreTrainedModel, name: str) -> None:
     direct = model(input_ids=ids).logits
     ours = model.get_output_embeddings()(trunk_of(model)(input_ids=ids).last_hidden_state)
     if not torch.allclose(direct.float(), ours.float(), rtol=1e-3, atol=1e-3):
-        raise BadInput(f"`model.base`: the logits of {name} are not its output layer applied to its hidden states "
-                       "(soft-capped or scaled logits): this architecture is not supported")
+        raise BadInput(
+            f"`model.base`: the logits of {name} are not its output layer applied to its hidden states "
+            "(soft-capped or scaled logits): this architecture is not supported"
+        )

@@ -1,6 +1,7 @@
 """`align merge`: base + adapter -> a plain transformers folder, and how far its logits are from the adapter's."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -44,11 +45,11 @@ def merge(run: str, out: str) -> float:
     with folder_in_one_go(target) as path:
         merged.save_pretrained(path)
         tokenizer.save_pretrained(path)
-    again = AutoModelForCausalLM.from_pretrained(target, dtype=merged.dtype).to(device).eval()
+    again: Any = AutoModelForCausalLM.from_pretrained(target, dtype=merged.dtype).to(device).eval()
     return max(float((a - b).abs().max()) for a, b in zip(before, _logits(Role(again), ids), strict=True))
 
 
-def _probe_ids(tokenizer, device: torch.device) -> list[torch.Tensor]:
+def _probe_ids(tokenizer: Any, device: torch.device) -> list[torch.Tensor]:
     return [tokenizer(text, return_tensors="pt")["input_ids"].to(device) for text in PROBE]
 
 

@@ -7,7 +7,7 @@ roles are the exception: they have weights of their own. `Bases.role` is the one
 
 import copy
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, load_peft_weights, set_peft_model_state_dict
@@ -34,7 +34,7 @@ class Role(nn.Module):
     @property
     def causal(self) -> PreTrainedModel:
         """The transformers model, adapter layers injected."""
-        return self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+        return cast(PreTrainedModel, self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model)
 
     @property
     def device(self) -> torch.device:
@@ -116,8 +116,11 @@ class Bases:
         """
         has_adapter = folder is not None and (Path(folder) / "adapter_config.json").is_file()
         if has_adapter and method is not None:
-            raise BadInput(f"{folder} already holds an adapter, and a second method cannot be put over it: leave "
-                           "`method` out to go on with it, or merge it first (`align merge`)")
+            raise BadInput(
+                f"{folder} already holds an adapter, and a second method cannot be put over it: leave "
+                "`method` out to go on with it, or merge it first (`align merge`)"
+            )
+        model: PreTrainedModel | PeftModel
         if has_adapter:
             assert folder is not None
             base = self.load(str(read_manifest(folder)["base"]))
@@ -141,13 +144,17 @@ def _with_saved_adapter(model: PreTrainedModel, folder: str, trainable: bool) ->
     peft_model = get_peft_model(model, config)
     weights = load_peft_weights(folder, device=str(model.device))
     head = weights.pop(HEAD_KEY, None)
-    result = set_peft_model_state_dict(peft_model, weights)
+    result: Any = set_peft_model_state_dict(peft_model, weights)
     if result.unexpected_keys or any("lora_" in key for key in result.missing_keys):
-        raise BadInput(f"the adapter in {folder} does not fit its base: {(result.unexpected_keys or ['keys missing'])[0]}")
+        raise BadInput(
+            f"the adapter in {folder} does not fit its base: {(result.unexpected_keys or ['keys missing'])[0]}"
+        )
     return peft_model, head
 
 
-def _with_new_method(model: PreTrainedModel, method: Lora | Full | None, trainable: bool) -> PreTrainedModel | PeftModel:
+def _with_new_method(
+    model: PreTrainedModel, method: Lora | Full | None, trainable: bool
+) -> PreTrainedModel | PeftModel:
     if method is None:
         return view(model)
     if isinstance(method, Full):

@@ -2,6 +2,7 @@
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model_state_dict
@@ -24,7 +25,7 @@ def save_role(role: Role, folder: Path, *, base_name: str) -> None:
         _save_whole(role, folder)
         return
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in adapter_weights(role.model).items()}
-    config = role.model.peft_config["default"]
+    config: Any = role.model.peft_config["default"]
     before = config.task_type, config.modules_to_save, config.inference_mode, config.base_model_name_or_path
     config.inference_mode, config.base_model_name_or_path = True, base_name
     if role.head is not None:
@@ -37,8 +38,9 @@ def save_role(role: Role, folder: Path, *, base_name: str) -> None:
         shutil.rmtree(with_config)
     finally:
         config.task_type, config.modules_to_save, config.inference_mode, config.base_model_name_or_path = before
-    write_atomically(folder / "adapter_model.safetensors",
-                     lambda path: save_file(weights, path, metadata={"format": "pt"}))
+    write_atomically(
+        folder / "adapter_model.safetensors", lambda path: save_file(weights, path, metadata={"format": "pt"})
+    )
 
 
 def adapter_weights(model: PeftModel) -> dict[str, Tensor]:

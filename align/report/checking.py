@@ -88,14 +88,18 @@ def _show_sample(console: Console, settings: StageSettings) -> None:
         pair = encode_pair(tokenizer, row, settings.max_length)
         if pair is None:
             return
-        parts = [(name, [*((t, False) for t in pair.prompt_ids), *((t, True) for t in ids)])
-                 for name, ids in (("chosen  ", pair.chosen_ids), ("rejected", pair.rejected_ids))]
+        parts = [
+            (name, [*((t, False) for t in pair.prompt_ids), *((t, True) for t in ids)])
+            for name, ids in (("chosen  ", pair.chosen_ids), ("rejected", pair.rejected_ids))
+        ]
     else:
         parts = [("prompt  ", [(token, False) for token in encode_prompt(tokenizer, row)])]
     for name, tokens in parts:
         text = Text(f"{name}")
         for token, is_marked in tokens:
-            text.append(plain(tokenizer.decode([token]).replace("\n", "⏎"), 40) or "␣",
-                        style="black on green" if is_marked else "dim")
+            text.append(
+                plain(str(tokenizer.decode([token])).replace("\n", "⏎"), 40) or "␣",
+                style="black on green" if is_marked else "dim",
+            )
             text.append("|" if not console.is_terminal and is_marked else "")
         console.print(text)

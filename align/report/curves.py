@@ -65,12 +65,25 @@ def ppo_curves(folder: Path) -> None:
     rows = read_metrics(folder)
     figure, axes = _figure(3)
     trained = [row for row in rows if "score" in row]
-    points = axes[0].scatter([r["kl"] for r in trained], [r["score"] for r in trained], s=9,
-                             c=[r["step"] for r in trained], cmap="Blues", vmin=-len(trained) / 3)
+    points = axes[0].scatter(
+        [r["kl"] for r in trained],
+        [r["score"] for r in trained],
+        s=9,
+        c=[r["step"] for r in trained],
+        cmap="Blues",
+        vmin=-len(trained) / 3,
+    )
     evaluated = [row for row in rows if "eval_score" in row]
     if evaluated:
-        axes[0].plot([r["eval_kl"] for r in evaluated], [r["eval_score"] for r in evaluated], color=ACCENT, marker="o",
-                     markersize=3.5, linewidth=1.2, label="held out")
+        axes[0].plot(
+            [r["eval_kl"] for r in evaluated],
+            [r["eval_score"] for r in evaluated],
+            color=ACCENT,
+            marker="o",
+            markersize=3.5,
+            linewidth=1.2,
+            label="held out",
+        )
         axes[0].legend(frameon=False, fontsize=8, loc="lower right")
     if trained:
         figure.colorbar(points, ax=axes[0], label="iteration", shrink=0.8)

@@ -15,8 +15,10 @@ SHOWN = 160  # characters of a text in a cell
 
 def plain(text: str, limit: int = SHOWN) -> str:
     """`text` on one line, control and direction characters replaced, cut in the middle to `limit` characters."""
-    safe = "".join(" " if c in "\n\t\r" else ("\N{REPLACEMENT CHARACTER}" if unicodedata.category(c)[0] == "C" else c)
-                   for c in text)
+    safe = "".join(
+        " " if c in "\n\t\r" else ("\N{REPLACEMENT CHARACTER}" if unicodedata.category(c)[0] == "C" else c)
+        for c in text
+    )
     safe = " ".join(safe.split())
     return safe if len(safe) <= limit else safe[: limit * 2 // 3] + " … " + safe[-(limit // 3) :]
 
@@ -34,8 +36,12 @@ def sample_table(rows: list[dict[str, Any]]) -> Table:
     table.add_column("score", justify="right", no_wrap=True)
     table.add_column("KL", justify="right", no_wrap=True)
     for row in rows:
-        table.add_row(Text(plain(prompt_text(row["prompt"]))), Text(plain(row["response"])),
-                      f"{row['score']:.2f}", f"{row['kl']:.2f}")
+        table.add_row(
+            Text(plain(prompt_text(row["prompt"]))),
+            Text(plain(row["response"])),
+            f"{row['score']:.2f}",
+            f"{row['kl']:.2f}",
+        )
     return table
 
 

@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from align.artifact import MANIFEST, read_manifest
-from align.data import encode_pair
+from align.data import Message, encode_pair
 from align.data.collate import pad_right
 from align.data.formats import Preference
 from align.errors import BadInput
@@ -46,8 +46,9 @@ def _classifier(settings: LearnedReward, bases: Bases) -> Scorer:
         tokenizer = AutoTokenizer.from_pretrained(settings.path)
         model = AutoModelForSequenceClassification.from_pretrained(settings.path, use_safetensors=True)
     except (OSError, ValueError) as error:
-        raise BadInput(f"`rewards`: no reward model can be loaded from {settings.path}: "
-                       f"{str(error).strip().splitlines()[0]}") from error
+        raise BadInput(
+            f"`rewards`: no reward model can be loaded from {settings.path}: {str(error).strip().splitlines()[0]}"
+        ) from error
     if model.config.num_labels != 1:
         raise BadInput(f"`rewards`: {settings.path} gives {model.config.num_labels} labels; a reward has one")
     model.to(bases.device).eval().requires_grad_(False)
@@ -90,7 +91,7 @@ def _retokenised(answers: Answers, tokenizer: Any) -> list[list[int]]:
         if isinstance(source, str):
             sequences.append(list(tokenizer(source + text)["input_ids"]))
             continue
-        reply = ({"role": "assistant", "content": text},)
+        reply = (Message(role="assistant", content=text),)
         pair = encode_pair(tokenizer, Preference(source, reply, reply, 1.0, 1.0, 0.0, prompt.where), UNLIMITED)
         assert pair is not None
         sequences.append([*pair.prompt_ids, *pair.chosen_ids])

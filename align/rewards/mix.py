@@ -51,8 +51,10 @@ class RewardMix:
             weighted = [weight * parts[name][row] for name, weight, _ in self.terms]
             real = [value for value in weighted if not math.isnan(value)]
             if not real:
-                raise BadInput(f"no reward applies to the answer to {answers.prompts[row].where}: "
-                               "each of `rewards` gave None or NaN")
+                raise BadInput(
+                    f"no reward applies to the answer to {answers.prompts[row].where}: "
+                    "each of `rewards` gave None or NaN"
+                )
             totals.append(math.fsum(real))
         return totals, parts
 
@@ -68,7 +70,9 @@ def check_rewards(rewards: Sequence[Reward], key: str) -> None:
         if reward.use == "learned":
             _learned_settings(reward, where)
         elif not is_reference(reward.use):
-            raise BadInput(f"{where}: `use: {reward.use}` is neither `learned` nor file.py:function nor module:function")
+            raise BadInput(
+                f"{where}: `use: {reward.use}` is neither `learned` nor file.py:function nor module:function"
+            )
         else:
             _function(reward, where)
 
@@ -118,13 +122,19 @@ def _function_scorer(function: Callable[..., Any], arguments: dict[str, Any]) ->
     takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
 
     def score(answers: Answers) -> list[float]:
-        columns = {key: [p.columns.get(key) for p in answers.prompts]
-                   for key in sorted({key for p in answers.prompts for key in p.columns})}
-        given: dict[str, Any] = columns | {
-            "prompts": [_as_trl(p.prompt) for p in answers.prompts],
-            "completions": [_completion(p, text) for p, text in zip(answers.prompts, answers.texts, strict=True)],
-            "completion_ids": [list(ids) for ids in answers.ids],
-        } | arguments
+        columns = {
+            key: [p.columns.get(key) for p in answers.prompts]
+            for key in sorted({key for p in answers.prompts for key in p.columns})
+        }
+        given: dict[str, Any] = (
+            columns
+            | {
+                "prompts": [_as_trl(p.prompt) for p in answers.prompts],
+                "completions": [_completion(p, text) for p, text in zip(answers.prompts, answers.texts, strict=True)],
+                "completion_ids": [list(ids) for ids in answers.ids],
+            }
+            | arguments
+        )
         if not takes_any:
             given = {key: value for key, value in given.items() if key in parameters}
         scores = function(**given)

@@ -28,7 +28,7 @@ def response_states(role: Role, rollouts: Rollouts) -> Tensor:
 
 
 def read(role: Role, rollouts: Rollouts, *, temperature: float, logprobs: bool = True, values: bool = False) -> Reading:
-    """One pass over the rows. Only what is asked for is computed; the rest is zeros. Gradients as the caller has them."""
+    """One pass over the rows; what is not asked for is zeros. Gradients as the caller has them."""
     hidden = response_states(role, rollouts)  # (B, R, H)
     mask = rollouts.response_mask.to(role.device)
     zeros = torch.zeros(mask.shape, device=role.device)

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -39,8 +40,13 @@ class Rollouts:
         prompt_mask, response_mask = self.prompt_mask[i], self.response_mask[i]
         width = self.prompt_mask.shape[1] - int(prompt_mask.sum(1).max()) if len(i) else 0
         length = int(response_mask.sum(1).max()) if len(i) else 0
-        return Rollouts(self.prompt_ids[i][:, width:], prompt_mask[:, width:], self.response_ids[i][:, :length],
-                        response_mask[:, :length], self.ended[i])
+        return Rollouts(
+            self.prompt_ids[i][:, width:],
+            prompt_mask[:, width:],
+            self.response_ids[i][:, :length],
+            response_mask[:, :length],
+            self.ended[i],
+        )
 
 
 def uniforms(seed: int, stream: int, step: int, rows: Sequence[int], width: int) -> Tensor:
@@ -70,7 +76,7 @@ class _Draw(LogitsProcessor):
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # type: ignore[override]
         step = input_ids.shape[1] - self.prompt_length
-        scores = self.filters(input_ids, scores.float() / self.temperature)
+        scores = self.filters(cast(Any, input_ids), cast(Any, scores.float() / self.temperature))
         cumulative = torch.softmax(scores, -1).double().cumsum(-1)  # (B, V); float64: small tails must not vanish
         if not bool(torch.isfinite(cumulative[:, -1]).all()):
             raise FloatingPointError("the policy's logits are not finite while sampling")
@@ -81,8 +87,14 @@ class _Draw(LogitsProcessor):
 
 @torch.no_grad()
 def sample(
-    role: Role, prompts: Sequence[Sequence[int]], numbers: Tensor, sampling: Sampling, *,
-    end_ids: Sequence[int], pad_id: int, batch_size: int,
+    role: Role,
+    prompts: Sequence[Sequence[int]],
+    numbers: Tensor,
+    sampling: Sampling,
+    *,
+    end_ids: Sequence[int],
+    pad_id: int,
+    batch_size: int,
 ) -> Rollouts:
     """One answer to each of B prompts; numbers (B, max_new_tokens) from `uniforms`.
 
@@ -95,10 +107,15 @@ def sample(
         rows = order[start : start + batch_size]
         ids, mask = pad_left([prompts[i] for i in rows], pad_id)
         draw = _Draw(numbers[rows].to(role.device), ids.shape[1], sampling)
-        out = role.model.generate(
-            input_ids=ids.to(role.device), attention_mask=mask.long().to(role.device), do_sample=False,
-            max_new_tokens=sampling.max_new_tokens, logits_processor=LogitsProcessorList([draw]),
-            eos_token_id=list(end_ids), pad_token_id=pad_id, use_cache=True,
+        out = cast(Any, role.model).generate(
+            input_ids=ids.to(role.device),
+            attention_mask=mask.long().to(role.device),
+            do_sample=False,
+            max_new_tokens=sampling.max_new_tokens,
+            logits_processor=LogitsProcessorList([draw]),
+            eos_token_id=list(end_ids),
+            pad_token_id=pad_id,
+            use_cache=True,
         )
         for i, tokens in zip(rows, out[:, ids.shape[1] :].tolist(), strict=True):
             answers[i] = cut_at_end(tokens, end_ids)

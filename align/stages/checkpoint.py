@@ -21,8 +21,15 @@ from align.worker import Worker
 
 
 def save(
-    folder: str, step: int, worker: Worker, *, roles: dict[str, Role], learners: dict[str, Learner],
-    progress: dict[str, Any], keep: int = 2, also: Path | None = None,
+    folder: str,
+    step: int,
+    worker: Worker,
+    *,
+    roles: dict[str, Role],
+    learners: dict[str, Learner],
+    progress: dict[str, Any],
+    keep: int = 2,
+    also: Path | None = None,
 ) -> None:
     """Saves the state after `step`. All processes call it; the first one writes."""
     generators = worker.gather_objects(_generators())

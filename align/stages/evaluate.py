@@ -71,14 +71,25 @@ def run(settings: EvaluateSettings, worker: Worker) -> None:
     worker.wait()
 
 
-def _judge(role: Role, reference: Role, rows: list, judge, bases: Bases, settings: EvaluateSettings, worker: Worker) -> Judged:
+def _judge(
+    role: Role, reference: Role, rows: list, judge, bases: Bases, settings: EvaluateSettings, worker: Worker
+) -> Judged:
     mine = list(worker.mine(len(rows)))
     tokenizer, sampling = bases.main.tokenizer, settings.sampling
     numbers = uniforms(settings.seed, STREAM, 0, mine, sampling.max_new_tokens)
-    rollouts = sample(role, [rows[i][1] for i in mine], numbers, sampling, end_ids=end_token_ids(tokenizer),
-                      pad_id=tokenizer.pad_token_id, batch_size=settings.batch_size)
-    readings = [read_all(each, rollouts, temperature=sampling.temperature, batch_size=settings.batch_size)
-                for each in (role, reference)]
+    rollouts = sample(
+        role,
+        [rows[i][1] for i in mine],
+        numbers,
+        sampling,
+        end_ids=end_token_ids(tokenizer),
+        pad_id=tokenizer.pad_token_id,
+        batch_size=settings.batch_size,
+    )
+    readings = [
+        read_all(each, rollouts, temperature=sampling.temperature, batch_size=settings.batch_size)
+        for each in (role, reference)
+    ]
     kl = kl_estimate(readings[0].logprobs, readings[1].logprobs).sum(1)
     texts = [decode_completion(tokenizer, ids) for ids in rollouts.responses()]
     answers = Answers([rows[i][0] for i in mine], [rows[i][1] for i in mine], texts, rollouts.responses())
@@ -91,16 +102,29 @@ def _judge(role: Role, reference: Role, rows: list, judge, bases: Bases, setting
 
 def _metrics(judged: dict[str, Judged], settings: EvaluateSettings, reference: str) -> dict:
     policies = {
-        name: {"score": _mean(j.scores), "score_std": float(torch.tensor(j.scores).std(correction=0)),
-               f"kl_to_{reference}": _mean(j.kl), "response_length": _mean(j.lengths), "eos_share": _mean(j.ended)}
+        name: {
+            "score": _mean(j.scores),
+            "score_std": float(torch.tensor(j.scores).std(correction=0)),
+            f"kl_to_{reference}": _mean(j.kl),
+            "response_length": _mean(j.lengths),
+            "eos_share": _mean(j.ended),
+        }
         for name, j in judged.items()
     }
     compared = []
     for challenger, incumbent in settings.compare:
         share, count = win_rate(judged[challenger].scores, judged[incumbent].scores), len(judged[challenger].scores)
         low, high = wilson_interval(share, count)
-        compared.append({"challenger": challenger, "incumbent": incumbent, "win_rate": share, "low": low, "high": high,
-                         "prompts": count})
+        compared.append(
+            {
+                "challenger": challenger,
+                "incumbent": incumbent,
+                "win_rate": share,
+                "low": low,
+                "high": high,
+                "prompts": count,
+            }
+        )
     return {"policies": policies, "compare": compared}
 
 
@@ -117,11 +141,18 @@ def _pair_metrics(settings: EvaluateSettings, bases: Bases, worker: Worker) -> d
 
 def _write(metrics: dict, judged: dict[str, Judged], rows: list, settings: EvaluateSettings, tracker: Tracker) -> None:
     folder = Path(settings.output)
-    save_samples(folder, 0, [
-        {"iteration": 0, "prompt": prompt.prompt, **{name: {"response": j.texts[i], "score": j.scores[i], "kl": j.kl[i]}
-                                                     for name, j in judged.items()}}
-        for i, (prompt, _) in enumerate(rows)
-    ])
+    save_samples(
+        folder,
+        0,
+        [
+            {
+                "iteration": 0,
+                "prompt": prompt.prompt,
+                **{name: {"response": j.texts[i], "score": j.scores[i], "kl": j.kl[i]} for name, j in judged.items()},
+            }
+            for i, (prompt, _) in enumerate(rows)
+        ],
+    )
     write_json(folder / "results.json", metrics)
     columns, table, facts = _table(metrics)
     tracker.say(result_table(f"{len(rows)} unseen prompts", columns, table))
@@ -140,10 +171,22 @@ def _table(metrics: dict) -> tuple[list[str], list[list[str]], list[str]]:
     first = next(iter(metrics["policies"].values()))
     kl_key = next(key for key in first if key.startswith("kl_to_"))
     columns = ["policy", "score", "± std", kl_key.replace("_", " ").replace("kl", "KL"), "tokens", "ends"]
-    table = [[name, f"{m['score']:.3f}", f"{m['score_std']:.3f}", f"{m[kl_key]:.2f}", f"{m['response_length']:.1f}",
-              f"{m['eos_share']:.0%}"] for name, m in metrics["policies"].items()]
-    facts = [f"{c['challenger']} beats {c['incumbent']} on {c['win_rate']:.1%} of {c['prompts']} prompts "
-             f"(95 % interval {c['low']:.1%} to {c['high']:.1%})" for c in metrics["compare"]]
+    table = [
+        [
+            name,
+            f"{m['score']:.3f}",
+            f"{m['score_std']:.3f}",
+            f"{m[kl_key]:.2f}",
+            f"{m['response_length']:.1f}",
+            f"{m['eos_share']:.0%}",
+        ]
+        for name, m in metrics["policies"].items()
+    ]
+    facts = [
+        f"{c['challenger']} beats {c['incumbent']} on {c['win_rate']:.1%} of {c['prompts']} prompts "
+        f"(95 % interval {c['low']:.1%} to {c['high']:.1%})"
+        for c in metrics["compare"]
+    ]
     if "reward" in metrics:
         r = metrics["reward"]
         facts.append(f"reward model: accuracy {r['accuracy']:.3f}, ECE {r['ece']:.3f} on {r['pairs']} unseen pairs")

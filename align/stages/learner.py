@@ -46,7 +46,9 @@ class Learner:
         )
         self.schedule = get_scheduler(
             "constant_with_warmup" if schedule == "constant" else schedule,
-            self.optimizer, num_warmup_steps=num_warmup_steps, num_training_steps=num_steps,
+            self.optimizer,
+            num_warmup_steps=num_warmup_steps,
+            num_training_steps=num_steps,
         )
         _same_start(parameters, worker)
 

@@ -11,6 +11,7 @@ processes samples the same answers.
 """
 
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -46,8 +47,10 @@ def run(settings: PpoSettings, worker: Worker) -> None:
     if not train:
         raise BadInput(f"`prompts`: no prompt is left; {said}")
     if settings.ppo.kl_budget is not None and not held_out:
-        raise BadInput("`ppo.kl_budget` keeps the best checkpoint by held-out prompts, and there are none: give "
-                       "`prompts.validation` or `prompts.validation_split`")
+        raise BadInput(
+            "`ppo.kl_budget` keeps the best checkpoint by held-out prompts, and there are none: give "
+            "`prompts.validation` or `prompts.validation_split`"
+        )
     learners = make_learners(cast, settings, worker)
     if worker.is_main:
         begin(settings, cast.base.fingerprint)
@@ -55,8 +58,13 @@ def run(settings: PpoSettings, worker: Worker) -> None:
     roles = {"policy": cast.policy} | ({} if cast.is_shared_trunk else {"critic": cast.critic})
     state = checkpoint.resume(settings.output, worker, roles=roles, learners=learners)
     progress: dict[str, Any] = state or {"step": 0, "kl_coef": settings.ppo.kl_coef, "best": None}
-    tracker = Tracker(settings, total=settings.ppo.num_iterations, start=progress["step"],
-                      shown=("score", "kl", "eval_score", "eval_kl"), is_main=worker.is_main)
+    tracker = Tracker(
+        settings,
+        total=settings.ppo.num_iterations,
+        start=progress["step"],
+        shown=("score", "kl", "eval_score", "eval_kl"),
+        is_main=worker.is_main,
+    )
     try:
         for message in (*loaded.messages, said, *_warnings(settings)):
             tracker.say(message)
@@ -67,8 +75,15 @@ def run(settings: PpoSettings, worker: Worker) -> None:
 
 
 def _loop(
-    cast: Cast, train: list[PromptRow], held_out: list[PromptRow], learners: dict[str, Learner], roles: dict[str, Role],
-    progress: dict[str, Any], settings: PpoSettings, worker: Worker, tracker: Tracker,
+    cast: Cast,
+    train: list[PromptRow],
+    held_out: list[PromptRow],
+    learners: dict[str, Learner],
+    roles: dict[str, Role],
+    progress: dict[str, Any],
+    settings: PpoSettings,
+    worker: Worker,
+    tracker: Tracker,
 ) -> None:
     ppo = settings.ppo
 
@@ -84,11 +99,22 @@ def _loop(
         scored = sample_and_score(cast, prompts, settings, worker, phases, stream=TRAIN, step=iteration)
         experience = assess(scored, progress["kl_coef"], ppo)
         with phases("update"):
-            update = improve(cast, experience, learners, settings, worker, iteration=iteration, is_first=iteration == 1,
-                             is_warmup=iteration <= settings.critic.warmup_iterations)
-        metrics = figures(scored, experience, progress["kl_coef"]) | update | _speeds(scored, phases, ppo.num_ppo_epochs)
-        progress["kl_coef"] = next_kl_coef(progress["kl_coef"], metrics["kl"], target=ppo.kl_target,
-                                           horizon=ppo.kl_horizon, num_sequences=len(prompts))
+            update = improve(
+                cast,
+                experience,
+                learners,
+                settings,
+                worker,
+                iteration=iteration,
+                is_first=iteration == 1,
+                is_warmup=iteration <= settings.critic.warmup_iterations,
+            )
+        metrics = (
+            figures(scored, experience, progress["kl_coef"]) | update | _speeds(scored, phases, ppo.num_ppo_epochs)
+        )
+        progress["kl_coef"] = next_kl_coef(
+            progress["kl_coef"], metrics["kl"], target=ppo.kl_target, horizon=ppo.kl_horizon, num_sequences=len(prompts)
+        )
         progress["step"] = iteration
         is_last = iteration == ppo.num_iterations
         if ppo.eval_steps and (iteration % ppo.eval_steps == 0 or is_last):
@@ -99,11 +125,13 @@ def _loop(
         tracker.log(iteration, metrics)
         reached = max(metrics["kl"], metrics.get("eval_kl", 0.0))
         if ppo.kl_budget is not None and reached > ppo.kl_budget:
-            tracker.say(f"stopped at iteration {iteration}: sequence KL {reached:.3g} is over the budget {ppo.kl_budget:g}")
+            tracker.say(
+                f"stopped at iteration {iteration}: sequence KL {reached:.3g} is over the budget {ppo.kl_budget:g}"
+            )
             return
         if ppo.save_steps and iteration % ppo.save_steps == 0 and not is_last:
             save(iteration)
-        worker.stop_if_asked(lambda iteration=iteration: save(iteration))
+        worker.stop_if_asked(partial(save, iteration))
 
 
 def cast_roles(settings: PpoSettings, worker: Worker) -> Cast:
@@ -160,9 +188,17 @@ def make_learners(cast: Cast, settings: PpoSettings, worker: Worker) -> dict[str
     warmup = settings.critic.warmup_iterations
 
     def learner(name: str, parameters: list[nn.Parameter], rate: float, iterations: int) -> Learner:
-        return Learner(name, parameters, worker, learning_rate=rate, schedule=ppo.lr_scheduler_type,
-                       num_steps=max(1, iterations * steps), max_grad_norm=ppo.max_grad_norm,
-                       weight_decay=ppo.weight_decay, epsilon=ppo.adam_epsilon)
+        return Learner(
+            name,
+            parameters,
+            worker,
+            learning_rate=rate,
+            schedule=ppo.lr_scheduler_type,
+            num_steps=max(1, iterations * steps),
+            max_grad_norm=ppo.max_grad_norm,
+            weight_decay=ppo.weight_decay,
+            epsilon=ppo.adam_epsilon,
+        )
 
     return {
         "policy": learner("policy", body, ppo.learning_rate, ppo.num_iterations - warmup),
@@ -171,8 +207,13 @@ def make_learners(cast: Cast, settings: PpoSettings, worker: Worker) -> dict[str
 
 
 def _evaluate(
-    cast: Cast, held_out: list[PromptRow], progress: dict[str, Any], settings: PpoSettings, worker: Worker,
-    tracker: Tracker, iteration: int,
+    cast: Cast,
+    held_out: list[PromptRow],
+    progress: dict[str, Any],
+    settings: PpoSettings,
+    worker: Worker,
+    tracker: Tracker,
+    iteration: int,
 ) -> dict[str, float]:
     """Score and KL on the held-out prompts, always with the same random numbers; keeps the best under the budget."""
     scored = sample_and_score(cast, held_out, settings, worker, Phases(worker.device), stream=EVALUATE, step=0)
@@ -185,9 +226,13 @@ def _evaluate(
         if worker.is_main:
             with folder_in_one_go(Path(settings.output) / "best") as folder:
                 save_role(Role(cast.policy.model), folder, base_name=settings.model.base)
-    return {"eval_score": score, "eval_score_std": float(scored.scores.std(correction=0)), "eval_kl": kl,
-            "eval_response_length": float(scored.rollouts.lengths.float().mean()),
-            "eval_eos_share": float(scored.rollouts.ended.float().mean())}
+    return {
+        "eval_score": score,
+        "eval_score_std": float(scored.scores.std(correction=0)),
+        "eval_kl": kl,
+        "eval_response_length": float(scored.rollouts.lengths.float().mean()),
+        "eval_eos_share": float(scored.rollouts.ended.float().mean()),
+    }
 
 
 def _show_samples(
@@ -195,9 +240,16 @@ def _show_samples(
 ) -> None:
     if not worker.is_main or not settings.ppo.num_sample_rows:
         return
-    rows = [{"iteration": iteration, "prompt": scored.prompts[i].prompt.prompt, "response": scored.texts[i],
-             "score": float(scored.scores[i]), "kl": float(experience.kl[i].sum())}
-            for i in range(min(settings.ppo.num_sample_rows, len(scored.texts)))]
+    rows = [
+        {
+            "iteration": iteration,
+            "prompt": scored.prompts[i].prompt.prompt,
+            "response": scored.texts[i],
+            "score": float(scored.scores[i]),
+            "kl": float(experience.kl[i].sum()),
+        }
+        for i in range(min(settings.ppo.num_sample_rows, len(scored.texts)))
+    ]
     save_samples(Path(settings.output), iteration, rows)
     tracker.say(sample_table(rows))
 
@@ -207,15 +259,19 @@ def _speeds(scored: Scored, phases: Phases, num_epochs: int) -> dict[str, float]
     answered = int(scored.rollouts.lengths.sum())
     whole = answered + int(scored.rollouts.prompt_mask.sum())
     tokens = {"sample": answered, "score": whole, "update": whole * num_epochs}
-    return ({f"tokens_per_second_{name}": tokens[name] / max(phases.seconds[name], 1e-9) for name in tokens}
-            | {f"seconds_{name}": phases.seconds[name] for name in tokens}
-            | {f"peak_mib_{name}": phases.peak_mib[name] for name in tokens})
+    return (
+        {f"tokens_per_second_{name}": tokens[name] / max(phases.seconds[name], 1e-9) for name in tokens}
+        | {f"seconds_{name}": phases.seconds[name] for name in tokens}
+        | {f"peak_mib_{name}": phases.peak_mib[name] for name in tokens}
+    )
 
 
 def _warnings(settings: PpoSettings) -> list[str]:
     if settings.sampling.top_k or settings.sampling.top_p < 1.0:
-        return ["warning: with top_k or top_p answers are not drawn from the distribution that PPO differentiates; "
-                "the KL may come out negative"]
+        return [
+            "warning: with top_k or top_p answers are not drawn from the distribution that PPO differentiates; "
+            "the KL may come out negative"
+        ]
     return []
 
 
@@ -236,4 +292,3 @@ def _finish(cast: Cast, progress: dict[str, Any], settings: PpoSettings, worker:
         shutil.rmtree(folder / "best", ignore_errors=True)
         tracker.say(f"policy in {settings.output}")
     worker.wait()
-

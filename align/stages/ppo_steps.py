@@ -19,6 +19,7 @@ from align.maths.losses import PolicyLoss, explained_variance, ppo_policy_loss, 
 from align.maths.masking import masked_mean, masked_sum, whiten
 from align.models.base import Base
 from align.models.roles import Role
+from align.phases import Phases
 from align.rewards import Answers, RewardMix
 from align.rollout.reading import read, read_all
 from align.rollout.sampling import Rollouts, rollouts_of, sample, uniforms
@@ -86,29 +87,54 @@ class Experience:
 
 
 def sample_and_score(
-    cast: Cast, prompts: list[PromptRow], settings: PpoSettings, worker: Worker, phases, *, stream: int, step: int
+    cast: Cast,
+    prompts: list[PromptRow],
+    settings: PpoSettings,
+    worker: Worker,
+    phases: Phases,
+    *,
+    stream: int,
+    step: int,
 ) -> Scored:
     """Answers to `prompts` and what every role says of them, computed by row on all processes, whole on each."""
     mine = list(worker.mine(len(prompts)))
     ppo, rows = settings.ppo, [prompts[i] for i in mine]
     with phases("sample"):
         numbers = uniforms(settings.seed, stream, step, mine, settings.sampling.max_new_tokens)
-        rollouts = sample(cast.policy, [row.ids for row in rows], numbers, settings.sampling, end_ids=cast.end_ids,
-                          pad_id=cast.pad_id, batch_size=ppo.sampling_batch_size)
+        rollouts = sample(
+            cast.policy,
+            [row.ids for row in rows],
+            numbers,
+            settings.sampling,
+            end_ids=cast.end_ids,
+            pad_id=cast.pad_id,
+            batch_size=ppo.sampling_batch_size,
+        )
     with phases("score"):
         size, temperature = ppo.sampling_batch_size, settings.sampling.temperature
         policy = read_all(cast.policy, rollouts, temperature=temperature, batch_size=size, values=cast.is_shared_trunk)
         reference = read_all(cast.reference, rollouts, temperature=temperature, batch_size=size)
         values = policy.values
         if not cast.is_shared_trunk:
-            values = read_all(cast.critic, rollouts, temperature=1.0, batch_size=size, logprobs=False, values=True).values
+            values = read_all(
+                cast.critic, rollouts, temperature=1.0, batch_size=size, logprobs=False, values=True
+            ).values
         answers = rollouts.responses()
         texts = [decode_completion(cast.base.tokenizer, ids) for ids in answers]
         scores, parts = cast.rewards(Answers([row.prompt for row in rows], [row.ids for row in rows], texts, answers))
-    own = [(answers[i], texts[i], scores[i], {name: part[i] for name, part in parts.items()},
-            *(tensor[i, : len(answers[i])].tolist() for tensor in
-              (policy.logprobs, reference.logprobs, policy.entropies, values)))
-           for i in range(len(rows))]
+    own = [
+        (
+            answers[i],
+            texts[i],
+            scores[i],
+            {name: part[i] for name, part in parts.items()},
+            *(
+                tensor[i, : len(answers[i])].tolist()
+                for tensor in (policy.logprobs, reference.logprobs, policy.entropies, values)
+            ),
+        )
+        for i in range(len(rows))
+    ]
     return _whole(prompts, worker.gather_objects(own), cast)
 
 
@@ -125,8 +151,17 @@ def _whole(prompts: list[PromptRow], gathered: list[list[tuple]], cast: Cast) ->
             tensor[i, : len(values)] = torch.tensor(values)
         tensors.append(tensor)
     logprobs, reference, entropies, values = tensors
-    return Scored(prompts, rollouts, texts, logprobs, reference, entropies, values, torch.tensor(scores),
-                  {name: [part[name] for part in parts] for name in parts[0]})
+    return Scored(
+        prompts,
+        rollouts,
+        texts,
+        logprobs,
+        reference,
+        entropies,
+        values,
+        torch.tensor(scores),
+        {name: [part[name] for part in parts] for name in parts[0]},
+    )
 
 
 def assess(scored: Scored, kl_coef: float, ppo: Ppo) -> Experience:
@@ -154,8 +189,15 @@ def end_penalty(scores: Tensor, ended: Tensor, ppo: Ppo) -> Tensor:
 
 
 def improve(
-    cast: Cast, experience: Experience, learners: dict[str, Learner], settings: PpoSettings, worker: Worker, *,
-    iteration: int, is_warmup: bool, is_first: bool,
+    cast: Cast,
+    experience: Experience,
+    learners: dict[str, Learner],
+    settings: PpoSettings,
+    worker: Worker,
+    *,
+    iteration: int,
+    is_warmup: bool,
+    is_first: bool,
 ) -> dict[str, float]:
     """PPO epochs over the batch; returns the means over all minibatches.
 
@@ -177,11 +219,15 @@ def improve(
                 numbers[f"learning_rate_{name}"] = learner.learning_rate
                 norm = numbers[f"grad_norm_{name}"] = learner.step()
                 if is_first and epoch == number == 0 and norm == 0.0 and bool((experience.advantages != 0).any()):
-                    raise NoGradient(f"the {name}'s gradient is zero at the first step: nothing would be learnt; "
-                                     "check that its method leaves something to train")
+                    raise NoGradient(
+                        f"the {name}'s gradient is zero at the first step: nothing would be learnt; "
+                        "check that its method leaves something to train"
+                    )
             history.append(numbers)
     merged = {key: float(np.mean([numbers[key] for numbers in history])) for key in history[-1]}
-    return merged | {"ratio_max": max(numbers["ratio_max"] for numbers in history)}
+    first_logratio = history[0]["logratio_max"]
+    del merged["logratio_max"]
+    return merged | {"ratio_max": max(n["ratio_max"] for n in history), "first_logratio": first_logratio}
 
 
 def _minibatch(
@@ -198,14 +244,29 @@ def _minibatch(
     for start in range(0, len(mine), ppo.per_device_train_batch_size):
         part = mine[start : start + ppo.per_device_train_batch_size]
         loss, value_loss, clipped_values, entropy = _losses(cast, experience, part, settings, num_tokens)
-        sums += torch.stack([loss.loss, loss.clipped, loss.approx_kl, loss.ratio, value_loss, clipped_values, entropy,
-                             torch.zeros((), device=worker.device)]).detach().double()
+        sums += (
+            torch.stack(
+                [
+                    loss.loss,
+                    loss.clipped,
+                    loss.approx_kl,
+                    loss.ratio,
+                    value_loss,
+                    clipped_values,
+                    entropy,
+                    torch.zeros((), device=worker.device),
+                ]
+            )
+            .detach()
+            .double()
+        )
         ratio_max, logratio_max = max(ratio_max, float(loss.ratio_max)), max(logratio_max, float(loss.max_abs_logratio))
     cast.policy.eval(), cast.critic.eval()
     means = (worker.sum_(sums) / max(num_tokens, 1)).tolist()
     names = ("policy_loss", "clipfrac", "approx_kl", "ratio_mean", "value_loss", "clipfrac_value", "entropy")
     return dict(zip(names, means, strict=False)) | {
-        "ratio_max": worker.maximum(ratio_max), "logratio_max": worker.maximum(logratio_max)
+        "ratio_max": worker.maximum(ratio_max),
+        "logratio_max": worker.maximum(logratio_max),
     }
 
 
@@ -222,8 +283,9 @@ def _losses(
         for tensor in (experience.logprobs, experience.values, experience.advantages, experience.returns)
     )
     reading = read(cast.policy, rollouts, temperature=settings.sampling.temperature, values=cast.is_shared_trunk)
-    policy = ppo_policy_loss(reading.logprobs, old_logprobs, advantages, mask, cliprange=ppo.cliprange,
-                             dual_clip=ppo.dual_clip)
+    policy = ppo_policy_loss(
+        reading.logprobs, old_logprobs, advantages, mask, cliprange=ppo.cliprange, dual_clip=ppo.dual_clip
+    )
     if not cast.is_shared_trunk:  # two graphs, one after the other, so that only one is in memory
         (policy.loss / max(num_tokens, 1)).backward()
         values = read(cast.critic, rollouts, temperature=1.0, logprobs=False, values=True).values
@@ -239,9 +301,11 @@ def _check_ratio(logratio: float, policy: Role, ppo: Ppo) -> None:
     """The policy has not moved since it sampled: its ratio must be 1, or log-probs are taken in two different ways."""
     tolerance = ppo.ratio_tolerance or RATIO_TOLERANCE.get(policy.causal.dtype, 0.25)
     if not logratio <= tolerance:
-        raise BadInput(f"the first minibatch's log-ratio is {logratio:.2g}, over {tolerance:g}: sampling and update do "
-                       "not see the same policy (dropout, or an attention kernel that depends on the batch); raise "
-                       "`ppo.ratio_tolerance` only if the dtype explains it")
+        raise BadInput(
+            f"the first minibatch's log-ratio is {logratio:.2g}, over {tolerance:g}: sampling and update do "
+            "not see the same policy (dropout, or an attention kernel that depends on the batch); raise "
+            "`ppo.ratio_tolerance` only if the dtype explains it"
+        )
 
 
 def figures(scored: Scored, experience: Experience, kl_coef: float) -> dict[str, float]:

@@ -8,7 +8,9 @@ size 1. What was saved is loaded again and must give the same scores.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -63,9 +65,16 @@ def run(settings: RewardSettings, worker: Worker) -> None:
     rows_a_step = t.per_device_train_batch_size * t.gradient_accumulation_steps * worker.num_processes
     num_steps = steps_of(len(train), rows_a_step, t.num_train_epochs, t.max_steps)
     learner = Learner(
-        "reward model", [p for _, p in role.trained()], worker, learning_rate=t.learning_rate,
-        schedule=t.lr_scheduler_type, num_steps=num_steps, num_warmup_steps=math.ceil(t.warmup_ratio * num_steps),
-        max_grad_norm=t.max_grad_norm, weight_decay=t.weight_decay, betas=(t.adam_beta1, t.adam_beta2),
+        "reward model",
+        [p for _, p in role.trained()],
+        worker,
+        learning_rate=t.learning_rate,
+        schedule=t.lr_scheduler_type,
+        num_steps=num_steps,
+        num_warmup_steps=math.ceil(t.warmup_ratio * num_steps),
+        max_grad_norm=t.max_grad_norm,
+        weight_decay=t.weight_decay,
+        betas=(t.adam_beta1, t.adam_beta2),
         epsilon=t.adam_epsilon,
     )
     if worker.is_main:
@@ -73,35 +82,41 @@ def run(settings: RewardSettings, worker: Worker) -> None:
     worker.wait()
     state = checkpoint.resume(settings.output, worker, roles={"reward": role}, learners={"reward": learner})
     start = int(state["step"]) if state else 0
-    tracker = Tracker(settings, total=num_steps, start=start, shown=("loss", "accuracy", "eval_accuracy"),
-                      is_main=worker.is_main)
+    tracker = Tracker(
+        settings, total=num_steps, start=start, shown=("loss", "accuracy", "eval_accuracy"), is_main=worker.is_main
+    )
     try:
         for message in (*loaded.messages, said, f"{len(train)} pairs to train on, {len(validation)} held out"):
             tracker.say(message)
 
         def save(step: int) -> None:
-            checkpoint.save(settings.output, step, worker, roles={"reward": role}, learners={"reward": learner},
-                            progress={})
+            checkpoint.save(
+                settings.output, step, worker, roles={"reward": role}, learners={"reward": learner}, progress={}
+            )
 
         for step in range(start + 1, num_steps + 1):
             rows = row_order(len(train), rows_a_step, step - 1, settings.seed)
             metrics = train_step(role, [train[i] for i in rows], learner, settings, worker, tokenizer.pad_token_id)
             if step == 1 and metrics["grad_norm"] == 0.0:
-                raise NoGradient("the reward model's gradient is zero at the first step: chosen and rejected answers "
-                                 "are the same to it; check the data and max_length")
+                raise NoGradient(
+                    "the reward model's gradient is zero at the first step: chosen and rejected answers "
+                    "are the same to it; check the data and max_length"
+                )
             if validation and (step == num_steps or (t.eval_steps and step % t.eval_steps == 0)):
-                metrics |= evaluate_pairs(role, validation, t.per_device_eval_batch_size, tokenizer.pad_token_id, worker)
+                metrics |= evaluate_pairs(
+                    role, validation, t.per_device_eval_batch_size, tokenizer.pad_token_id, worker
+                )
             if step % t.logging_steps == 0 or step in (1, num_steps) or "eval_loss" in metrics:
                 tracker.log(step, metrics)
             if t.save_steps and step % t.save_steps == 0 and step < num_steps:
                 save(step)
-            worker.stop_if_asked(lambda step=step: save(step))
+            worker.stop_if_asked(partial(save, step))
         _finish(settings, worker, bases, role, train, validation, tracker)
     finally:
         tracker.close()
 
 
-def encode_pairs(tokenizer, preferences: Sequence[Preference], max_length: int) -> tuple[list[Pair], str]:
+def encode_pairs(tokenizer: Any, preferences: Sequence[Preference], max_length: int) -> tuple[list[Pair], str]:
     """The pairs that fit in `max_length` tokens, and a sentence on those that do not."""
     pairs = []
     for preference in preferences:
@@ -124,23 +139,36 @@ def train_step(
         batch = mine[start : start + size]
         ids, mask = pad_right([s for side in (0, 1) for s in (p.sequences[side] for p in batch)], pad_id)
         chosen, rejected = sequence_scores(role, ids.to(worker.device), mask.to(worker.device)).chunk(2)
-        numbers = torch.tensor([[p.preference.probability, p.preference.weight, p.preference.margin] for p in batch],
-                               device=worker.device).T
-        loss = pair_loss(chosen, rejected, probability=numbers[0], weight=numbers[1], margin=numbers[2],
-                         centring=settings.center_rewards_coefficient) / total_weight
+        numbers = torch.tensor(
+            [[p.preference.probability, p.preference.weight, p.preference.margin] for p in batch], device=worker.device
+        ).T
+        loss = (
+            pair_loss(
+                chosen,
+                rejected,
+                probability=numbers[0],
+                weight=numbers[1],
+                margin=numbers[2],
+                centring=settings.center_rewards_coefficient,
+            )
+            / total_weight
+        )
         loss.backward()
         sums += torch.stack([loss, (chosen > rejected).sum(), (chosen - rejected).sum()]).detach().double()
     role.eval()
     sums = worker.sum_(sums)
     rate = learner.learning_rate
     norm = learner.step()
-    return {"loss": float(sums[0]), "accuracy": float(sums[1]) / len(pairs), "margin": float(sums[2]) / len(pairs),
-            "grad_norm": norm, "learning_rate": rate}
+    return {
+        "loss": float(sums[0]),
+        "accuracy": float(sums[1]) / len(pairs),
+        "margin": float(sums[2]) / len(pairs),
+        "grad_norm": norm,
+        "learning_rate": rate,
+    }
 
 
-def evaluate_pairs(
-    role: Role, pairs: Sequence[Pair], batch_size: int, pad_id: int, worker: Worker
-) -> dict[str, float]:
+def evaluate_pairs(role: Role, pairs: Sequence[Pair], batch_size: int, pad_id: int, worker: Worker) -> dict[str, float]:
     """Accuracy (ties half; soft labels by their side), loss, mean margin and calibration error on `pairs`."""
     mine = list(worker.mine(len(pairs)))
     scores = score_sequences(role, [s for i in mine for s in pairs[i].sequences], pad_id=pad_id, batch_size=batch_size)
@@ -151,12 +179,21 @@ def evaluate_pairs(
     right = torch.where(margins == 0, 0.5, ((margins > 0) == (p >= 0.5)).float())
     ones, zeros = torch.ones_like(p), torch.zeros_like(p)
     loss = pair_loss(margins, zeros, probability=p, weight=ones, margin=zeros) / len(pairs)
-    return {"eval_loss": float(loss), "eval_accuracy": float(right.mean()), "eval_margin": float(margins.mean()),
-            "eval_ece": pair_calibration_error(margins, p)}
+    return {
+        "eval_loss": float(loss),
+        "eval_accuracy": float(right.mean()),
+        "eval_margin": float(margins.mean()),
+        "eval_ece": pair_calibration_error(margins, p),
+    }
 
 
 def _finish(
-    settings: RewardSettings, worker: Worker, bases: Bases, role: Role, train: list[Pair], validation: list[Pair],
+    settings: RewardSettings,
+    worker: Worker,
+    bases: Bases,
+    role: Role,
+    train: list[Pair],
+    validation: list[Pair],
     tracker: Tracker,
 ) -> None:
     """Measures mean and spread of the score, saves, and checks what was saved."""
@@ -179,7 +216,7 @@ def _finish(
     worker.wait()
 
 
-def _reference_sequences(settings: RewardSettings, tokenizer, train: list[Pair]) -> list[tuple[int, ...]]:
+def _reference_sequences(settings: RewardSettings, tokenizer: Any, train: list[Pair]) -> list[tuple[int, ...]]:
     """Token sequences that the score is normalised on: the recipe's demonstrations, else both answers of the pairs."""
     if not settings.reference:
         return [s for pair in train[:256] for s in pair.sequences]
@@ -199,5 +236,3 @@ def _check_saved(bases: Bases, folder: Path, expected: torch.Tensor, probe: list
     drift = float((found - expected).abs().max())
     if drift > PROBE_TOLERANCE * max(1.0, float(expected.abs().max())):
         raise RuntimeError(f"the reward model saved in {folder} scores a probe differently by {drift:.2g}: not usable")
-
-

@@ -6,11 +6,11 @@ else, so a crash while saving costs one checkpoint and never the run.
 
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from datasets import Dataset
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
 from align.artifact import begin, finish
@@ -46,9 +46,15 @@ def run(settings: SftSettings, worker: Worker) -> None:
     resumed = newest_complete(Path(settings.output) / "checkpoints")
     start = int(resumed.name.rpartition("-")[2]) if resumed else 0
     trainer = _trainer(settings, worker, role, tokenizer, train, held_out)
-    tracker = Tracker(settings, total=_num_steps(trainer), start=start,
-                      shown=("loss", "mean_token_accuracy", "eval_loss"), is_main=worker.is_main)
+    tracker = Tracker(
+        settings,
+        total=_num_steps(trainer),
+        start=start,
+        shown=("loss", "mean_token_accuracy", "eval_loss"),
+        is_main=worker.is_main,
+    )
     bridge = _Bridge(tracker, worker, start)
+    trainer.remove_callback(PrinterCallback)
     trainer.add_callback(bridge)
     try:
         for message in (*loaded.messages, said):
@@ -70,11 +76,15 @@ def _encoded(tokenizer: Any, rows: Any, max_length: int) -> tuple[list[Encoded],
 
 
 def _dataset(rows: list[Encoded]) -> Dataset:
-    return Dataset.from_dict({
-        "input_ids": [list(row.input_ids) for row in rows],
-        "labels": [[token if is_answer else NO_LOSS for token, is_answer in zip(row.input_ids, row.loss_mask, strict=True)]
-                   for row in rows],
-    })
+    return Dataset.from_dict(
+        {
+            "input_ids": [list(row.input_ids) for row in rows],
+            "labels": [
+                [token if is_answer else NO_LOSS for token, is_answer in zip(row.input_ids, row.loss_mask, strict=True)]
+                for row in rows
+            ],
+        }
+    )
 
 
 def _trainer(
@@ -82,24 +92,49 @@ def _trainer(
 ) -> SFTTrainer:
     t = settings.train
     arguments = SFTConfig(
-        output_dir=str(Path(settings.output) / "checkpoints"), seed=settings.seed, data_seed=settings.seed,
-        use_cpu=worker.device.type == "cpu", bf16=False, fp16=False, report_to="none", disable_tqdm=True,
-        learning_rate=t.learning_rate, num_train_epochs=t.num_train_epochs, max_steps=t.max_steps,
+        output_dir=str(Path(settings.output) / "checkpoints"),
+        seed=settings.seed,
+        data_seed=settings.seed,
+        use_cpu=worker.device.type == "cpu",
+        bf16=False,
+        fp16=False,
+        report_to="none",
+        disable_tqdm=True,
+        learning_rate=t.learning_rate,
+        num_train_epochs=t.num_train_epochs,
+        max_steps=t.max_steps,
         per_device_train_batch_size=t.per_device_train_batch_size,
         per_device_eval_batch_size=t.per_device_eval_batch_size,
-        gradient_accumulation_steps=t.gradient_accumulation_steps, weight_decay=t.weight_decay,
-        warmup_steps=t.warmup_ratio, lr_scheduler_type=t.lr_scheduler_type,
-        max_grad_norm=t.max_grad_norm, adam_beta1=t.adam_beta1, adam_beta2=t.adam_beta2, adam_epsilon=t.adam_epsilon,
-        gradient_checkpointing=t.gradient_checkpointing, gradient_checkpointing_kwargs={"use_reentrant": False},
-        logging_steps=t.logging_steps, logging_first_step=True,
-        eval_strategy="steps" if held_out and t.eval_steps else "no", eval_steps=t.eval_steps or None,
-        save_strategy="steps" if t.save_steps else "no", save_steps=t.save_steps or 500, save_total_limit=2,
-        max_length=settings.max_length, packing=settings.packing, eval_packing=False, dataloader_pin_memory=False,
-        ddp_find_unused_parameters=False, logging_nan_inf_filter=False,
+        gradient_accumulation_steps=t.gradient_accumulation_steps,
+        weight_decay=t.weight_decay,
+        warmup_steps=t.warmup_ratio,
+        lr_scheduler_type=t.lr_scheduler_type,
+        max_grad_norm=t.max_grad_norm,
+        adam_beta1=t.adam_beta1,
+        adam_beta2=t.adam_beta2,
+        adam_epsilon=t.adam_epsilon,
+        gradient_checkpointing=t.gradient_checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False},
+        logging_steps=t.logging_steps,
+        logging_first_step=True,
+        eval_strategy="steps" if held_out and t.eval_steps else "no",
+        eval_steps=t.eval_steps or None,
+        save_strategy="steps" if t.save_steps else "no",
+        save_steps=t.save_steps or 500,
+        save_total_limit=2,
+        max_length=settings.max_length,
+        packing=settings.packing,
+        eval_packing=False,
+        dataloader_pin_memory=False,
+        ddp_find_unused_parameters=False,
+        logging_nan_inf_filter=False,
     )
     trainer = SFTTrainer(
-        model=role.model, args=arguments, processing_class=tokenizer,
-        train_dataset=_dataset(train), eval_dataset=_dataset(held_out) if held_out else None,
+        model=role.model,
+        args=arguments,
+        processing_class=tokenizer,
+        train_dataset=_dataset(train),
+        eval_dataset=_dataset(held_out) if held_out else None,
     )
     for p in role.model.parameters():  # TRL casts the adapter to bfloat16 over a 4-bit base
         if p.requires_grad and settings.model.load_in == "nf4":
@@ -110,7 +145,7 @@ def _trainer(
 def _num_steps(trainer: SFTTrainer) -> int:
     a = trainer.args
     rows_a_step = a.per_device_train_batch_size * a.gradient_accumulation_steps * a.world_size
-    return steps_of(len(trainer.train_dataset), rows_a_step, a.num_train_epochs, a.max_steps)
+    return steps_of(len(cast(Any, trainer.train_dataset)), rows_a_step, a.num_train_epochs, a.max_steps)
 
 
 def newest_complete(folder: Path) -> Path | None:
@@ -126,12 +161,17 @@ class _Bridge(TrainerCallback):
         self.tracker, self.worker, self.first = tracker, worker, start == 0
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs=None, **kwargs: Any):
-        numbers = {key: value for key, value in (logs or {}).items()
-                   if isinstance(value, (int, float)) and key not in ("epoch", "total_flos")}
+        numbers = {
+            key: value
+            for key, value in (logs or {}).items()
+            if isinstance(value, (int, float)) and key not in ("epoch", "total_flos")
+        }
         if "train_runtime" not in numbers and numbers:
             self.tracker.log(state.global_step, numbers)
 
-    def on_pre_optimizer_step(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ):
         if not self.first:
             return
         self.first = False
@@ -139,7 +179,9 @@ class _Bridge(TrainerCallback):
         if not any(bool(g.any()) for g in gradients):
             raise NoGradient("the gradient is zero at the first step: the method leaves nothing to train")
         if not all(math.isfinite(float(g.sum())) for g in gradients):
-            raise FloatingPointError("the gradient is not finite at the first step: lower the learning rate, or check the base")
+            raise FloatingPointError(
+                "the gradient is not finite at the first step: lower the learning rate, or check the base"
+            )
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
         if self.worker.is_asked_to_stop():
@@ -149,7 +191,7 @@ class _Bridge(TrainerCallback):
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
         self.worker.wait()  # every process has written its generators
         if self.worker.is_main:
-            (Path(args.output_dir) / f"checkpoint-{state.global_step}" / COMPLETE).touch()
+            (Path(str(args.output_dir)) / f"checkpoint-{state.global_step}" / COMPLETE).touch()
 
 
 def _finish(

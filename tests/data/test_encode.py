@@ -44,9 +44,7 @@ THINKING = (
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 # its generation prompt is not how its answers open; the marked one says which tokens are the answer's
-UNSTABLE = CHATML.replace(
-    "<|im_start|>assistant\n' }}{% endif %}", "<|im_start|>assistant\n<think>' }}{% endif %}"
-)
+UNSTABLE = CHATML.replace("<|im_start|>assistant\n' }}{% endif %}", "<|im_start|>assistant\n<think>' }}{% endif %}")
 MARKED = (
     "{% for message in messages %}{% if message['role'] == 'assistant' %}"
     "{{ '<|im_start|>assistant\n' }}{% generation %}{{ message['content'] + '<|im_end|>' }}{% endgeneration %}{{ '\n' }}"
@@ -55,13 +53,9 @@ MARKED = (
 )
 
 
-def make_tokenizer(
-    chat_template: str | None = CHATML, eos: str = END, bos: str = ""
-) -> PreTrainedTokenizerFast:
+def make_tokenizer(chat_template: str | None = CHATML, eos: str = END, bos: str = "") -> PreTrainedTokenizerFast:
     """One token a word, with the space before it; line ends are tokens."""
-    core = Tokenizer(
-        models.WordLevel({word: index for index, word in enumerate(VOCABULARY)}, unk_token="<unk>")
-    )
+    core = Tokenizer(models.WordLevel({word: index for index, word in enumerate(VOCABULARY)}, unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.Split(Regex(r"\n+| ?[^\s]+"), "isolated")
     core.decoder = decoders.Fuse()
     if bos:
@@ -113,9 +107,7 @@ def preference(prompt: Any, chosen: Any, rejected: Any) -> Preference:
 
 
 def test_single_turn_by_hand() -> None:
-    encoded = encode_demonstration(
-        make_tokenizer(), demonstration(messages=conversation("hi you", "why so")), 99
-    )
+    encoded = encode_demonstration(make_tokenizer(), demonstration(messages=conversation("hi you", "why so")), 99)
     head = ids(START, "system", "\n", "helpful", END, "\n", START, "user", "\n", "hi", " you", END, "\n")
     opening, answer, closing = ids(START, "assistant", "\n"), ids("why", " so", END), ids("\n")
     assert encoded.input_ids == head + opening + answer + closing
@@ -170,10 +162,7 @@ def test_truncation_report() -> None:
     rows = [encode_demonstration(make_tokenizer(), example, length) for length in (99, 18, 16)]
     report = report_truncation(rows, 18)
     assert (report.num_rows, report.num_truncated, report.num_dropped, report.num_supervised) == (3, 2, 1, 5)
-    assert (
-        str(report)
-        == "2 of 3 rows cut at 18 tokens, 1 dropped (no supervised token left); 5 supervised tokens"
-    )
+    assert str(report) == "2 of 3 rows cut at 18 tokens, 1 dropped (no supervised token left); 5 supervised tokens"
     assert str(report_truncation(rows[:1], 99)) == "0 of 1 rows cut at 99 tokens; 3 supervised tokens"
 
 
@@ -201,9 +190,7 @@ def test_plain_text_of_a_tokenizer_that_adds_both_ends() -> None:
 
 def test_pair_by_hand() -> None:
     tokenizer = make_tokenizer()
-    example = preference(
-        conversation("hi", system="ab"), conversation("", "why so")[1:], conversation("", "no")[1:]
-    )
+    example = preference(conversation("hi", system="ab"), conversation("", "why so")[1:], conversation("", "no")[1:])
     pair = encode_pair(tokenizer, example, 18)
     assert pair is not None
     system, question = ids(START, "system", "\n", "ab", END, "\n"), ids(START, "user", "\n", "hi", END, "\n")
@@ -217,9 +204,7 @@ def test_too_long_a_pair_is_left_out(max_length: int) -> None:
     tokenizer = make_tokenizer()
     short, long = conversation("", "no")[1:], conversation("", "why so")[1:]
     for chosen, rejected in ((short, long), (long, short)):  # 15 + 3 tokens
-        pair = encode_pair(
-            tokenizer, preference(conversation("hi", system="ab"), chosen, rejected), max_length
-        )
+        pair = encode_pair(tokenizer, preference(conversation("hi", system="ab"), chosen, rejected), max_length)
         assert (pair is None) is (max_length < 18)
 
 
@@ -235,9 +220,7 @@ def test_plain_pair() -> None:
 
 def test_template_that_renders_the_last_answer_differently() -> None:
     tokenizer = make_tokenizer(THINKING)
-    encoded = encode_demonstration(
-        tokenizer, demonstration(messages=conversation("hi", "why", "so", "no")), 99
-    )
+    encoded = encode_demonstration(tokenizer, demonstration(messages=conversation("hi", "why", "so", "no")), 99)
     assert [text for text, flag in shown(tokenizer, encoded) if flag] == [
         f"why{END}",
         f"<think>\n\n</think>\n\nno{END}",
@@ -295,9 +278,7 @@ def test_decode_completion() -> None:
 REAL_TOKENIZER = os.environ.get("ALIGN_TEST_TOKENIZER", "")
 
 
-@pytest.mark.skipif(
-    not REAL_TOKENIZER, reason="ALIGN_TEST_TOKENIZER names no folder of a real chat tokenizer"
-)
+@pytest.mark.skipif(not REAL_TOKENIZER, reason="ALIGN_TEST_TOKENIZER names no folder of a real chat tokenizer")
 def test_a_real_tokenizer_agrees_with_its_own_template() -> None:
     from transformers import AutoTokenizer
 

@@ -67,9 +67,7 @@ def test_plain_texts_are_prompts_of_their_own() -> None:
     assert prompt_key(demonstration("", "one")) != prompt_key(demonstration("", "two"))
 
 
-@pytest.mark.parametrize(
-    ("weight", "num_expected"), [(1.0, 8), (2.0, 16), (0.25, 2), (1.5, 12), (0.01, 1), (2.25, 18)]
-)
+@pytest.mark.parametrize(("weight", "num_expected"), [(1.0, 8), (2.0, 16), (0.25, 2), (1.5, 12), (0.01, 1), (2.25, 18)])
 def test_weighted(weight: float, num_expected: int) -> None:
     examples = [demonstration(str(number)) for number in range(8)]
     taken = weighted(examples, weight)
@@ -111,9 +109,7 @@ def test_split_never_leaks(tmp_path: Path) -> None:
     prompts = [f"question {(7 * number) % 30}" for number in range(90)]
     one, two = write(tmp_path, "one", pairs(*prompts)), write(tmp_path, "two", pairs(*reversed(prompts)))
     for share in (0.05, 0.2, 0.45):
-        data = Data(
-            train=(Source(path=one, weight=2.0), Source(path=two, weight=0.5)), validation_split=share
-        )
+        data = Data(train=(Source(path=one, weight=2.0), Source(path=two, weight=0.5)), validation_split=share)
         loaded = load(data, "demonstrations")
         sides = [{prompt_key(example) for example in side} for side in (loaded.train, loaded.validation)]
         assert sides[0] and sides[1] and not sides[0] & sides[1]

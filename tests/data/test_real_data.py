@@ -36,11 +36,7 @@ def test_file(name: str) -> None:
 @pytest.mark.parametrize("name", [name for name in FILES if name.startswith(("pref", "sft"))])
 def test_answers_serve_as_prompts(name: str) -> None:
     loaded = load(Data(train=(Source(path=str(FOLDER / name)),)), "prompts")
-    assert all(
-        example.prompt[-1]["role"] == "user"
-        for example in loaded.train
-        if not isinstance(example.prompt, str)
-    )
+    assert all(example.prompt[-1]["role"] == "user" for example in loaded.train if not isinstance(example.prompt, str))
 
 
 @pytest.mark.skipif("kto_unpaired_en.jsonl" not in FILES, reason=f"no KTO data in {FOLDER}")

@@ -128,9 +128,7 @@ def test_missing_file(tmp_path: Path, path: str, expected: str) -> None:
         ("here/there", False),  # is on the disk
     ],
 )
-def test_looks_like_hub_id(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str, expected: bool
-) -> None:
+def test_looks_like_hub_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str, expected: bool) -> None:
     (tmp_path / "here" / "there").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
     assert looks_like_hub_id(path) is expected
@@ -175,7 +173,5 @@ def test_import_is_light() -> None:
     heavy = ("torch", "transformers", "datasets", "pyarrow", "jinja2")
     program = f"import sys, align.data; print([name for name in {heavy} if name in sys.modules])"
     root = Path(__file__).resolve().parents[2]
-    result = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=root
-    )
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=root)
     assert result.stdout.strip() == "[]"

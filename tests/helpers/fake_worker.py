@@ -47,7 +47,7 @@ def group(folder: Path) -> None:
 
 def fail(folder: Path) -> None:
     """Fail in the last rank with 7 in the status, and 3 as its process's own code; the others wait."""
-    if RANK == int(os.environ.get("WORLD_SIZE", "1")) - 1:
+    if int(os.environ.get("WORLD_SIZE", "1")) - 1 == RANK:
         print("fake worker: seven", file=sys.stderr, flush=True)
         write_status(Path(os.environ["ALIGN_STATUS_FILE"]), 7, "seven")
         sys.exit(3)

@@ -53,9 +53,7 @@ def test_rewards_match_the_oracle(seed, kl_coef):
 def test_rewards_of_a_row_sum_to_the_score_less_the_penalty(seed):
     scores, kl, _, lengths, mask = ragged(seed)
     totals = token_rewards(tensor(scores), tensor(kl), mask, kl_coef=0.05).sum(dim=1)
-    expected = [
-        s - 0.05 * math.fsum(row[:n]) if n else 0.0 for s, row, n in zip(scores, kl, lengths, strict=True)
-    ]
+    expected = [s - 0.05 * math.fsum(row[:n]) if n else 0.0 for s, row, n in zip(scores, kl, lengths, strict=True)]
     close(totals, expected)
 
 

@@ -48,9 +48,7 @@ def test_calibration_error_matches_the_oracle(seed, num_bins):
     expected = oracles.expected_calibration_error(probabilities, outcomes, num_bins)
     assert actual == pytest.approx(expected, abs=1e-10)
     order = rng.sample(range(count), count)
-    mixed = expected_calibration_error(
-        tensor(probabilities)[order], tensor(outcomes)[order], num_bins=num_bins
-    )
+    mixed = expected_calibration_error(tensor(probabilities)[order], tensor(outcomes)[order], num_bins=num_bins)
     assert mixed == pytest.approx(actual, abs=1e-12)
 
 
@@ -59,16 +57,10 @@ def test_pair_calibration_error_by_hand():
     margins = tensor([math.log(3), math.log(3), -math.log(3), math.log(3)])
     assert pair_calibration_error(margins, tensor([1.0] * 4)) == pytest.approx(0.0, abs=1e-12)
     # right every time: a gap of 1/4; wrong every time: of 3/4
-    assert pair_calibration_error(tensor([math.log(3)] * 4), tensor([1.0] * 4)) == pytest.approx(
-        0.25, abs=1e-12
-    )
-    assert pair_calibration_error(tensor([-math.log(3)] * 4), tensor([1.0] * 4)) == pytest.approx(
-        0.75, abs=1e-12
-    )
+    assert pair_calibration_error(tensor([math.log(3)] * 4), tensor([1.0] * 4)) == pytest.approx(0.25, abs=1e-12)
+    assert pair_calibration_error(tensor([-math.log(3)] * 4), tensor([1.0] * 4)) == pytest.approx(0.75, abs=1e-12)
     # soft labels of 3/4 are what these margins say
-    assert pair_calibration_error(tensor([math.log(3)] * 4), tensor([0.75] * 4)) == pytest.approx(
-        0.0, abs=1e-12
-    )
+    assert pair_calibration_error(tensor([math.log(3)] * 4), tensor([0.75] * 4)) == pytest.approx(0.0, abs=1e-12)
 
 
 @pytest.mark.parametrize("num_bins", [2, 10, 20])  # even: a pair and its mirror fall into mirrored bins

@@ -33,8 +33,7 @@ def test_matches_the_oracle_in_any_shape(seed, estimator):
     p = oracles.rows(rng, len(lengths), width, mean=-2.0)
     q = oracles.rows(rng, len(lengths), width, mean=-2.0)
     expected = [
-        [oracles.kl_estimate(x, y, estimator) for x, y in zip(a, b, strict=True)]
-        for a, b in zip(p, q, strict=True)
+        [oracles.kl_estimate(x, y, estimator) for x, y in zip(a, b, strict=True)] for a, b in zip(p, q, strict=True)
     ]
     actual = kl_estimate(tensor(p), tensor(q), estimator=estimator)
     close(actual, expected)
@@ -73,9 +72,7 @@ def test_an_unknown_estimator_is_refused():
     ],
 )
 def test_next_kl_coef_by_hand(kl, expected):
-    assert next_kl_coef(0.05, kl, target=6.0, horizon=1000, num_sequences=100) == pytest.approx(
-        expected, rel=1e-12
-    )
+    assert next_kl_coef(0.05, kl, target=6.0, horizon=1000, num_sequences=100) == pytest.approx(expected, rel=1e-12)
 
 
 @pytest.mark.parametrize("seed", range(20))

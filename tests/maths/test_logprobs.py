@@ -184,7 +184,5 @@ def test_the_head_never_sees_more_than_a_chunk():
 
 
 def test_no_positions_at_all():
-    logprobs, entropies = chunked_logprobs(
-        torch.zeros(0, 3), torch.nn.Linear(3, 4), torch.zeros(0, dtype=torch.long)
-    )
+    logprobs, entropies = chunked_logprobs(torch.zeros(0, 3), torch.nn.Linear(3, 4), torch.zeros(0, dtype=torch.long))
     assert logprobs.shape == entropies.shape == (0,)

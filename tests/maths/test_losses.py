@@ -99,9 +99,7 @@ def test_the_random_batches_meet_every_branch():
         new, old, advantages, lengths, _ = ragged(seed)
         for n, o, a in zip(*(oracles.real(x, lengths) for x in (new, old, advantages)), strict=True):
             ratio = math.exp(n - o)
-            seen.add(
-                (a > 0, "low" if ratio < 0.8 else "high" if ratio > 3.0 else "above" if ratio > 1.2 else "in")
-            )
+            seen.add((a > 0, "low" if ratio < 0.8 else "high" if ratio > 3.0 else "above" if ratio > 1.2 else "in"))
     assert len(seen) == 8
 
 
@@ -123,9 +121,7 @@ def test_policy_gradient_matches_the_cases_and_finite_differences(seed, cliprang
                 assert actual == 0.0
                 continue
             token = old[b][t], advantages[b][t], cliprange, dual_clip
-            assert actual == pytest.approx(
-                oracles.policy_token_gradient(new[b][t], *token), rel=1e-10, abs=1e-10
-            )
+            assert actual == pytest.approx(oracles.policy_token_gradient(new[b][t], *token), rel=1e-10, abs=1e-10)
             step = 1e-6
             up = oracles.policy_token_loss(new[b][t] + step, *token)
             down = oracles.policy_token_loss(new[b][t] - step, *token)
@@ -181,10 +177,7 @@ def test_value_loss_and_gradient_match_the_oracle(seed, cliprange):
     close(
         leaf.grad,
         [
-            [
-                oracles.value_token_gradient(v, o, g, cliprange) if t < n else 0.0
-                for t, (v, o, g) in enumerate(row)
-            ]
+            [oracles.value_token_gradient(v, o, g, cliprange) if t < n else 0.0 for t, (v, o, g) in enumerate(row)]
             for row, n in zip(map(zip, values, old, returns), lengths, strict=True)
         ],
     )
@@ -247,9 +240,7 @@ def test_padding_columns_and_the_order_of_rows_change_nothing(seed, function):
     close(wide_gradient[:, :-2], gradient.tolist())
     order = torch.randperm(len(lengths), generator=torch.Generator().manual_seed(seed)).tolist()
     mixed = [[block[b] for b in order] for block in (first, second, third)]
-    mixed_loss, mixed_gradient = gradient_of(
-        function, mixed[0], tensor(mixed[1]), tensor(mixed[2]), mask[order]
-    )
+    mixed_loss, mixed_gradient = gradient_of(function, mixed[0], tensor(mixed[1]), tensor(mixed[2]), mask[order])
     close(mixed_loss, loss.item())
     close(mixed_gradient, gradient[order].tolist())
 
@@ -277,8 +268,7 @@ def test_statistics_of_micro_batches_sum_to_the_whole(seed):
     blocks = [tensor(x) for x in ragged(seed)[:3]] + [ragged(seed)[-1]]
     whole = numbers(ppo_policy_loss(*blocks, cliprange=0.2))
     parts = [
-        numbers(ppo_policy_loss(*(x[b : b + 1] for x in blocks), cliprange=0.2))
-        for b in range(blocks[0].shape[0])
+        numbers(ppo_policy_loss(*(x[b : b + 1] for x in blocks), cliprange=0.2)) for b in range(blocks[0].shape[0])
     ]
     for name in ("clipped", "approx_kl", "ratio"):
         assert math.fsum(part[name] for part in parts) == pytest.approx(whole[name], rel=1e-10, abs=1e-10)
@@ -379,9 +369,7 @@ def test_explained_variance_matches_the_oracle(seed):
         explained_variance(tensor(values), tensor(returns), mask), tensor(expected), rtol=1e-9, atol=1e-9
     )
     dirty = [tensor(oracles.put_outside(x, lengths, GARBAGE)) for x in (values, returns)]
-    assert torch.equal(
-        explained_variance(*dirty, mask), explained_variance(tensor(values), tensor(returns), mask)
-    )
+    assert torch.equal(explained_variance(*dirty, mask), explained_variance(tensor(values), tensor(returns), mask))
 
 
 @pytest.mark.parametrize("constant", [0.0, 1.0, -2.5])

@@ -1,0 +1,50 @@
+"""A stage that is killed in its middle: `killed_stage.py log:3 RECIPE` or `killed_stage.py save:2 RECIPE`.
+
+`log:N` kills the process when it logs step N; `save:N` while it writes its Nth checkpoint, half of it on disk.
+"""
+
+import os
+import signal
+import sys
+from pathlib import Path
+
+from align import artifact, track, worker
+
+WHERE, COUNT = sys.argv[1].split(":")
+
+
+def kill() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+if WHERE == "log":
+    log = track.Tracker.log
+
+    def killing_log(self, step, metrics):
+        log(self, step, metrics)
+        if step == int(COUNT):
+            kill()
+
+    track.Tracker.log = killing_log
+else:
+    written = []
+    write_json, touch = artifact.write_json, Path.touch
+
+    def killing_write(path, values):
+        if path.name == "generators.json":  # the weights are on disk, the counters are not
+            written.append(path)
+            if len(written) == int(COUNT):
+                kill()
+        write_json(path, values)
+
+    def killing_touch(self, *args, **kwargs):
+        if self.name == "complete":  # the trainer's files are on disk, the mark is not
+            written.append(self)
+            if len(written) == int(COUNT):
+                kill()
+        touch(self, *args, **kwargs)
+
+    artifact.write_json = killing_write
+    Path.touch = killing_touch
+
+worker.main(arguments=sys.argv[2:])

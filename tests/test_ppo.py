@@ -1,0 +1,172 @@
+"""PPO end to end on the tiny base: exactness, invariances, budgets, rewards of every kind."""
+
+import json
+
+import pytest
+import torch
+
+from align.artifact import checkpoints, read_manifest
+from align.errors import BadInput
+from align.settings import Ppo
+from align.stages import ppo as stage
+from align.stages.ppo_steps import end_penalty
+from align.track import read_metrics
+from tests import tiny
+
+TOLERANCE = 1e-5
+
+
+def settings(base, data, runs, output, *, ppo=None, **changes):
+    values = tiny.recipe("ppo", base, data, output, **changes)
+    values |= {"policy": values["policy"] | {"from": str(runs / "sft")}}
+    for key in ("critic", "rewards"):
+        text = json.dumps(values[key]).replace(str(output.parent / "reward"), str(runs / "reward"))
+        values[key] = json.loads(text)
+    values["ppo"] = values["ppo"] | (ppo or {})
+    from align.settings import PpoSettings
+
+    return PpoSettings(**values)
+
+
+@pytest.fixture(scope="module")
+def finished(base, data, runs, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ppo") / "ppo"
+    tiny.run(settings(base, data, runs, folder))
+    return folder
+
+
+def test_a_run_logs_everything_and_starts_at_ratio_one(finished):
+    rows = read_metrics(finished)
+    assert [row["step"] for row in rows] == [0, 1, 2, 3, 4]
+    assert rows[0]["eval_kl"] == pytest.approx(0.0, abs=1e-5)  # before training the policy is the reference
+    assert rows[1]["kl"] == pytest.approx(0.0, abs=1e-5)
+    wanted = (
+        "score score_std kl kl_coef entropy policy_entropy approx_kl clipfrac clipfrac_value ratio_mean ratio_max "
+        "explained_variance grad_norm_policy grad_norm_critic response_length eos_share policy_loss value_loss "
+        "tokens_per_second_sample tokens_per_second_score tokens_per_second_update peak_mib_sample peak_mib_score "
+        "peak_mib_update learning_rate_policy"
+    )
+    for row in rows[1:]:
+        assert not set(wanted.split()) - row.keys()
+        assert row["grad_norm_policy"] > 0 and row["grad_norm_critic"] > 0
+    assert rows[-1]["kl"] > 0.0
+    samples = [json.loads(line) for line in (finished / "samples.jsonl").read_text().splitlines()]
+    assert {row["iteration"] for row in samples} == {0, 2, 4} and {"prompt", "response", "score", "kl"} <= samples[0].keys()
+    assert (finished / "curves.png").stat().st_size > 1000
+    manifest = read_manifest(finished)
+    assert manifest["status"] == "finished" and manifest["parents"]["policy.from"].endswith("sft")
+
+
+def test_it_repeats_bit_for_bit(base, data, runs, finished, tmp_path):
+    tiny.run(settings(base, data, runs, tmp_path / "again"))
+    assert tiny.largest_difference(finished, tmp_path / "again") == 0.0
+
+
+@pytest.mark.parametrize("change", [{"per_device_train_batch_size": 1}, {"sampling_batch_size": 3}])
+def test_batch_sizes_change_nothing_but_memory(base, data, runs, finished, tmp_path, change):
+    tiny.run(settings(base, data, runs, tmp_path / "other", ppo=change))
+    assert tiny.largest_difference(finished, tmp_path / "other") <= TOLERANCE
+    for a, b in zip(read_metrics(finished), read_metrics(tmp_path / "other"), strict=True):
+        for key in ("score", "kl", "policy_loss", "value_loss", "grad_norm_policy", "eval_score"):
+            assert a.get(key, 0.0) == pytest.approx(b.get(key, 0.0), abs=TOLERANCE)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"critic": {"kind": "trunk"}},
+        {"critic": {"kind": "adapter"}},
+        {"ppo": {"kl_estimator": "k3", "kl_target": 0.5, "whiten_rewards": True, "dual_clip": 3.0}},
+        {"ppo": {"gradient_checkpointing": True}},
+        {"policy": {}, "critic": {}},
+    ],
+    ids=["trunk", "critic from the policy", "k3, adaptive", "gradient checkpointing", "policy from the base"],
+)
+def test_options_train(base, data, runs, tmp_path, change):
+    chosen = settings(base, data, runs, tmp_path / "ppo", **change)
+    if change.get("policy") == {}:
+        chosen = chosen.model_copy(update={"policy": chosen.policy.model_copy(update={"path": None})})
+    tiny.run(chosen)
+    rows = read_metrics(tmp_path / "ppo")
+    assert rows[-1]["grad_norm_policy"] > 0 and all(row["first_logratio"] < 1e-4 for row in rows[1:])
+    if chosen.ppo.kl_target:
+        assert rows[-1]["kl_coef"] != rows[1]["kl_coef"]
+
+
+def test_gradient_checkpointing_changes_nothing(base, data, runs, finished, tmp_path):
+    tiny.run(settings(base, data, runs, tmp_path / "ppo", ppo={"gradient_checkpointing": True}))
+    assert tiny.largest_difference(finished, tmp_path / "ppo") <= TOLERANCE
+
+
+def test_warm_up_leaves_the_policy_alone(base, data, runs, tmp_path):
+    changed = settings(base, data, runs, tmp_path / "ppo", critic={"warmup_iterations": 4})
+    tiny.run(changed)
+    assert tiny.largest_difference(runs / "sft", tmp_path / "ppo") == 0.0
+    assert read_metrics(tmp_path / "ppo")[-1]["grad_norm_critic"] > 0
+
+
+def test_a_written_reward_is_learnt(base, data, runs, tmp_path):
+    """With a reward for one word PPO makes that word more frequent: the whole machine points uphill."""
+    (tmp_path / "words.py").write_text(
+        "def lamps(prompts, completions, completion_ids, thing, *, word, **columns):\n"
+        "    assert len(thing) == len(prompts) == len(completion_ids) and prompts[0][-1]['role'] == 'user'\n"
+        "    return [float(c[0]['content'].split().count(word)) for c in completions]\n"
+    )
+    rewards = [{"use": f"{tmp_path}/words.py:lamps", "word": "lamp"}]
+    change = {
+        "num_iterations": 25, "prompts_per_iteration": 8, "num_generations": 4, "learning_rate": 1e-2, "kl_coef": 0.0,
+        "missing_eos_penalty": None, "eval_steps": 0, "num_mini_batches": 1,
+    }  # fmt: skip
+    tiny.run(settings(base, data, runs, tmp_path / "ppo", rewards=rewards, critic={}, ppo=change))
+    scores = [row["score"] for row in read_metrics(tmp_path / "ppo")]
+    assert sum(scores[-5:]) / 5 > sum(scores[:5]) / 5 + 0.5
+
+
+def test_trl_rewards_run_unchanged_beside_others(base, data, runs, tmp_path):
+    (tmp_path / "own.py").write_text(
+        "async def maybe(completions, **kwargs):\n    return [None] + [1.0] * (len(completions) - 1)\n"
+    )
+    rewards = [
+        {"use": "trl.rewards:think_format_reward", "weight": 0.5},
+        {"use": f"{tmp_path}/own.py:maybe"},
+        {"use": "learned", "from": str(runs / "reward"), "clip": 0.5},
+    ]
+    tiny.run(settings(base, data, runs, tmp_path / "ppo", rewards=rewards, ppo={"num_iterations": 1}))
+    row = read_metrics(tmp_path / "ppo")[-1]
+    assert row["reward_think_format_reward"] == 0.0 and row["reward_maybe"] == 1.0 and abs(row["reward_learned"]) <= 0.5
+
+
+def test_kl_budget_keeps_the_best_under_it(base, data, runs, tmp_path):
+    change = {"learning_rate": 0.05, "kl_budget": 0.2, "num_iterations": 12, "eval_steps": 1, "kl_coef": 0.0}
+    tiny.run(settings(base, data, runs, tmp_path / "ppo", ppo=change))
+    rows = read_metrics(tmp_path / "ppo")
+    best = read_manifest(tmp_path / "ppo")["metrics"]["best"]
+    assert rows[-1]["step"] < 12 and max(rows[-1]["kl"], rows[-1]["eval_kl"]) > 0.2
+    allowed = [row for row in rows if row["eval_kl"] <= 0.2]
+    assert best["score"] == max(row["eval_score"] for row in allowed)
+    assert best["iteration"] == next(row["step"] for row in allowed if row["eval_score"] == best["score"])
+    assert not (tmp_path / "ppo" / "best").exists() and (tmp_path / "ppo" / "adapter_config.json").is_file()
+
+
+def test_a_ratio_off_one_stops_the_run(base, data, runs, tmp_path, monkeypatch):
+    scored_as = stage.sample_and_score
+
+    def shifted(*args, **kwargs):
+        scored = scored_as(*args, **kwargs)
+        scored.logprobs.add_(0.01)
+        return scored
+
+    monkeypatch.setattr(stage, "sample_and_score", shifted)
+    with pytest.raises(BadInput, match=r"log-ratio is 0\.01"):
+        tiny.run(settings(base, data, runs, tmp_path / "ppo"))
+
+
+def test_end_penalties():
+    scores, ended = torch.tensor([2.0, 2.0]), torch.tensor([True, False])
+    assert end_penalty(scores, ended, Ppo()).tolist() == [2.0, -1.0]
+    assert end_penalty(scores, ended, Ppo(missing_eos="subtract", missing_eos_penalty=0.5)).tolist() == [2.0, 1.5]
+    assert end_penalty(scores, ended, Ppo(missing_eos_penalty=None)).tolist() == [2.0, 2.0]
+
+
+def test_checkpoints_are_gone_when_finished(finished):
+    assert checkpoints(finished) == [] and not (finished / "checkpoints").exists()

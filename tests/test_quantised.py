@@ -1,0 +1,61 @@
+"""The whole pipeline over a 4-bit base, and merging."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from align.artifact import read_manifest
+from align.errors import BadInput
+from align.models.merging import merge
+from align.models.roles import Bases
+from align.settings import Model
+from align.track import read_metrics
+from tests import tiny
+
+NF4 = {"load_in": "nf4"}
+
+
+@pytest.fixture(scope="module")
+def quantised(base, data, tmp_path_factory):
+    """sft, reward and ppo over the tiny base in nf4."""
+    folder = tmp_path_factory.mktemp("nf4")
+    model = {"base": str(base)} | NF4
+    for stage in ("sft", "reward"):
+        method = {"kind": "qlora", "r": 4}
+        tiny.run(tiny.settings(stage, base, data, folder / stage, model=model, method=method))
+    tiny.run(tiny.settings("ppo", base, data, folder / "ppo", model=model))
+    return folder
+
+
+def test_the_pipeline_runs_in_4_bits(quantised):
+    for stage in ("sft", "reward", "ppo"):
+        assert read_manifest(quantised / stage)["status"] == "finished"
+    rows = read_metrics(quantised / "ppo")
+    assert rows[-1]["grad_norm_policy"] > 0 and rows[-1]["kl"] != 0.0
+    assert rows[1]["kl"] == pytest.approx(0.0, abs=1e-4)
+
+
+def test_the_base_stays_in_4_bits_and_is_shared(base, quantised):
+    bases = Bases(Model(base=str(base), load_in="nf4"), torch.device("cpu"))
+    role = bases.role(str(quantised / "sft"), trainable=True)
+    packed = [p for p in role.parameters() if p.dtype == torch.uint8]
+    own = {p.data_ptr() for p in bases.main.model.parameters()}
+    assert len(packed) == 14 and all(p.data_ptr() in own for p in packed)
+    assert all(p.dtype == torch.float32 for _, p in role.trained())
+
+
+@pytest.mark.parametrize("kind", ["float32", "nf4"])
+def test_a_merged_model_says_what_the_adapter_said(kind, runs, quantised, tmp_path):
+    run = (runs if kind == "float32" else quantised) / "sft"
+    drift = merge(str(run), str(tmp_path / "merged"))
+    assert drift < 1e-4
+    AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    with pytest.raises(BadInput, match="not empty"):
+        merge(str(run), str(tmp_path / "merged"))
+
+
+def test_only_policies_are_merged(runs, tmp_path):
+    with pytest.raises(BadInput, match="reward model"):
+        merge(str(runs / "reward"), str(tmp_path / "merged"))
+    with pytest.raises(BadInput, match=r"no manifest\.json|is not there"):
+        merge(str(tmp_path / "nowhere"), str(tmp_path / "merged"))

@@ -1,0 +1,156 @@
+"""Killed, stopped, started again: the end is the same bit for bit. And two processes do what one does."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from align.artifact import read_manifest, state_of
+from align.launch import processes_of
+from align.recipe import load_recipe
+from align.track import read_metrics
+from tests import tiny
+
+ROOT = Path(__file__).resolve().parents[1]
+TIMEOUT = 120  # seconds
+
+
+def write_recipe(stage, base, data, runs, folder, **changes):
+    """A recipe file whose parents are the finished runs of the session."""
+    values = tiny.recipe(stage, base, data, folder / stage, **changes)
+    text = yaml.safe_dump(values)
+    for parent in ("sft", "reward"):
+        if parent != stage:
+            text = text.replace(str(folder / parent), str(runs / parent))
+    path = folder / f"{stage}.yaml"
+    path.write_text(text)
+    return path
+
+
+def command(*words, **environment):
+    return {
+        "args": [sys.executable, *map(str, words)],
+        "cwd": ROOT,
+        "env": os.environ | {"PYTHONPATH": str(ROOT)} | environment,
+    }
+
+
+def finish(path):
+    """Runs what is left of the recipe's stage in this process, in its own fresh random state."""
+    settings = next(iter(load_recipe(str(path)).stages.values()))
+    tiny.run(settings)
+    return Path(settings.output)
+
+
+@pytest.mark.parametrize(("stage", "when"), [("sft", "save:2"), ("reward", "log:3"), ("ppo", "save:2"), ("ppo", "log:3")])
+def test_kill_9_in_the_middle_changes_nothing(stage, when, base, data, runs, tmp_path):
+    (tmp_path / "whole").mkdir()
+    (tmp_path / "cut").mkdir()
+    lora = {"kind": "lora", "r": 4, "lora_dropout": 0.2}  # dropout: the generators' state matters
+    changes = {} if stage == "ppo" else {"method": lora}
+    whole = finish(write_recipe(stage, base, data, runs, tmp_path / "whole", **changes))
+    path = write_recipe(stage, base, data, runs, tmp_path / "cut", **changes)
+    done = subprocess.run(**command("tests/helpers/killed_stage.py", when, path), timeout=TIMEOUT, capture_output=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr.decode()[-2000:]
+    assert read_manifest(tmp_path / "cut" / stage)["status"] == "running"
+    cut = finish(path)
+    assert tiny.largest_difference(whole, cut) == 0.0
+    names = ("loss", "score", "kl", "eval_loss", "eval_score", "grad_norm", "kl_coef")
+    logged = [[{key: row.get(key) for key in ("step", *names)} for row in read_metrics(folder)] for folder in (whole, cut)]
+    assert logged[0] == logged[1]
+
+
+def wait_for(condition, process):
+    end = time.monotonic() + TIMEOUT
+    while not condition():
+        assert process.poll() is None and time.monotonic() < end, "the stage ended before it could be stopped"
+        time.sleep(0.02)
+
+
+def test_sigterm_saves_and_the_same_command_goes_on(base, data, runs, tmp_path):
+    for name in ("whole", "cut"):
+        (tmp_path / name).mkdir()
+    values = tiny.recipe("ppo", base, data, tmp_path)["ppo"] | {"num_iterations": 40, "save_steps": 0, "eval_steps": 0}
+    whole = finish(write_recipe("ppo", base, data, runs, tmp_path / "whole", ppo=values))
+    path = write_recipe("ppo", base, data, runs, tmp_path / "cut", ppo=values)
+    align = command("-m", "align.cli", "run", path, ALIGN_TEST_MARK=str(tmp_path))
+    with subprocess.Popen(**align, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
+        wait_for(lambda: len(read_metrics(tmp_path / "cut" / "ppo")) >= 3, process)
+        process.send_signal(signal.SIGTERM)
+        _, errors = process.communicate(timeout=TIMEOUT)
+    assert process.returncode == 143, errors.decode()[-2000:]
+    assert not still_running(str(tmp_path)), "a process was left over"
+    saved = len(read_metrics(tmp_path / "cut" / "ppo"))
+    assert 3 <= saved < 40
+    done = subprocess.run(**align, timeout=TIMEOUT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert tiny.largest_difference(whole, tmp_path / "cut" / "ppo") == 0.0
+    assert not list((tmp_path / "cut").glob(".*"))
+
+
+def still_running(mark):
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            if f"ALIGN_TEST_MARK={mark}".encode() in (folder / "environ").read_bytes():
+                found.append(folder.name)
+        except OSError:
+            continue
+    return found
+
+
+def test_two_processes_do_what_one_does(base, data, runs, tmp_path):
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+    one = finish(write_recipe("ppo", base, data, runs, tmp_path / "one"))
+    path = write_recipe("ppo", base, data, runs, tmp_path / "two", launch="ddp")
+    done = subprocess.run(**command("-m", "align.cli", "run", path), timeout=TIMEOUT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "2 processes" in done.stdout
+    assert tiny.largest_difference(one, tmp_path / "two" / "ppo") <= 1e-5
+    for a, b in zip(read_metrics(one), read_metrics(tmp_path / "two" / "ppo"), strict=True):
+        for key in ("score", "kl", "kl_coef", "policy_loss", "value_loss", "entropy", "grad_norm_policy", "eval_score"):
+            assert a.get(key, 0.0) == pytest.approx(b.get(key, 0.0), abs=1e-5)
+
+
+@pytest.mark.parametrize("stage", ["reward", "sft"])
+def test_two_processes_train_the_other_stages(stage, base, data, runs, tmp_path):
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+    train = tiny.recipe(stage, base, data, tmp_path)["train"]
+    one = finish(write_recipe(stage, base, data, runs, tmp_path / "one", train=train))
+    half = train | {"per_device_train_batch_size": train["per_device_train_batch_size"] // 2}
+    path = write_recipe(stage, base, data, runs, tmp_path / "two", train=half, launch="ddp")
+    done = subprocess.run(**command("-m", "align.cli", "run", path), timeout=TIMEOUT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert tiny.largest_difference(one, tmp_path / "two" / stage) <= 1e-5
+
+
+def test_a_failing_stage_gives_its_code_and_line(base, data, tmp_path):
+    path = tmp_path / "sft.yaml"
+    path.write_text(yaml.safe_dump(tiny.recipe("sft", base, data, tmp_path / "sft", max_length=8)))
+    done = subprocess.run(**command("-m", "align.cli", "run", path), timeout=TIMEOUT, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert [line for line in done.stderr.splitlines() if line] == [
+        line for line in done.stderr.splitlines() if line.startswith("align: ") and "no supervised token is left" in line
+    ]
+    assert not (tmp_path / "sft").exists()
+
+
+def test_a_script_runs_one_stage_of_a_pipeline_by_hand(base, data, tmp_path):
+    stages = {"tune": {k: v for k, v in tiny.recipe("sft", base, data, tmp_path).items() if k not in ("model", "output")}}
+    path = tmp_path / "pipeline.yaml"
+    path.write_text(yaml.safe_dump({"model": {"base": str(base)}, "output": str(tmp_path / "out"), "stages": stages}))
+    launch = ("-m", "accelerate.commands.launch", "--config_file", "recipes/accelerate/cpu.yaml", "scripts/sft.py")
+    done = subprocess.run(
+        **command(*launch, path, "stages.tune.train.max_steps=1"), timeout=TIMEOUT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    settings = load_recipe(str(path), ["stages.tune.train.max_steps=1"]).stages["tune"]
+    assert state_of(settings) == "finished"
+    assert not processes_of("none")

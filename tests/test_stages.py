@@ -1,0 +1,141 @@
+"""Each stage in this process on the tiny base: what it writes, what opens it, and what must not depend on batching."""
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from align.artifact import checkpoints, read_manifest, state_of
+from align.errors import BadInput
+from align.models.roles import Bases
+from align.models.scoring import score_sequences
+from align.settings import Model
+from align.track import read_metrics
+from align.worker import Worker
+from tests import tiny
+
+CPU = torch.device("cpu")
+
+
+def ids_and_mask(rows):
+    width = max(map(len, rows))
+    ids = torch.tensor([row + [0] * (width - len(row)) for row in rows])
+    return ids, torch.tensor([[i < len(row) for i in range(width)] for row in rows])
+
+
+def test_sft_and_reward_finish_and_say_so(runs):
+    for stage in ("sft", "reward"):
+        manifest = read_manifest(runs / stage)
+        assert manifest["kind"] == stage and manifest["status"] == "finished"
+        assert manifest["versions"]["torch"] == torch.__version__
+        assert (runs / stage / "curves.png").read_bytes().startswith(b"\x89PNG")
+        assert not checkpoints(runs / stage)
+        assert [row["step"] for row in read_metrics(runs / stage) if "loss" in row] == [1, 2, 3, 4]
+    metrics = read_manifest(runs / "reward")["metrics"]
+    assert set(metrics) == {"eval_loss", "eval_accuracy", "eval_margin", "eval_ece"}
+    assert read_manifest(runs / "reward")["score_std"] > 0
+
+
+def test_losses_fall(base, data, tmp_path):
+    for stage in ("sft", "reward"):
+        settings = tiny.settings(stage, base, data, tmp_path / stage)
+        train = settings.train.model_copy(update={"max_steps": 40, "learning_rate": 1e-2, "save_steps": 0})
+        tiny.run(settings.model_copy(update={"train": train}))
+        losses = [row["loss"] for row in read_metrics(tmp_path / stage) if "loss" in row]
+        assert sum(losses[-5:]) / 5 < 0.6 * losses[0]
+    assert read_manifest(tmp_path / "reward")["metrics"]["eval_accuracy"] > 0.9
+
+
+def test_peft_opens_the_policy_without_us(base, runs):
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), runs / "sft").eval()
+    role = Bases(Model(base=str(base)), CPU).role(str(runs / "sft"))
+    ids = torch.tensor([[2, 4, 9, 10, 3]])
+    ours = role.logits(role.hidden(ids, torch.ones_like(ids, dtype=torch.bool)))
+    plain = AutoModelForCausalLM.from_pretrained(base).eval()(ids).logits
+    assert torch.equal(model(ids).logits, ours)
+    assert (plain - ours).abs().max() > 1e-3  # the adapter does something
+
+
+def test_peft_and_transformers_open_the_reward_model_without_us(base, runs):
+    sequence = AutoModelForSequenceClassification.from_pretrained(base, num_labels=1)
+    model = PeftModel.from_pretrained(sequence, runs / "reward").eval()
+    role = Bases(Model(base=str(base)), CPU).role(str(runs / "reward"), head=True)
+    row = [2, 4, 9, 10, 7, 3]
+    ours = score_sequences(role, [row], pad_id=0, batch_size=1)
+    assert torch.allclose(model(torch.tensor([row])).logits[:, 0], ours, atol=1e-6)
+    assert float(ours.abs()) > 1e-4  # the head is not the zeros it started from
+
+
+def test_the_reference_is_the_sft_policy_and_not_the_base(base, runs):
+    bases = Bases(Model(base=str(base)), CPU)
+    policy, reference, plain = bases.role(str(runs / "sft"), trainable=True), bases.role(str(runs / "sft")), bases.role(None)
+    ids, mask = ids_and_mask([[2, 4, 9, 10, 3], [2, 4, 3]])
+    assert torch.equal(policy.hidden(ids, mask), reference.hidden(ids, mask))
+    assert (plain.hidden(ids, mask) - reference.hidden(ids, mask)).abs().max() > 1e-3
+    assert not reference.trained() and policy.trained()
+
+
+def test_roles_share_the_base_and_nothing_else(base, runs):
+    bases = Bases(Model(base=str(base)), CPU)
+    roles = [bases.role(str(runs / "sft"), trainable=True), bases.role(str(runs / "reward"), trainable=True, head=True)]
+    own = {p.data_ptr() for p in bases.main.model.parameters()}
+    for role in roles:
+        shared = [p for p in role.parameters() if p.data_ptr() in own]
+        assert len(shared) == len(own) and not any(p.requires_grad for p in shared)
+    assert not {id(p) for _, p in roles[0].trained()} & {id(p) for _, p in roles[1].trained()}
+    ids, mask = ids_and_mask([[2, 4, 9, 3]])
+    before = roles[1].hidden(ids, mask)
+    with torch.no_grad():
+        for _, p in roles[0].trained():
+            p.add_(1.0)
+    roles[0].train()
+    assert torch.equal(roles[1].hidden(ids, mask), before) and not roles[1].training
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_padding_on_either_side_changes_no_score(kind, tmp_path):
+    bases = Bases(Model(base=str(tiny.make_base(tmp_path / kind, kind=kind))), CPU)
+    role = bases.role(None, head=True)
+    torch.manual_seed(1)
+    role.head.weight.data.normal_()
+    rows = [[2, 4, 9, 10, 7, 3], [2, 4, 3], [2, 4, 9, 3, 3]]  # the pad may equal the end token
+    alone = torch.cat([score_sequences(role, [row], pad_id=3, batch_size=1) for row in rows])
+    together = score_sequences(role, rows, pad_id=3, batch_size=3)
+    assert torch.allclose(alone, together, atol=1e-5)
+    from align.data.collate import pad_left
+    from align.models.scoring import sequence_scores
+
+    assert torch.allclose(sequence_scores(role, *pad_left(rows, 0)), alone, atol=1e-5)
+
+
+def test_a_finished_folder_is_kept_and_another_recipe_refused(base, data, runs):
+    settings = tiny.settings("sft", base, data, runs / "sft")
+    assert state_of(settings) == "finished"
+    with pytest.raises(BadInput, match="seed"):
+        state_of(settings.model_copy(update={"seed": 1}))
+
+
+def test_full_tuning(base, data, tmp_path):
+    before = {k: v.clone() for k, v in AutoModelForCausalLM.from_pretrained(base).state_dict().items()}
+    for stage in ("sft", "reward"):
+        tiny.run(tiny.settings(stage, base, data, tmp_path / stage, method={"kind": "full"}))
+    tuned = AutoModelForCausalLM.from_pretrained(tmp_path / "sft").state_dict()
+    assert any(not torch.equal(before[key], tuned[key]) for key in before)
+    # LoRA PPO over the tuned model, its critic over the tuned reward model's base
+    ppo = tiny.settings("ppo", base, data, tmp_path / "ppo", critic={})
+    tiny.run(ppo.model_copy(update={"ppo": ppo.ppo.model_copy(update={"num_iterations": 1})}))
+    assert (tmp_path / "ppo" / "adapter_config.json").is_file()
+
+
+def test_nothing_to_train_stops_before_anything_is_written(base, data, tmp_path):
+    for stage in ("sft", "reward"):
+        settings = tiny.settings(stage, base, data, tmp_path / stage, max_length=8)
+        with pytest.raises(BadInput, match=r"no (pair|supervised token) is left"):
+            tiny.run(settings)
+        assert not (tmp_path / stage).exists()
+
+
+def test_worker_alone_is_one_process():
+    worker = Worker()
+    assert worker.num_processes == 1 and list(worker.mine(3)) == [0, 1, 2]
+    assert worker.gather_objects({"a": 1}) == [{"a": 1}] and worker.maximum(2.0) == 2.0
