@@ -19,6 +19,7 @@ from typing import Any
 
 from align.errors import BadInput
 from align.settings import StageSettings
+from align.wording import brief, did_you_mean_path, one_line
 
 MANIFEST = "manifest.json"
 VERSIONED = ("align", "torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate")
@@ -71,12 +72,14 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
     """
     path = Path(folder) / MANIFEST
     if not path.is_file():
-        what = "is not a run's folder: it has no manifest.json" if Path(folder).is_dir() else "is not there"
-        raise BadInput(f"{folder} {what}; run the stage that makes it first, or correct the path")
+        cure = "; run the stage that makes it first, or correct the path"
+        if Path(folder).is_dir():
+            raise BadInput(f"{folder} is not a run's folder: it has no {MANIFEST}{cure}")
+        raise BadInput(f"{folder} is not there{did_you_mean_path(Path(folder), folders=True) or cure}")
     try:
         return dict(json.loads(path.read_text(encoding="utf-8")))
     except (ValueError, TypeError) as error:
-        raise BadInput(f"{path} is damaged ({error}); delete the folder and run its stage again") from error
+        raise BadInput(f"{path} is damaged ({one_line(error)}); delete the folder and run its stage again") from error
 
 
 def check_parent(folder: str, kinds: tuple[str, ...], where: str) -> None:
@@ -85,8 +88,8 @@ def check_parent(folder: str, kinds: tuple[str, ...], where: str) -> None:
         return
     manifest = _at(where, lambda: read_manifest(folder))
     if manifest.get("kind") not in kinds:
-        wanted = " or ".join(kind for kind in kinds if kind != "*")
-        raise BadInput(f"{where}: {folder} is a run of kind `{manifest.get('kind')}`, and this needs `{wanted}`")
+        wanted = " or ".join(f"`{kind}`" for kind in kinds if kind != "*")
+        raise BadInput(f"{where}: {folder} is a run of kind `{manifest.get('kind')}`; name one of kind {wanted}")
     if manifest.get("status") != "finished":
         raise BadInput(f"{where}: the run in {folder} is not finished; start it again to go on with it")
 
@@ -105,19 +108,20 @@ def state_of(settings: StageSettings) -> str:
         BadInput: the folder holds something else: another recipe's run, or files that no run made.
     """
     folder = Path(settings.output)
-    if folder.exists() and not folder.is_dir():
-        raise BadInput(f"`output`: {folder} is a file; name a folder")
+    file = next((path for path in (folder, *folder.parents) if path.is_file()), None)
+    if file is not None:
+        raise BadInput(f"`output`: {file} is a file; name a folder")
     if not folder.exists() or not any(folder.iterdir()):
         return "new"
     if not (folder / MANIFEST).is_file():
         raise BadInput(f"`output`: {folder} holds files that are no run of align; choose another folder")
-    manifest = read_manifest(folder)
+    manifest = _at("`output`", lambda: read_manifest(folder))
     before, now = dict(manifest.get("recipe", {})), recipe_of(settings)
     changed = _differences(before, now)
     if changed:
         key, was, becomes = changed[0]
         raise BadInput(
-            f"`output`: {folder} holds a run of another recipe (`{key}` was {was!r}, is {becomes!r}); "
+            f"`output`: {folder} holds a run of another recipe (`{key}` was {brief(was)}, is {brief(becomes)}); "
             "choose another output, or delete that folder"
         )
     return str(manifest.get("status", "running"))

@@ -1,6 +1,5 @@
 """Everything that can be wrong with a recipe is found here, before models are loaded and anything is written."""
 
-from difflib import get_close_matches
 from pathlib import Path
 
 from align.artifact import check_parent, fingerprint, read_manifest, state_of
@@ -9,6 +8,7 @@ from align.errors import BadInput
 from align.recipe import Recipe
 from align.rewards import check_rewards
 from align.settings import Data, EvaluateSettings, Full, Lora, PpoSettings, RewardSettings, SftSettings, StageSettings
+from align.wording import did_you_mean_path
 
 
 def check_recipe(recipe: Recipe) -> dict[str, str]:
@@ -17,33 +17,40 @@ def check_recipe(recipe: Recipe) -> dict[str, str]:
     Raises:
         BadInput: with the stage's key, the reason and the cure.
     """
-    made: dict[str, str] = {}  # folder -> kind, of the stages before
+    makers = {_same(settings.output): name for name, settings in recipe.stages.items()}
+    made: dict[str, StageSettings] = {}  # folder -> the earlier stage that makes it
     states = {}
     for name, settings in recipe.stages.items():
         try:
+            for key, (folder, _) in settings.parents().items():
+                maker = makers.get(_same(folder), name)
+                if maker != name and _same(folder) not in made:
+                    raise BadInput(f"`{key}`: {folder} is made by stage `{maker}`, which comes later; put it before")
             states[name] = check_stage(settings, made)
         except BadInput as error:
             if not recipe.is_pipeline:
                 raise
             raise BadInput(f"stage `{name}`: {error}") from error
-        made[_same(settings.output)] = settings.kind
+        made[_same(settings.output)] = settings
     return states
 
 
-def check_stage(settings: StageSettings, made: dict[str, str] | None = None) -> str:
-    """Checks one stage; `made` maps the folders that earlier stages of the pipeline will have made to their kinds."""
+def check_stage(settings: StageSettings, made: dict[str, StageSettings] | None = None) -> str:
+    """Checks one stage; `made` maps the folders that earlier stages of the pipeline will have made to these."""
     _check_model(settings)
-    for key, (folder, kinds) in settings.parents().items():
-        kind = (made or {}).get(_same(folder))
-        if kind is None:
-            check_parent(folder, (*kinds, "*") if _may_be_hub(folder, kinds) else kinds, f"`{key}`")
-            _check_same_base(settings, folder, key)
-        elif kind not in kinds:
-            raise BadInput(f"`{key}`: {folder} will be a run of kind `{kind}`, and this needs `{kinds[0]}`")
     if isinstance(settings, PpoSettings):
         check_rewards(settings.rewards, "rewards")
     if isinstance(settings, EvaluateSettings):
         check_rewards(settings.judge, "judge")
+    for key, (folder, kinds) in settings.parents().items():
+        if _same(folder) == _same(settings.output):
+            raise BadInput(f"`{key}`: {folder} is this stage's own output; name the run to start from")
+        maker = (made or {}).get(_same(folder))
+        if maker is None:
+            check_parent(folder, _kinds_that_do(folder, kinds), f"`{key}`")
+            _check_run_before(settings, folder, key)
+        else:
+            _check_stage_before(settings, folder, key, maker, kinds)
     state = state_of(settings)
     if state != "finished":
         for key, (kind, data) in settings.data_sections().items():
@@ -55,30 +62,36 @@ def _same(folder: str) -> str:
     return str(Path(folder).resolve())
 
 
+def _is_on_hub(name: str) -> bool:
+    """`owner/name` is a Hub id unless there is a folder `owner` here: then it is a path that leads nowhere."""
+    return looks_like_hub_id(name) and not Path(name).parent.is_dir()
+
+
 def _check_model(settings: StageSettings) -> None:
-    model, method = settings.model, _method(settings)
+    model, (key, method) = settings.model, _method(settings)
     folder = Path(model.base)
+    cure = "give a folder that save_pretrained wrote"
     if folder.is_dir():
         if not (folder / "config.json").is_file():
-            raise BadInput(f"`model.base`: {model.base} holds no config.json, so it is no transformers model")
+            raise BadInput(f"`model.base`: {model.base} holds no config.json, so it is no transformers model; {cure}")
         if not list(folder.glob("*.safetensors")):
-            raise BadInput(f"`model.base`: {model.base} holds no safetensors weights (pickled ones are not loaded)")
-    elif not looks_like_hub_id(model.base):
-        near = (
-            get_close_matches(folder.name, [p.name for p in folder.parent.glob("*")], n=1)
-            if folder.parent.is_dir()
-            else []
-        )
-        hint = f"; did you mean `{folder.parent / near[0]}`?" if near else ""
-        raise BadInput(f"`model.base`: {model.base} is neither a folder nor a Hub id (`owner/name`){hint}")
+            raise BadInput(f"`model.base`: {model.base} holds no safetensors (pickled weights are not loaded); {cure}")
+    elif not _is_on_hub(model.base):
+        hint = did_you_mean_path(folder, folders=True) or f"; {cure}"
+        what = f"is not in {folder.parent}, which is a folder here and so no owner on the Hub"
+        if not looks_like_hub_id(model.base):
+            what = "is neither a folder nor a Hub id (`owner/name`)"
+        raise BadInput(f"`model.base`: {model.base} {what}{hint}")
     if model.chat_template is not None and not Path(model.chat_template).is_file():
-        raise BadInput(f"`model.chat_template`: {model.chat_template} is not there; name a Jinja file")
+        hint = did_you_mean_path(Path(model.chat_template)) or "; name a Jinja file"
+        raise BadInput(f"`model.chat_template`: {model.chat_template} is not there{hint}")
     if isinstance(method, Full) and model.load_in == "nf4":
         raise BadInput(
-            "`method: full` cannot train a 4-bit base (`model.load_in: nf4`): use `kind: qlora`, or `load_in: bfloat16`"
+            f"`{key}.kind: full` cannot train a 4-bit base (`model.load_in: nf4`): use `kind: qlora`, or "
+            "`load_in: bfloat16`"
         )
     if isinstance(method, Lora) and method.kind == "qlora" and model.load_in != "nf4":
-        raise BadInput(f"`method.kind: qlora` needs `model.load_in: nf4` (it is {model.load_in}); or use `kind: lora`")
+        raise BadInput(f"`{key}.kind: qlora` needs `model.load_in: nf4` (it is {model.load_in}); or use `kind: lora`")
     if isinstance(settings, SftSettings) and settings.packing and model.attn_implementation == "eager":
         raise BadInput(
             "`packing: true` is exact with `attn_implementation` sdpa or flash_attention_2; with eager set "
@@ -86,24 +99,44 @@ def _check_model(settings: StageSettings) -> None:
         )
 
 
-def _method(settings: StageSettings) -> Lora | Full | None:
+def _method(settings: StageSettings) -> tuple[str, Lora | Full | None]:
+    """The key and value of the stage's PEFT method."""
     if isinstance(settings, (SftSettings, RewardSettings)):
-        return settings.method
-    return settings.policy.method if isinstance(settings, PpoSettings) else None
+        return "method", settings.method
+    return "policy.method", settings.policy.method if isinstance(settings, PpoSettings) else None
 
 
-def _may_be_hub(folder: str, kinds: tuple[str, ...]) -> bool:
-    return "*" in kinds and looks_like_hub_id(folder)
+def _kinds_that_do(folder: str, kinds: tuple[str, ...]) -> tuple[str, ...]:
+    """`kinds`, with `*` only for what transformers may be able to load."""
+    is_model = _is_on_hub(folder) or (Path(folder) / "config.json").is_file()
+    return kinds if is_model else tuple(kind for kind in kinds if kind != "*")
 
 
-def _check_same_base(settings: StageSettings, folder: str, key: str) -> None:
+def _check_run_before(settings: StageSettings, folder: str, key: str) -> None:
+    """Of a finished run with an adapter."""
+    if (Path(folder) / "adapter_config.json").is_file():
+        manifest = read_manifest(folder)
+        _check_adapter(settings, folder, key, str(manifest.get("base")), manifest.get("base_fingerprint"))
+
+
+def _check_stage_before(
+    settings: StageSettings, folder: str, key: str, maker: StageSettings, kinds: tuple[str, ...]
+) -> None:
+    """Of a stage of the same pipeline, before it has run."""
+    if maker.kind not in kinds:
+        wanted = " or ".join(f"`{kind}`" for kind in kinds if kind != "*")
+        raise BadInput(f"`{key}`: {folder} will be a run of kind `{maker.kind}`; name one of kind {wanted}")
+    if isinstance(_method(maker)[1], Lora):
+        _check_adapter(settings, folder, key, maker.model.base, fingerprint(maker.model.base))
+
+
+def _check_adapter(settings: StageSettings, folder: str, key: str, base: str, base_fingerprint: str | None) -> None:
     """A policy's or critic's adapter fits only the base that it was trained over. Rewards bring their own."""
-    if not (Path(folder) / "adapter_config.json").is_file() or key.startswith(("rewards", "judge")):
+    if key.startswith(("rewards", "judge")):
         return
-    manifest = read_manifest(folder)
-    if manifest.get("base_fingerprint") != fingerprint(settings.model.base):
+    if base_fingerprint != fingerprint(settings.model.base):
         raise BadInput(
-            f"`{key}`: {folder} was trained over the base {manifest.get('base')}, and this recipe's "
+            f"`{key}`: {folder} is an adapter over the base {base}, and this recipe's "
             f"`model.base` is {settings.model.base}; use the same base"
         )
     if isinstance(settings, PpoSettings) and key == "policy.from" and settings.policy.method is not None:
@@ -115,8 +148,12 @@ def _check_same_base(settings: StageSettings, folder: str, key: str) -> None:
 
 def _check_data(key: str, kind: str, data: Data) -> None:
     """Reads local files to their last row; a data set on the Hub is read by the stage."""
-    sources = [*data.train, *data.validation]
-    if any(looks_like_hub_id(source.path) for source in sources):
+    paths = [source.path for source in (*data.train, *data.validation) if looks_like_hub_id(source.path)]
+    for path in paths:
+        if not _is_on_hub(path):
+            hint = did_you_mean_path(Path(path)) or "; name a data file, or a data set on the Hub"
+            raise BadInput(f"`{key}`: {path} is not there{hint}")
+    if paths:
         return
     try:
         load(data, kind)  # type: ignore[call-overload]

@@ -1,4 +1,4 @@
-"""The one exception that a user is meant to read."""
+"""The exceptions whose message is meant for the user."""
 
 
 class BadInput(Exception):
@@ -6,4 +6,11 @@ class BadInput(Exception):
 
     The command line prints the message alone and exits with code 2; nothing heavy has been loaded and nothing
     has been written by then.
+    """
+
+
+class RunFailed(Exception):
+    """A run's check on itself failed (no gradient, not finite, a ratio off 1, a checkpoint that scores differently).
+
+    The message says what and why; the exit code is 1, and the newest checkpoint is as it was.
     """

@@ -6,25 +6,28 @@ A recipe is one stage (`stage: ppo`, ...) or a pipeline (`stages: {sft: {...}, p
 `vars:` is a place for values that are only referred to.
 """
 
+import io
+import re
 import typing
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import GrammarParseError, InterpolationKeyError, MissingMandatoryValue, OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 
 from align.errors import BadInput
 from align.plugins import is_reference, load_object
 from align.resources import recipes_folder
 from align.settings import STAGES, StageSettings
+from align.wording import brief, did_you_mean, did_you_mean_path, one_line
 
 SHARED_KEYS = ("model", "seed", "launch", "track")
 PIPELINE_KEYS = (*SHARED_KEYS, "output", "stages")
+OVERRIDE_KEY = re.compile(r"[^.\[\]]+(\.[^.\[\]]+|\[\d+\])*")
 
 
 @dataclass(frozen=True)
@@ -58,14 +61,14 @@ def find_recipe(name: str) -> Path:
     for candidate in (folder / name, folder / f"{name}.yaml", folder / name / f"{name}.yaml"):
         if candidate.is_file() and candidate.suffix in (".yaml", ".yml"):
             return candidate
-    if path.is_dir():
+    if name and path.is_dir():
         raise BadInput(f"{name} is a folder; name the recipe file in it")
-    beside = path.parent.glob("*.y*ml") if path.parent.is_dir() else []
     shipped = [p for p in folder.rglob("*.yaml") if p.parent.name != "accelerate"]
-    names = [str(p) for p in beside] + [str(p.relative_to(folder).with_suffix("")) for p in shipped]
-    near = get_close_matches(name, names, n=1)
-    hint = f"; did you mean `{near[0]}`?" if near else "; give the path of a YAML file"
-    raise BadInput(f"there is no recipe `{name}`{hint}")
+    ours = [p.parent if p.parent.name == p.stem else p.with_suffix("") for p in shipped]
+    hint = did_you_mean_path(path, ending=(".yaml", ".yml")) or did_you_mean(
+        name, [str(p.relative_to(folder)) for p in ours]
+    )
+    raise BadInput(f"there is no recipe `{name}`{hint or '; give the path of a YAML file'}")
 
 
 def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
@@ -76,15 +79,15 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
     """
     path = find_recipe(name)
     values = _resolved(path, overrides)
-    overridden = {item.partition("=")[0] for item in overrides}
+    where = _where(path, overrides)
     values.pop("vars", None)
     if "stages" not in values:
-        return Recipe(path, {path.stem: _validated(values, path, overridden, prefix="")}, is_pipeline=False)
+        return Recipe(path, {path.stem: _validated(values, where, prefix="")}, is_pipeline=False)
     for key in values:
         if key not in PIPELINE_KEYS:
-            raise BadInput(_unknown(key, PIPELINE_KEYS, "", path, overridden))
+            raise BadInput(_unknown_beside_stages(str(key), values["stages"], where(str(key))))
     if not isinstance(values["stages"], dict) or not values["stages"]:
-        raise BadInput(f"`stages` in {path} must map at least one name to a stage")
+        raise BadInput(f"`stages` in {path} must map at least one name to a stage, as in `sft: {{stage: sft, ...}}`")
     shared = {key: values[key] for key in SHARED_KEYS if key in values}
     stages = {}
     for stage_name, own in values["stages"].items():
@@ -93,7 +96,7 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
         if not str(stage_name).replace("-", "_").isidentifier():
             raise BadInput(f"`stages.{stage_name}` in {path}: a stage's name is letters, digits, `_` and `-`")
         given = shared | ({"output": f"{values['output']}/{stage_name}"} if values.get("output") else {}) | own
-        stages[str(stage_name)] = _validated(given, path, overridden, prefix=f"stages.{stage_name}.")
+        stages[str(stage_name)] = _validated(given, where, prefix=f"stages.{stage_name}.")
     _outputs_differ(stages, path)
     return Recipe(path, stages, is_pipeline=True)
 
@@ -102,74 +105,210 @@ def _resolved(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
     """The YAML as plain values, overrides applied and interpolations resolved."""
     here = path.resolve().parent
     OmegaConf.register_resolver("here", lambda name: str(here / name), replace=True)
-    try:
-        config = OmegaConf.load(path)
-    except yaml.YAMLError as error:
-        raise BadInput(f"{path} is not YAML: {_one_line(error)}") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise BadInput(f"{path} cannot be read: {_one_line(error)}") from error
-    except OmegaConfBaseException as error:
-        raise BadInput(f"{path}: {_one_line(error)}") from error
-    if not isinstance(config, DictConfig) or not config:
-        raise BadInput(f"{path} must be a mapping with a `stage:` or a `stages:` key")
+    config = _read(path)
     for item in overrides:
         key, equals, text = item.partition("=")
-        if not equals or not key:
+        if not equals or not OVERRIDE_KEY.fullmatch(key):
             raise BadInput(f"override `{item}` is not of the form a.b=value")
         try:
-            value = OmegaConf.from_dotlist([f"value={text}"])["value"] if text else None
-            OmegaConf.update(config, key, value, merge=True, force_add=True)
-        except (OmegaConfBaseException, yaml.YAMLError, TypeError, ValueError, AttributeError) as error:
-            raise BadInput(f"override `{item}` cannot be applied to {path}: {_one_line(error)}") from error
+            parsed: Any = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))  # `${...}` still to resolve
+            OmegaConf.update(config, key, parsed["value"] if text else None, merge=True, force_add=True)
+        except (OmegaConfBaseException, yaml.YAMLError) as error:
+            raise BadInput(f"override `{item}` cannot be applied to {path}: {_reason(error)}") from error
+        except (TypeError, ValueError, AttributeError) as error:
+            cure = "it does not fit what is there; an entry of a list is named as in `rewards[0]`"
+            raise BadInput(f"override `{item}` cannot be applied to {path}: {cure}") from error
     try:
         values = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
-        raise BadInput(f"{path}: {_one_line(error)}") from error
+        key = str(error.full_key)
+        raise BadInput(f"`{key}`{_where(path, overrides)(key)}: {_reason(error)}") from error
     return typing.cast(dict[str, Any], values)
 
 
-def _validated(values: dict[str, Any], path: Path, overridden: set[str], prefix: str) -> StageSettings:
-    kind = values.get("stage")
-    if kind is None:
-        raise BadInput(f"`{prefix}stage` is missing in {path}; one of: {', '.join(STAGES)}, or file.py:Class")
-    cls = STAGES.get(str(kind))
-    if cls is None and is_reference(str(kind)):
-        cls = load_object(str(kind))
-        if not (isinstance(cls, type) and issubclass(cls, StageSettings)):
-            raise BadInput(f"`{prefix}stage: {kind}` in {path} is not a subclass of align.settings.StageSettings")
-    if cls is None:
-        near = get_close_matches(str(kind), STAGES, n=1)
-        hint = f"did you mean `{near[0]}`?" if near else f"one of: {', '.join(STAGES)}, or file.py:Class"
-        raise BadInput(f"`{prefix}stage: {kind}` in {path} is no stage; {hint}")
+def _read(path: Path) -> DictConfig:
     try:
-        return cls(**values)
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise BadInput(f"{path} is not UTF-8 (byte {error.start}); save it as UTF-8") from error
+    except OSError as error:
+        raise BadInput(f"{path} cannot be read: {error.strerror}") from error
+    try:
+        config = OmegaConf.load(io.StringIO(text))
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line if error.problem_mark else 0
+        is_tab = "\t" in "".join(text.splitlines()[line : line + 1])
+        reason = "a tab; indent with spaces" if is_tab else _reason(error)
+        raise BadInput(f"{path}:{line + 1}: not YAML: {reason}") from error
+    except yaml.YAMLError as error:
+        raise BadInput(f"{path} is not YAML: {_reason(error)}") from error
+    except OmegaConfBaseException as error:
+        raise BadInput(f"`{error.full_key}` in {path}: {_reason(error)}") from error
+    except OSError:  # OmegaConf's word for a number
+        config = None
+    if not isinstance(config, DictConfig) or not config:
+        raise BadInput(f"{path} must be a mapping with a `stage:` or a `stages:` key")
+    return config
+
+
+def _reason(error: Exception) -> str:
+    """What OmegaConf or the YAML reader says, without their own context."""
+    if isinstance(error, GrammarParseError):
+        return "a `${...}` in it is not closed, or not well formed"
+    if isinstance(error, InterpolationKeyError):
+        name = "".join(_quoted(error)[:1])
+        return f"`${{{name}}}` refers to a key that is not there; name it from the top of the recipe"
+    if isinstance(error, MissingMandatoryValue):
+        return "`???` stands for a value that is missing; give it here or as an override"
+    if isinstance(error, yaml.MarkedYAMLError):
+        begun = f" {error.context} (line {error.context_mark.line + 1})" if error.context and error.context_mark else ""
+        cure = "; a recipe holds plain values only" if "constructor for the tag" in str(error.problem) else ""
+        return one_line(f"{error.problem}{begun}{cure}")
+    text = str(error).strip().split("\n")[0]
+    return one_line(re.sub(r"^\w+ raised while resolving interpolation: ", "", text))
+
+
+def _validated(values: dict[str, Any], where: Callable[[str], str], prefix: str) -> StageSettings:
+    kind, key = values.get("stage"), f"{prefix}stage"
+    if kind is None:
+        raise BadInput(f"`{key}` is missing{where(key)}; one of: {', '.join(STAGES)}, or file.py:Class")
+    cls = STAGES.get(str(kind)) or _stage_class(str(kind), f"`{key}: {brief(kind).strip(chr(39))}`{where(key)}")
+    try:
+        return cls.model_validate(values)
     except ValidationError as error:
-        raise BadInput(_first_error(error, cls, path, overridden, prefix)) from error
+        raise BadInput(first_error(error, cls, prefix, where)) from error
 
 
-def _first_error(error: ValidationError, cls: type[BaseModel], path: Path, overridden: set[str], prefix: str) -> str:
-    details = sorted(error.errors(), key=lambda item: item["type"] != "extra_forbidden")  # a typo explains the rest
+def _stage_class(reference: str, what: str) -> type[StageSettings]:
+    """The user's own stage; `what` names the recipe's key."""
+    if not is_reference(reference):
+        hint = did_you_mean(reference, STAGES)
+        raise BadInput(f"{what} is no stage; one of: {', '.join(STAGES)}, or file.py:Class{hint}")
+    try:
+        cls = load_object(reference)
+    except BadInput as error:
+        raise BadInput(f"{what}: {error}") from error
+    if not (isinstance(cls, type) and issubclass(cls, StageSettings)):
+        raise BadInput(f"{what} is not a subclass of align.settings.StageSettings; derive it from that")
+    if not callable(getattr(cls, "run", None)):
+        raise BadInput(f"{what} does not say what to do; give the class a method run(self, worker)")
+    return cls
+
+
+PLAIN = {  # pydantic's kinds of error, in plain words
+    "int_type": "a whole number",
+    "int_parsing": "a whole number",
+    "int_parsing_size": "a smaller whole number",
+    "int_from_float": "a whole number",
+    "float_type": "a number",
+    "float_parsing": "a number",
+    "finite_number": "a finite number",
+    "bool_type": "true or false",
+    "bool_parsing": "true or false",
+    "string_type": "text",
+    "tuple_type": "a list",
+    "dict_type": "a mapping",
+    "greater_than": "above {gt:g}",
+    "greater_than_equal": "{ge:g} or more",
+    "less_than": "below {lt:g}",
+    "less_than_equal": "at most {le:g}",
+    "too_short": "a list of at least {min_length}",
+    "too_long": "a list of at most {max_length}",
+}
+UNKNOWN = ("extra_forbidden", "invalid_key")
+NO_MAPPING = ("model_type", "model_attributes_type")
+
+
+def first_error(
+    error: ValidationError,
+    cls: type[BaseModel],
+    prefix: str,
+    where: Callable[[str], str] = lambda key: "",
+    beside: Sequence[str] = (),
+) -> str:
+    """The line for the first fault that pydantic found in a `cls`, whose keys begin with `prefix` in the recipe.
+
+    `where` gives the " in FILE" of a key; `beside` are keys that may stand beside those of `cls`.
+    """
+    details = sorted(error.errors(), key=lambda item: item["type"] not in UNKNOWN)  # a typo explains the rest
     first = details[0]
     names, known = _walk(cls, first["loc"])
-    key = prefix + ".".join(names).replace(".[", "[")
-    if first["type"] == "extra_forbidden":
-        return _unknown(names[-1], known, key[: -len(names[-1])], path, overridden)
-    if first["type"] == "missing":
-        return f"`{key}` is missing in {path}"
-    value = first.get("input")
-    shown = f" (it is {value!r})" if isinstance(value, (str, int, float, bool)) or value is None else ""
-    message = first["msg"].removeprefix("Value error, ")
-    return f"`{key.rstrip('.') or 'the recipe'}` in {_where(key, path, overridden)}: {message}{shown}"
+    key = _joined(prefix, names)
+    kind, context, value = first["type"], first.get("ctx", {}), first.get("input")
+    if kind in UNKNOWN:
+        name = names[-1].strip("[]")
+        return _unknown(name, (*known, *beside), key.removesuffix(names[-1]), where(key))
+    if kind == "missing":
+        return f"`{key}` is missing{where(key)}; add it"
+    if kind == "union_tag_invalid":
+        name, value = str(context["discriminator"]).strip("'"), context["tag"]
+        return _not_one_of(f"{key}.{name}", _quoted(context["expected_tags"]), value, where(key))
+    if kind == "value_error":
+        subject = f"`{key}`{where(key)}" if key else where(key).removeprefix(" in ")
+        return f"{subject}: {context['error']}{_shown(value)}"
+    same = [item for item in details if _walk(cls, item["loc"])[0] == names]  # one for each type that would do
+    if kind == "literal_error" and len(same) == 1:
+        return _not_one_of(key, _quoted(context["expected"]), value, where(key))
+    wanted = " or ".join(dict.fromkeys(_wanted(item, known) for item in same))
+    cure = "; put it in quotes" if wanted == "text" and isinstance(value, (int, float)) else ""
+    return f"`{key}`{where(key)} must be {wanted}{_shown(value)}{cure}"
 
 
-def _unknown(name: str, known: Iterable[str], prefix: str, path: Path, overridden: set[str]) -> str:
-    near = [key for key in known if key.startswith(name)] or get_close_matches(name, list(known), n=1)
-    hint = f"did you mean `{prefix}{near[0]}`?" if near else f"known here: {', '.join(sorted(known))}"
-    return f"`{prefix}{name}` is unknown in {_where(prefix + name, path, overridden)}; {hint}"
+def _wanted(detail: Any, known: list[str]) -> str:
+    if detail["type"] == "literal_error":
+        return " or ".join(f"`{name}`" for name in _quoted(detail["ctx"]["expected"]))
+    if detail["type"] in NO_MAPPING:
+        return f"a mapping with keys such as {one_line(', '.join(dict.fromkeys(known)), 120)}"
+    plain = PLAIN.get(detail["type"])
+    return plain.format(**detail.get("ctx", {})) if plain else f"another value ({one_line(detail['msg'])})"
 
 
-def _where(key: str, path: Path, overridden: set[str]) -> str:
-    return f"the override of {path}" if key in overridden else str(path)
+def _quoted(names: object) -> list[str]:
+    """The names in pydantic's "'a', 'b' or 'c'"."""
+    return re.findall(r"'([^']*)'", str(names))
+
+
+def _not_one_of(key: str, names: list[str], value: Any, where: str) -> str:
+    hint = did_you_mean(value, names) if isinstance(value, str) else ""
+    return f"`{key}`{where} must be one of {', '.join(names)}{_shown(value)}{hint}"
+
+
+def _shown(value: Any) -> str:
+    return f" (it is {brief(value)})" if isinstance(value, (str, int, float)) or value is None else ""
+
+
+def _joined(prefix: str, names: Sequence[str]) -> str:
+    return (prefix + ".".join(names)).replace(".[", "[").rstrip(".")
+
+
+def _unknown(name: str, known: Iterable[str], prefix: str, where: str) -> str:
+    names = sorted(set(known))
+    hint = did_you_mean(name, names, prefix) or f"; known here: {one_line(', '.join(names))}"
+    return f"`{prefix}{name}` is unknown{where}{hint}"
+
+
+def _unknown_beside_stages(key: str, stages: Any, where: str) -> str:
+    """A key that the top of a pipeline does not have: mistyped, or one of its stages'."""
+    for name, own in stages.items() if isinstance(stages, dict) else ():
+        cls = STAGES.get(str(own.get("stage"))) if isinstance(own, dict) else None
+        if cls is not None and key in _fields(cls):
+            return f"`{key}` is unknown{where}; did you mean `stages.{name}.{key}`?"
+    return _unknown(key, PIPELINE_KEYS, "", where)
+
+
+def _where(path: Path, overrides: Sequence[str]) -> Callable[[str], str]:
+    """Says of a key whether it stands in the file or in an override."""
+    given = [re.sub(r"\.(\d+)", r"[\1]", item.partition("=")[0]) for item in overrides]
+
+    def where(key: str) -> str:
+        is_overridden = any(_is_within(key, other) or _is_within(other, key) for other in given)
+        return f" in the override of {path}" if is_overridden else f" in {path}"
+
+    return where
+
+
+def _is_within(key: str, other: str) -> bool:
+    return key == other or key.startswith((f"{other}.", f"{other}["))
 
 
 def _walk(cls: type[BaseModel], location: tuple[str | int, ...]) -> tuple[list[str], list[str]]:
@@ -177,6 +316,7 @@ def _walk(cls: type[BaseModel], location: tuple[str | int, ...]) -> tuple[list[s
     names: list[str] = []
     candidates: list[type[BaseModel]] = [cls]
     known = _keys(candidates)
+    is_mapping = False
     for part in location:
         if isinstance(part, int):
             names.append(f"[{part}]")
@@ -186,10 +326,13 @@ def _walk(cls: type[BaseModel], location: tuple[str | int, ...]) -> tuple[list[s
             candidates = tagged
             known = _keys(candidates)
             continue
+        if part == "[key]" or not (candidates or is_mapping):  # a type that would do, not a key
+            continue
         names.append(part)
-        known = _keys(candidates)
         fields = [_fields(c)[part] for c in candidates if part in _fields(c)]
+        is_mapping = any(typing.get_origin(field.annotation) is dict for field in fields)
         candidates = [found for field in fields for found in _models_in(field.annotation)]
+        known = _keys(candidates) if fields else known
     return names, known
 
 
@@ -217,9 +360,8 @@ def _outputs_differ(stages: dict[str, StageSettings], path: Path) -> None:
     for name, stage in stages.items():
         output = str(Path(stage.output).resolve())
         if output in seen:
-            raise BadInput(f"`stages.{name}.output` in {path} is also that of `stages.{seen[output]}`: {stage.output}")
+            raise BadInput(
+                f"`stages.{name}.output` in {path} is also that of `stages.{seen[output]}`: "
+                f"{stage.output}; give each its own"
+            )
         seen[output] = name
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())

@@ -8,17 +8,26 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
-Positive = Annotated[float, Field(gt=0.0)]
-NonNegative = Annotated[float, Field(ge=0.0)]
-Count = Annotated[int, Field(ge=1)]
-Interval = Annotated[int, Field(ge=0)]  # every so many steps; 0 = never
+from align.wording import did_you_mean
+
+
+def _no_switch(value: Any) -> Any:
+    if isinstance(value, bool):  # to Python, true is the number 1
+        raise ValueError("must be a number, not a switch")
+    return value
+
+
+Fraction = Annotated[float, Field(ge=0.0, le=1.0), BeforeValidator(_no_switch)]
+Positive = Annotated[float, Field(gt=0.0), BeforeValidator(_no_switch)]
+NonNegative = Annotated[float, Field(ge=0.0), BeforeValidator(_no_switch)]
+Count = Annotated[int, Field(ge=1), BeforeValidator(_no_switch)]
+Interval = Annotated[int, Field(ge=0), BeforeValidator(_no_switch)]  # every so many steps; 0 = never
 
 
 class Settings(BaseModel):
     """A frozen section of a recipe; unknown keys are an error."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
 
 
 class Model(Settings):
@@ -179,7 +188,7 @@ class RewardSettings(StageSettings):
 class Reward(BaseModel):
     """One term of the reward. `use: learned` or `file.py:function`; its siblings are that function's arguments."""
 
-    model_config = ConfigDict(extra="allow", frozen=True)
+    model_config = ConfigDict(extra="allow", frozen=True, allow_inf_nan=False)
     use: str
     weight: float = 1.0
 
@@ -269,6 +278,12 @@ class Ppo(Settings):
             )
         return self
 
+    @model_validator(mode="after")
+    def _budget_is_looked_at(self) -> "Ppo":
+        if self.kl_budget is not None and not self.eval_steps:
+            raise ValueError("`kl_budget` keeps the best checkpoint of those evaluated; set `eval_steps` to 1 or more")
+        return self
+
 
 class PpoSettings(StageSettings):
     """Proximal policy optimisation of a LoRA, QLoRA or full policy."""
@@ -281,6 +296,15 @@ class PpoSettings(StageSettings):
     max_prompt_length: Count = 512
     sampling: Sampling = Sampling()
     ppo: Ppo = Ppo()
+
+    @model_validator(mode="after")
+    def _budget_has_prompts(self) -> "PpoSettings":
+        if self.ppo.kl_budget is not None and not (self.prompts.validation or self.prompts.validation_split):
+            raise ValueError(
+                "`ppo.kl_budget` keeps the best checkpoint by held-out prompts, and there are none; give "
+                "`prompts.validation_split` or `prompts.validation`"
+            )
+        return self
 
     def parents(self) -> Parents:
         found: Parents = {}
@@ -319,9 +343,11 @@ class EvaluateSettings(StageSettings):
 
     @model_validator(mode="after")
     def _names_are_policies(self) -> "EvaluateSettings":
-        for name in [name for pair in self.compare for name in pair] + [self.reference or next(iter(self.policies))]:
+        named = [("compare", name) for pair in self.compare for name in pair]
+        for key, name in [*named, *([("reference", self.reference)] if self.reference is not None else [])]:
             if name not in self.policies:
-                raise ValueError(f"`{name}` is none of the policies: {', '.join(self.policies)}")
+                hint = did_you_mean(name, self.policies)
+                raise ValueError(f"`{key}` names `{name}`, none of the policies: {', '.join(self.policies)}{hint}")
         return self
 
     def parents(self) -> Parents:

@@ -15,7 +15,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from align.errors import BadInput
+from align.errors import BadInput, RunFailed
 from align.processes import PARENT_PID, die_with_parent, write_status
 from align.recipe import load_recipe
 from align.settings import StageSettings
@@ -185,6 +185,8 @@ def main(kind: str | None = None, arguments: list[str] | None = None) -> None:
         code, message = 2, str(error)
     except Stopped as stop:
         code, message = stop.code, str(stop)
+    except RunFailed as error:
+        code, message = 1, f"align: {error}"
     except Exception:
         message = traceback.format_exc()
     if os.environ.get("RANK", "0") == "0":

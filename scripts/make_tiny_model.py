@@ -7,7 +7,7 @@ small stories, and shop conversations in which the helper is often wrong, rude o
 else's order, and the customer says how content they are. So the base knows the language, can copy,
 and has seen good service, but does not provide it: that is left to SFT and PPO.
 
-Left out on purpose: validation, checkpoints, mixed precision. About ten minutes on two CPU cores.
+Left out on purpose: validation, checkpoints, mixed precision. About ten minutes on one CPU core.
 """
 
 import argparse
@@ -227,6 +227,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
 
+    torch.set_num_threads(1)  # matrices this small gain little from more, and one adds up in one order
     torch.manual_seed(arguments.seed)
     rng = random.Random(arguments.seed)
     tokenizer = make_tokenizer([draw_text(rng, progress=1.0) for _ in range(5000)])

@@ -214,10 +214,12 @@ UNKNOWN_KEYS = [
     ppo("in ppo", {"ppo.clip": 0.2}, "`ppo.clip` is unknown in recipe.yaml", "did you mean `ppo.cliprange`?"),
     ppo("for a field's inner name", {"policy": {"path": "runs/sft"}}, "`policy.path` is unknown", "from"),
     ppo("of a learned reward", {"rewards.0.normalise": True}, "`rewards[0].normalise` is unknown", "`rewards[0].normalize`?"),
+    ppo("beside a learned reward's", {"rewards.0.weigth": 2}, "`rewards[0].weigth` is unknown", "`rewards[0].weight`?"),
+    ppo("beside a function's", {"rewards.1": {"use": "fns.py:strict", "weigth": 2}}, "`rewards[1]`", "`strict` takes no argument `weigth`", "did you mean `weight`?"),
     ppo("of a function", {"rewards.1": {"use": "fns.py:strict", "target_word": 1}}, "`rewards[1]`", "`strict` takes no argument `target_word`", "did you mean `target_words`?"),
     pipeline("beside stages", {"stagse": {}}, "`stagse` is unknown in recipe.yaml", "did you mean `stages`?"),
     pipeline("in a stage", {"stages.sft.pakcing": True}, "`stages.sft.pakcing`", "did you mean `stages.sft.packing`?"),
-    pipeline("of a stage at the top", {"packing": True}, "`packing` is unknown", "known here:", "stages"),
+    pipeline("of a stage at the top", {"packing": True}, "`packing` is unknown", "did you mean `stages.sft.packing`?"),
     text("that is a number", HEAD + "data: {train: data/sft.jsonl}\n5: x\n", "`5`", "recipe.yaml", "known here:"),
 ]  # fmt: skip
 
@@ -225,7 +227,7 @@ VALUES = [
     sft("text for a whole number", {"train.logging_steps": "often"}, "`train.logging_steps` in recipe.yaml", "whole number", "'often'"),
     sft("a fraction for a whole number", {"train.logging_steps": 2.5}, "`train.logging_steps`", "whole number", "2.5"),
     sft("text for a number", {"train.learning_rate": "fast"}, "`train.learning_rate`", "must be a number", "'fast'"),
-    sft("a switch for a number", {"method": {"r": True}}, "`method.r`", "must be a whole number", "True"),
+    sft("a switch for a number", {"method": {"r": True}}, "`method.r`", "must be a number", "true"),
     sft("a list for a mapping", {"train": [1]}, "`train` in recipe.yaml", "must be a mapping"),
     sft("text for a mapping", {"data": "data/sft.jsonl"}, "`data` in recipe.yaml", "must be a mapping", "train"),
     sft("text for a method", {"method": "lora"}, "`method` in recipe.yaml", "must be a mapping", "kind"),
@@ -301,10 +303,11 @@ YAML = [
     text("python code", HEAD + "data: !!python/object/apply:os.mkdir [pwned]\n", "recipe.yaml:4", "python/object/apply:os.mkdir"),
     text("not UTF-8", HEAD.encode() + b"# \xff\n", "recipe.yaml", "UTF-8"),
     text("a control character", HEAD + "# \x07\n", "recipe.yaml", "character"),
-    text("a value that is asked for", HEAD + "data: {train: ???}\n", "recipe.yaml", "`data.train`", "missing"),
-    sft("a reference to nothing", {"data.train": "${vrs.file}", "vars": {"file": "data/sft.jsonl"}}, "recipe.yaml", "`data.train`", "vrs.file"),
-    sft("a reference not closed", {"data.train": "${vars.file"}, "recipe.yaml", "${vars.file"),
-    sft("a reference to itself", {"output": "${output}/x"}, "recipe.yaml", "`output`", "itself"),
+    text("a value that is asked for", HEAD + "data: {train: '???'}\n", "recipe.yaml", "`data.train`", "missing"),
+    sft("a reference to nothing", {"data.train": "${vrs.file}", "vars": {"file": "data/sft.jsonl"}}, "`data.train` in recipe.yaml", "`${vrs.file}` refers to a key that is not there"),
+    sft("a reference not closed", {"data.train": "${vars.file"}, "`data.train` in recipe.yaml", "not closed"),
+    sft("a reference to itself", {"output": "${output}/x"}, "`output` in recipe.yaml", "Recursive"),
+    sft("a variable of the environment", {"output": "${oc.env:NOT_SET_AT_ALL}"}, "`output` in recipe.yaml", "NOT_SET_AT_ALL"),
     sft("an unknown resolver", {"output": "${her:out}"}, "recipe.yaml", "`output`", "her"),
 ]  # fmt: skip
 
@@ -325,17 +328,17 @@ OVERRIDES = [
     sft("of a type", {}, "`train.max_steps` in the override of recipe.yaml", "whole number", "'ten'", overrides=("train.max_steps=ten",)),
     sft("of a section", {}, "`train` in the override of recipe.yaml", "must be a mapping", overrides=("train=5",)),
     sft("a broken value", {}, "override `output=[1`", "recipe.yaml", overrides=("output=[1",)),
-    sft("a reference to nothing", {}, "`output`", "nowhere", overrides=("output=${nowhere}",)),
+    sft("a reference to nothing", {}, "`output` in the override of recipe.yaml", "`${nowhere}`", overrides=("output=${nowhere}",)),
     ppo("past the list", {}, "override `rewards[7].weight=2`", "rewards", "out of range", overrides=("rewards[7].weight=2",)),
-    ppo("in a list by name", {}, "override `rewards.weight=2`", "recipe.yaml", overrides=("rewards.weight=2",)),
+    ppo("in a list by name", {}, "override `rewards.weight=2`", "recipe.yaml", "`rewards[0]`", overrides=("rewards.weight=2",)),
     ppo("in a list", {}, "`rewards[1].weight` in the override of recipe.yaml", "must be a number", overrides=("rewards[1].weight=much",)),
-    pipeline("for a pipeline's stage", {}, "`train` is unknown in the override of recipe.yaml", "known here:", overrides=("train.max_steps=5",)),
+    pipeline("for a pipeline's stage", {}, "`train` is unknown in the override of recipe.yaml", "did you mean `stages.sft.train`?", overrides=("train.max_steps=5",)),
 ]  # fmt: skip
 
 MODELS = [
     sft("missing", {"model.base": "modle"}, "`model.base`: modle", "did you mean `model`?"),
     sft("missing in a folder", {"model.base": "./models/tiny"}, "`model.base`: ./models/tiny", "Hub id"),
-    sft("missing, and like a Hub id", {"model.base": "runs/stf"}, "`model.base`: runs/stf", "did you mean `runs/sft`?"),
+    sft("missing, and like a Hub id", {"model.base": "runs/stf"}, "`model.base`: runs/stf is not in runs", "did you mean `runs/sft`?"),
     sft("a file", {"model.base": "fns.py"}, "`model.base`: fns.py", "folder"),
     sft("no config", {"model.base": "empty_model"}, "`model.base`: empty_model", "config.json"),
     sft("pickled", {"model.base": "pickled"}, "`model.base`: pickled", "safetensors", "save_pretrained"),
@@ -360,7 +363,7 @@ DATA = [
     rows("blank lines", "\n\n", "`data`: data/bad.jsonl", "no rows"),
     rows("not JSON", '{"prompt": "a", "completion": "b"}\n{oops\n', "data/bad.jsonl:2", "not JSON"),
     rows("no object", "[1]\n", "data/bad.jsonl:1", "object"),
-    rows("a field", '{"prompt": "a", "completio": "b"}\n', "data/bad.jsonl:1", "`completion` is missing", "did you mean"),
+    rows("a field", '{"prompt": "a", "completio": "b"}\n', "data/bad.jsonl:1", "`completion` is missing", "`completio` is there"),
     rows("an empty answer", '{"prompt": "a", "completion": " "}\n', "data/bad.jsonl:1", "`completion`", "empty"),
     rows("not UTF-8", b'{"prompt": "\xff"}\n', "data/bad.jsonl:1", "UTF-8"),
     rows("a CSV of two widths", "prompt,completion\na,b,c\n", "data/bad.csv:2", "3 cells", ending="csv"),
@@ -391,6 +394,7 @@ REWARDS = [
 
 PARENTS = [
     ppo("missing", {"policy.from": "runs/stf"}, "`policy.from`: runs/stf is not there", "did you mean `runs/sft`?"),
+    ppo("like none beside it", {"policy.from": "runs/qqqq"}, "`policy.from`: runs/qqqq is not there; run the stage"),
     ppo("like none", {"policy.from": "nothing/at/all"}, "`policy.from`: nothing/at/all is not there", "run the stage that makes it"),
     ppo("no run", {"policy.from": "photos"}, "`policy.from`: photos is not a run's folder", "manifest.json"),
     ppo("damaged", {"policy.from": "runs/damaged"}, "`policy.from`: runs/damaged/manifest.json is damaged", "delete"),
@@ -407,7 +411,7 @@ PARENTS = [
     pipeline("over another base in a pipeline", {"stages.sft.model": {"base": "other_model"}}, "stage `ppo`: `policy.from`: out/sft", "other_model"),
     pipeline("with a second method in a pipeline", {"stages.ppo.policy.method": {"r": 4}}, "stage `ppo`: `policy.method`: out/sft", "adapter"),
     Case("made later", "pipeline", {"stages": {name: SOUND["pipeline"]["stages"][name] for name in ("ppo", "sft", "reward")}}, ("stage `ppo`: `policy.from`: out/sft", "stage `sft`", "before")),
-    pipeline("its own", {"stages.ppo.policy.from": "out/ppo"}, "stage `ppo`: `policy.from`: out/ppo", "its own"),
+    pipeline("its own", {"stages.ppo.policy.from": "out/ppo"}, "stage `ppo`: `policy.from`: out/ppo", "own output"),
 ]  # fmt: skip
 
 OUTPUTS = [
@@ -476,3 +480,87 @@ def test_one_line_says_what_where_and_the_cure(place: Path, case: Case) -> None:
     assert not re.search(r"\b[A-Za-z]*(Error|Exception)\b|Traceback|pydantic|omegaconf|errors\.", ours), line
     assert not line.endswith("Error"), line
     assert listing(place) == before
+
+
+def run(*arguments: str, module: str = "align.cli") -> tuple[subprocess.CompletedProcess[str], float]:
+    """`python -m module arguments` in the current folder, and the seconds that it took."""
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONDONTWRITEBYTECODE"}
+    begun = time.perf_counter()
+    done = subprocess.run(
+        [sys.executable, "-m", module, *arguments],
+        capture_output=True,
+        text=True,
+        env=environment | {"PYTHONPATH": str(ROOT)},
+        timeout=60,
+    )
+    return done, time.perf_counter() - begun
+
+
+def test_nothing_heavy_is_imported_for_any_case(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, str(Path(__file__).resolve()), str(tmp_path)],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == {"cases": len(CASES), "heavy": []}
+
+
+BY_HAND: dict[str, Case] = {
+    "an unknown key": sft("", {"pakcing": True}, "`pakcing` is unknown in recipe.yaml", "`packing`?"),
+    "a bad row": rows("", '{"prompt": "a"}\n', "data/bad.jsonl:1", "`completion` is missing"),
+    "a function": ppo("", {"rewards.1.use": "fns.py:brevty"}, "`rewards[1]`: fns.py has no `brevty`"),
+    "a run's kind": ppo("", {"policy.from": "runs/reward"}, "`policy.from`: runs/reward", "`sft` or `ppo`"),
+    "an override": sft("", {}, "`train.max_steps` in the override", overrides=("train.max_steps=ten",)),
+}
+
+
+@pytest.mark.parametrize("name", BY_HAND)
+def test_check_run_and_worker_say_the_same_line_and_exit_with_2(place: Path, name: str) -> None:
+    case = BY_HAND[name]
+    case.prepare()
+    before = listing(place)
+    lines = set()
+    for module, command in (("align.cli", ["check"]), ("align.cli", ["run"]), ("align.worker", [])):
+        done, _ = run(*command, case.recipe, *case.overrides, module=module)
+        assert (done.returncode, done.stdout) == (2, ""), done
+        lines.add(done.stderr)
+    assert lines == {f"align: {case.line()}\n"}
+    assert all(part in case.line() for part in case.says)
+    assert listing(place) == before
+
+
+@pytest.mark.parametrize("arguments", [["chekc", "recipe.yaml"], ["check"], ["run", "--fast", "recipe.yaml"]])
+def test_wrong_usage_exits_with_2(place: Path, arguments: list[str]) -> None:
+    done, _ = run(*arguments)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "Usage" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["check", "recipe.yaml"], ["check", "nothing.yaml"]])
+def test_an_answer_takes_less_than_a_second(place: Path, arguments: list[str]) -> None:
+    BY_HAND["an unknown key"].prepare()
+    seconds = []
+    while len(seconds) < 5 and (not seconds or min(seconds) >= 1.0):  # the best of some: the machine may be busy
+        seconds.append(run(*arguments)[1])
+    assert min(seconds) < 1.0, seconds
+
+
+def main(folder: Path) -> None:
+    """Every case in this one process; then what has been imported."""
+    for number, case in enumerate(case for cases in TABLES.values() for case in cases):
+        place = folder / str(number)
+        place.mkdir()
+        build(place)
+        with inside(place):
+            case.prepare()
+            case.line()
+    heavy = [name for name in HEAVY if name in sys.modules]
+    print(json.dumps({"cases": sum(len(cases) for cases in TABLES.values()), "heavy": heavy}))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from align.artifact import checkpoints, read_manifest
-from align.errors import BadInput
+from align.errors import RunFailed
 from align.settings import Ppo
 from align.stages import ppo as stage
 from align.stages.ppo_steps import end_penalty
@@ -51,7 +51,9 @@ def test_a_run_logs_everything_and_starts_at_ratio_one(finished):
         assert row["grad_norm_policy"] > 0 and row["grad_norm_critic"] > 0
     assert rows[-1]["kl"] > 0.0
     samples = [json.loads(line) for line in (finished / "samples.jsonl").read_text().splitlines()]
-    assert {row["iteration"] for row in samples} == {0, 2, 4} and {"prompt", "response", "score", "kl"} <= samples[0].keys()
+    assert {row["iteration"] for row in samples} == {0, 2, 4} and {"prompt", "response", "score", "kl"} <= samples[
+        0
+    ].keys()
     assert (finished / "curves.png").stat().st_size > 1000
     manifest = read_manifest(finished)
     assert manifest["status"] == "finished" and manifest["parents"]["policy.from"].endswith("sft")
@@ -157,7 +159,7 @@ def test_a_ratio_off_one_stops_the_run(base, data, runs, tmp_path, monkeypatch):
         return scored
 
     monkeypatch.setattr(stage, "sample_and_score", shifted)
-    with pytest.raises(BadInput, match=r"log-ratio is 0\.01"):
+    with pytest.raises(RunFailed, match=r"log-ratio is 0\.01"):
         tiny.run(settings(base, data, runs, tmp_path / "ppo"))
 
 

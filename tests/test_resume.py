@@ -47,7 +47,9 @@ def finish(path):
     return Path(settings.output)
 
 
-@pytest.mark.parametrize(("stage", "when"), [("sft", "save:2"), ("reward", "log:3"), ("ppo", "save:2"), ("ppo", "log:3")])
+@pytest.mark.parametrize(
+    ("stage", "when"), [("sft", "save:2"), ("reward", "log:3"), ("ppo", "save:2"), ("ppo", "log:3")]
+)
 def test_kill_9_in_the_middle_changes_nothing(stage, when, base, data, runs, tmp_path):
     (tmp_path / "whole").mkdir()
     (tmp_path / "cut").mkdir()
@@ -61,7 +63,9 @@ def test_kill_9_in_the_middle_changes_nothing(stage, when, base, data, runs, tmp
     cut = finish(path)
     assert tiny.largest_difference(whole, cut) == 0.0
     names = ("loss", "score", "kl", "eval_loss", "eval_score", "grad_norm", "kl_coef")
-    logged = [[{key: row.get(key) for key in ("step", *names)} for row in read_metrics(folder)] for folder in (whole, cut)]
+    logged = [
+        [{key: row.get(key) for key in ("step", *names)} for row in read_metrics(folder)] for folder in (whole, cut)
+    ]
     assert logged[0] == logged[1]
 
 
@@ -137,13 +141,17 @@ def test_a_failing_stage_gives_its_code_and_line(base, data, tmp_path):
     done = subprocess.run(**command("-m", "align.cli", "run", path), timeout=TIMEOUT, capture_output=True, text=True)
     assert done.returncode == 2
     assert [line for line in done.stderr.splitlines() if line] == [
-        line for line in done.stderr.splitlines() if line.startswith("align: ") and "no supervised token is left" in line
+        line
+        for line in done.stderr.splitlines()
+        if line.startswith("align: ") and "no supervised token is left" in line
     ]
     assert not (tmp_path / "sft").exists()
 
 
 def test_a_script_runs_one_stage_of_a_pipeline_by_hand(base, data, tmp_path):
-    stages = {"tune": {k: v for k, v in tiny.recipe("sft", base, data, tmp_path).items() if k not in ("model", "output")}}
+    stages = {
+        "tune": {k: v for k, v in tiny.recipe("sft", base, data, tmp_path).items() if k not in ("model", "output")}
+    }
     path = tmp_path / "pipeline.yaml"
     path.write_text(yaml.safe_dump({"model": {"base": str(base)}, "output": str(tmp_path / "out"), "stages": stages}))
     launch = ("-m", "accelerate.commands.launch", "--config_file", "recipes/accelerate/cpu.yaml", "scripts/sft.py")

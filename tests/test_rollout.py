@@ -101,4 +101,6 @@ def test_reading_equals_the_models_own_logits_at_any_padding(role):
 def test_uniforms_are_a_function_of_their_arguments():
     whole = uniforms(1, 0, 2, range(6), 5)
     assert torch.equal(whole[[4, 1]], uniforms(1, 0, 2, [4, 1], 5))
-    assert not torch.equal(whole, uniforms(1, 1, 2, range(6), 5)) and not torch.equal(whole, uniforms(1, 0, 3, range(6), 5))
+    assert not torch.equal(whole, uniforms(1, 1, 2, range(6), 5)) and not torch.equal(
+        whole, uniforms(1, 0, 3, range(6), 5)
+    )

@@ -68,7 +68,11 @@ def test_peft_and_transformers_open_the_reward_model_without_us(base, runs):
 
 def test_the_reference_is_the_sft_policy_and_not_the_base(base, runs):
     bases = Bases(Model(base=str(base)), CPU)
-    policy, reference, plain = bases.role(str(runs / "sft"), trainable=True), bases.role(str(runs / "sft")), bases.role(None)
+    policy, reference, plain = (
+        bases.role(str(runs / "sft"), trainable=True),
+        bases.role(str(runs / "sft")),
+        bases.role(None),
+    )
     ids, mask = ids_and_mask([[2, 4, 9, 10, 3], [2, 4, 3]])
     assert torch.equal(policy.hidden(ids, mask), reference.hidden(ids, mask))
     assert (plain.hidden(ids, mask) - reference.hidden(ids, mask)).abs().max() > 1e-3

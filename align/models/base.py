@@ -82,7 +82,7 @@ def _same_4_bit_arithmetic(model: torch.nn.Module) -> None:
     in bfloat16, whatever dtype was asked: training and sampling would not see the same policy."""
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
+            setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010
 
 
 def _plain_sampling(model: PreTrainedModel) -> None:

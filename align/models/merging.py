@@ -45,7 +45,7 @@ def merge(run: str, out: str) -> float:
     with folder_in_one_go(target) as path:
         merged.save_pretrained(path)
         tokenizer.save_pretrained(path)
-    again: Any = AutoModelForCausalLM.from_pretrained(target, dtype=merged.dtype).to(device).eval()
+    again: Any = AutoModelForCausalLM.from_pretrained(target, dtype=merged.dtype, device_map={"": device}).eval()
     return max(float((a - b).abs().max()) for a, b in zip(before, _logits(Role(again), ids), strict=True))
 
 

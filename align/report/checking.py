@@ -70,7 +70,7 @@ def _trainable(settings: StageSettings, method: Lora | Full) -> str:
 
 
 def _show_sample(console: Console, settings: StageSettings) -> None:
-    """The first row as tokens: those that carry loss (or are scored) in green."""
+    """The first row as the model sees it: what carries loss (or is scored) in green."""
     sections = settings.data_sections()
     if not sections or not Path(settings.model.base).is_dir():
         return
@@ -95,11 +95,16 @@ def _show_sample(console: Console, settings: StageSettings) -> None:
     else:
         parts = [("prompt  ", [(token, False) for token in encode_prompt(tokenizer, row)])]
     for name, tokens in parts:
-        text = Text(f"{name}")
-        for token, is_marked in tokens:
-            text.append(
-                plain(str(tokenizer.decode([token])).replace("\n", "⏎"), 40) or "␣",
-                style="black on green" if is_marked else "dim",
-            )
-            text.append("|" if not console.is_terminal and is_marked else "")
+        text = Text(name)
+        for piece, is_marked in _pieces(tokenizer, tokens):
+            shown = plain(piece.replace("\n", "⏎"), len(piece) + 1, keep_spaces=True)
+            text.append(shown, style="black on green" if is_marked else "dim")
         console.print(text)
+
+
+def _pieces(tokenizer: Any, tokens: list[tuple[int, bool]]) -> list[tuple[str, bool]]:
+    """What each token adds to the text, and its mark; neighbours with the same mark are joined."""
+    ids = [token for token, _ in tokens]
+    cuts = [i for i in range(len(ids) + 1) if i in (0, len(ids)) or tokens[i][1] != tokens[i - 1][1]]
+    texts = [str(tokenizer.decode(ids[:cut])) for cut in cuts]
+    return [(texts[k + 1][len(texts[k]) :], tokens[cuts[k]][1]) for k in range(len(cuts) - 1)]

@@ -13,13 +13,13 @@ from align.artifact import write_atomically
 SHOWN = 160  # characters of a text in a cell
 
 
-def plain(text: str, limit: int = SHOWN) -> str:
+def plain(text: str, limit: int = SHOWN, *, keep_spaces: bool = False) -> str:
     """`text` on one line, control and direction characters replaced, cut in the middle to `limit` characters."""
     safe = "".join(
         " " if c in "\n\t\r" else ("\N{REPLACEMENT CHARACTER}" if unicodedata.category(c)[0] == "C" else c)
         for c in text
     )
-    safe = " ".join(safe.split())
+    safe = safe if keep_spaces else " ".join(safe.split())
     return safe if len(safe) <= limit else safe[: limit * 2 // 3] + " … " + safe[-(limit // 3) :]
 
 

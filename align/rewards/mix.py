@@ -16,12 +16,15 @@ from pydantic import ValidationError
 from align.data.formats import Prompt
 from align.errors import BadInput
 from align.plugins import check_arguments, is_reference, load_object
+from align.recipe import first_error
 from align.settings import LearnedReward, Reward
+from align.wording import did_you_mean
 
 if TYPE_CHECKING:
     from align.models.roles import Bases
 
 SUPPLIED = ("prompts", "completions", "completion_ids")  # by us; columns of the data come on top
+BESIDE = ("use", "weight")  # keys of `rewards:` that are no arguments
 
 
 @dataclass(frozen=True)
@@ -68,11 +71,10 @@ def check_rewards(rewards: Sequence[Reward], key: str) -> None:
     for index, reward in enumerate(rewards):
         where = f"`{key}[{index}]`"
         if reward.use == "learned":
-            _learned_settings(reward, where)
+            _learned_settings(reward, f"{key}[{index}]")
         elif not is_reference(reward.use):
-            raise BadInput(
-                f"{where}: `use: {reward.use}` is neither `learned` nor file.py:function nor module:function"
-            )
+            hint = did_you_mean(reward.use, ["learned"])
+            raise BadInput(f"{where}: `use: {reward.use}` is no `learned`, file.py:function or module:function{hint}")
         else:
             _function(reward, where)
 
@@ -84,7 +86,7 @@ def build_rewards(rewards: Sequence[Reward], bases: "Bases") -> RewardMix:
         if reward.use == "learned":
             from align.rewards.learned import learned
 
-            settings = _learned_settings(reward, f"`rewards[{index}]`")
+            settings = _learned_settings(reward, f"rewards[{index}]")
             name, scorer = "learned", learned(settings, bases)
         else:
             function = _function(reward, f"`rewards[{index}]`")
@@ -95,15 +97,11 @@ def build_rewards(rewards: Sequence[Reward], bases: "Bases") -> RewardMix:
     return RewardMix(terms)
 
 
-def _learned_settings(reward: Reward, where: str) -> LearnedReward:
+def _learned_settings(reward: Reward, key: str) -> LearnedReward:
     try:
         return LearnedReward(**reward.arguments)
     except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"])
-        known = "from, normalize, clip, batch_size, weight"
-        message = f"unknown; a learned reward takes: {known}" if first["type"] == "extra_forbidden" else first["msg"]
-        raise BadInput(f"{where}: `{key}`: {message}") from error
+        raise BadInput(first_error(error, LearnedReward, f"{key}.", beside=BESIDE)) from error
 
 
 def _function(reward: Reward, where: str) -> Callable[..., Any]:
@@ -112,8 +110,8 @@ def _function(reward: Reward, where: str) -> Callable[..., Any]:
     except BadInput as error:
         raise BadInput(f"{where}: {error}") from error
     if not callable(function):
-        raise BadInput(f"{where}: {reward.use} is not a function")
-    check_arguments(function, reward.arguments, supplied=SUPPLIED, where=where)
+        raise BadInput(f"{where}: {reward.use} is not a function; name one that takes (prompts, completions, ...)")
+    check_arguments(function, reward.arguments, supplied=SUPPLIED, where=where, beside=BESIDE)
     return function  # type: ignore[no-any-return]
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList, TopKLogitsWarper, TopPLogitsWarper
 
 from align.data.collate import pad_left
+from align.errors import RunFailed
 from align.maths.masking import length_mask
 from align.models.roles import Role
 from align.settings import Sampling
@@ -79,7 +80,7 @@ class _Draw(LogitsProcessor):
         scores = self.filters(cast(Any, input_ids), cast(Any, scores.float() / self.temperature))
         cumulative = torch.softmax(scores, -1).double().cumsum(-1)  # (B, V); float64: small tails must not vanish
         if not bool(torch.isfinite(cumulative[:, -1]).all()):
-            raise FloatingPointError("the policy's logits are not finite while sampling")
+            raise RunFailed("the policy's logits are not finite while sampling: its weights have diverged")
         at = self.numbers[:, step : step + 1] * cumulative[:, -1:]
         token = torch.searchsorted(cumulative, at, right=True).clamp(max=scores.shape[-1] - 1)  # (B, 1)
         return torch.full_like(scores, -torch.inf).scatter_(1, token, 0.0)

@@ -12,11 +12,8 @@ import torch
 from torch import Tensor, nn
 from transformers import get_scheduler
 
+from align.errors import RunFailed
 from align.worker import Worker
-
-
-class NoGradient(Exception):
-    """Training would change nothing: the gradient is exactly zero."""
 
 
 class Learner:
@@ -38,7 +35,7 @@ class Learner:
         epsilon: float = 1e-8,
     ):
         if not parameters:
-            raise NoGradient(f"the {name} has no parameter to train")
+            raise RunFailed(f"the {name} has no parameter to train")
         self.name, self.parameters, self.worker = name, parameters, worker
         self.max_grad_norm = max_grad_norm
         self.optimizer = torch.optim.AdamW(
@@ -60,11 +57,14 @@ class Learner:
         """Sums the gradients over the processes, clips, steps, clears; returns the norm before clipping.
 
         Raises:
-            FloatingPointError: the gradient is not finite; the parameters are as they were.
+            RunFailed: the gradient is not finite; the parameters are as they were.
         """
         norm = self._sum_gradients()
         if not math.isfinite(norm):
-            raise FloatingPointError(f"the gradient of the {self.name} is {norm}")
+            raise RunFailed(
+                f"the gradient of the {self.name} is {norm}: nothing was changed by it; lower the learning rate, or "
+                "start the same command again to go on from the newest checkpoint"
+            )
         self.optimizer.step()
         self.schedule.step()
         self.optimizer.zero_grad(set_to_none=True)

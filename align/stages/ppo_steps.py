@@ -12,7 +12,7 @@ from torch import Tensor
 
 from align.data import decode_completion
 from align.data.formats import Prompt
-from align.errors import BadInput
+from align.errors import RunFailed
 from align.maths.advantages import gae, token_rewards
 from align.maths.kl import kl_estimate
 from align.maths.losses import PolicyLoss, explained_variance, ppo_policy_loss, ppo_value_loss
@@ -24,7 +24,7 @@ from align.rewards import Answers, RewardMix
 from align.rollout.reading import read, read_all
 from align.rollout.sampling import Rollouts, rollouts_of, sample, uniforms
 from align.settings import Ppo, PpoSettings
-from align.stages.learner import Learner, NoGradient
+from align.stages.learner import Learner
 from align.worker import Worker
 
 RATIO_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.25}  # max |log ratio| of the first minibatch
@@ -219,7 +219,7 @@ def improve(
                 numbers[f"learning_rate_{name}"] = learner.learning_rate
                 norm = numbers[f"grad_norm_{name}"] = learner.step()
                 if is_first and epoch == number == 0 and norm == 0.0 and bool((experience.advantages != 0).any()):
-                    raise NoGradient(
+                    raise RunFailed(
                         f"the {name}'s gradient is zero at the first step: nothing would be learnt; "
                         "check that its method leaves something to train"
                     )
@@ -301,7 +301,7 @@ def _check_ratio(logratio: float, policy: Role, ppo: Ppo) -> None:
     """The policy has not moved since it sampled: its ratio must be 1, or log-probs are taken in two different ways."""
     tolerance = ppo.ratio_tolerance or RATIO_TOLERANCE.get(policy.causal.dtype, 0.25)
     if not logratio <= tolerance:
-        raise BadInput(
+        raise RunFailed(
             f"the first minibatch's log-ratio is {logratio:.2g}, over {tolerance:g}: sampling and update do "
             "not see the same policy (dropout, or an attention kernel that depends on the batch); raise "
             "`ppo.ratio_tolerance` only if the dtype explains it"

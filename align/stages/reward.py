@@ -18,7 +18,7 @@ from align.artifact import begin, finish
 from align.data import EncodedPair, encode_demonstration, encode_pair, load
 from align.data.collate import pad_right
 from align.data.formats import Preference
-from align.errors import BadInput
+from align.errors import BadInput, RunFailed
 from align.maths.calibration import pair_calibration_error
 from align.maths.losses import pair_loss
 from align.models.roles import Bases, Role
@@ -27,7 +27,7 @@ from align.models.scoring import score_sequences, sequence_scores
 from align.report.curves import reward_curves
 from align.settings import Data, RewardSettings
 from align.stages import checkpoint
-from align.stages.learner import Learner, NoGradient
+from align.stages.learner import Learner
 from align.stages.order import row_order, steps_of
 from align.track import Tracker
 from align.worker import Worker
@@ -42,6 +42,10 @@ class Pair:
 
     preference: Preference
     tokens: EncodedPair
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.tokens.prompt_ids) + max(len(self.tokens.chosen_ids), len(self.tokens.rejected_ids))
 
     @property
     def sequences(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -98,7 +102,7 @@ def run(settings: RewardSettings, worker: Worker) -> None:
             rows = row_order(len(train), rows_a_step, step - 1, settings.seed)
             metrics = train_step(role, [train[i] for i in rows], learner, settings, worker, tokenizer.pad_token_id)
             if step == 1 and metrics["grad_norm"] == 0.0:
-                raise NoGradient(
+                raise RunFailed(
                     "the reward model's gradient is zero at the first step: chosen and rejected answers "
                     "are the same to it; check the data and max_length"
                 )
@@ -132,7 +136,7 @@ def train_step(
     """One optimiser step on `pairs` (of all processes). Returns loss, accuracy, margin and gradient norm."""
     role.train()
     total_weight = sum(pair.preference.weight for pair in pairs)
-    mine = [pairs[i] for i in worker.mine(len(pairs))]
+    mine = sorted((pairs[i] for i in worker.mine(len(pairs))), key=lambda pair: pair.num_tokens)  # little padding
     size = settings.train.per_device_train_batch_size
     sums = torch.zeros(3, dtype=torch.float64, device=worker.device)  # loss, right, margin
     for start in range(0, len(mine), size):
@@ -235,4 +239,4 @@ def _check_saved(bases: Bases, folder: Path, expected: torch.Tensor, probe: list
     found = score_sequences(again, probe, pad_id=bases.main.tokenizer.pad_token_id, batch_size=len(probe))
     drift = float((found - expected).abs().max())
     if drift > PROBE_TOLERANCE * max(1.0, float(expected.abs().max())):
-        raise RuntimeError(f"the reward model saved in {folder} scores a probe differently by {drift:.2g}: not usable")
+        raise RunFailed(f"the reward model saved in {folder} scores a probe differently by {drift:.2g}: not usable")

@@ -15,13 +15,12 @@ from trl import SFTConfig, SFTTrainer
 
 from align.artifact import begin, finish
 from align.data import Encoded, encode_demonstration, load, report_truncation
-from align.errors import BadInput
+from align.errors import BadInput, RunFailed
 from align.models.roles import Bases, Role
 from align.models.saving import save_role
 from align.report.curves import sft_curves
 from align.settings import SftSettings
 from align.stages import checkpoint
-from align.stages.learner import NoGradient
 from align.stages.order import steps_of
 from align.track import Tracker
 from align.worker import Worker
@@ -61,7 +60,7 @@ def run(settings: SftSettings, worker: Worker) -> None:
             tracker.say(message)
         trainer.train(resume_from_checkpoint=str(resumed) if resumed else None)
         worker.stop_if_asked(lambda: None)  # the bridge has had it saved
-        metrics = trainer.evaluate() if held_out else {}
+        metrics = (bridge.last_evaluation(trainer) or trainer.evaluate()) if held_out else {}
         if worker.is_main:
             _finish(settings, role, tokenizer, metrics, len(train), tracker)
         worker.wait()
@@ -177,11 +176,14 @@ class _Bridge(TrainerCallback):
         self.first = False
         gradients = [p.grad for p in kwargs["model"].parameters() if p.grad is not None]
         if not any(bool(g.any()) for g in gradients):
-            raise NoGradient("the gradient is zero at the first step: the method leaves nothing to train")
+            raise RunFailed("the gradient is zero at the first step: the method leaves nothing to train")
         if not all(math.isfinite(float(g.sum())) for g in gradients):
-            raise FloatingPointError(
-                "the gradient is not finite at the first step: lower the learning rate, or check the base"
-            )
+            raise RunFailed("the gradient is not finite at the first step: lower the learning rate, or check the base")
+
+    def last_evaluation(self, trainer: SFTTrainer) -> dict[str, float] | None:
+        """What the trainer found at the last step, if it evaluated there."""
+        rows = [row for row in trainer.state.log_history if "eval_loss" in row]
+        return rows[-1] if rows and rows[-1]["step"] == trainer.state.global_step else None
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
         if self.worker.is_asked_to_stop():

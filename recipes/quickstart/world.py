@@ -20,13 +20,44 @@ from pathlib import Path
 
 COUNTS = ("a", "two", "three", "four", "five", "six")
 COLOURS = (
-    "red", "green", "blue", "white", "black", "yellow", "brown", "pink", "grey", "silver", "golden",
+    "red",
+    "green",
+    "blue",
+    "white",
+    "black",
+    "yellow",
+    "brown",
+    "pink",
+    "grey",
+    "silver",
+    "golden",
     "purple",
 )
 NOUNS = (
-    "lamp", "cup", "hat", "chair", "book", "clock", "basket", "kettle", "candle", "bowl", "plate",
-    "spoon", "pillow", "mirror", "table", "ribbon", "bottle", "coat", "bag", "vase", "kite", "drum",
-    "bell", "ball",
+    "lamp",
+    "cup",
+    "hat",
+    "chair",
+    "book",
+    "clock",
+    "basket",
+    "kettle",
+    "candle",
+    "bowl",
+    "plate",
+    "spoon",
+    "pillow",
+    "mirror",
+    "table",
+    "ribbon",
+    "bottle",
+    "coat",
+    "bag",
+    "vase",
+    "kite",
+    "drum",
+    "bell",
+    "ball",
 )
 REQUESTS = (
     "Please bring me {}.",
@@ -53,9 +84,7 @@ CHATTER = (
 
 Item = tuple[str, str, str]  # count, colour, noun as written: ("two", "green", "cups")
 
-ITEM = re.compile(
-    rf"\b({'|'.join(COUNTS)}) ({'|'.join(COLOURS)}) ((?:{'|'.join(NOUNS)})s?)\b", re.IGNORECASE
-)
+ITEM = re.compile(rf"\b({'|'.join(COUNTS)}) ({'|'.join(COLOURS)}) ((?:{'|'.join(NOUNS)})s?)\b", re.IGNORECASE)
 # A well-formed list, after every item in it has become "@": "@", "@ and @", "@, @ and @".
 LISTED = re.compile(r"@((, @)* and @)?")
 

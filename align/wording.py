@@ -1,0 +1,36 @@
+"""Words that messages share: the nearest name, a value kept short, an error of somebody else's on one line."""
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+from pathlib import Path
+from textwrap import shorten
+from typing import Any
+
+YAML_WORDS = {True: "true", False: "false", None: "null"}
+
+
+def did_you_mean(name: str, known: Iterable[str], prefix: str = "") -> str:
+    """`; did you mean ...?` with the known name that `name` begins or comes near to; else nothing."""
+    names = list(known)
+    near = [key for key in names if name and key.startswith(name)] or get_close_matches(name, names, n=1)
+    return f"; did you mean `{prefix}{near[0]}`?" if near else ""
+
+
+def did_you_mean_path(path: Path, *, folders: bool = False, ending: str | tuple[str, ...] = "") -> str:
+    """The same for a path that is not there, among the files (or folders) beside it."""
+    if not path.parent.is_dir():
+        return ""
+    beside = (p for p in path.parent.iterdir() if (p.is_dir() if folders else p.is_file() and p.name.endswith(ending)))
+    prefix = "" if path.parent == Path() else f"{path.parent}/"  # names alone are compared: all begin with the folder
+    return did_you_mean(path.name, sorted(p.name for p in beside), prefix)
+
+
+def brief(value: Any, width: int = 80) -> str:
+    """A value as a recipe spells it, cut to `width` characters."""
+    text = YAML_WORDS[value] if value is None or isinstance(value, bool) else repr(value)
+    return text if len(text) <= width else text[: width - 3] + "..."
+
+
+def one_line(error: object, width: int = 200) -> str:
+    """What an error says, on one line of `width` characters at the most."""
+    return shorten(str(error), width, placeholder=" ...")

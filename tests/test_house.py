@@ -1,0 +1,105 @@
+"""The house: imports point down, recipes are sound, light things stay light."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import yaml
+
+from align.recipe import load_recipe
+from align.settings import STAGES
+from tests import tiny
+
+ROOT = Path(__file__).resolve().parents[1]
+FLOORS = [  # a module may import from lower floors and from its own package
+    {"errors", "resources", "processes", "maths"},
+    {"plugins", "settings"},
+    {"recipe", "artifact", "phases"},
+    {"track", "data"},
+    {"models"},
+    {"rewards", "rollout"},
+    {"report"},
+    {"worker", "door", "launch"},
+    {"stages"},
+    {"pipeline"},
+    {"cli"},
+]
+LATE = {("worker", "stages")}  # `run_stage` looks its stage up when it runs
+
+
+def floor_of(name: str) -> int:
+    return next(i for i, names in enumerate(FLOORS) if name in names)
+
+
+def imports(path: Path):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("align."):
+            yield node.module.split(".")[1]
+        if isinstance(node, ast.ImportFrom) and node.module == "align":
+            yield from (alias.name for alias in node.names)
+
+
+def test_imports_point_down():
+    files = [
+        path for path in (ROOT / "align").rglob("*.py") if path.name != "__init__.py" or path.parent.name != "align"
+    ]
+    assert len(files) >= 45
+    for path in files:
+        own = path.relative_to(ROOT / "align").parts[0].removesuffix(".py")
+        for other in imports(path):
+            allowed = other == own or floor_of(other) < floor_of(own) or (own, other) in LATE
+            assert allowed, f"{path.relative_to(ROOT)} imports align.{other}, which is not below it"
+
+
+def test_every_module_is_on_a_floor():
+    names = {p.stem if p.is_file() else p.name for p in (ROOT / "align").iterdir() if not p.name.startswith("__")}
+    assert names == set().union(*FLOORS)
+
+
+def test_every_recipe_that_travels_is_valid_and_opens_with_its_command():
+    paths = [path for path in (ROOT / "recipes").rglob("*.yaml") if path.parent.name != "accelerate"]
+    assert len(paths) >= 10
+    kinds = set()
+    for path in paths:
+        first = path.read_text(encoding="utf-8").splitlines()[0]
+        name = path.relative_to(ROOT)
+        assert first.startswith("# ") and (str(name) in first or path.stem in first), f"{name} opens with its command"
+        kinds |= {stage.stage for stage in load_recipe(str(path)).stages.values()}
+    assert kinds == set(STAGES)
+
+
+def test_light_modules_stay_light():
+    code = (
+        "import sys, align, align.cli, align.recipe, align.door, align.pipeline, align.launch\n"
+        "heavy = {'torch', 'transformers', 'peft', 'trl', 'datasets', 'accelerate', 'matplotlib', 'wandb'}\n"
+        "assert not heavy & set(sys.modules), heavy & set(sys.modules)\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+def test_a_stage_of_ones_own_runs(base, data, tmp_path, capsys):
+    path = tmp_path / "count.yaml"
+    values = {
+        "stage": f"{ROOT}/recipes/custom/stage.py:CountTokens",
+        "model": {"base": str(base)},
+        "data": {"train": str(data / "sft.jsonl")},
+        "output": str(tmp_path / "count"),
+    }
+    path.write_text(yaml.safe_dump(values))
+    tiny.run(load_recipe(str(path)).stages["count"])
+    assert "tokens in 40 rows" in capsys.readouterr().out
+
+
+def test_the_custom_functions_do_what_they_say():
+    from align.plugins import load_object
+
+    custom = ROOT / "recipes" / "custom"
+    brevity = load_object(f"{custom}/brevity.py:brevity")
+    assert brevity(["p"] * 2, ["a b", "a b c d"], target_words=2) == [0.0, -1.0]
+    number = load_object(f"{custom}/final_number.py:final_number")
+    texts = [[{"role": "assistant", "content": text}] for text in ("2 and so 1,200.", "none", "it is 7")]
+    assert number(["p"] * 3, texts, ["1200", "3", "8"]) == [1.0, 0.0, 0.0]
+    to_prompt = load_object(f"{custom}/chatlog.py:to_prompt")
+    assert to_prompt({"who": "bot"}) is None
+    assert to_prompt({"who": "visitor", "said": "hi"})["prompt"] == [{"role": "user", "content": "hi"}]
