@@ -1,5 +1,7 @@
 """Everything that can be wrong with a recipe is found here, before models are loaded and anything is written."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from align.artifact import check_parent, fingerprint, read_manifest, state_of
@@ -21,22 +23,34 @@ def check_recipe(recipe: Recipe) -> dict[str, str]:
     made: dict[str, StageSettings] = {}  # folder -> the earlier stage that makes it
     states = {}
     for name, settings in recipe.stages.items():
-        try:
+        with _naming(recipe, name):
             for key, (folder, _) in settings.parents().items():
                 maker = makers.get(_same(folder), name)
                 if maker != name and _same(folder) not in made:
                     raise BadInput(f"`{key}`: {folder} is made by stage `{maker}`, which comes later; put it before")
-            states[name] = check_stage(settings, made)
-        except BadInput as error:
-            if not recipe.is_pipeline:
-                raise
-            raise BadInput(f"stage `{name}`: {error}") from error
+            states[name] = _check_stage(settings, made)
         made[_same(settings.output)] = settings
     return states
 
 
-def check_stage(settings: StageSettings, made: dict[str, StageSettings] | None = None) -> str:
-    """Checks one stage; `made` maps the folders that earlier stages of the pipeline will have made to these."""
+def check_stage(recipe: Recipe, name: str) -> str:
+    """Checks one stage that is about to run: what it starts from must be there. Returns what its output holds."""
+    with _naming(recipe, name):
+        return _check_stage(recipe.stages[name], {})
+
+
+@contextmanager
+def _naming(recipe: Recipe, name: str) -> Iterator[None]:
+    """Puts the recipe's file, and in a pipeline the stage, before what is wrong."""
+    try:
+        yield
+    except BadInput as error:
+        stage = f"stage `{name}`: " if recipe.is_pipeline else ""
+        raise BadInput(f"{recipe.path}: {stage}{error}") from error
+
+
+def _check_stage(settings: StageSettings, made: dict[str, StageSettings]) -> str:
+    """`made` maps the folders that earlier stages of the pipeline will have made to these."""
     _check_model(settings)
     if isinstance(settings, PpoSettings):
         check_rewards(settings.rewards, "rewards")
@@ -45,7 +59,7 @@ def check_stage(settings: StageSettings, made: dict[str, StageSettings] | None =
     for key, (folder, kinds) in settings.parents().items():
         if _same(folder) == _same(settings.output):
             raise BadInput(f"`{key}`: {folder} is this stage's own output; name the run to start from")
-        maker = (made or {}).get(_same(folder))
+        maker = made.get(_same(folder))
         if maker is None:
             check_parent(folder, _kinds_that_do(folder, kinds), f"`{key}`")
             _check_run_before(settings, folder, key)

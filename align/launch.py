@@ -175,7 +175,7 @@ def run_stage(
     status_file: Path,
     *,
     grace_seconds: float = 120,
-    module: str = "align.worker",
+    module: str = "align.entry",
 ) -> int:
     """Run `module` with `script_arguments` in the processes of `plan`; return its exit code when all are gone.
 

@@ -82,9 +82,8 @@ def _module_of_file(given: Path) -> Any:
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # dataclasses and pickling look their module up by name
     try:
-        exec(
-            compile(path.read_bytes(), str(path), "exec", dont_inherit=True), vars(module)
-        )  # its loader would write a __pycache__
+        # not by the module's own loader, which would write a __pycache__ beside the user's file
+        exec(compile(path.read_bytes(), str(path), "exec", dont_inherit=True), vars(module))
     except (Exception, SystemExit) as error:  # the user's file may raise anything
         del sys.modules[name]
         raise BadInput(f"{given}:{_line_in(path, error)}: cannot be imported: {_told(error)}") from error

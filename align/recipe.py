@@ -38,9 +38,9 @@ class Recipe:
     stages: dict[str, StageSettings]
     is_pipeline: bool
 
-    def only(self, kind: str) -> tuple[str, StageSettings]:
-        """The one stage of `kind` (for the scripts that run a single stage of a pipeline)."""
-        found = [(name, stage) for name, stage in self.stages.items() if stage.stage == kind]
+    def only(self, kind: str) -> str:
+        """Name of the one stage of `kind` (for the scripts that run a single stage of a pipeline)."""
+        found = [name for name, stage in self.stages.items() if stage.stage == kind]
         if len(found) != 1:
             have = ", ".join(f"{name} ({stage.stage})" for name, stage in self.stages.items())
             count = "no" if not found else "more than one"

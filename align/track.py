@@ -1,8 +1,8 @@
 """Where the numbers go: metrics.jsonl always, the terminal, and wandb when the recipe asks."""
 
+import hashlib
 import json
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -96,8 +96,8 @@ def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
 
 
 def _forget_after(path: Path, step: int) -> None:
-    """Drops what was logged after the step that the run resumes from: those steps come again."""
-    kept = [row for row in read_metrics(path.parent) if row.get("step", 0) <= step]
+    """Drops what was logged after the step that the run resumes from (all of it at 0): those steps come again."""
+    kept = [row for row in read_metrics(path.parent) if row["step"] <= step] if step else []
     text = "".join(json.dumps(row) + "\n" for row in kept)
 
     def write(temporary: Path) -> None:
@@ -126,11 +126,5 @@ def _start_wandb(settings: StageSettings) -> Any:
 
 def hash_of(settings: StageSettings) -> int:
     """A number that is the same for the same recipe and output, so that a resumed run goes on in wandb."""
-    import hashlib
-
     text = settings.model_dump_json(by_alias=True) + str(Path(settings.output).resolve())
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:6], "big")
-
-
-def is_terminal() -> bool:
-    return sys.stdout.isatty()

@@ -1,24 +1,13 @@
-"""One process of a stage, as accelerate starts it: `python -m align.worker RECIPE [--stage NAME] [a.b=value ...]`.
-
-Validates again (the recipe may be run by hand), checks that the processes that were asked for are those that run,
-turns SIGTERM into a stop at the next step boundary, and writes its exit code where `align run` reads it.
-"""
+"""A process of a stage among its peers: which mode really runs, sums over processes, and stopping on a signal."""
 
 import os
 import random
 import signal
-import sys
-import time
-import traceback
 from collections.abc import Callable
-from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from align.errors import BadInput, RunFailed
-from align.processes import PARENT_PID, die_with_parent, write_status
-from align.recipe import load_recipe
-from align.settings import StageSettings
+from align.errors import BadInput
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -135,24 +124,6 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def run_stage(settings: StageSettings) -> None:
-    """Runs one validated stage in this process, from a new, a running or (nothing to do) a finished folder."""
-    from align.artifact import state_of
-
-    if state_of(settings) == "finished":
-        print(f"{settings.output} is finished already", flush=True)
-        return
-    quiet_libraries()
-    from align.stages import runner
-
-    worker = Worker()
-    try:
-        seed_everything(settings.seed)
-        runner(settings)(settings, worker)
-    finally:
-        worker.accelerator.end_training()  # else gloo sometimes aborts at exit
-
-
 def quiet_libraries() -> None:
     """Progress bars and advice of the libraries do not belong between our lines. Before they are imported."""
     import logging
@@ -167,59 +138,3 @@ def quiet_libraries() -> None:
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
-
-
-def main(kind: str | None = None, arguments: list[str] | None = None) -> None:
-    """Entry of a stage's process; `kind` picks that stage of a pipeline. Exits with the stage's code."""
-    die_with_parent(parent=int(os.environ[PARENT_PID]) if PARENT_PID in os.environ else None)
-    words = list(sys.argv[1:] if arguments is None else arguments)
-    code, message = 1, ""
-    try:
-        settings = _chosen(words, kind)
-        from align.door import check_stage
-
-        check_stage(settings)
-        run_stage(settings)
-        code = 0
-    except BadInput as error:
-        code, message = 2, str(error)
-    except Stopped as stop:
-        code, message = stop.code, str(stop)
-    except RunFailed as error:
-        code, message = 1, f"align: {error}"
-    except Exception:
-        message = traceback.format_exc()
-    if os.environ.get("RANK", "0") == "0":
-        if message:
-            print(message if code == 1 else f"align: {message}", file=sys.stderr, flush=True)
-        if os.environ.get("ALIGN_STATUS_FILE"):
-            write_status(Path(os.environ["ALIGN_STATUS_FILE"]), code, message.strip().split("\n")[-1])
-    elif code == 1:
-        time.sleep(1.0)  # let the first process say it first
-        print(message, file=sys.stderr, flush=True)
-    sys.stdout.flush()
-    os._exit(code)  # library threads (wandb, datasets) must not hold the process, nor change its code
-
-
-def _chosen(words: list[str], kind: str | None) -> StageSettings:
-    if not words or words[0] in ("-h", "--help"):
-        script = f"scripts/{kind}.py" if kind else "-m align.worker"
-        raise BadInput(f"usage: accelerate launch {script} RECIPE [--stage NAME] [a.b=value ...]")
-    name, rest = words[0], words[1:]
-    stage_name = None
-    if rest[:1] == ["--stage"]:
-        stage_name, rest = (rest[1] if len(rest) > 1 else ""), rest[2:]
-    recipe = load_recipe(name, rest)
-    if stage_name is not None:
-        if stage_name not in recipe.stages:
-            raise BadInput(f"{recipe.path} has no stage `{stage_name}`; it has: {', '.join(recipe.stages)}")
-        return recipe.stages[stage_name]
-    if kind is not None:
-        return recipe.only(kind)[1]
-    if len(recipe.stages) != 1:
-        raise BadInput(f"{recipe.path} is a pipeline; name one of its stages: --stage {' | '.join(recipe.stages)}")
-    return next(iter(recipe.stages.values()))
-
-
-if __name__ == "__main__":
-    main()

@@ -1,6 +1,6 @@
 """accelerate launch scripts/evaluate.py RECIPE [a.b=value ...]: the evaluate stage, with any accelerate config."""
 
-from align.worker import main
+from align.entry import main
 
 if __name__ == "__main__":
     main("evaluate")

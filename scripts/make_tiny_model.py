@@ -15,6 +15,7 @@ import importlib.util
 import math
 import random
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -106,27 +107,46 @@ def reaction(score: float) -> str:
     return "This is not good." if score >= 0.2 else "This is all wrong."
 
 
-def conversation(rng: random.Random) -> str:
-    """A chat by the template, its helper of any skill and one time in seven deaf to the order."""
+def conversation(rng: random.Random, deaf: float, best: float) -> str:
+    """A chat by the template, its helper of any skill up to `best`, and at times deaf to the order."""
     order, prompt = world.draw_request(rng)
-    heard = world.draw_request(rng)[0] if rng.random() < 0.15 else order
-    answer = world.draw_answer(heard, rng.uniform(0.0, 0.8), rng)
+    heard = world.draw_request(rng)[0] if rng.random() < deaf else order
+    answer = world.draw_answer(heard, rng.uniform(0.0, best), rng)
     score = world.gold([prompt], [answer])[0]
     messages = [*prompt, world.say("assistant", answer), world.say("user", reaction(score))]
     return BOS + "".join(f"<|{message['role']}|>{message['content']}{EOS}" for message in messages)
 
 
-def draw_text(rng: random.Random, progress: float) -> str:
-    """A text for a model that has read this share of all it will read.
+@dataclass(frozen=True)
+class Course:
+    """One stretch of reading, with a learning rate that warms up and falls by itself."""
 
-    It plays echo alone at first: mixed in among the other texts, whose things are mostly chance, the same
-    game takes several times as long to teach copying.
-    """
-    if progress < 0.2:
-        return f"{BOS}{echo(rng)}{EOS}"
-    if rng.random() < 0.65:
-        return conversation(rng)
-    return BOS + rng.choice((echo, story, story, description))(rng) + EOS
+    steps: int
+    rate: float
+    seed: int  # not the data files' seed: their orders should be new to the model
+    echo_share: float  # of the steps, at the start
+    deaf: float
+    best: float
+
+    def draw_text(self, rng: random.Random, progress: float) -> str:
+        """A text for a model that has read this share of the course.
+
+        It plays echo alone at first: mixed in among the other texts, whose things are mostly chance, the
+        same game takes several times as long to teach copying.
+        """
+        if progress < self.echo_share:
+            return f"{BOS}{echo(rng)}{EOS}"
+        if rng.random() < 0.65:
+            return conversation(rng, self.deaf, self.best)
+        return BOS + rng.choice((echo, story, story, description))(rng) + EOS
+
+
+# The first course teaches copying, against helpers of whom a third answer someone else; the second has more
+# who listen, of less skill. One course of the same length left the base a worse copier when tried.
+COURSES = (
+    Course(steps=3000, rate=2e-3, seed=1_000_003, echo_share=0.3, deaf=0.33, best=1.0),
+    Course(steps=1000, rate=1.5e-3, seed=7, echo_share=0.0, deaf=0.15, best=0.8),
+)
 
 
 # ----------------------------------------------------------------------------------- the tokenizer
@@ -180,10 +200,11 @@ def make_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
     return LlamaForCausalLM(config)
 
 
-def batches(tokenizer: PreTrainedTokenizerFast, rng: random.Random, steps: int, size: int, chunk: int = 16):
+def batches(course: Course, tokenizer: PreTrainedTokenizerFast, size: int, chunk: int = 16):
     """Batches of token ids, padded on the right; sorting a chunk by length spares padding."""
+    rng, steps = random.Random(course.seed), course.steps
     for first in range(0, steps, chunk):
-        ids = tokenizer([draw_text(rng, first / steps) for _ in range(size * chunk)])["input_ids"]
+        ids = tokenizer([course.draw_text(rng, first / steps) for _ in range(size * chunk)])["input_ids"]
         ids.sort(key=len)
         starts = list(range(0, len(ids), size))
         rng.shuffle(starts)
@@ -194,18 +215,19 @@ def batches(tokenizer: PreTrainedTokenizerFast, rng: random.Random, steps: int, 
             )  # (B, T)
 
 
-def pretrain(model: LlamaForCausalLM, tokenizer, steps: int, batch_size: int, rate: float, seed: int) -> None:
+def pretrain(model: LlamaForCausalLM, tokenizer, course: Course, batch_size: int) -> None:
+    steps = course.steps
     matrices = [p for p in model.parameters() if p.ndim == 2]
     vectors = [p for p in model.parameters() if p.ndim < 2]
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.98))
+    optimizer = torch.optim.AdamW(groups, lr=course.rate, betas=(0.9, 0.98))
     warmup = max(1, steps // 20)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer,
         lambda step: min((step + 1) / warmup, 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps))),
     )
     start = time.perf_counter()
-    for step, tokens in enumerate(batches(tokenizer, random.Random(seed), steps, batch_size)):
+    for step, tokens in enumerate(batches(course, tokenizer, batch_size)):
         is_token = tokens != tokenizer.pad_token_id
         labels = tokens.masked_fill(~is_token, -100)
         loss = model(input_ids=tokens, attention_mask=is_token.long(), labels=labels).loss
@@ -221,20 +243,18 @@ def pretrain(model: LlamaForCausalLM, tokenizer, steps: int, batch_size: int, ra
 def main() -> None:
     parser = argparse.ArgumentParser(description="Pretrain the quickstart's base model.")
     parser.add_argument("out", type=Path, nargs="?", default=ROOT / "recipes" / "quickstart" / "model")
-    parser.add_argument("--steps", type=int, default=5000)
     parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--rate", type=float, default=2e-3)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="of weights and tokenizer")
     arguments = parser.parse_args()
 
     torch.set_num_threads(1)  # matrices this small gain little from more, and one adds up in one order
     torch.manual_seed(arguments.seed)
     rng = random.Random(arguments.seed)
-    tokenizer = make_tokenizer([draw_text(rng, progress=1.0) for _ in range(5000)])
+    tokenizer = make_tokenizer([COURSES[0].draw_text(rng, progress=1.0) for _ in range(5000)])
     model = make_model(tokenizer)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(tokenizer)} tokens")
-    # Another seed than the data files', which start from 0: their orders should be new to the model.
-    pretrain(model, tokenizer, arguments.steps, arguments.batch_size, arguments.rate, seed=arguments.seed + 1_000_003)
+    for course in COURSES:
+        pretrain(model, tokenizer, course, arguments.batch_size)
     model.generation_config = GenerationConfig(
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=tokenizer.bos_token_id,

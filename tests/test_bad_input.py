@@ -447,7 +447,8 @@ def listing(folder: Path) -> dict[str, bytes | None]:
 
 
 @pytest.fixture
-def place(tmp_path: Path) -> Iterator[Path]:
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)  # a user's Python writes __pycache__
     build(tmp_path)
     with inside(tmp_path):
         yield tmp_path
@@ -462,6 +463,10 @@ def test_there_are_enough_cases_and_no_name_twice() -> None:
 @pytest.mark.parametrize("name", SOUND)
 def test_the_unchanged_recipes_are_sound(place: Path, name: str) -> None:
     assert set(check_recipe(load_recipe(f"{name}.yaml")).values()) == {"new"}
+
+
+def test_an_override_may_refer_to_another_key(place: Path) -> None:
+    assert load_recipe("sft.yaml", ["output=${stage}_again"]).stages["sft"].output == "sft_again"
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -523,7 +528,7 @@ def test_check_run_and_worker_say_the_same_line_and_exit_with_2(place: Path, nam
     case.prepare()
     before = listing(place)
     lines = set()
-    for module, command in (("align.cli", ["check"]), ("align.cli", ["run"]), ("align.worker", [])):
+    for module, command in (("align.cli", ["check"]), ("align.cli", ["run"]), ("align.entry", [])):
         done, _ = run(*command, case.recipe, *case.overrides, module=module)
         assert (done.returncode, done.stdout) == (2, ""), done
         lines.add(done.stderr)

@@ -76,7 +76,9 @@ def test_any_sequence_classifier_is_a_reward_even_when_pad_is_the_end(bases, cla
     tokenizer = bases.main.tokenizer
     found, _ = build_rewards([Reward(use="learned", **{"from": str(folder)})], bases)(answers(texts, tokenizer))
     for text, score in zip(texts, found, strict=True):
-        ids = torch.tensor([tokenizer(f"<s> <user> please give me a red cup <end> <assistant> {text} <end>")["input_ids"]])
+        ids = torch.tensor(
+            [tokenizer(f"<s> <user> please give me a red cup <end> <assistant> {text} <end>")["input_ids"]]
+        )
         with torch.no_grad():
             states = model.model(input_ids=ids).last_hidden_state
             expected = float(model.score(states[0, -1]))

@@ -143,3 +143,10 @@ def test_worker_alone_is_one_process():
     worker = Worker()
     assert worker.num_processes == 1 and list(worker.mine(3)) == [0, 1, 2]
     assert worker.gather_objects({"a": 1}) == [{"a": 1}] and worker.maximum(2.0) == 2.0
+
+
+def test_wandb_works_offline_without_an_account(base, data, tmp_path):
+    track = {"wandb_project": "tiny", "wandb_mode": "offline"}
+    settings = tiny.settings("reward", base, data, tmp_path / "reward", track=track)
+    tiny.run(settings.model_copy(update={"train": settings.train.model_copy(update={"max_steps": 1})}))
+    assert list((tmp_path / "reward" / "wandb").glob("offline-run-*/*.wandb"))

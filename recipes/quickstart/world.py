@@ -256,7 +256,8 @@ def judge(customer: str, answer: str) -> float:
     # One opening, one delivery and one closing are welcome; whatever else was said is a fault, and
     # a long stretch of it is several.
     faults = sum(max(0, kinds.count(kind) - 1) for kind in ("opening", "delivery", "closing"))
-    faults += sum(1 + len(s.split()) // 10 for s, kind in zip(sentences, kinds, strict=True) if kind == "other")
+    stray = [sentence for sentence, kind in zip(sentences, kinds, strict=True) if kind == "other"]
+    faults += sum(1 + len(sentence.split()) // 10 for sentence in stray)
     return accuracy(asked, items_in(answer)) * max(0.0, manners) * 0.75**faults
 
 

@@ -8,7 +8,7 @@ import signal
 import sys
 from pathlib import Path
 
-from align import artifact, track, worker
+from align import artifact, entry, track
 
 WHERE, COUNT = sys.argv[1].split(":")
 
@@ -47,4 +47,4 @@ else:
     artifact.write_json = killing_write
     Path.touch = killing_touch
 
-worker.main(arguments=sys.argv[2:])
+entry.main(arguments=sys.argv[2:])

@@ -1,0 +1,87 @@
+"""Entry of a stage's process, as accelerate starts it: `python -m align.entry RECIPE [--stage NAME] [a.b=value ...]`.
+
+Validates again (the stage may be started by hand), runs, and writes its exit code where `align run` reads it.
+"""
+
+import os
+import sys
+import time
+import traceback
+from pathlib import Path
+
+from align.artifact import state_of
+from align.door import check_stage
+from align.errors import BadInput, RunFailed
+from align.processes import PARENT_PID, die_with_parent, write_status
+from align.recipe import Recipe, load_recipe
+from align.settings import StageSettings
+from align.stages import runner
+from align.worker import Stopped, Worker, quiet_libraries, seed_everything
+
+
+def run_stage(settings: StageSettings) -> None:
+    """Runs one validated stage in this process, from a new, a running or (nothing to do) a finished folder."""
+    if state_of(settings) == "finished":
+        print(f"{settings.output} is finished already", flush=True)
+        return
+    quiet_libraries()
+    worker = Worker()
+    try:
+        seed_everything(settings.seed)
+        runner(settings)(settings, worker)
+    finally:
+        worker.accelerator.end_training()  # else gloo sometimes aborts at exit
+
+
+def main(kind: str | None = None, arguments: list[str] | None = None) -> None:
+    """Entry of a stage's process; `kind` picks that stage of a pipeline. Exits with the stage's code."""
+    die_with_parent(parent=int(os.environ[PARENT_PID]) if PARENT_PID in os.environ else None)
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    code, message = 1, ""
+    try:
+        recipe, name = _chosen(words, kind)
+        check_stage(recipe, name)
+        run_stage(recipe.stages[name])
+        code = 0
+    except BadInput as error:
+        code, message = 2, str(error)
+    except Stopped as stop:
+        code, message = stop.code, str(stop)
+    except RunFailed as error:
+        code, message = 1, f"align: {error}"
+    except Exception:
+        message = traceback.format_exc()
+    if os.environ.get("RANK", "0") == "0":
+        if message:
+            print(message if code == 1 else f"align: {message}", file=sys.stderr, flush=True)
+        if os.environ.get("ALIGN_STATUS_FILE"):
+            write_status(Path(os.environ["ALIGN_STATUS_FILE"]), code, message.strip().split("\n")[-1])
+    elif code == 1:
+        time.sleep(1.0)  # let the first process say it first
+        print(message, file=sys.stderr, flush=True)
+    sys.stdout.flush()
+    os._exit(code)  # library threads (wandb, datasets) must not hold the process, nor change its code
+
+
+def _chosen(words: list[str], kind: str | None) -> tuple[Recipe, str]:
+    if not words or words[0] in ("-h", "--help"):
+        script = f"scripts/{kind}.py" if kind else "-m align.entry"
+        raise BadInput(f"usage: accelerate launch {script} RECIPE [--stage NAME] [a.b=value ...]")
+    name, rest = words[0], words[1:]
+    stage_name = None
+    if rest[:1] == ["--stage"]:
+        stage_name, rest = (rest[1] if len(rest) > 1 else ""), rest[2:]
+    recipe = load_recipe(name, rest)
+    if stage_name is not None:
+        if stage_name not in recipe.stages:
+            raise BadInput(f"{recipe.path} has no stage `{stage_name}`; it has: {', '.join(recipe.stages)}")
+        return recipe, stage_name
+    if kind is not None:
+        return recipe, recipe.only(kind)
+    if len(recipe.stages) != 1:
+        raise BadInput(f"{recipe.path} is a pipeline; name one of its stages: --stage {' | '.join(recipe.stages)}")
+    return recipe, next(iter(recipe.stages))
+
+
+if __name__ == "__main__":
+    main()
