@@ -41,11 +41,16 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
 def write_json(path: Path, values: Any) -> None:
     """Writes JSON atomically."""
     text = json.dumps(values, indent=2, ensure_ascii=False, default=str) + "\n"
-    write_atomically(path, lambda temporary: _write_text(temporary, text))
+    write_text(path, text)
 
 
-def _write_text(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
+def write_text(path: Path, text: str) -> None:
+    """Writes a text file atomically."""
+
+    def write(temporary: Path) -> None:
+        temporary.write_text(text, encoding="utf-8")
+
+    write_atomically(path, write)
 
 
 @contextmanager
@@ -124,6 +129,12 @@ def state_of(settings: StageSettings) -> str:
             f"`output`: {folder} holds a run of another recipe (`{key}` was {brief(was)}, is {brief(becomes)}); "
             "choose another output, or delete that folder"
         )
+    for key, parent in _parents(settings).items():
+        if manifest.get("parents", {}).get(key) != parent:
+            raise BadInput(
+                f"`output`: {folder} was made from another run than {parent['path']} holds now (`{key}`); delete "
+                f"{folder} to run this stage again, or choose another output"
+            )
     return str(manifest.get("status", "running"))
 
 
@@ -133,6 +144,16 @@ def recipe_of(settings: StageSettings) -> dict[str, Any]:
     return {key: value for key, value in values.items() if key not in NOT_PART_OF_A_RUN}
 
 
+def _parents(settings: StageSettings) -> dict[str, dict[str, str]]:
+    """Every run that this one reads, and the hash of its manifest: which run it was, not only where."""
+    return {key: {"path": path, "manifest": _hash_of_manifest(path)} for key, (path, _) in settings.parents().items()}
+
+
+def _hash_of_manifest(folder: str) -> str:
+    path = Path(folder) / MANIFEST
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16] if path.is_file() else "none"
+
+
 def _differences(before: Any, now: Any, key: str = "") -> list[tuple[str, Any, Any]]:
     if isinstance(before, dict) and isinstance(now, dict):
         names = [*before, *(name for name in now if name not in before)]
@@ -140,8 +161,11 @@ def _differences(before: Any, now: Any, key: str = "") -> list[tuple[str, Any, A
     return [] if before == now else [(key, before, now)]
 
 
-def begin(settings: StageSettings, base_fingerprint: str) -> None:
-    """Makes the folder and its manifest, or leaves a running one as it is."""
+def begin(settings: StageSettings, base_fingerprint: str, *, base: str | None = None) -> None:
+    """Makes the folder and its manifest, or leaves a running one as it is.
+
+    `base` is what the run's adapter stands over, where that is not the recipe's base but a fully tuned run.
+    """
     folder = Path(settings.output)
     folder.mkdir(parents=True, exist_ok=True)
     if (folder / MANIFEST).is_file():
@@ -151,9 +175,9 @@ def begin(settings: StageSettings, base_fingerprint: str) -> None:
         {
             "kind": settings.kind,
             "status": "running",
-            "base": settings.model.base,
+            "base": base or settings.model.base,
             "base_fingerprint": base_fingerprint,
-            "parents": {key: path for key, (path, _) in settings.parents().items()},
+            "parents": _parents(settings),
             "recipe": recipe_of(settings),
             "versions": {name: _version(name) for name in VERSIONED} | {"python": platform.python_version()},
             "metrics": {},
@@ -202,8 +226,7 @@ def checkpoint_path(folder: str | Path, step: int) -> Path:
     return Path(folder) / "checkpoints" / f"step-{step:08d}"
 
 
-def keep_only(folder: str | Path, keep: int, also: Path | None = None) -> None:
-    """Deletes all checkpoints but the newest `keep` and `also`."""
+def keep_only(folder: str | Path, keep: int) -> None:
+    """Deletes all checkpoints but the newest `keep`."""
     for path in checkpoints(folder)[:-keep]:
-        if path != also:
-            shutil.rmtree(path)
+        shutil.rmtree(path)

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from align.errors import BadInput
+from align.wording import safe
 
 app = typer.Typer(
     add_completion=False,
@@ -88,7 +89,7 @@ def main() -> None:
     try:
         app(standalone_mode=True)
     except BadInput as error:
-        print(f"align: {error}", file=sys.stderr)
+        print(safe(f"align: {error}"), file=sys.stderr)
         sys.exit(2)
 
 

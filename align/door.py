@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from align.artifact import check_parent, fingerprint, read_manifest, state_of
+from align.artifact import MANIFEST, check_parent, fingerprint, read_manifest, state_of
 from align.data import load, looks_like_hub_id
 from align.errors import BadInput
 from align.recipe import Recipe
@@ -102,7 +102,12 @@ def _check_model(settings: StageSettings) -> None:
     if isinstance(method, Full) and model.load_in == "nf4":
         raise BadInput(
             f"`{key}.kind: full` cannot train a 4-bit base (`model.load_in: nf4`): use `kind: qlora`, or "
-            "`load_in: bfloat16`"
+            "`load_in: float32`"
+        )
+    if isinstance(method, Full) and model.load_in == "bfloat16":
+        raise BadInput(
+            f"`{key}.kind: full` needs `model.load_in: float32`: in bfloat16 small updates round to nothing; or use "
+            "`kind: lora`"
         )
     if isinstance(method, Lora) and method.kind == "qlora" and model.load_in != "nf4":
         raise BadInput(f"`{key}.kind: qlora` needs `model.load_in: nf4` (it is {model.load_in}); or use `kind: lora`")
@@ -148,7 +153,8 @@ def _check_adapter(settings: StageSettings, folder: str, key: str, base: str, ba
     """A policy's or critic's adapter fits only the base that it was trained over. Rewards bring their own."""
     if key.startswith(("rewards", "judge")):
         return
-    if base_fingerprint != fingerprint(settings.model.base):
+    is_over_a_run = (Path(base) / MANIFEST).is_file() and base_fingerprint == fingerprint(base)  # a fully tuned one
+    if base_fingerprint != fingerprint(settings.model.base) and not is_over_a_run:
         raise BadInput(
             f"`{key}`: {folder} is an adapter over the base {base}, and this recipe's "
             f"`model.base` is {settings.model.base}; use the same base"

@@ -16,6 +16,7 @@ from align.processes import PARENT_PID, die_with_parent, write_status
 from align.recipe import Recipe, load_recipe
 from align.settings import StageSettings
 from align.stages import runner
+from align.wording import safe
 from align.worker import Stopped, Worker, quiet_libraries, seed_everything
 
 
@@ -51,14 +52,13 @@ def main(kind: str | None = None, arguments: list[str] | None = None) -> None:
         code, message = 1, f"align: {error}"
     except Exception:
         message = traceback.format_exc()
-    if os.environ.get("RANK", "0") == "0":
-        if message:
-            print(message if code == 1 else f"align: {message}", file=sys.stderr, flush=True)
-        if os.environ.get("ALIGN_STATUS_FILE"):
-            write_status(Path(os.environ["ALIGN_STATUS_FILE"]), code, message.strip().split("\n")[-1])
-    elif code == 1:
+    if os.environ.get("RANK", "0") != "0":
         time.sleep(1.0)  # let the first process say it first
-        print(message, file=sys.stderr, flush=True)
+    if os.environ.get("RANK", "0") == "0" or code in (1, 2):
+        if message:
+            print(safe(message if code == 1 else f"align: {message}"), file=sys.stderr, flush=True)
+        if os.environ.get("ALIGN_STATUS_FILE"):  # the first failure stays
+            write_status(Path(os.environ["ALIGN_STATUS_FILE"]), code, message.strip().split("\n")[-1])
     sys.stdout.flush()
     os._exit(code)  # library threads (wandb, datasets) must not hold the process, nor change its code
 

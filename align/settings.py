@@ -49,7 +49,6 @@ class Lora(Settings):
     lora_alpha: Positive = 32.0
     lora_dropout: Fraction = 0.0
     target_modules: str | tuple[str, ...] = "all-linear"
-    bias: Literal["none", "all", "lora_only"] = "none"
     use_rslora: bool = False
     use_dora: bool = False
     init_lora_weights: bool | Literal["gaussian"] = True  # PiSSA and OLoRA rewrite the base, which roles share
@@ -262,7 +261,7 @@ class Ppo(Settings):
     kl_budget: Positive | None = None  # stop past this sequence KL, keep the best checkpoint under it
     missing_eos_penalty: float | None = 1.0  # None: no penalty
     missing_eos: Literal["replace", "subtract"] = "replace"  # the score becomes -penalty, or loses it
-    ratio_tolerance: Positive | None = None  # of the first minibatch's log-ratio; None: by the dtype
+    ratio_tolerance: Positive | None = None  # of the first minibatch: max |log ratio|, in 16 bits its mean
     save_steps: Interval = 10
     eval_steps: Interval = 10
     num_sample_rows: Interval = 3  # rows of the sample table
@@ -303,6 +302,16 @@ class PpoSettings(StageSettings):
             raise ValueError(
                 "`ppo.kl_budget` keeps the best checkpoint by held-out prompts, and there are none; give "
                 "`prompts.validation_split` or `prompts.validation`"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _every_key_is_used(self) -> "PpoSettings":
+        if self.critic.kind == "trunk" and self.critic.path is not None:
+            raise ValueError("`critic.from` has no meaning with `critic.kind: trunk`: that head starts at zero")
+        if self.critic.warmup_iterations >= self.ppo.num_iterations:
+            raise ValueError(
+                "`critic.warmup_iterations` must be fewer than `ppo.num_iterations`: the policy would not move"
             )
         return self
 

@@ -9,8 +9,9 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from align.artifact import write_atomically
+from align.artifact import recipe_of, write_text
 from align.settings import StageSettings
+from align.wording import safe
 
 METRICS = "metrics.jsonl"
 
@@ -66,6 +67,7 @@ class Tracker:
     def say(self, text: Any) -> None:
         """Prints a line, or anything rich can show, above the progress bar."""
         if self.is_main:
+            text = safe(text) if isinstance(text, str) else text
             self.console.print(text, highlight=False, markup=False)
 
     def close(self) -> None:
@@ -98,12 +100,7 @@ def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
 def _forget_after(path: Path, step: int) -> None:
     """Drops what was logged after the step that the run resumes from (all of it at 0): those steps come again."""
     kept = [row for row in read_metrics(path.parent) if row["step"] <= step] if step else []
-    text = "".join(json.dumps(row) + "\n" for row in kept)
-
-    def write(temporary: Path) -> None:
-        temporary.write_text(text, encoding="utf-8")
-
-    write_atomically(path, write)
+    write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
 
 
 def _start_wandb(settings: StageSettings) -> Any:
@@ -126,5 +123,5 @@ def _start_wandb(settings: StageSettings) -> Any:
 
 def hash_of(settings: StageSettings) -> int:
     """A number that is the same for the same recipe and output, so that a resumed run goes on in wandb."""
-    text = settings.model_dump_json(by_alias=True) + str(Path(settings.output).resolve())
+    text = json.dumps(recipe_of(settings)) + str(Path(settings.output).resolve())
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:6], "big")

@@ -1,5 +1,6 @@
 """Words that messages share: the nearest name, a value kept short, an error of somebody else's on one line."""
 
+import unicodedata
 from collections.abc import Iterable
 from difflib import get_close_matches
 from pathlib import Path
@@ -29,6 +30,11 @@ def brief(value: Any, width: int = 80) -> str:
     """A value as a recipe spells it, cut to `width` characters."""
     text = YAML_WORDS[value] if value is None or isinstance(value, bool) else repr(value)
     return text if len(text) <= width else text[: width - 3] + "..."
+
+
+def safe(text: str) -> str:
+    """`text` without control and direction characters (but line ends): what others wrote must not steer a terminal."""
+    return "".join(c if c == "\n" or unicodedata.category(c)[0] != "C" else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
 def one_line(error: object, width: int = 200) -> str:

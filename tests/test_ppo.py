@@ -4,13 +4,17 @@ import json
 
 import pytest
 import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
 
 from align.artifact import checkpoints, read_manifest
 from align.errors import RunFailed
-from align.settings import Ppo
+from align.models.roles import Bases
+from align.settings import Model, Ppo
 from align.stages import ppo as stage
 from align.stages.ppo_steps import end_penalty
 from align.track import read_metrics
+from align.worker import Worker
 from tests import tiny
 
 TOLERANCE = 1e-5
@@ -56,7 +60,7 @@ def test_a_run_logs_everything_and_starts_at_ratio_one(finished):
     ].keys()
     assert (finished / "curves.png").stat().st_size > 1000
     manifest = read_manifest(finished)
-    assert manifest["status"] == "finished" and manifest["parents"]["policy.from"].endswith("sft")
+    assert manifest["status"] == "finished" and manifest["parents"]["policy.from"]["path"].endswith("sft")
 
 
 def test_it_repeats_bit_for_bit(base, data, runs, finished, tmp_path):
@@ -95,14 +99,43 @@ def test_options_train(base, data, runs, tmp_path, change):
         assert rows[-1]["kl_coef"] != rows[1]["kl_coef"]
 
 
-def test_gradient_checkpointing_changes_nothing(base, data, runs, finished, tmp_path):
+def test_gradient_checkpointing_changes_nothing_and_no_adapter_drops(base, data, runs, finished, tmp_path):
     tiny.run(settings(base, data, runs, tmp_path / "ppo", ppo={"gradient_checkpointing": True}))
     assert tiny.largest_difference(finished, tmp_path / "ppo") <= TOLERANCE
+    dropping = {"kind": "lora", "r": 4, "lora_dropout": 0.5}
+    for name in ("sft", "reward"):
+        tiny.run(tiny.settings(name, base, data, tmp_path / name, method=dropping))
+    tiny.run(tiny.settings("ppo", base, data, tmp_path / "over", critic={}, ppo={"gradient_checkpointing": True}))
+    assert all(row["first_logratio"] < 1e-4 for row in read_metrics(tmp_path / "over")[1:])
+
+
+def test_the_pipeline_runs_in_bfloat16(base, data, tmp_path):
+    model = {"base": str(base), "load_in": "bfloat16"}
+    for name in ("sft", "reward", "ppo"):
+        tiny.run(tiny.settings(name, base, data, tmp_path / name, model=model))
+    assert read_metrics(tmp_path / "ppo")[-1]["grad_norm_policy"] > 0
+
+
+def test_a_policy_over_a_fully_tuned_run_is_saved_over_that_run(base, data, tmp_path):
+    for name in ("sft", "reward"):
+        tiny.run(tiny.settings(name, base, data, tmp_path / name, method={"kind": "full"}))
+    values = tiny.recipe("ppo", base, data, tmp_path / "ppo")["ppo"] | {"num_iterations": 1, "learning_rate": 0.01}
+    chosen = tiny.settings("ppo", base, data, tmp_path / "ppo", ppo=values)
+    cast = stage.cast_roles(chosen, Worker())
+    assert len(cast.critic.trained()) > 2  # an adapter, and not the head alone
+    tiny.run(chosen)
+    assert read_manifest(tmp_path / "ppo")["base"] == str(tmp_path / "sft")
+    tuned = AutoModelForCausalLM.from_pretrained(tmp_path / "sft").eval()
+    ids = torch.tensor([[2, 4, 9, 10, 3]])
+    expected = PeftModel.from_pretrained(tuned, tmp_path / "ppo").eval()(ids).logits
+    role = Bases(Model(base=str(base)), torch.device("cpu")).role(str(tmp_path / "ppo"))
+    assert torch.allclose(role.logits(role.hidden(ids, torch.ones_like(ids, dtype=torch.bool))), expected, atol=1e-5)
 
 
 def test_warm_up_leaves_the_policy_alone(base, data, runs, tmp_path):
-    changed = settings(base, data, runs, tmp_path / "ppo", critic={"warmup_iterations": 4})
-    tiny.run(changed)
+    changed = settings(base, data, runs, tmp_path / "ppo", critic={"warmup_iterations": 3})
+    critic_only = changed.model_copy(update={"ppo": changed.ppo.model_copy(update={"num_iterations": 3})})
+    tiny.run(critic_only)
     assert tiny.largest_difference(runs / "sft", tmp_path / "ppo") == 0.0
     assert read_metrics(tmp_path / "ppo")[-1]["grad_norm_critic"] > 0
 
@@ -145,9 +178,9 @@ def test_kl_budget_keeps_the_best_under_it(base, data, runs, tmp_path):
     best = read_manifest(tmp_path / "ppo")["metrics"]["best"]
     assert rows[-1]["step"] < 12 and max(rows[-1]["kl"], rows[-1]["eval_kl"]) > 0.2
     allowed = [row for row in rows if row["eval_kl"] <= 0.2]
-    assert best["score"] == max(row["eval_score"] for row in allowed)
-    assert best["iteration"] == next(row["step"] for row in allowed if row["eval_score"] == best["score"])
-    assert not (tmp_path / "ppo" / "best").exists() and (tmp_path / "ppo" / "adapter_config.json").is_file()
+    assert best["score"] == max(row["eval_score_penalised"] for row in allowed)
+    assert best["iteration"] == next(row["step"] for row in allowed if row["eval_score_penalised"] == best["score"])
+    assert not list((tmp_path / "ppo").glob("best-*")) and (tmp_path / "ppo" / "adapter_config.json").is_file()
 
 
 def test_a_ratio_off_one_stops_the_run(base, data, runs, tmp_path, monkeypatch):
@@ -159,7 +192,7 @@ def test_a_ratio_off_one_stops_the_run(base, data, runs, tmp_path, monkeypatch):
         return scored
 
     monkeypatch.setattr(stage, "sample_and_score", shifted)
-    with pytest.raises(RunFailed, match=r"log-ratio is 0\.01"):
+    with pytest.raises(RunFailed, match=r"logratio_max is 0\.01"):
         tiny.run(settings(base, data, runs, tmp_path / "ppo"))
 
 

@@ -42,6 +42,9 @@ def test_the_base_stays_in_4_bits_and_is_shared(base, quantised):
     own = {p.data_ptr() for p in bases.main.model.parameters()}
     assert len(packed) == 14 and all(p.data_ptr() in own for p in packed)
     assert all(p.dtype == torch.float32 for _, p in role.trained())
+    states = [[id(m.quant_state) for m in each.modules() if getattr(m, "quant_state", None) is not None]
+              for each in (bases.main.model, role.causal)]  # fmt: skip
+    assert len(states[0]) == 14 and states[0] == states[1]
 
 
 @pytest.mark.parametrize("kind", ["float32", "nf4"])

@@ -102,6 +102,14 @@ def test_weights_columns_and_rows_that_no_reward_judges(bases, tmp_path):
         build_rewards([Reward(use=f"{path}:short")], bases)(given)
 
 
+def test_a_process_without_rows_asks_nobody(bases, tmp_path):
+    path = tmp_path / "own.py"
+    path.write_text("def right(completions, answer, **kw):\n    return [1.0 if a is None else 0.0 for a in answer]\n")
+    mix = build_rewards([Reward(use=f"{path}:right")], bases)
+    assert mix(answers([], bases.main.tokenizer)) == ([], {"right": []})
+    assert mix(answers(["a"], bases.main.tokenizer))[0] == [1.0]  # no row has the column: None for each
+
+
 def test_evaluate_compares_policies_on_unseen_prompts(base, data, runs, tmp_path):
     (tmp_path / "judge.py").write_text(
         "def thanks(completions, **kw):\n    return [float('thanks' in c[0]['content']) for c in completions]\n"

@@ -1,5 +1,7 @@
 """Each stage in this process on the tiny base: what it writes, what opens it, and what must not depend on batching."""
 
+import shutil
+
 import pytest
 import torch
 from peft import PeftModel
@@ -9,9 +11,9 @@ from align.artifact import checkpoints, read_manifest, state_of
 from align.errors import BadInput
 from align.models.roles import Bases
 from align.models.scoring import score_sequences
-from align.settings import Model
+from align.settings import Model, SftSettings
 from align.track import read_metrics
-from align.worker import Worker
+from align.worker import Stopped, Worker
 from tests import tiny
 
 CPU = torch.device("cpu")
@@ -150,3 +152,47 @@ def test_wandb_works_offline_without_an_account(base, data, tmp_path):
     settings = tiny.settings("reward", base, data, tmp_path / "reward", track=track)
     tiny.run(settings.model_copy(update={"train": settings.train.model_copy(update={"max_steps": 1})}))
     assert list((tmp_path / "reward" / "wandb").glob("offline-run-*/*.wandb"))
+
+
+def test_a_parent_that_was_made_anew_is_noticed(base, data, tmp_path):
+    for name in ("sft", "reward"):
+        tiny.run(tiny.settings(name, base, data, tmp_path / name))
+    ppo = tiny.settings("ppo", base, data, tmp_path / "ppo")
+    tiny.run(ppo.model_copy(update={"ppo": ppo.ppo.model_copy(update={"num_iterations": 1, "eval_steps": 0})}))
+    shutil.rmtree(tmp_path / "sft")
+    tiny.run(tiny.settings("sft", base, data, tmp_path / "sft", seed=5))
+    changed = ppo.model_copy(update={"ppo": ppo.ppo.model_copy(update={"num_iterations": 1, "eval_steps": 0})})
+    with pytest.raises(BadInput, match=r"made from another run than .*sft holds now \(`policy.from`\)"):
+        state_of(changed)
+
+
+def test_a_reward_run_does_not_go_on_with_other_steps(base, data, tmp_path, monkeypatch):
+    settings = tiny.settings("reward", base, data, tmp_path / "reward")
+
+    def stop(worker, save):
+        save()
+        raise Stopped(143)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Worker, "stop_if_asked", stop)
+        with pytest.raises(Stopped):
+            tiny.run(settings)
+    progress = checkpoints(tmp_path / "reward")[-1] / "progress.json"
+    progress.write_text(progress.read_text().replace('"rows_a_step": 4', '"rows_a_step": 8'))
+    with pytest.raises(BadInput, match="as many processes as before"):
+        tiny.run(settings)
+
+
+def test_what_others_wrote_does_not_steer_the_terminal(base, data, tmp_path, capsys):
+    from align.report.tables import plain
+    from align.wording import safe
+
+    assert "\x1b" not in safe("a\x1b[31mred\nb\u202e") and safe("a\nb") == "a\nb"
+    assert plain("one\ntwo \x07", 40) == "one two \N{REPLACEMENT CHARACTER}"
+    lines = (data / "sft.jsonl").read_text().splitlines()
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text("\n".join([*lines, '{"mess\\u001b]0;ages": []}']) + "\n")
+    section = {"train": str(bad), "on_bad_row": "skip"}
+    tiny.run(SftSettings(**tiny.recipe("sft", base, data, tmp_path / "sft") | {"data": section}))
+    shown = capsys.readouterr().out
+    assert "1 bad row" in shown and "\x1b" not in shown

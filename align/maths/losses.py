@@ -22,6 +22,7 @@ class PolicyLoss:
     approx_kl: Tensor
     ratio: Tensor
     ratio_max: Tensor
+    abs_logratio: Tensor
     max_abs_logratio: Tensor
 
 
@@ -57,6 +58,7 @@ def ppo_policy_loss(
             approx_kl=(ratio - 1.0 - logratio).sum(),
             ratio=inside.sum(),
             ratio_max=inside.max() if inside.numel() else inside.new_zeros(()),
+            abs_logratio=logratio.abs().sum(),
             max_abs_logratio=logratio.abs().max() if inside.numel() else inside.new_zeros(()),
         )
 

@@ -48,7 +48,7 @@ def load_base(settings: Model, device: torch.device) -> Base:
     except (OSError, ValueError, ImportError) as error:
         raise BadInput(f"`model.base`: {settings.base} cannot be loaded: {first_line(error)}") from error
     model.requires_grad_(False).eval()
-    _switch_dropout_off(model)
+    switch_dropout_off(model)
     _same_4_bit_arithmetic(model)
     _plain_sampling(model)
     _check_trunk(model, settings.base)
@@ -67,7 +67,7 @@ def trunk_of(model: PreTrainedModel) -> torch.nn.Module:
     return model.base_model if model.base_model is not model else model.get_decoder()
 
 
-def _switch_dropout_off(model: torch.nn.Module) -> None:
+def switch_dropout_off(model: torch.nn.Module) -> None:
     """No role drops anything, in training passes neither: the first minibatch's ratio must be 1."""
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):

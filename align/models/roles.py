@@ -41,6 +41,10 @@ class Role(nn.Module):
         return self.causal.device
 
     @property
+    def hidden_size(self) -> int:
+        return int(self.causal.config.get_text_config().hidden_size)
+
+    @property
     def has_adapter(self) -> bool:
         return isinstance(self.model, PeftModel)
 
@@ -76,6 +80,8 @@ def last_states(hidden: Tensor, mask: Tensor) -> Tensor:
 def view(model: PreTrainedModel) -> PreTrainedModel:
     """A module tree of its own over the very same parameters and buffers (4-bit ones too)."""
     memo: dict[int, Any] = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    states = (getattr(module, "quant_state", None) for module in model.modules())  # of 4-bit layers
+    memo |= {id(state): state for state in states if state is not None}
     return copy.deepcopy(model, memo)
 
 
@@ -88,6 +94,11 @@ def new_head(size: int, device: torch.device, *, bias: bool = False) -> nn.Linea
     return head
 
 
+def has_adapter(folder: str | Path) -> bool:
+    """Whether a run's folder holds an adapter, and not a whole model."""
+    return (Path(folder) / "adapter_config.json").is_file()
+
+
 class Bases:
     """The bases of a process, each loaded once, and the roles over them."""
 
@@ -96,13 +107,13 @@ class Bases:
         self._loaded: dict[str, Base] = {}
         self.main = self.load(settings.base)
 
-    def load(self, base: str) -> Base:
-        """The base of that name, loaded at its first use."""
+    def load(self, base: str, *, revision: str | None = None) -> Base:
+        """The base of that name, loaded at its first use. `revision` is meant for one that is not the recipe's."""
         key = fingerprint(base)
         if key not in self._loaded:
             settings = self.settings
             if base != settings.base:  # another model: neither our revision nor our template is meant for it
-                settings = settings.model_copy(update={"base": base, "revision": None, "chat_template": None})
+                settings = settings.model_copy(update={"base": base, "revision": revision, "chat_template": None})
             self._loaded[key] = load_base(settings, self.device)
         return self._loaded[key]
 
@@ -114,23 +125,26 @@ class Bases:
         `method` starts a new adapter (or full copy) over a folder that holds a whole model, or over the base.
         `head` adds a scalar head: the folder's own if it has one, else one of zeros.
         """
-        has_adapter = folder is not None and (Path(folder) / "adapter_config.json").is_file()
-        if has_adapter and method is not None:
+        is_adapter = folder is not None and has_adapter(folder)
+        if is_adapter and method is not None:
             raise BadInput(
                 f"{folder} already holds an adapter, and a second method cannot be put over it: leave "
                 "`method` out to go on with it, or merge it first (`align merge`)"
             )
         model: PreTrainedModel | PeftModel
-        if has_adapter:
+        if trainable and not is_adapter and method is None:
+            raise ValueError("a whole model is trained by a method: pass one")
+        if is_adapter:
             assert folder is not None
-            base = self.load(str(read_manifest(folder)["base"]))
+            manifest = read_manifest(folder)
+            base = self.load(str(manifest["base"]), revision=manifest["recipe"]["model"].get("revision"))
             model, weight = _with_saved_adapter(view(base.model), folder, trainable)
         else:
             base = self.main if folder is None else self.load(folder)
             model, weight = _with_new_method(base.model, method, trainable), _saved_head(folder)
         if not head:
             return Role(model)
-        scalar = new_head(base.model.config.get_text_config().hidden_size, self.device)
+        scalar = new_head(int(base.model.config.get_text_config().hidden_size), self.device)
         if weight is not None:
             scalar.weight.data.copy_(weight)
         scalar.requires_grad_(trainable)
@@ -139,6 +153,8 @@ class Bases:
 
 def _with_saved_adapter(model: PreTrainedModel, folder: str, trainable: bool) -> tuple[PeftModel, Tensor | None]:
     config = PeftConfig.from_pretrained(folder)
+    if getattr(config, "bias", "none") != "none":
+        raise BadInput(f"the adapter in {folder} trains biases of the base, which roles share: use `bias: none`")
     config.inference_mode = not trainable
     config.task_type, config.modules_to_save = "CAUSAL_LM", None  # the head, if any, is ours to place
     peft_model = get_peft_model(model, config)

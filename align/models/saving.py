@@ -1,4 +1,4 @@
-"""Writes roles in PEFT's and transformers' own formats, and merges them."""
+"""Writes roles in PEFT's and transformers' own formats, and keeps what training changes."""
 
 import shutil
 from pathlib import Path

@@ -1,26 +1,23 @@
 """Tables for the terminal. What a model wrote is shown as plain text: no markup, no control characters."""
 
 import json
-import unicodedata
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 from rich.text import Text
 
-from align.artifact import write_atomically
+from align.artifact import write_text
+from align.wording import safe
 
 SHOWN = 160  # characters of a text in a cell
 
 
 def plain(text: str, limit: int = SHOWN, *, keep_spaces: bool = False) -> str:
     """`text` on one line, control and direction characters replaced, cut in the middle to `limit` characters."""
-    safe = "".join(
-        " " if c in "\n\t\r" else ("\N{REPLACEMENT CHARACTER}" if unicodedata.category(c)[0] == "C" else c)
-        for c in text
-    )
-    safe = safe if keep_spaces else " ".join(safe.split())
-    return safe if len(safe) <= limit else safe[: limit * 2 // 3] + " … " + safe[-(limit // 3) :]
+    shown = safe("".join(" " if c in "\n\t\r" else c for c in text))
+    shown = shown if keep_spaces else " ".join(shown.split())
+    return shown if len(shown) <= limit else shown[: limit * 2 // 3] + " … " + shown[-(limit // 3) :]
 
 
 def prompt_text(prompt: Any) -> str:
@@ -51,11 +48,7 @@ def save_samples(folder: Path, iteration: int, rows: list[dict[str, Any]]) -> No
     before = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
     kept = [row for row in before if row["iteration"] < iteration] + rows
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept)
-
-    def write(temporary: Path) -> None:
-        temporary.write_text(text, encoding="utf-8")
-
-    write_atomically(path, write)
+    write_text(path, text)
 
 
 def result_table(title: str, columns: list[str], rows: list[list[str]]) -> Table:

@@ -16,6 +16,7 @@ from align.models.scoring import score_sequences
 from align.rewards.mix import Answers, Scorer
 from align.settings import LearnedReward
 
+MIN_STD = 1e-6  # of the score on the reference samples
 UNLIMITED = 1 << 30  # tokens: answers are as long as they were sampled
 
 
@@ -30,15 +31,23 @@ def _ours(settings: LearnedReward, bases: Bases) -> Scorer:
     manifest = read_manifest(settings.path)
     role = bases.role(settings.path, head=True)
     base = bases.load(str(manifest["base"])) if role.has_adapter else bases.load(settings.path)
-    is_same_tokenizer = base is bases.main or base.tokenizer.get_vocab() == bases.main.tokenizer.get_vocab()
+    tokenizer = base.tokenizer if base is bases.main else AutoTokenizer.from_pretrained(settings.path)
+    is_same_tokenizer = _speaks_like(tokenizer, bases.main.tokenizer)
     mean, std = (float(manifest["score_mean"]), float(manifest["score_std"])) if settings.normalize else (0.0, 1.0)
+    if std < MIN_STD:
+        raise BadInput(f"`rewards`: {settings.path} gave all its reference samples the same score: it learnt nothing")
 
     def score(answers: Answers) -> list[float]:
-        sequences = _joined(answers) if is_same_tokenizer else _retokenised(answers, base.tokenizer)
-        raw = score_sequences(role, sequences, pad_id=base.tokenizer.pad_token_id, batch_size=settings.batch_size)
+        sequences = _joined(answers) if is_same_tokenizer else _retokenised(answers, tokenizer)
+        raw = score_sequences(role, sequences, pad_id=tokenizer.pad_token_id, batch_size=settings.batch_size)
         return _normalised(raw, mean, std, settings.clip)
 
     return score
+
+
+def _speaks_like(one: Any, other: Any) -> bool:
+    """Whether two tokenizers give a conversation the same ids."""
+    return one is other or (one.get_vocab() == other.get_vocab() and one.chat_template == other.chat_template)
 
 
 def _classifier(settings: LearnedReward, bases: Bases) -> Scorer:
@@ -99,7 +108,7 @@ def _retokenised(answers: Answers, tokenizer: Any) -> list[list[int]]:
 
 
 def _normalised(raw: torch.Tensor, mean: float, std: float, clip: float | None) -> list[float]:
-    scores = (raw - mean) / max(std, 1e-8)
+    scores = (raw - mean) / std
     if clip is not None:
         scores = scores.clamp(-clip, clip)
     return [float(score) for score in scores]

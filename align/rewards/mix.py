@@ -48,6 +48,8 @@ class RewardMix:
 
     def __call__(self, answers: Answers) -> tuple[list[float], dict[str, list[float]]]:
         """The total of each row, and each term's own scores. A row to which no term applies is an error."""
+        if not answers.texts:  # this process has no row of a small batch
+            return [], {name: [] for name, _, _ in self.terms}
         parts = {name: scorer(answers) for name, _, scorer in self.terms}
         totals = []
         for row in range(len(answers.texts)):
@@ -120,7 +122,11 @@ def _function_scorer(function: Callable[..., Any], arguments: dict[str, Any]) ->
     takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
 
     def score(answers: Answers) -> list[float]:
-        columns = {
+        named = [key for key, p in parameters.items() if p.default is p.empty and p.kind is not p.VAR_KEYWORD]
+        columns: dict[str, Any] = {
+            key: [None] * len(answers.texts) for key in named
+        }  # of a column that no row here has
+        columns |= {
             key: [p.columns.get(key) for p in answers.prompts]
             for key in sorted({key for p in answers.prompts for key in p.columns})
         }

@@ -29,7 +29,6 @@ def save(
     learners: dict[str, Learner],
     progress: dict[str, Any],
     keep: int = 2,
-    also: Path | None = None,
 ) -> None:
     """Saves the state after `step`. All processes call it; the first one writes."""
     generators = worker.gather_objects(_generators())
@@ -40,7 +39,7 @@ def save(
             torch.save({name: learner.state_dict() for name, learner in learners.items()}, path / "optimizers.pt")
             write_json(path / "generators.json", generators)
             write_json(path / "progress.json", {"step": step, **progress})
-        keep_only(folder, keep, also)
+        keep_only(folder, keep)
     worker.wait()
 
 
@@ -49,8 +48,7 @@ def resume(
 ) -> dict[str, Any] | None:
     """Puts the newest checkpoint's state back and returns its progress; None when there is no checkpoint.
 
-    With another number of processes than before, the generators start anew from the seed: nothing else depends on
-    how many there are.
+    With another number of processes than before, the generators start anew from the seed.
     """
     found = checkpoints(folder)
     if not found:
@@ -65,11 +63,6 @@ def resume(
     if len(generators) == worker.num_processes:
         _restore_generators(generators[worker.rank])
     return dict(json.loads((path / "progress.json").read_text(encoding="utf-8")))
-
-
-def load_role(path: Path, name: str, role: Role) -> None:
-    """Puts the role `name` of the checkpoint `path` into `role`."""
-    restore(role, load_file(path / f"{name}.safetensors"))
 
 
 def clear(folder: str) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from align.artifact import begin, finish, write_atomically, write_json
+from align.artifact import begin, finish, write_json, write_text
 from align.data import decode_completion, encode_prompt, end_token_ids, load
 from align.errors import BadInput
 from align.maths.calibration import wilson_interval, win_rate
@@ -159,12 +159,8 @@ def _write(metrics: dict, judged: dict[str, Judged], rows: list, settings: Evalu
     for fact in facts:
         tracker.say(fact)
     text = markdown_table(columns, table) + "\n" + "\n".join(f"- {fact}" for fact in facts) + "\n"
-    write_atomically(folder / "results.md", lambda path: _write_text(path, text))
+    write_text(folder / "results.md", text)
     finish(folder, metrics=metrics)
-
-
-def _write_text(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
 
 
 def _table(metrics: dict) -> tuple[list[str], list[list[str]], list[str]]:

@@ -9,7 +9,7 @@ import math
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import get_scheduler
 
 from align.errors import RunFailed
@@ -102,8 +102,3 @@ def _same_start(parameters: list[nn.Parameter], worker: Worker) -> None:
 
     for p in parameters:
         dist.broadcast(p.data, src=0)
-
-
-def total(values: list[Tensor]) -> Tensor:
-    """The sum of some scalars, as a float64 scalar."""
-    return torch.stack([v.detach().double() for v in values]).sum()

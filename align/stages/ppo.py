@@ -21,13 +21,14 @@ from align.artifact import begin, finish, folder_in_one_go, read_manifest
 from align.data import encode_prompt, end_token_ids, load
 from align.errors import BadInput
 from align.maths.kl import next_kl_coef
-from align.models.roles import Bases, Role, new_head
+from align.models.base import switch_dropout_off
+from align.models.roles import Bases, Role, has_adapter, new_head
 from align.models.saving import save_role
 from align.phases import Phases
 from align.report.curves import ppo_curves
 from align.report.tables import sample_table, save_samples
 from align.rewards import build_rewards
-from align.settings import Lora, PpoSettings
+from align.settings import Full, Lora, PpoSettings
 from align.stages import checkpoint
 from align.stages.learner import Learner
 from align.stages.order import row_order
@@ -53,7 +54,7 @@ def run(settings: PpoSettings, worker: Worker) -> None:
         )
     learners = make_learners(cast, settings, worker)
     if worker.is_main:
-        begin(settings, cast.base.fingerprint)
+        begin(settings, cast.base.fingerprint, base=cast.base_name)
     worker.wait()
     roles = {"policy": cast.policy} | ({} if cast.is_shared_trunk else {"critic": cast.critic})
     state = checkpoint.resume(settings.output, worker, roles=roles, learners=learners)
@@ -138,30 +139,40 @@ def cast_roles(settings: PpoSettings, worker: Worker) -> Cast:
     """Loads the base once and every role over it. The reference is where the policy starts, loaded again, frozen."""
     bases = Bases(settings.model, worker.device)
     start, method = settings.policy.path, settings.policy.method
-    is_adapter = start is not None and (Path(start) / "adapter_config.json").is_file()
+    is_adapter = start is not None and has_adapter(start)
     if not is_adapter and method is None:
         method = Lora()
+    base_name = settings.model.base
+    if start is not None:  # a run with an adapter stands over its own base; a fully tuned one is a base itself
+        base_name = str(read_manifest(start)["base"]) if is_adapter else start
+    base = bases.load(base_name)
     policy = bases.role(start, method=method, trainable=True)
-    reference = bases.role(start)
-    base = bases.load(start) if start is not None and not is_adapter else bases.main
-    size = base.model.config.get_text_config().hidden_size
+    critic = policy if settings.critic.kind == "trunk" else _critic(bases, settings, method)
     if settings.critic.kind == "trunk":
-        policy.head = new_head(size, worker.device, bias=True)
-        critic = policy
-    elif settings.critic.path is not None:
-        critic = bases.role(settings.critic.path, trainable=True, head=True)
-        critic.head = _value_head(critic, settings.critic.path)
-    else:
-        critic = bases.role(start, method=method, trainable=True)
-        critic.head = new_head(size, worker.device, bias=True)
-    if settings.ppo.gradient_checkpointing:
-        for role in {id(role): role for role in (policy, critic)}.values():
+        policy.head = new_head(policy.hidden_size, worker.device, bias=True)
+    for role in (policy, critic):  # the adapters bring dropout of their own
+        switch_dropout_off(role)
+        if settings.ppo.gradient_checkpointing:
             role.causal.gradient_checkpointing_enable({"use_reentrant": False})
-    return Cast(base, policy, reference, critic, build_rewards(settings.rewards, bases), end_token_ids(base.tokenizer))
+    rewards = build_rewards(settings.rewards, bases)
+    return Cast(base, base_name, policy, bases.role(start), critic, rewards, end_token_ids(base.tokenizer))
+
+
+def _critic(bases: Bases, settings: PpoSettings, policy_method: Lora | Full | None) -> Role:
+    """A role of its own that starts from a reward run, or where the policy starts with a head of zeros."""
+    path = settings.critic.path
+    if path is None:
+        critic = bases.role(settings.policy.path, method=policy_method, trainable=True)
+        critic.head = new_head(critic.hidden_size, bases.device, bias=True)
+        return critic
+    method = None if has_adapter(path) else settings.policy.method or Lora()
+    critic = bases.role(path, method=method, trainable=True, head=True)
+    critic.head = _value_head(critic, path)
+    return critic
 
 
 def _value_head(critic: Role, folder: str) -> nn.Linear:
-    """The reward model's head with its normalisation folded in: values start on the scale of the scores."""
+    """The reward model's head with its normalisation folded in: values start on the scale of normalised scores."""
     assert critic.head is not None
     manifest = read_manifest(folder)
     head = new_head(critic.head.in_features, critic.device, bias=True)
@@ -219,20 +230,26 @@ def _evaluate(
     scored = sample_and_score(cast, held_out, settings, worker, Phases(worker.device), stream=EVALUATE, step=0)
     experience = assess(scored, progress["kl_coef"], settings.ppo)
     _show_samples(scored, experience, settings, worker, tracker, iteration)
-    score, kl = float(scored.scores.mean()), float(experience.kl.sum(1).mean())
+    score, kl = float(experience.scores.mean()), float(experience.kl.sum(1).mean())  # with the penalty for no end
     budget, best = settings.ppo.kl_budget, progress["best"]
     if budget is not None and kl <= budget and (best is None or score > best["score"]):
         progress["best"] = {"iteration": iteration, "score": score, "kl": kl}
         if worker.is_main:
-            with folder_in_one_go(Path(settings.output) / "best") as folder:
-                save_role(Role(cast.policy.model), folder, base_name=settings.model.base)
+            with folder_in_one_go(_best_folder(settings, iteration)) as folder:
+                save_role(Role(cast.policy.model), folder, base_name=cast.base_name)
     return {
-        "eval_score": score,
+        "eval_score": float(scored.scores.mean()),
+        "eval_score_penalised": score,
         "eval_score_std": float(scored.scores.std(correction=0)),
         "eval_kl": kl,
         "eval_response_length": float(scored.rollouts.lengths.float().mean()),
         "eval_eos_share": float(scored.rollouts.ended.float().mean()),
     }
+
+
+def _best_folder(settings: PpoSettings, iteration: int) -> Path:
+    """Each in a folder of its own: a checkpoint that is gone back to must find the one that it names."""
+    return Path(settings.output) / f"best-{iteration:08d}"
 
 
 def _show_samples(
@@ -255,7 +272,8 @@ def _show_samples(
 
 
 def _speeds(scored: Scored, phases: Phases, num_epochs: int) -> dict[str, float]:
-    """Tokens a second and peak MiB by phase, of this process. Sampling counts answers; the others count all tokens."""
+    """Tokens a second and peak MiB by phase: tokens of all processes, seconds and memory of this one. Sampling counts
+    the answers' tokens, the other phases those of prompts and answers."""
     answered = int(scored.rollouts.lengths.sum())
     whole = answered + int(scored.rollouts.prompt_mask.sum())
     tokens = {"sample": answered, "score": whole, "update": whole * num_epochs}
@@ -280,15 +298,16 @@ def _finish(cast: Cast, progress: dict[str, Any], settings: PpoSettings, worker:
     if worker.is_main:
         folder, best = Path(settings.output), progress["best"]
         if best is not None:
-            for file in (folder / "best").iterdir():
+            for file in _best_folder(settings, best["iteration"]).iterdir():
                 shutil.copy(file, folder / file.name)
             tracker.say(f"kept iteration {best['iteration']}: score {best['score']:.3f} at KL {best['kl']:.3g}")
         else:
-            save_role(Role(cast.policy.model), folder, base_name=settings.model.base)
+            save_role(Role(cast.policy.model), folder, base_name=cast.base_name)
         cast.base.tokenizer.save_pretrained(folder)
         ppo_curves(folder)
         finish(folder, metrics={"iterations": progress["step"], "best": best, "kl_coef": progress["kl_coef"]})
         checkpoint.clear(settings.output)
-        shutil.rmtree(folder / "best", ignore_errors=True)
+        for left in folder.glob("best-*"):
+            shutil.rmtree(left)
         tracker.say(f"policy in {settings.output}")
     worker.wait()

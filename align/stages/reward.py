@@ -86,6 +86,11 @@ def run(settings: RewardSettings, worker: Worker) -> None:
     worker.wait()
     state = checkpoint.resume(settings.output, worker, roles={"reward": role}, learners={"reward": learner})
     start = int(state["step"]) if state else 0
+    if state and state["rows_a_step"] != rows_a_step:
+        raise BadInput(
+            f"the run had {state['rows_a_step']} pairs a step and would now have {rows_a_step}: go on with as many "
+            "processes as before (`launch`), or choose another output"
+        )
     tracker = Tracker(
         settings, total=num_steps, start=start, shown=("loss", "accuracy", "eval_accuracy"), is_main=worker.is_main
     )
@@ -95,7 +100,12 @@ def run(settings: RewardSettings, worker: Worker) -> None:
 
         def save(step: int) -> None:
             checkpoint.save(
-                settings.output, step, worker, roles={"reward": role}, learners={"reward": learner}, progress={}
+                settings.output,
+                step,
+                worker,
+                roles={"reward": role},
+                learners={"reward": learner},
+                progress={"rows_a_step": rows_a_step},
             )
 
         for step in range(start + 1, num_steps + 1):
@@ -210,8 +220,7 @@ def _finish(
         folder = Path(settings.output)
         save_role(role, folder, base_name=settings.model.base)
         tokenizer.save_pretrained(folder)
-        probe = sequences[:PROBE_ROWS]
-        _check_saved(bases, folder, scores[: len(probe)], probe)
+        _check_saved(bases, folder, role, sequences[:PROBE_ROWS])
         reward_curves(folder)
         finish(folder, metrics=metrics, score_mean=mean, score_std=std, score_samples=len(sequences))
         checkpoint.clear(settings.output)
@@ -234,9 +243,13 @@ def _to_end(ids: tuple[int, ...], loss_mask: tuple[bool, ...]) -> tuple[int, ...
     return ids[: max(i for i, is_answer in enumerate(loss_mask) if is_answer) + 1]
 
 
-def _check_saved(bases: Bases, folder: Path, expected: torch.Tensor, probe: list[tuple[int, ...]]) -> None:
-    again = bases.role(str(folder), head=True)
-    found = score_sequences(again, probe, pad_id=bases.main.tokenizer.pad_token_id, batch_size=len(probe))
+def _check_saved(bases: Bases, folder: Path, role: Role, probe: list[tuple[int, ...]]) -> None:
+    """Scores of a probe by the role in memory and by what is on disk, in the same batch: they must be the same."""
+    pad_id = int(bases.main.tokenizer.pad_token_id)
+    expected, found = (
+        score_sequences(each, probe, pad_id=pad_id, batch_size=len(probe))
+        for each in (role, bases.role(str(folder), head=True))
+    )
     drift = float((found - expected).abs().max())
     if drift > PROBE_TOLERANCE * max(1.0, float(expected.abs().max())):
         raise RunFailed(f"the reward model saved in {folder} scores a probe differently by {drift:.2g}: not usable")

@@ -4,7 +4,7 @@ The trainer's own checkpoints are used; one counts only once its `complete` mark
 else, so a crash while saving costs one checkpoint and never the run.
 """
 
-import math
+import json
 from pathlib import Path
 from typing import Any, cast
 
@@ -45,6 +45,7 @@ def run(settings: SftSettings, worker: Worker) -> None:
     resumed = newest_complete(Path(settings.output) / "checkpoints")
     start = int(resumed.name.rpartition("-")[2]) if resumed else 0
     trainer = _trainer(settings, worker, role, tokenizer, train, held_out)
+    _check_same_length(resumed, trainer)
     tracker = Tracker(
         settings,
         total=_num_steps(trainer),
@@ -59,7 +60,8 @@ def run(settings: SftSettings, worker: Worker) -> None:
         for message in (*loaded.messages, said):
             tracker.say(message)
         trainer.train(resume_from_checkpoint=str(resumed) if resumed else None)
-        worker.stop_if_asked(lambda: None)  # the bridge has had it saved
+        if trainer.state.global_step < trainer.state.max_steps:  # else it is done: finish, whatever the signal
+            worker.stop_if_asked(lambda: None)  # the bridge has had it saved
         metrics = (bridge.last_evaluation(trainer) or trainer.evaluate()) if held_out else {}
         if worker.is_main:
             _finish(settings, role, tokenizer, metrics, len(train), tracker)
@@ -128,6 +130,7 @@ def _trainer(
         ddp_find_unused_parameters=False,
         logging_nan_inf_filter=False,
     )
+    arguments._n_gpu = min(1, arguments.n_gpu)  # accelerate starts a process a GPU; never DataParallel
     trainer = SFTTrainer(
         model=role.model,
         args=arguments,
@@ -147,6 +150,18 @@ def _num_steps(trainer: SFTTrainer) -> int:
     return steps_of(len(cast(Any, trainer.train_dataset)), rows_a_step, a.num_train_epochs, a.max_steps)
 
 
+def _check_same_length(resumed: Path | None, trainer: SFTTrainer) -> None:
+    """Another number of processes makes steps of other rows: a run cannot go on with it."""
+    if resumed is None:
+        return
+    before = json.loads((resumed / "trainer_state.json").read_text(encoding="utf-8"))["max_steps"]
+    if before != _num_steps(trainer):
+        raise BadInput(
+            f"the run was of {before} steps and would now be of {_num_steps(trainer)}: go on with as many processes as "
+            "before (`launch`), or choose another output"
+        )
+
+
 def newest_complete(folder: Path) -> Path | None:
     """The newest checkpoint of the trainer that was saved to its end."""
     found = [path for path in folder.glob("checkpoint-*") if (path / COMPLETE).is_file()]
@@ -157,7 +172,7 @@ class _Bridge(TrainerCallback):
     """The trainer's logs to our tracker, our signals to the trainer, and the checks that it does not make."""
 
     def __init__(self, tracker: Tracker, worker: Worker, start: int):
-        self.tracker, self.worker, self.first = tracker, worker, start == 0
+        self.tracker, self.worker, self.is_first = tracker, worker, start == 0
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs=None, **kwargs: Any):
         numbers = {
@@ -171,14 +186,12 @@ class _Bridge(TrainerCallback):
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ):
-        if not self.first:
-            return
-        self.first = False
         gradients = [p.grad for p in kwargs["model"].parameters() if p.grad is not None]
-        if not any(bool(g.any()) for g in gradients):
+        if not all(bool(torch.isfinite(g).all()) for g in gradients):
+            raise RunFailed(f"the gradient is not finite at step {state.global_step + 1}: lower the learning rate")
+        if self.is_first and not any(bool(g.any()) for g in gradients):
             raise RunFailed("the gradient is zero at the first step: the method leaves nothing to train")
-        if not all(math.isfinite(float(g.sum())) for g in gradients):
-            raise RunFailed("the gradient is not finite at the first step: lower the learning rate, or check the base")
+        self.is_first = False
 
     def last_evaluation(self, trainer: SFTTrainer) -> dict[str, float] | None:
         """What the trainer found at the last step, if it evaluated there."""
