@@ -6,7 +6,7 @@ from typing import Any
 from align.artifact import write_atomically
 from align.track import read_metrics
 
-INK, ACCENT, PALE = "#1f2a44", "#c2410c", "#94a3b8"
+INK, ACCENT, PALE, PALE_BLUE = "#1f2a44", "#c2410c", "#94a3b8", "#bfdbfe"
 
 
 def _figure(columns: int) -> tuple[Any, Any]:
@@ -62,6 +62,8 @@ def reward_curves(folder: Path) -> None:
 
 def ppo_curves(folder: Path) -> None:
     """Score against KL, and score, KL and losses over iterations."""
+    from matplotlib.colors import LinearSegmentedColormap
+
     rows = read_metrics(folder)
     figure, axes = _figure(3)
     trained = [row for row in rows if "score" in row]
@@ -70,8 +72,7 @@ def ppo_curves(folder: Path) -> None:
         [r["score"] for r in trained],
         s=9,
         c=[r["step"] for r in trained],
-        cmap="Blues",
-        vmin=-len(trained) / 3,
+        cmap=LinearSegmentedColormap.from_list("iterations", [PALE_BLUE, INK]),
     )
     evaluated = [row for row in rows if "eval_score" in row]
     if evaluated:

@@ -5,6 +5,7 @@
 
 What makes an answer good is known exactly, so `gold` can judge it by a program. No stage may train on
 that score: it is the ruler by which we see whether the learned reward, and PPO against it, did any good.
+(The base model has read customers who are content with good answers and not with bad ones, as any base has.)
 
     python recipes/quickstart/world.py recipes/quickstart/data --seed 0
 
