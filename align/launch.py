@@ -55,7 +55,7 @@ class LaunchPlan:
     environment: dict[str, str]  # added to our own
     expected_processes: int
     expected_device: Literal["cpu", "cuda"]
-    description: str  # "2 processes on the CPU (recipes/accelerate/ddp_cpu.yaml)"
+    description: str  # "2 processes on the CPU", and the config file where it is the user's own
 
 
 def plan(launch: str | None) -> LaunchPlan:
@@ -158,7 +158,9 @@ def _plan_from_file(path: Path, num_processes: int | None = None) -> LaunchPlan:
     if "OMP_NUM_THREADS" not in os.environ:  # accelerate's own choice is often 1
         environment["OMP_NUM_THREADS"] = str(max(1, _num_cores() // here))
     what = "one process" if num_processes == 1 else f"{num_processes} processes"
-    description = f"{what} on the {'CPU' if device == 'cpu' else 'GPU'} ({path})"
+    description = f"{what} on the {'CPU' if device == 'cpu' else 'GPU'}"
+    if path.parent != recipes_folder() / "accelerate":  # a file of the user's own, maybe not the one in mind
+        description += f" ({path})"
     return LaunchPlan(tuple(arguments), environment, num_processes, device, description)
 
 

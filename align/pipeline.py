@@ -23,7 +23,7 @@ def run_recipe(recipe: Recipe, overrides: list[str]) -> int:
             print(f"{title}: finished already, in {stage.output}", flush=True)
             continue
         goes_on = "goes on in" if states[name] == "running" else "writes"
-        print(f"{title}: {stage.stage}, {goes_on} {stage.output}, {plans[name].description}", flush=True)
+        print(f"{title}: {goes_on} {stage.output}, {plans[name].description}", flush=True)
         begun = time.perf_counter()
         status = Path(stage.output).resolve().parent / f".{Path(stage.output).name}.status.json"
         status.parent.mkdir(parents=True, exist_ok=True)

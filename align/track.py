@@ -65,8 +65,8 @@ class Tracker:
             print(f"  {step:>{len(str(self.total))}}/{self.total}  {numbers}", flush=True)
 
     def say(self, text: Any) -> None:
-        """Prints a line, or anything rich can show, above the progress bar."""
-        if self.is_main:
+        """Prints a line, or anything rich can show, above the progress bar; nothing for an empty line."""
+        if self.is_main and text != "":
             text = safe(text) if isinstance(text, str) else text
             self.console.print(text, highlight=False, markup=False)
 

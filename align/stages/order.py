@@ -1,4 +1,5 @@
-"""Which rows a step sees: a function of seed and step alone, so that nothing has to be remembered to resume."""
+"""Which rows are trained on, and which of them a step sees: a function of seed and step alone, so that nothing has to
+be remembered to resume."""
 
 import math
 
@@ -25,3 +26,8 @@ def row_order(num_rows: int, rows_a_step: int, step: int, seed: int) -> list[int
 def epoch_order(num_rows: int, epoch: int, seed: int) -> list[int]:
     """A permutation of the rows that differs from epoch to epoch."""
     return [int(i) for i in np.random.default_rng([seed, 1, epoch]).permutation(num_rows)]
+
+
+def left_out(count: int, total: int, max_length: int) -> str:
+    """What a length limit cost, said only if it cost something."""
+    return f"{count} of {total} rows left out: over {max_length} tokens" if count else ""

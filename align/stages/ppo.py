@@ -31,7 +31,7 @@ from align.rewards import build_rewards
 from align.settings import Full, Lora, PpoSettings
 from align.stages import checkpoint
 from align.stages.learner import Learner
-from align.stages.order import row_order
+from align.stages.order import left_out, row_order
 from align.stages.ppo_steps import Cast, PromptRow, Scored, assess, figures, improve, sample_and_score
 from align.track import Tracker
 from align.worker import Worker
@@ -186,7 +186,7 @@ def prompt_rows(cast: Cast, prompts: Any, max_length: int) -> tuple[list[PromptR
     """The prompts of at most `max_length` tokens, and a sentence on the others."""
     rows = [PromptRow(prompt, encode_prompt(cast.base.tokenizer, prompt)) for prompt in prompts]
     kept = [row for row in rows if 0 < len(row.ids) <= max_length]
-    return kept, f"{len(kept)} prompts; {len(rows) - len(kept)} of {len(rows)} left out: over {max_length} tokens"
+    return kept, left_out(len(rows) - len(kept), len(rows), max_length)
 
 
 def make_learners(cast: Cast, settings: PpoSettings, worker: Worker) -> dict[str, Learner]:

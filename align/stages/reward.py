@@ -28,7 +28,7 @@ from align.report.curves import reward_curves
 from align.settings import Data, RewardSettings
 from align.stages import checkpoint
 from align.stages.learner import Learner
-from align.stages.order import row_order, steps_of
+from align.stages.order import left_out, row_order, steps_of
 from align.track import Tracker
 from align.worker import Worker
 
@@ -95,7 +95,7 @@ def run(settings: RewardSettings, worker: Worker) -> None:
         settings, total=num_steps, start=start, shown=("loss", "accuracy", "eval_accuracy"), is_main=worker.is_main
     )
     try:
-        for message in (*loaded.messages, said, f"{len(train)} pairs to train on, {len(validation)} held out"):
+        for message in (*loaded.messages, said):
             tracker.say(message)
 
         def save(step: int) -> None:
@@ -137,7 +137,7 @@ def encode_pairs(tokenizer: Any, preferences: Sequence[Preference], max_length: 
         tokens = encode_pair(tokenizer, preference, max_length)
         if tokens is not None:
             pairs.append(Pair(preference, tokens))
-    return pairs, f"{len(preferences) - len(pairs)} of {len(preferences)} pairs left out: over {max_length} tokens"
+    return pairs, left_out(len(preferences) - len(pairs), len(preferences), max_length)
 
 
 def train_step(
