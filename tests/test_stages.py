@@ -48,6 +48,17 @@ def test_losses_fall(base, data, tmp_path):
     assert read_manifest(tmp_path / "reward")["metrics"]["eval_accuracy"] > 0.9
 
 
+def test_packing_keeps_documents_apart(base, data, tmp_path):
+    """All rows in one step: the loss is the same packed into a few rows as padded row by row."""
+    losses = {}
+    for packing in (False, True):
+        settings = tiny.settings("sft", base, data, tmp_path / str(packing), packing=packing)
+        train = settings.train.model_copy(update={"max_steps": 1, "per_device_train_batch_size": 35})
+        tiny.run(settings.model_copy(update={"train": train}))
+        losses[packing] = read_metrics(tmp_path / str(packing))[0]["loss"]
+    assert losses[True] == pytest.approx(losses[False], abs=1e-4)
+
+
 def test_peft_opens_the_policy_without_us(base, runs):
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), runs / "sft").eval()
     role = Bases(Model(base=str(base)), CPU).role(str(runs / "sft"))
