@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 from align.artifact import checkpoints, read_manifest
 from align.errors import RunFailed
 from align.models.roles import Bases
-from align.settings import Model, Ppo
+from align.settings import Model, Policy, Ppo
 from align.stages import ppo as stage
 from align.stages.ppo_steps import end_penalty
 from align.track import read_metrics
@@ -130,6 +130,16 @@ def test_a_policy_over_a_fully_tuned_run_is_saved_over_that_run(base, data, tmp_
     expected = PeftModel.from_pretrained(tuned, tmp_path / "ppo").eval()(ids).logits
     role = Bases(Model(base=str(base)), torch.device("cpu")).role(str(tmp_path / "ppo"))
     assert torch.allclose(role.logits(role.hidden(ids, torch.ones_like(ids, dtype=torch.bool))), expected, atol=1e-5)
+
+
+def test_a_full_policy_is_a_model_of_its_own(base, data, runs, tmp_path):
+    before = AutoModelForCausalLM.from_pretrained(base).state_dict()
+    chosen = settings(base, data, runs, tmp_path / "ppo", critic={}, ppo={"num_iterations": 2, "learning_rate": 1e-3})
+    tiny.run(chosen.model_copy(update={"policy": Policy(method={"kind": "full"})}))
+    rows = read_metrics(tmp_path / "ppo")
+    assert rows[1]["kl"] == pytest.approx(0.0, abs=1e-5) and rows[2]["kl"] != pytest.approx(0.0, abs=1e-5)
+    after = AutoModelForCausalLM.from_pretrained(tmp_path / "ppo").state_dict()
+    assert sum(not torch.equal(before[key], after[key]) for key in before) > 10
 
 
 def test_warm_up_leaves_the_policy_alone(base, data, runs, tmp_path):
