@@ -4,13 +4,17 @@ import shutil
 
 import pytest
 import torch
+import yaml
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from align.artifact import checkpoints, read_manifest, state_of
+from align.door import check_recipe
 from align.errors import BadInput
 from align.models.roles import Bases
 from align.models.scoring import score_sequences
+from align.recipe import load_recipe
+from align.report.checking import show
 from align.settings import Model, SftSettings
 from align.track import read_metrics
 from align.worker import Stopped, Worker
@@ -207,3 +211,30 @@ def test_what_others_wrote_does_not_steer_the_terminal(base, data, tmp_path, cap
     tiny.run(SftSettings(**tiny.recipe("sft", base, data, tmp_path / "sft") | {"data": section}))
     shown = capsys.readouterr().out
     assert "1 bad row" in shown and "\x1b" not in shown
+
+
+def test_check_shows_what_would_be_done(base, data, tmp_path, capsys):
+    stages = {}
+    for name in ("sft", "reward", "ppo"):
+        values = tiny.recipe(name, base, data, tmp_path / "out" / name)
+        stages[name] = {key: value for key, value in values.items() if key not in ("model", "output")}
+    path = tmp_path / "pipeline.yaml"
+    path.write_text(
+        yaml.safe_dump(
+            {"model": {"base": str(base)}, "output": str(tmp_path / "out"), "stages": stages}, sort_keys=False
+        )
+    )
+    recipe = load_recipe(str(path))
+    show(recipe, check_recipe(recipe))
+    shown = capsys.readouterr().out
+    for part in (
+        "35 demonstrations, 5 held out",
+        f"writes  {tmp_path}/out/ppo  (new)",
+        f"reads   {tmp_path}/out/sft  (policy.from)",
+        "method lora",
+        "thanks",
+        "rejected",
+        "sound",
+    ):
+        assert part in shown
+    assert not (tmp_path / "out").exists()
