@@ -33,6 +33,7 @@ from align.track import Tracker
 from align.worker import Worker
 
 PROBE_ROWS = 8
+REFERENCE_ROWS = 512  # answers that mean and deviation of the score are measured on
 PROBE_TOLERANCE = 1e-4
 
 
@@ -62,6 +63,7 @@ def run(settings: RewardSettings, worker: Worker) -> None:
     validation, _ = encode_pairs(tokenizer, loaded.validation, settings.max_length)
     if not train:
         raise BadInput(f"`data`: no pair is left to train on; {said}")
+    reference = _reference_sequences(settings, tokenizer, train)  # read now: bad ones must not cost a training run
     role = bases.role(None, method=settings.method, trainable=True, head=True)
     if settings.train.gradient_checkpointing:
         role.causal.gradient_checkpointing_enable({"use_reentrant": False})
@@ -125,7 +127,7 @@ def run(settings: RewardSettings, worker: Worker) -> None:
             if t.save_steps and step % t.save_steps == 0 and step < num_steps:
                 save(step)
             worker.stop_if_asked(partial(save, step))
-        _finish(settings, worker, bases, role, train, validation, tracker)
+        _finish(settings, worker, bases, role, validation, reference, tracker)
     finally:
         tracker.close()
 
@@ -206,23 +208,22 @@ def _finish(
     worker: Worker,
     bases: Bases,
     role: Role,
-    train: list[Pair],
     validation: list[Pair],
+    reference: list[tuple[int, ...]],
     tracker: Tracker,
 ) -> None:
     """Measures mean and spread of the score, saves, and checks what was saved."""
     tokenizer, size = bases.main.tokenizer, settings.train.per_device_eval_batch_size
     metrics = evaluate_pairs(role, validation, size, tokenizer.pad_token_id, worker) if validation else {}
-    sequences = _reference_sequences(settings, tokenizer, train)
-    scores = score_sequences(role, sequences, pad_id=tokenizer.pad_token_id, batch_size=size)
+    scores = score_sequences(role, reference, pad_id=tokenizer.pad_token_id, batch_size=size)
     mean, std = float(scores.mean()), float(scores.std(correction=0))
     if worker.is_main:
         folder = Path(settings.output)
         save_role(role, folder, base_name=settings.model.base)
         tokenizer.save_pretrained(folder)
-        _check_saved(bases, folder, role, sequences[:PROBE_ROWS])
+        _check_saved(bases, folder, role, reference[:PROBE_ROWS])
         reward_curves(folder)
-        finish(folder, metrics=metrics, score_mean=mean, score_std=std, score_samples=len(sequences))
+        finish(folder, metrics=metrics, score_mean=mean, score_std=std, score_samples=len(reference))
         checkpoint.clear(settings.output)
         shown = "".join(f", {name.removeprefix('eval_')} {value:.3f}" for name, value in metrics.items())
         tracker.say(f"reward model in {settings.output}: score {mean:.3f} +- {std:.3f}{shown}")
@@ -232,10 +233,13 @@ def _finish(
 def _reference_sequences(settings: RewardSettings, tokenizer: Any, train: list[Pair]) -> list[tuple[int, ...]]:
     """Token sequences that the score is normalised on: the recipe's demonstrations, else both answers of the pairs."""
     if not settings.reference:
-        return [s for pair in train[:256] for s in pair.sequences]
-    rows = load(Data(train=settings.reference), "demonstrations").train[:512]
+        return [s for pair in train[: REFERENCE_ROWS // 2] for s in pair.sequences]
+    rows = load(Data(train=settings.reference), "demonstrations").train[:REFERENCE_ROWS]
     encoded = [encode_demonstration(tokenizer, row, settings.max_length) for row in rows]
-    return [_to_end(e.input_ids, e.loss_mask) for e in encoded if any(e.loss_mask)]
+    found = [_to_end(e.input_ids, e.loss_mask) for e in encoded if any(e.loss_mask)]
+    if not found:
+        raise BadInput(f"`reference`: no answer is left within `max_length: {settings.max_length}` tokens; raise it")
+    return found
 
 
 def _to_end(ids: tuple[int, ...], loss_mask: tuple[bool, ...]) -> tuple[int, ...]:
