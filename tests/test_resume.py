@@ -11,7 +11,6 @@ import pytest
 import yaml
 
 from align.artifact import read_manifest, state_of
-from align.launch import processes_of
 from align.recipe import load_recipe
 from align.track import read_metrics
 from tests import tiny
@@ -161,4 +160,3 @@ def test_a_script_runs_one_stage_of_a_pipeline_by_hand(base, data, tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     settings = load_recipe(str(path), ["stages.tune.train.max_steps=1"]).stages["tune"]
     assert state_of(settings) == "finished"
-    assert not processes_of("none")
