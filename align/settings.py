@@ -110,7 +110,7 @@ class Training(Settings):
     max_steps: int = -1  # > 0 overrides num_train_epochs
     per_device_train_batch_size: Count = 8
     gradient_accumulation_steps: Count = 1
-    per_device_eval_batch_size: Count = 16
+    max_batch_tokens: Count | None = None  # of a pass: memory only; None: 1 GiB of activations (GPU: 4)
     weight_decay: NonNegative = 0.0
     warmup_ratio: Fraction = 0.03
     lr_scheduler_type: Literal["linear", "cosine", "constant"] = "cosine"
@@ -202,7 +202,7 @@ class LearnedReward(Settings):
     path: str = Field(alias="from")
     normalize: bool = True  # (score - mean) / std, as measured on the reference samples of that run
     clip: Positive | None = None  # after normalising
-    batch_size: Count = 16
+    max_batch_tokens: Count | None = None  # of a pass: memory only
 
 
 class Policy(Settings):
@@ -228,6 +228,7 @@ class Sampling(Settings):
     temperature: Positive = 1.0
     top_k: Interval = 0
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    cache_implementation: Literal["dynamic", "static"] = "dynamic"  # static: transformers' generate, compiled on a GPU
 
 
 class Ppo(Settings):
@@ -238,8 +239,8 @@ class Ppo(Settings):
     num_generations: Count = 1  # samples of each prompt
     num_ppo_epochs: Count = 4
     num_mini_batches: Count = 1  # optimiser steps an epoch
-    per_device_train_batch_size: Count = 8  # rows a micro-batch: memory only
-    sampling_batch_size: Count = 32
+    max_batch_tokens: Count | None = None  # of a pass: memory only; None: 1 GiB of activations (GPU: 4)
+    sampling_batch_size: Count = 32  # answers in the making at a time
     learning_rate: Positive = 3e-5
     lr_scheduler_type: Literal["linear", "constant"] = "linear"
     adam_epsilon: Positive = 1e-5
@@ -347,7 +348,7 @@ class EvaluateSettings(StageSettings):
     prompts: Data
     max_prompts: Count = 256
     max_prompt_length: Count = 512
-    batch_size: Count = 32
+    batch_size: Count = 32  # answers in the making at a time
     sampling: Sampling = Sampling()
 
     @model_validator(mode="after")

@@ -45,7 +45,7 @@ def test_a_run_logs_everything_and_starts_at_ratio_one(finished):
     assert rows[0]["eval_kl"] == pytest.approx(0.0, abs=1e-5)  # before training the policy is the reference
     assert rows[1]["kl"] == pytest.approx(0.0, abs=1e-5)
     wanted = (
-        "score score_std kl kl_coef entropy policy_entropy approx_kl clipfrac clipfrac_value ratio_mean ratio_max "
+        "score score_std kl kl_coef entropy approx_kl clipfrac clipfrac_value ratio_mean ratio_max "
         "explained_variance grad_norm_policy grad_norm_critic response_length eos_share policy_loss value_loss "
         "tokens_per_second_sample tokens_per_second_score tokens_per_second_update peak_mib_sample peak_mib_score "
         "peak_mib_update learning_rate_policy"
@@ -68,7 +68,7 @@ def test_it_repeats_bit_for_bit(base, data, runs, finished, tmp_path):
     assert tiny.largest_difference(finished, tmp_path / "again") == 0.0
 
 
-@pytest.mark.parametrize("change", [{"per_device_train_batch_size": 1}, {"sampling_batch_size": 3}])
+@pytest.mark.parametrize("change", [{"max_batch_tokens": 1}, {"sampling_batch_size": 3}])
 def test_batch_sizes_change_nothing_but_memory(base, data, runs, finished, tmp_path, change):
     tiny.run(settings(base, data, runs, tmp_path / "other", ppo=change))
     assert tiny.largest_difference(finished, tmp_path / "other") <= TOLERANCE

@@ -6,8 +6,10 @@ import pytest
 import torch
 
 from align.models.roles import Bases, Role
+from align.rollout.draw import uniforms
 from align.rollout.reading import read_all
-from align.rollout.sampling import Rollouts, cut_at_end, rollouts_of, sample, uniforms
+from align.rollout.rollouts import Rollouts, cut_at_end, rollouts_of
+from align.rollout.sampling import sample
 from align.settings import Model, Sampling
 from tests import tiny
 
@@ -24,17 +26,17 @@ def role(request, tmp_path_factory) -> Role:
 def draw(role: Role, prompts, rows, *, batch_size=4, sampling=None) -> Rollouts:
     sampling = sampling or Sampling(max_new_tokens=12)
     numbers = uniforms(0, 0, 1, rows, sampling.max_new_tokens)
-    return sample(role, prompts, numbers, sampling, end_ids=[END], pad_id=PAD, batch_size=batch_size)
+    return sample(role, prompts, numbers, sampling, end_ids=[END], pad_id=PAD, batch_size=batch_size)[0]
 
 
 def test_an_answer_does_not_depend_on_its_batch(role):
     together = draw(role, PROMPTS, range(4))
     for batch_size in (1, 2, 3):
-        assert draw(role, PROMPTS, range(4), batch_size=batch_size).responses() == together.responses()
+        assert draw(role, PROMPTS, range(4), batch_size=batch_size).answers == together.answers
     for row in range(4):
-        assert draw(role, [PROMPTS[row]], [row]).responses() == [together.responses()[row]]
+        assert draw(role, [PROMPTS[row]], [row]).answers == (together.answers[row],)
     backwards = draw(role, PROMPTS[::-1], range(3, -1, -1))
-    assert backwards.responses() == together.responses()[::-1]
+    assert backwards.answers == together.answers[::-1]
 
 
 def test_tokens_come_from_the_softmax(role):
@@ -42,11 +44,11 @@ def test_tokens_come_from_the_softmax(role):
     count, temperature = 4000, 0.7
     numbers = uniforms(5, 0, 0, range(count), 1)
     sampling = Sampling(max_new_tokens=1, temperature=temperature)
-    drawn = sample(role, [PROMPTS[0]] * count, numbers, sampling, end_ids=[END], pad_id=PAD, batch_size=1000)
+    drawn, _ = sample(role, [PROMPTS[0]] * count, numbers, sampling, end_ids=[END], pad_id=PAD, batch_size=1000)
     ids = torch.tensor([PROMPTS[0]])
     logits = role.logits(role.hidden(ids, torch.ones_like(ids, dtype=torch.bool)))[0, -1]
     expected = torch.softmax(logits.double() / temperature, -1) * count
-    seen = torch.bincount(drawn.response_ids[:, 0], minlength=len(expected)).double()
+    seen = torch.bincount(torch.tensor(drawn.answers)[:, 0], minlength=len(expected)).double()
     statistic = float(((seen - expected) ** 2 / expected).sum())
     freedom = len(expected) - 1
     assert statistic < freedom + 3.3 * math.sqrt(2 * freedom) + 8
@@ -58,8 +60,8 @@ def test_a_draw_inverts_the_cumulative_sum(role):
     cumulative = torch.softmax(logits.float(), -1).double().cumsum(0)
     for u in (0.0, 0.3, 0.77, 1 - 1e-12):
         number = torch.tensor([[u]], dtype=torch.float64)
-        out = sample(role, [PROMPTS[0]], number, Sampling(max_new_tokens=1), end_ids=[END], pad_id=PAD, batch_size=1)
-        assert int(out.response_ids[0, 0]) == int((cumulative <= u * cumulative[-1]).sum())
+        out, _ = sample(role, [PROMPTS[0]], number, Sampling(max_new_tokens=1), end_ids=[END], pad_id=PAD, batch_size=1)
+        assert out.answers[0][0] == int((cumulative <= u * cumulative[-1]).sum())
 
 
 def test_top_k_keeps_to_the_largest(role):
@@ -67,31 +69,30 @@ def test_top_k_keeps_to_the_largest(role):
     plain = role.model.generate(
         torch.tensor([PROMPTS[0]]), max_new_tokens=6, do_sample=False, eos_token_id=END, pad_token_id=PAD
     )
-    assert greedy.responses()[0] == cut_at_end(plain[0, len(PROMPTS[0]) :].tolist(), [END])
+    assert list(greedy.answers[0]) == cut_at_end(plain[0, len(PROMPTS[0]) :].tolist(), [END])
 
 
 def test_masks_come_from_lengths_and_not_from_pads():
-    made = rollouts_of([[2], [2, 4]], [[5, END], [PAD, PAD, 7]], end_ids=[END], pad_id=PAD)
+    made = rollouts_of([[2], [2, 4]], [[5, END], [PAD, PAD, 7]], end_ids=[END])
     assert made.response_mask.tolist() == [[True, True, False], [True, True, True]]
     assert made.ended.tolist() == [True, False]
-    assert made.prompt_ids.tolist() == [[PAD, 2], [2, 4]]
-    equal = rollouts_of([[2]], [[5, END]], end_ids=[END], pad_id=END)  # pad == end: the end token stays real
+    equal = rollouts_of([[2]], [[5, END]], end_ids=[END])  # pad == end: the end token stays real
     assert equal.response_mask.tolist() == [[True, True]] and equal.lengths.tolist() == [2]
 
 
 def test_empty_full_and_immediate_ends():
-    made = rollouts_of([[2], [2], [2]], [[], [END], [5, 6, 7]], end_ids=[END], pad_id=PAD)
+    made = rollouts_of([[2], [2], [2]], [[], [END], [5, 6, 7]], end_ids=[END])
     assert made.lengths.tolist() == [0, 1, 3] and made.ended.tolist() == [False, True, False]
-    assert made.rows([0]).response_ids.shape == (1, 0)
+    assert made.rows([0]).response_mask.shape == (1, 0)
     assert cut_at_end([5, END, 6, END], [END]) == [5, END] and cut_at_end([], [END]) == []
 
 
 def test_reading_equals_the_models_own_logits_at_any_padding(role):
     rollouts = draw(role, PROMPTS, range(4))
-    reading = read_all(role, rollouts, temperature=0.7, batch_size=4)
-    alone = [read_all(role, rollouts.rows([i]), temperature=0.7, batch_size=1) for i in range(4)]
-    for row, (prompt, answer) in enumerate(zip(PROMPTS, rollouts.responses(), strict=True)):
-        logits = role.model(input_ids=torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1] / 0.7
+    reading = read_all(role, rollouts, temperature=0.7)
+    alone = [read_all(role, rollouts.rows([i]), temperature=0.7) for i in range(4)]
+    for row, (prompt, answer) in enumerate(zip(PROMPTS, rollouts.answers, strict=True)):
+        logits = role.model(input_ids=torch.tensor([[*prompt, *answer]])).logits[0, len(prompt) - 1 : -1] / 0.7
         expected = torch.log_softmax(logits, -1).gather(-1, torch.tensor(answer)[:, None])[:, 0]
         assert torch.allclose(reading.logprobs[row, : len(answer)], expected, atol=1e-5)
         assert torch.allclose(alone[row].logprobs[0, : len(answer)], expected, atol=1e-5)

@@ -9,6 +9,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from align.artifact import checkpoints, read_manifest, state_of
+from align.data.collate import pad_left, pad_right
 from align.door import check_recipe
 from align.errors import BadInput
 from align.models.roles import Bases
@@ -78,7 +79,7 @@ def test_peft_and_transformers_open_the_reward_model_without_us(base, runs):
     model = PeftModel.from_pretrained(sequence, runs / "reward").eval()
     role = Bases(Model(base=str(base)), CPU).role(str(runs / "reward"), head=True)
     row = [2, 4, 9, 10, 7, 3]
-    ours = score_sequences(role, [row], pad_id=0, batch_size=1)
+    ours = score_sequences(role, [row[:2]], [row[2:]])
     assert torch.allclose(model(torch.tensor([row])).logits[:, 0], ours, atol=1e-6)
     assert float(ours.abs()) > 1e-4  # the head is not the zeros it started from
 
@@ -120,13 +121,13 @@ def test_padding_on_either_side_changes_no_score(kind, tmp_path):
     torch.manual_seed(1)
     role.head.weight.data.normal_()
     rows = [[2, 4, 9, 10, 7, 3], [2, 4, 3], [2, 4, 9, 3, 3]]  # the pad may equal the end token
-    alone = torch.cat([score_sequences(role, [row], pad_id=3, batch_size=1) for row in rows])
-    together = score_sequences(role, rows, pad_id=3, batch_size=3)
+    alone = torch.cat([score_sequences(role, [row[:2]], [row[2:]]) for row in rows])
+    together = score_sequences(role, [row[:2] for row in rows], [row[2:] for row in rows])
     assert torch.allclose(alone, together, atol=1e-5)
-    from align.data.collate import pad_left
-    from align.models.scoring import sequence_scores
-
-    assert torch.allclose(sequence_scores(role, *pad_left(rows, 0)), alone, atol=1e-5)
+    for pad, last in ((pad_left, [5, 5, 5]), (pad_right, [5, 2, 4])):
+        with torch.no_grad():
+            padded = role.scalar(role.hidden(*pad(rows, 3))[torch.arange(3), torch.tensor(last)])
+        assert torch.allclose(padded, alone, atol=1e-5)
 
 
 def test_a_finished_folder_is_kept_and_another_recipe_refused(base, data, runs):

@@ -113,7 +113,7 @@ def recipe(stage: str, base: Path, data: Path, output: Path, **changes: Any) -> 
                 "num_generations": 2,
                 "num_ppo_epochs": 2,
                 "num_mini_batches": 2,
-                "per_device_train_batch_size": 4,
+                "max_batch_tokens": 64,
                 "learning_rate": 1e-3,
                 "eval_steps": 2,
                 "save_steps": 1,

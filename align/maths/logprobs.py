@@ -1,6 +1,7 @@
 """Log-probabilities of given tokens, and entropies, without keeping (B, R, V) tensors."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,3 +44,47 @@ def chunked_logprobs(
     if not logprobs:  # still part of the graph, so that a micro-batch of empty responses has a (zero) gradient
         return hidden.sum(-1), hidden.detach().sum(-1)
     return torch.cat(logprobs), torch.cat(entropies)
+
+
+class _FrozenHead(torch.autograd.Function):
+    """log softmax(states @ weight.T / T) at given tokens, whose gradient is worked out on the way forward.
+
+    d log p(t) / d state = (weight[t] - sum_v p(v) weight[v]) / T needs p once more while it is at hand, and from then
+    on only (N, H) numbers: no logits are kept and none are computed twice.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, states: Tensor, weight: Tensor, tokens: Tensor, temperature: float, chunk: int) -> Tensor:
+        wide = torch.promote_types(states.dtype, torch.float32)
+        needs_slope = ctx.needs_input_grad[0]
+        logprobs = states.new_empty(states.shape[0], dtype=wide)
+        slopes = torch.empty_like(states) if needs_slope else None
+        for at in range(0, states.shape[0], chunk):
+            rows = slice(at, at + chunk)
+            logits = (states[rows] @ weight.T).to(wide).div_(temperature)  # (chunk, V)
+            chosen = logits.gather(1, tokens[rows, None]).squeeze(1)
+            peak = logits.amax(1, keepdim=True)
+            p = logits.sub_(peak).exp_()
+            total = p.sum(1, keepdim=True)
+            logprobs[rows] = chosen - (peak + total.log()).squeeze(1)
+            if slopes is not None:
+                mean = (p.div_(total).to(states.dtype) @ weight).to(wide)  # (chunk, H)
+                slopes[rows] = ((weight[tokens[rows]] - mean) / temperature).to(states.dtype)
+        ctx.save_for_backward(slopes)
+        return logprobs
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None, None]:
+        (slopes,) = ctx.saved_tensors
+        return slopes * gradients[0][:, None].to(slopes.dtype), None, None, None, None
+
+
+def frozen_logprobs(
+    states: Tensor, weight: Tensor, tokens: Tensor, *, temperature: float = 1.0, chunk: int = 256
+) -> Tensor:
+    """log p(token), p = softmax(states @ weight.T / temperature), for an output layer without bias that is not trained.
+
+    states (N, H), weight (V, H), tokens (N,) -> (N,) in float32 or wider, with a gradient for `states`. Memory is
+    chunk x V.
+    """
+    return _FrozenHead.apply(states, weight, tokens, temperature, chunk)  # type: ignore[no-untyped-call,no-any-return]

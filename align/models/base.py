@@ -8,6 +8,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from align.artifact import fingerprint
 from align.errors import BadInput
+from align.models.attention import use_flat_attention
 from align.models.tokenizer import first_line, load_tokenizer
 from align.settings import Model
 
@@ -52,6 +53,7 @@ def load_base(settings: Model, device: torch.device) -> Base:
     _same_4_bit_arithmetic(model)
     _plain_sampling(model)
     _check_trunk(model, settings.base)
+    use_flat_attention(model, trunk_of(model))
     return Base(model, load_tokenizer(settings), fingerprint(settings.base))
 
 

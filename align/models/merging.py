@@ -1,9 +1,12 @@
-"""`align merge`: base + adapter -> a plain transformers folder, and how far its logits are from the adapter's."""
+"""Base + adapter -> plain weights: in memory for sampling, and on disk by `align merge`."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from align.artifact import folder_in_one_go, read_manifest
@@ -15,8 +18,22 @@ PROBE = ("The answer to the question is", "Once upon a time there was a", "1 2 3
 
 
 @torch.no_grad()
+def merged_view(role: Role) -> Role:
+    """The role with its adapter merged into copies of the layers that it adapts; everything else is shared.
+
+    Sampling takes many short steps, in which un-merged adapters cost a fifth. Only float32 weights are merged: in 16
+    bits the sum is rounded, and the answers would come from another policy than the one that is trained.
+    """
+    if not isinstance(role.model, PeftModel) or not role.is_exact:
+        return role
+    adapted = {id(layer.get_base_layer().weight) for layer in role.model.modules() if isinstance(layer, BaseTunerLayer)}
+    memo = {id(t): t for t in (*role.model.parameters(), *role.model.buffers()) if id(t) not in adapted}
+    return Role(copy.deepcopy(role.model, memo).merge_and_unload(), head=role.head)  # type: ignore[operator]
+
+
+@torch.no_grad()
 def merge(run: str, out: str) -> float:
-    """Writes the merged model to `out` and returns the largest difference of logits on a probe.
+    """Writes the merged model of the run to `out` and returns the largest difference of logits on a probe.
 
     A 4-bit base is dequantised first and the adapter merged into what it was trained over: a quantised base cannot
     absorb an adapter exactly, and the original 16-bit base is another model.

@@ -6,6 +6,7 @@ roles are the exception: they have weights of their own. `Bases.role` is the one
 """
 
 import copy
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,7 +17,10 @@ from transformers import PreTrainedModel
 
 from align.artifact import fingerprint, read_manifest
 from align.errors import BadInput
+from align.maths.logprobs import chunked_logprobs, frozen_logprobs
+from align.models.attention import flat_states, is_flat, tree_attention
 from align.models.base import Base, load_base, trunk_of
+from align.models.layout import Layout, Tree, flat_layout, padded_layout
 from align.settings import Full, Lora, Model
 
 HEAD_KEY = "base_model.model.score.weight"  # where PEFT keeps the head of a sequence classifier
@@ -56,9 +60,36 @@ class Role(nn.Module):
         )
         return output.last_hidden_state
 
+    @property
+    def is_flat(self) -> bool:
+        """Whether passes are without padding, with prefixes shared."""
+        return is_flat(self.causal)
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether it computes in plain float32, so that any two ways to the same number agree closely."""
+        return self.causal.dtype == torch.float32 and not getattr(self.causal, "is_quantized", False)
+
+    def layout(self, trees: Sequence[Tree]) -> Layout:
+        """How this role's passes lay out `trees`."""
+        return (flat_layout if self.is_flat else padded_layout)(trees, self.device)
+
+    def states(self, layout: Layout) -> Tensor:
+        """Final hidden states (rows * width, H), which the layout's `before` and `last` point into."""
+        if layout.spans:
+            return flat_states(trunk_of(self.causal), layout.ids, layout.positions, tree_attention(layout.spans))
+        return self.hidden(layout.ids, layout.mask).flatten(0, 1)
+
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., H) -> (..., V)."""
         return self.causal.get_output_embeddings()(hidden)
+
+    def logprobs(self, states: Tensor, tokens: Tensor, *, temperature: float) -> Tensor:
+        """states (N, H), tokens (N,) -> log p(token) (N,) under softmax(logits / temperature), in float32."""
+        layer = self.causal.get_output_embeddings()
+        if type(layer) is nn.Linear and not layer.weight.requires_grad and layer.bias is None:
+            return frozen_logprobs(states, layer.weight, tokens, temperature=temperature)
+        return chunked_logprobs(states, self.logits, tokens, temperature=temperature)[0]
 
     def scalar(self, hidden: Tensor) -> Tensor:
         """The head's value of each state, in float32: (..., H) -> (...)."""
@@ -68,13 +99,6 @@ class Role(nn.Module):
     def trained(self) -> list[tuple[str, nn.Parameter]]:
         """Names and parameters that have a gradient, in a fixed order."""
         return [(name, p) for name, p in self.named_parameters() if p.requires_grad]
-
-
-def last_states(hidden: Tensor, mask: Tensor) -> Tensor:
-    """(B, T, H), mask (B, T) -> (B, H): the state of each row's last real token, found from the mask alone."""
-    positions = torch.arange(mask.shape[1], device=mask.device)
-    last = (positions * mask.long()).argmax(1)  # (B,)
-    return hidden[torch.arange(hidden.shape[0], device=hidden.device), last]
 
 
 def view(model: PreTrainedModel) -> PreTrainedModel:

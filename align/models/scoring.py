@@ -5,22 +5,24 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from align.data.collate import pad_right
-from align.models.roles import Role, last_states
+from align.models.budget import reading_tokens
+from align.models.layout import Ids, Tree, parts_of
+from align.models.roles import Role
 
 
-def sequence_scores(role: Role, ids: Tensor, mask: Tensor) -> Tensor:
-    """ids (B, T), mask (B, T) -> scores (B,): the head at each row's last real token. With gradients if they are on."""
-    return role.scalar(last_states(role.hidden(ids, mask), mask))
+def branch_scores(role: Role, trees: Sequence[Tree]) -> Tensor:
+    """Scores (branches,): the head at each branch's last token, in the order of the trees; gradients if they are on."""
+    layout = role.layout(trees)
+    return role.scalar(role.states(layout)[layout.last])
 
 
 @torch.no_grad()
-def score_sequences(role: Role, sequences: Sequence[Sequence[int]], *, pad_id: int, batch_size: int) -> Tensor:
-    """Scores (N,) float32 on the CPU of N token sequences, in the order given; batched by length."""
-    scores = torch.zeros(len(sequences))
-    order = sorted(range(len(sequences)), key=lambda i: -len(sequences[i]))
-    for start in range(0, len(order), batch_size):
-        rows = order[start : start + batch_size]
-        ids, mask = pad_right([sequences[i] for i in rows], pad_id)
-        scores[rows] = sequence_scores(role, ids.to(role.device), mask.to(role.device)).float().cpu()
+def score_sequences(
+    role: Role, prefixes: Sequence[Ids], branches: Sequence[Ids], *, max_batch_tokens: int | None = None
+) -> Tensor:
+    """Scores (N,) float32 on the CPU of N sequences prefix + branch, in the order given; equal prefixes run once."""
+    scores = torch.zeros(len(prefixes))
+    budget = reading_tokens(role.causal, max_batch_tokens)
+    for part in parts_of(prefixes, branches, max_tokens=budget, is_flat=role.is_flat):
+        scores[part.rows] = branch_scores(role, part.trees).float().cpu()
     return scores

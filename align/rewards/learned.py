@@ -11,6 +11,8 @@ from align.data import Message, encode_pair
 from align.data.collate import pad_right
 from align.data.formats import Preference
 from align.errors import BadInput
+from align.models.budget import reading_tokens
+from align.models.layout import Ids, Tree, passes_of
 from align.models.roles import Bases
 from align.models.scoring import score_sequences
 from align.rewards.mix import Answers, Scorer
@@ -38,8 +40,8 @@ def _ours(settings: LearnedReward, bases: Bases) -> Scorer:
         raise BadInput(f"`rewards`: {settings.path} gave all its reference samples the same score: it learnt nothing")
 
     def score(answers: Answers) -> list[float]:
-        sequences = _joined(answers) if is_same_tokenizer else _retokenised(answers, tokenizer)
-        raw = score_sequences(role, sequences, pad_id=tokenizer.pad_token_id, batch_size=settings.batch_size)
+        prompts, ids = (answers.prompt_ids, answers.ids) if is_same_tokenizer else _retokenised(answers, tokenizer)
+        raw = score_sequences(role, prompts, ids, max_batch_tokens=settings.max_batch_tokens)
         return _normalised(raw, mean, std, settings.clip)
 
     return score
@@ -63,48 +65,50 @@ def _classifier(settings: LearnedReward, bases: Bases) -> Scorer:
     model.to(bases.device).eval().requires_grad_(False)
 
     def score(answers: Answers) -> list[float]:
-        raw = _classified(model, _retokenised(answers, tokenizer), settings.batch_size)
+        raw = _classified(model, *_retokenised(answers, tokenizer), settings.max_batch_tokens)
         return _normalised(raw, 0.0, 1.0, settings.clip)
 
     return score
 
 
 @torch.no_grad()
-def _classified(model: Any, sequences: list[list[int]], batch_size: int) -> torch.Tensor:
-    """Scores (N,). transformers pools at the last id that is not the pad, mask or no mask: so the pad is made an id
-    that no sequence holds, and a pad token that equals the end token hides no end."""
+def _classified(model: Any, prompts: list[Ids], ids: list[Ids], max_batch_tokens: int | None) -> torch.Tensor:
+    """Scores (N,) of prompt + answer.
+
+    transformers pools at the last id that is not the pad, mask or no mask: so the pad is made an id that no sequence
+    holds, and a pad token that equals the end token hides no end.
+    """
+    sequences = [[*p, *a] for p, a in zip(prompts, ids, strict=True)]
     used = {token for sequence in sequences for token in sequence}
     pad_id = next(i for i in range(model.config.get_text_config().vocab_size) if i not in used)
     model.config.get_text_config().pad_token_id = model.config.pad_token_id = pad_id
     scores = torch.zeros(len(sequences))
-    order = sorted(range(len(sequences)), key=lambda i: -len(sequences[i]))
-    for start in range(0, len(order), batch_size):
-        rows = order[start : start + batch_size]
-        ids, mask = pad_right([sequences[i] for i in rows], pad_id)
-        logits = model(input_ids=ids.to(model.device), attention_mask=mask.long().to(model.device)).logits
+    budget = reading_tokens(model, max_batch_tokens)
+    for rows in passes_of([Tree(s, [()]) for s in sequences], max_tokens=budget, is_flat=False):
+        batch, mask = pad_right([sequences[i] for i in rows], pad_id)
+        logits = model(input_ids=batch.to(model.device), attention_mask=mask.long().to(model.device)).logits
         scores[rows] = logits[:, 0].float().cpu()
     return scores
 
 
-def _joined(answers: Answers) -> list[list[int]]:
-    return [[*p, *a] for p, a in zip(answers.prompt_ids, answers.ids, strict=True)]
-
-
-def _retokenised(answers: Answers, tokenizer: Any) -> list[list[int]]:
-    """Prompt and answer in the reward model's own chat template and tokens."""
-    sequences = []
+def _retokenised(answers: Answers, tokenizer: Any) -> tuple[list[Ids], list[Ids]]:
+    """Prompts and answers in the reward model's own chat template and tokens."""
+    prompts: list[Ids] = []
+    replies: list[Ids] = []
     for prompt, text in zip(answers.prompts, answers.texts, strict=True):
         source = prompt.prompt
         if not isinstance(source, str) and tokenizer.chat_template is None:
             source = "\n".join(message["content"] for message in source) + "\n"  # a classifier without a template
         if isinstance(source, str):
-            sequences.append(list(tokenizer(source + text)["input_ids"]))
+            prompts.append(())
+            replies.append(list(tokenizer(source + text)["input_ids"]))
             continue
         reply = (Message(role="assistant", content=text),)
         pair = encode_pair(tokenizer, Preference(source, reply, reply, 1.0, 1.0, 0.0, prompt.where), UNLIMITED)
         assert pair is not None
-        sequences.append([*pair.prompt_ids, *pair.chosen_ids])
-    return sequences
+        prompts.append(pair.prompt_ids)
+        replies.append(pair.chosen_ids)
+    return prompts, replies
 
 
 def _normalised(raw: torch.Tensor, mean: float, std: float, clip: float | None) -> list[float]:

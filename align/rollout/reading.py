@@ -1,59 +1,42 @@
 """What a role says at the positions of given answers: log-probabilities, entropies, values."""
 
-from dataclasses import dataclass
-
 import torch
-from torch import Tensor
 
 from align.maths.logprobs import chunked_logprobs
+from align.models.budget import reading_tokens
+from align.models.layout import parts_of
 from align.models.roles import Role
-from align.rollout.sampling import Rollouts
-
-
-@dataclass(frozen=True)
-class Reading:
-    """(B, R) tensors on the role's device; zero outside the response mask."""
-
-    logprobs: Tensor
-    entropies: Tensor
-    values: Tensor
-
-
-def response_states(role: Role, rollouts: Rollouts) -> Tensor:
-    """(B, R, H): the state from which each response token is sampled, that is of the position before it."""
-    ids = torch.cat([rollouts.prompt_ids, rollouts.response_ids], 1).to(role.device)  # (B, P + R)
-    mask = torch.cat([rollouts.prompt_mask, rollouts.response_mask], 1).to(role.device)
-    first = rollouts.prompt_ids.shape[1] - 1
-    return role.hidden(ids, mask)[:, first : first + rollouts.response_ids.shape[1]]
-
-
-def read(role: Role, rollouts: Rollouts, *, temperature: float, logprobs: bool = True, values: bool = False) -> Reading:
-    """One pass over the rows; what is not asked for is zeros. Gradients as the caller has them."""
-    hidden = response_states(role, rollouts)  # (B, R, H)
-    mask = rollouts.response_mask.to(role.device)
-    zeros = torch.zeros(mask.shape, device=role.device)
-    found, entropies = zeros, zeros
-    if logprobs:  # at real tokens only: padding costs no logits
-        tokens = rollouts.response_ids.to(role.device)[mask]
-        at, entropy = chunked_logprobs(hidden[mask], role.logits, tokens, temperature=temperature)
-        found, entropies = zeros.masked_scatter(mask, at), zeros.masked_scatter(mask, entropy)
-    read_values = role.scalar(hidden).masked_fill(~mask, 0.0) if values else zeros
-    return Reading(found, entropies, read_values)
+from align.rollout.rollouts import Reading, Rollouts, by_row
 
 
 @torch.no_grad()
 def read_all(
-    role: Role, rollouts: Rollouts, *, temperature: float, batch_size: int, logprobs: bool = True, values: bool = False
+    role: Role,
+    rollouts: Rollouts,
+    *,
+    temperature: float,
+    max_batch_tokens: int | None = None,
+    logprobs: bool = True,
+    entropies: bool = False,
+    values: bool = False,
 ) -> Reading:
-    """`read` without gradients for any number of rows, in batches by length, on the CPU."""
-    count, width = rollouts.response_ids.shape
-    whole = Reading(*(torch.zeros(count, width) for _ in range(3)))
-    total = (rollouts.prompt_mask.sum(1) + rollouts.lengths).tolist()
-    order = sorted(range(count), key=lambda i: total[i])
-    for start in range(0, count, batch_size):
-        rows = order[start : start + batch_size]
-        part = rollouts.rows(rows)
-        reading = read(role, part, temperature=temperature, logprobs=logprobs, values=values)
-        for name in ("logprobs", "entropies", "values"):
-            getattr(whole, name)[rows, : part.response_ids.shape[1]] = getattr(reading, name).float().cpu()
-    return whole
+    """A pass without gradients over any number of rows; what is not asked for is zeros."""
+    count = len(rollouts.answers)
+    found: list[list[list[float]]] = [[[] for _ in range(count)] for _ in range(3)]
+    budget = reading_tokens(role.causal, max_batch_tokens)
+    for part in parts_of(rollouts.prompts, rollouts.answers, max_tokens=budget, is_flat=role.is_flat):
+        layout = role.layout(part.trees)
+        states = role.states(layout)[layout.before]  # (N, H), at real tokens only: nothing else costs logits
+        columns = [torch.zeros(len(states)) for _ in range(3)]
+        if entropies:
+            columns[:2] = chunked_logprobs(states, role.logits, layout.tokens, temperature=temperature, chunk=256)
+        elif logprobs:
+            columns[0] = role.logprobs(states, layout.tokens, temperature=temperature)
+        if values:
+            columns[2] = role.scalar(states)
+        lengths = [len(rollouts.answers[row]) for row in part.rows]
+        for series, column in zip(found, columns, strict=True):
+            for row, numbers in zip(part.rows, column.float().cpu().split(lengths), strict=True):
+                series[row] = numbers.tolist()
+    width = max(map(len, rollouts.answers), default=0)
+    return Reading(*(by_row(series, width) for series in found))

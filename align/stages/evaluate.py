@@ -18,8 +18,9 @@ from align.maths.kl import kl_estimate
 from align.models.roles import Bases, Role
 from align.report.tables import markdown_table, result_table, save_samples
 from align.rewards import Answers, build_rewards
+from align.rollout.draw import uniforms
 from align.rollout.reading import read_all
-from align.rollout.sampling import sample, uniforms
+from align.rollout.sampling import sample
 from align.settings import EvaluateSettings
 from align.stages.reward import encode_pairs, evaluate_pairs
 from align.track import Tracker
@@ -77,7 +78,7 @@ def _judge(
     mine = list(worker.mine(len(rows)))
     tokenizer, sampling = bases.main.tokenizer, settings.sampling
     numbers = uniforms(settings.seed, STREAM, 0, mine, sampling.max_new_tokens)
-    rollouts = sample(
+    rollouts, at_draw = sample(
         role,
         [rows[i][1] for i in mine],
         numbers,
@@ -86,13 +87,10 @@ def _judge(
         pad_id=tokenizer.pad_token_id,
         batch_size=settings.batch_size,
     )
-    readings = [
-        read_all(each, rollouts, temperature=sampling.temperature, batch_size=settings.batch_size)
-        for each in (role, reference)
-    ]
-    kl = kl_estimate(readings[0].logprobs, readings[1].logprobs).sum(1)
-    texts = [decode_completion(tokenizer, ids) for ids in rollouts.responses()]
-    answers = Answers([rows[i][0] for i in mine], [rows[i][1] for i in mine], texts, rollouts.responses())
+    policy = at_draw or read_all(role, rollouts, temperature=sampling.temperature)
+    kl = kl_estimate(policy.logprobs, read_all(reference, rollouts, temperature=sampling.temperature).logprobs).sum(1)
+    texts = [decode_completion(tokenizer, ids) for ids in rollouts.answers]
+    answers = Answers([rows[i][0] for i in mine], rollouts.prompts, texts, rollouts.answers)
     scores, _ = judge(answers)
     own = list(zip(texts, scores, kl.tolist(), rollouts.lengths.tolist(), rollouts.ended.tolist(), strict=True))
     parts = worker.gather_objects(own)
@@ -135,7 +133,7 @@ def _pair_metrics(settings: EvaluateSettings, bases: Bases, worker: Worker) -> d
     loaded = load(check.data, "preferences")
     pairs, _ = encode_pairs(bases.main.tokenizer, loaded.validation or loaded.train, check.max_length)
     role = bases.role(check.path, head=True)
-    found = evaluate_pairs(role, pairs, settings.batch_size, int(bases.main.tokenizer.pad_token_id), worker)
+    found = evaluate_pairs(role, pairs, worker)
     return {"reward": {name.removeprefix("eval_"): value for name, value in found.items()} | {"pairs": len(pairs)}}
 
 

@@ -11,6 +11,7 @@ processes samples the same answers.
 """
 
 import shutil
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,15 +29,40 @@ from align.phases import Phases
 from align.report.curves import ppo_curves
 from align.report.tables import sample_table, save_samples
 from align.rewards import build_rewards
-from align.settings import Full, Lora, PpoSettings
+from align.settings import Full, Lora, Ppo, PpoSettings
 from align.stages import checkpoint
 from align.stages.learner import Learner
 from align.stages.order import left_out, row_order
-from align.stages.ppo_steps import Cast, PromptRow, Scored, assess, figures, improve, sample_and_score
+from align.stages.ppo_steps import Cast, Experience, PromptRow, Scored, assess, figures, improve, sample_and_score
 from align.track import Tracker
 from align.worker import Worker
 
 TRAIN, EVALUATE = 0, 1  # streams of random numbers
+
+
+@dataclass(frozen=True)
+class _Run:
+    """A PPO run under way; `progress` is what a checkpoint keeps beside weights and optimisers."""
+
+    settings: PpoSettings
+    worker: Worker
+    cast: Cast
+    train: list[PromptRow]
+    held_out: list[PromptRow]
+    learners: dict[str, Learner]
+    roles: dict[str, Role]  # whose weights a checkpoint keeps
+    progress: dict[str, Any]
+    tracker: Tracker
+
+    def save(self, iteration: int) -> None:
+        checkpoint.save(
+            self.settings.output,
+            iteration,
+            self.worker,
+            roles=self.roles,
+            learners=self.learners,
+            progress=self.progress,
+        )
 
 
 def run(settings: PpoSettings, worker: Worker) -> None:
@@ -66,73 +92,76 @@ def run(settings: PpoSettings, worker: Worker) -> None:
         shown=("score", "kl", "eval_score", "eval_kl"),
         is_main=worker.is_main,
     )
+    this = _Run(settings, worker, cast, train, held_out, learners, roles, progress, tracker)
     try:
-        for message in (*loaded.messages, said, *_warnings(settings)):
+        for message in (*loaded.messages, said, *_remarks(cast, settings)):
             tracker.say(message)
-        _loop(cast, train, held_out, learners, roles, progress, settings, worker, tracker)
-        _finish(cast, progress, settings, worker, tracker)
+        _loop(this)
+        _finish(this)
     finally:
         tracker.close()
 
 
-def _loop(
-    cast: Cast,
-    train: list[PromptRow],
-    held_out: list[PromptRow],
-    learners: dict[str, Learner],
-    roles: dict[str, Role],
-    progress: dict[str, Any],
-    settings: PpoSettings,
-    worker: Worker,
-    tracker: Tracker,
-) -> None:
-    ppo = settings.ppo
-
-    def save(iteration: int) -> None:
-        checkpoint.save(settings.output, iteration, worker, roles=roles, learners=learners, progress=progress)
-
-    if progress["step"] == 0 and held_out and ppo.eval_steps:
-        tracker.log(0, _evaluate(cast, held_out, progress, settings, worker, tracker, 0))
+def _loop(this: _Run) -> None:
+    ppo, progress, worker = this.settings.ppo, this.progress, this.worker
+    if progress["step"] == 0 and this.held_out and ppo.eval_steps:
+        this.tracker.log(0, _evaluate(this, 0))
     for iteration in range(progress["step"] + 1, ppo.num_iterations + 1):
-        phases = Phases(worker.device)
-        rows = row_order(len(train), ppo.prompts_per_iteration, iteration - 1, settings.seed)
-        prompts = [train[i] for i in rows for _ in range(ppo.num_generations)]
-        scored = sample_and_score(cast, prompts, settings, worker, phases, stream=TRAIN, step=iteration)
-        experience = assess(scored, progress["kl_coef"], ppo)
-        with phases("update"):
-            update = improve(
-                cast,
-                experience,
-                learners,
-                settings,
-                worker,
-                iteration=iteration,
-                is_first=iteration == 1,
-                is_warmup=iteration <= settings.critic.warmup_iterations,
-            )
-        metrics = (
-            figures(scored, experience, progress["kl_coef"]) | update | _speeds(scored, phases, ppo.num_ppo_epochs)
-        )
-        progress["kl_coef"] = next_kl_coef(
-            progress["kl_coef"], metrics["kl"], target=ppo.kl_target, horizon=ppo.kl_horizon, num_sequences=len(prompts)
-        )
-        progress["step"] = iteration
+        metrics = _iterate(this, iteration)
         is_last = iteration == ppo.num_iterations
-        if ppo.eval_steps and (iteration % ppo.eval_steps == 0 or is_last):
-            if held_out:
-                metrics |= _evaluate(cast, held_out, progress, settings, worker, tracker, iteration)
-            else:
-                _show_samples(scored, experience, settings, worker, tracker, iteration)
-        tracker.log(iteration, metrics)
+        if ppo.eval_steps and this.held_out and (iteration % ppo.eval_steps == 0 or is_last):
+            metrics |= _evaluate(this, iteration)
+        this.tracker.log(iteration, metrics)
         reached = max(metrics["kl"], metrics.get("eval_kl", 0.0))
         if ppo.kl_budget is not None and reached > ppo.kl_budget:
-            tracker.say(
+            this.tracker.say(
                 f"stopped at iteration {iteration}: sequence KL {reached:.3g} is over the budget {ppo.kl_budget:g}"
             )
             return
         if ppo.save_steps and iteration % ppo.save_steps == 0 and not is_last:
-            save(iteration)
-        worker.stop_if_asked(partial(save, iteration))
+            this.save(iteration)
+        worker.stop_if_asked(partial(this.save, iteration))
+
+
+def _iterate(this: _Run, iteration: int) -> dict[str, float]:
+    """Sample, score, assess, improve; the iteration's figures. Moves `progress` on."""
+    settings, ppo, progress, cast = this.settings, this.settings.ppo, this.progress, this.cast
+    phases = Phases(this.worker.device)
+    rows = row_order(len(this.train), ppo.prompts_per_iteration, iteration - 1, settings.seed)
+    scored = sample_and_score(
+        cast,
+        [this.train[i] for i in rows],
+        settings,
+        this.worker,
+        phases,
+        num_generations=ppo.num_generations,
+        stream=TRAIN,
+        step=iteration,
+    )
+    experience = assess(scored, progress["kl_coef"], ppo)
+    with phases("update"):
+        update = improve(
+            cast,
+            experience,
+            this.learners,
+            settings,
+            this.worker,
+            iteration=iteration,
+            is_first=iteration == 1,
+            is_warmup=iteration <= settings.critic.warmup_iterations,
+        )
+    found = figures(scored, experience, progress["kl_coef"])
+    progress["kl_coef"] = next_kl_coef(
+        progress["kl_coef"],
+        found["kl"],
+        target=ppo.kl_target,
+        horizon=ppo.kl_horizon,
+        num_sequences=len(scored.prompts),
+    )
+    progress["step"] = iteration
+    if ppo.eval_steps and not this.held_out and (iteration % ppo.eval_steps == 0 or iteration == ppo.num_iterations):
+        _show_samples(this, scored, experience, iteration)
+    return found | update | _speeds(scored, phases, ppo)
 
 
 def cast_roles(settings: PpoSettings, worker: Worker) -> Cast:
@@ -217,24 +246,26 @@ def make_learners(cast: Cast, settings: PpoSettings, worker: Worker) -> dict[str
     }
 
 
-def _evaluate(
-    cast: Cast,
-    held_out: list[PromptRow],
-    progress: dict[str, Any],
-    settings: PpoSettings,
-    worker: Worker,
-    tracker: Tracker,
-    iteration: int,
-) -> dict[str, float]:
+def _evaluate(this: _Run, iteration: int) -> dict[str, float]:
     """Score and KL on the held-out prompts, always with the same random numbers; keeps the best under the budget."""
-    scored = sample_and_score(cast, held_out, settings, worker, Phases(worker.device), stream=EVALUATE, step=0)
+    settings, cast, progress = this.settings, this.cast, this.progress
+    scored = sample_and_score(
+        cast,
+        this.held_out,
+        settings,
+        this.worker,
+        Phases(this.worker.device),
+        num_generations=1,
+        stream=EVALUATE,
+        step=0,
+    )
     experience = assess(scored, progress["kl_coef"], settings.ppo)
-    _show_samples(scored, experience, settings, worker, tracker, iteration)
+    _show_samples(this, scored, experience, iteration)
     score, kl = float(experience.scores.mean()), float(experience.kl.sum(1).mean())  # with the penalty for no end
     budget, best = settings.ppo.kl_budget, progress["best"]
     if budget is not None and kl <= budget and (best is None or score > best["score"]):
         progress["best"] = {"iteration": iteration, "score": score, "kl": kl}
-        if worker.is_main:
+        if this.worker.is_main:
             with folder_in_one_go(_best_folder(settings, iteration)) as folder:
                 save_role(Role(cast.policy.model), folder, base_name=cast.base_name)
     return {
@@ -252,10 +283,9 @@ def _best_folder(settings: PpoSettings, iteration: int) -> Path:
     return Path(settings.output) / f"best-{iteration:08d}"
 
 
-def _show_samples(
-    scored: Scored, experience: Any, settings: PpoSettings, worker: Worker, tracker: Tracker, iteration: int
-) -> None:
-    if not worker.is_main or not settings.ppo.num_sample_rows:
+def _show_samples(this: _Run, scored: Scored, experience: Experience, iteration: int) -> None:
+    count = this.settings.ppo.num_sample_rows
+    if not this.worker.is_main or not count:
         return
     rows = [
         {
@@ -265,18 +295,18 @@ def _show_samples(
             "score": float(scored.scores[i]),
             "kl": float(experience.kl[i].sum()),
         }
-        for i in range(min(settings.ppo.num_sample_rows, len(scored.texts)))
+        for i in range(min(count, len(scored.texts)))
     ]
-    save_samples(Path(settings.output), iteration, rows)
-    tracker.say(sample_table(rows))
+    save_samples(Path(this.settings.output), iteration, rows)
+    this.tracker.say(sample_table(rows))
 
 
-def _speeds(scored: Scored, phases: Phases, num_epochs: int) -> dict[str, float]:
+def _speeds(scored: Scored, phases: Phases, ppo: Ppo) -> dict[str, float]:
     """Tokens a second and peak MiB by phase: tokens of all processes, seconds and memory of this one. Sampling counts
-    the answers' tokens, the other phases those of prompts and answers."""
-    answered = int(scored.rollouts.lengths.sum())
-    whole = answered + int(scored.rollouts.prompt_mask.sum())
-    tokens = {"sample": answered, "score": whole, "update": whole * num_epochs}
+    the answers' tokens, the other phases those of prompts and answers; a prompt counts once, as it is computed."""
+    answered = sum(map(len, scored.rollouts.answers))
+    whole = answered + sum(map(len, scored.rollouts.prompts)) // ppo.num_generations
+    tokens = {"sample": answered, "score": whole, "update": whole * ppo.num_ppo_epochs}
     return (
         {f"tokens_per_second_{name}": tokens[name] / max(phases.seconds[name], 1e-9) for name in tokens}
         | {f"seconds_{name}": phases.seconds[name] for name in tokens}
@@ -284,17 +314,21 @@ def _speeds(scored: Scored, phases: Phases, num_epochs: int) -> dict[str, float]
     )
 
 
-def _warnings(settings: PpoSettings) -> list[str]:
+def _remarks(cast: Cast, settings: PpoSettings) -> list[str]:
+    remarks = []
     if settings.sampling.top_k or settings.sampling.top_p < 1.0:
-        return [
+        remarks.append(
             "warning: with top_k or top_p answers are not drawn from the distribution that PPO differentiates; "
             "the KL may come out negative"
-        ]
-    return []
+        )
+    if not cast.policy.is_flat:
+        remarks.append("this attention takes padded batches only: prompts are computed once for each of their answers")
+    return remarks
 
 
-def _finish(cast: Cast, progress: dict[str, Any], settings: PpoSettings, worker: Worker, tracker: Tracker) -> None:
+def _finish(this: _Run) -> None:
     """Saves the last policy, or the best one under the KL budget, and the pictures."""
+    settings, cast, worker, progress, tracker = this.settings, this.cast, this.worker, this.progress, this.tracker
     if worker.is_main:
         folder, best = Path(settings.output), progress["best"]
         if best is not None:

@@ -5,6 +5,8 @@ whole batch: advantages, whitening and all figures are plain maths on it, the sa
 """
 
 from dataclasses import dataclass
+from functools import partial
+from operator import itemgetter
 
 import numpy as np
 import torch
@@ -16,19 +18,24 @@ from align.errors import RunFailed
 from align.maths.advantages import gae, token_rewards
 from align.maths.kl import kl_estimate
 from align.maths.losses import PolicyLoss, explained_variance, ppo_policy_loss, ppo_value_loss
-from align.maths.masking import masked_mean, masked_sum, whiten
+from align.maths.masking import masked_mean, whiten
 from align.models.base import Base
+from align.models.budget import training_tokens
+from align.models.layout import Tree, parts_of
 from align.models.roles import Role
 from align.phases import Phases
 from align.rewards import Answers, RewardMix
-from align.rollout.reading import read, read_all
-from align.rollout.sampling import Rollouts, rollouts_of, sample, uniforms
+from align.rollout.draw import uniforms
+from align.rollout.reading import read_all
+from align.rollout.rollouts import Rollouts, by_row, rollouts_of
+from align.rollout.sampling import sample
 from align.settings import Ppo, PpoSettings
 from align.stages.learner import Learner
 from align.worker import Worker
 
 RATIO_TOLERANCE = 1e-4  # max |log ratio| of the first minibatch in float32
 MEAN_RATIO_TOLERANCE = 0.02  # and its mean in 16 bits, where one token of thousands may be off by rounding alone
+SUMMED = "policy_loss", "clipfrac", "approx_kl", "ratio_mean", "logratio_mean", "value_loss", "clipfrac_value"
 
 
 @dataclass(frozen=True)
@@ -95,64 +102,53 @@ def sample_and_score(
     worker: Worker,
     phases: Phases,
     *,
+    num_generations: int,
     stream: int,
     step: int,
 ) -> Scored:
-    """Answers to `prompts` and what every role says of them, computed by row on all processes, whole on each."""
-    mine = list(worker.mine(len(prompts)))
-    ppo, rows = settings.ppo, [prompts[i] for i in mine]
+    """`num_generations` answers to each of `prompts` and what every role says of them: B = prompts x generations rows,
+    the answers to a prompt side by side. Prompts are dealt over the processes; the result is whole on each."""
+    mine = [p * num_generations + g for p in worker.mine(len(prompts)) for g in range(num_generations)]
+    rows = [prompts[i // num_generations] for i in mine]
+    ppo, sampling = settings.ppo, settings.sampling
     with phases("sample"):
-        numbers = uniforms(settings.seed, stream, step, mine, settings.sampling.max_new_tokens)
-        rollouts = sample(
+        rollouts, at_draw = sample(
             cast.policy,
             [row.ids for row in rows],
-            numbers,
-            settings.sampling,
+            uniforms(settings.seed, stream, step, mine, sampling.max_new_tokens),
+            sampling,
             end_ids=cast.end_ids,
             pad_id=cast.pad_id,
             batch_size=ppo.sampling_batch_size,
         )
     with phases("score"):
-        size, temperature = ppo.sampling_batch_size, settings.sampling.temperature
-        policy = read_all(cast.policy, rollouts, temperature=temperature, batch_size=size, values=cast.is_shared_trunk)
-        reference = read_all(cast.reference, rollouts, temperature=temperature, batch_size=size)
-        values = policy.values
-        if not cast.is_shared_trunk:
-            values = read_all(
-                cast.critic, rollouts, temperature=1.0, batch_size=size, logprobs=False, values=True
-            ).values
-        answers = rollouts.responses()
-        texts = [decode_completion(cast.base.tokenizer, ids) for ids in answers]
-        scores, parts = cast.rewards(Answers([row.prompt for row in rows], [row.ids for row in rows], texts, answers))
+        reader = partial(read_all, temperature=sampling.temperature, max_batch_tokens=ppo.max_batch_tokens)
+        policy = at_draw or reader(cast.policy, rollouts, entropies=True, values=cast.is_shared_trunk)
+        reference = reader(cast.reference, rollouts)
+        critic = policy if cast.is_shared_trunk else reader(cast.critic, rollouts, logprobs=False, values=True)
+        texts = [decode_completion(cast.base.tokenizer, ids) for ids in rollouts.answers]
+        scores, parts = cast.rewards(Answers([row.prompt for row in rows], rollouts.prompts, texts, rollouts.answers))
+    series = policy.logprobs, reference.logprobs, policy.entropies, critic.values
     own = [
         (
-            answers[i],
+            number,
+            answer,
             texts[i],
             scores[i],
             {name: part[i] for name, part in parts.items()},
-            *(
-                tensor[i, : len(answers[i])].tolist()
-                for tensor in (policy.logprobs, reference.logprobs, policy.entropies, values)
-            ),
+            *(tensor[i, : len(answer)].tolist() for tensor in series),
         )
-        for i in range(len(rows))
+        for i, (number, answer) in enumerate(zip(mine, rollouts.answers, strict=True))
     ]
-    return _whole(prompts, worker.gather_objects(own), cast)
+    whole = [row for part in worker.gather_objects(own) for row in part]
+    return _whole([row for row in prompts for _ in range(num_generations)], sorted(whole, key=itemgetter(0)), cast)
 
 
-def _whole(prompts: list[PromptRow], gathered: list[list[tuple]], cast: Cast) -> Scored:
-    """The rows of all processes in their order, as tensors."""
-    count = len(prompts)
-    rows = [gathered[i % len(gathered)][i // len(gathered)] for i in range(count)]
-    answers, texts, scores, parts, *series = (list(column) for column in zip(*rows, strict=True))
-    rollouts = rollouts_of([row.ids for row in prompts], answers, end_ids=cast.end_ids, pad_id=cast.pad_id)
-    tensors = []
-    for column in series:
-        tensor = torch.zeros(rollouts.response_ids.shape)
-        for i, values in enumerate(column):
-            tensor[i, : len(values)] = torch.tensor(values)
-        tensors.append(tensor)
-    logprobs, reference, entropies, values = tensors
+def _whole(prompts: list[PromptRow], rows: list[tuple], cast: Cast) -> Scored:
+    """The rows of all processes as tensors."""
+    _, answers, texts, scores, parts, *series = (list(column) for column in zip(*rows, strict=True))
+    rollouts = rollouts_of([row.ids for row in prompts], answers, end_ids=cast.end_ids)
+    logprobs, reference, entropies, values = (by_row(column, max(map(len, answers))) for column in series)
     return Scored(
         prompts,
         rollouts,
@@ -206,9 +202,10 @@ def improve(
     In warm-up only the critic learns. `is_first` checks that every role has a gradient.
     """
     ppo, history = settings.ppo, []
-    count = len(experience.scores)
+    count, group = len(experience.scores), settings.ppo.num_generations
     for epoch in range(ppo.num_ppo_epochs):
-        order = np.random.default_rng([settings.seed, 3, iteration, epoch]).permutation(count)
+        prompts = np.random.default_rng([settings.seed, 3, iteration, epoch]).permutation(count // group)
+        order = (prompts[:, None] * group + np.arange(group)).ravel()  # a prompt's answers stay together
         for number, rows in enumerate(np.split(order, ppo.num_mini_batches)):
             numbers = _minibatch(cast, experience, [int(i) for i in rows], settings, worker)
             if epoch == number == 0:
@@ -235,77 +232,72 @@ def improve(
 def _minibatch(
     cast: Cast, experience: Experience, rows: list[int], settings: PpoSettings, worker: Worker
 ) -> dict[str, float]:
-    """Gradients of one minibatch, gathered over this process's micro-batches; figures over all processes."""
-    ppo = settings.ppo
-    num_tokens = int(experience.rollouts.response_mask[rows].sum())
-    mine = sorted((rows[i] for i in worker.mine(len(rows))), key=lambda i: int(experience.rollouts.lengths[i]))
+    """Gradients of one minibatch, gathered over this process's passes; figures over all processes."""
+    ppo, rollouts = settings.ppo, experience.rollouts
+    num_tokens = sum(len(rollouts.answers[row]) for row in rows)
+    mine = _dealt(rows, ppo.num_generations, worker)
     if ppo.gradient_checkpointing:
         cast.policy.train(), cast.critic.train()
-    sums = torch.zeros(8, dtype=torch.float64, device=worker.device)
+    sums = torch.zeros(len(SUMMED), dtype=torch.float64, device=worker.device)
     ratio_max = logratio_max = 0.0
-    for start in range(0, len(mine), ppo.per_device_train_batch_size):
-        part = mine[start : start + ppo.per_device_train_batch_size]
-        loss, value_loss, clipped_values, entropy = _losses(cast, experience, part, settings, num_tokens)
-        sums += (
-            torch.stack(
-                [
-                    loss.loss,
-                    loss.clipped,
-                    loss.approx_kl,
-                    loss.ratio,
-                    value_loss,
-                    clipped_values,
-                    entropy,
-                    loss.abs_logratio,
-                ]
-            )
-            .detach()
-            .double()
+    for part in parts_of(
+        [rollouts.prompts[row] for row in mine],
+        [rollouts.answers[row] for row in mine],
+        max_tokens=training_tokens(cast.policy.causal, ppo.max_batch_tokens),
+        is_flat=cast.policy.is_flat,
+    ):
+        policy, value_loss, clipped_values = _losses(
+            cast, experience, part.trees, [mine[i] for i in part.rows], settings, num_tokens
         )
-        ratio_max, logratio_max = max(ratio_max, float(loss.ratio_max)), max(logratio_max, float(loss.max_abs_logratio))
+        found = (policy.loss, policy.clipped, policy.approx_kl, policy.ratio, policy.abs_logratio)
+        sums += torch.stack([*found, value_loss, clipped_values]).detach().double()
+        ratio_max = max(ratio_max, float(policy.ratio_max))
+        logratio_max = max(logratio_max, float(policy.max_abs_logratio))
     cast.policy.eval(), cast.critic.eval()
     means = (worker.sum_(sums) / max(num_tokens, 1)).tolist()
-    names = (
-        "policy_loss",
-        "clipfrac",
-        "approx_kl",
-        "ratio_mean",
-        "value_loss",
-        "clipfrac_value",
-        "entropy",
-        "logratio_mean",
-    )
-    return dict(zip(names, means, strict=True)) | {
+    return dict(zip(SUMMED, means, strict=True)) | {
         "ratio_max": worker.maximum(ratio_max),
         "logratio_max": worker.maximum(logratio_max),
     }
 
 
+def _dealt(rows: list[int], num_generations: int, worker: Worker) -> list[int]:
+    """This process's rows: the answers to a prompt go to one process, as long as the minibatch holds them all."""
+    group = num_generations if len(rows) % num_generations == 0 else 1
+    return [rows[i * group + g] for i in worker.mine(len(rows) // group) for g in range(group)]
+
+
 def _losses(
-    cast: Cast, experience: Experience, rows: list[int], settings: PpoSettings, num_tokens: int
-) -> tuple[PolicyLoss, Tensor, Tensor, Tensor]:
-    """Forward and backward of one micro-batch. The losses are divided by the minibatch's token count."""
+    cast: Cast, experience: Experience, trees: list[Tree], rows: list[int], settings: PpoSettings, num_tokens: int
+) -> tuple[PolicyLoss, Tensor, Tensor]:
+    """Forward and backward of one pass. The losses are divided by the minibatch's token count."""
     ppo, device = settings.ppo, cast.policy.device
-    rollouts = experience.rollouts.rows(rows)
-    width = rollouts.response_ids.shape[1]
-    mask = rollouts.response_mask.to(device)
-    old_logprobs, old_values, advantages, returns = (
-        tensor[rows, :width].to(device)
+    lengths = [len(experience.rollouts.answers[row]) for row in rows]
+    old_logprobs, old_values, advantages, returns = (  # (N,) each: the tokens of all rows, no padding
+        torch.cat([tensor[row, :n] for row, n in zip(rows, lengths, strict=True)]).to(device)
         for tensor in (experience.logprobs, experience.values, experience.advantages, experience.returns)
     )
-    reading = read(cast.policy, rollouts, temperature=settings.sampling.temperature, values=cast.is_shared_trunk)
+    mask = torch.ones_like(returns, dtype=torch.bool)
+    layout = cast.policy.layout(trees)
+    states = cast.policy.states(layout)[layout.before]  # (N, H)
     policy = ppo_policy_loss(
-        reading.logprobs, old_logprobs, advantages, mask, cliprange=ppo.cliprange, dual_clip=ppo.dual_clip
+        cast.policy.logprobs(states, layout.tokens, temperature=settings.sampling.temperature),
+        old_logprobs,
+        advantages,
+        mask,
+        cliprange=ppo.cliprange,
+        dual_clip=ppo.dual_clip,
     )
+    loss = policy.loss
     if not cast.is_shared_trunk:  # two graphs, one after the other, so that only one is in memory
-        (policy.loss / max(num_tokens, 1)).backward()
-        values = read(cast.critic, rollouts, temperature=1.0, logprobs=False, values=True).values
-    else:
-        values = reading.values
-    value_loss, clipped = ppo_value_loss(values, old_values, returns, mask, cliprange_value=ppo.cliprange_value)
-    left = value_loss * ppo.vf_coef + (policy.loss if cast.is_shared_trunk else 0.0)
-    (left / max(num_tokens, 1)).backward()
-    return policy, value_loss, clipped, masked_sum(reading.entropies, mask)
+        (loss / max(num_tokens, 1)).backward()
+        layout = cast.critic.layout(trees)
+        states, loss = cast.critic.states(layout)[layout.before], torch.zeros_like(loss)
+    value_loss, clipped = ppo_value_loss(
+        cast.critic.scalar(states), old_values, returns, mask, cliprange_value=ppo.cliprange_value
+    )
+    ((loss + value_loss * ppo.vf_coef) / max(num_tokens, 1)).backward()
+    return policy, value_loss, clipped
 
 
 def _check_ratio(numbers: dict[str, float], policy: Role, ppo: Ppo) -> None:
@@ -331,7 +323,7 @@ def figures(scored: Scored, experience: Experience, kl_coef: float) -> dict[str,
         **{f"reward_{name}": float(np.nanmean(part)) for name, part in scored.parts.items()},
         "kl": float(experience.kl.sum(1).mean()),
         "kl_coef": kl_coef,
-        "policy_entropy": float(masked_mean(scored.entropies, mask)),
+        "entropy": float(masked_mean(scored.entropies, mask)),
         "explained_variance": float(explained_variance(experience.values, experience.returns, mask)),
         "return_mean": float(masked_mean(experience.returns, mask)),
         "value_mean": float(masked_mean(experience.values, mask)),

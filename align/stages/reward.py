@@ -16,14 +16,15 @@ import torch
 
 from align.artifact import begin, finish
 from align.data import EncodedPair, encode_demonstration, encode_pair, load
-from align.data.collate import pad_right
 from align.data.formats import Preference
 from align.errors import BadInput, RunFailed
 from align.maths.calibration import pair_calibration_error
 from align.maths.losses import pair_loss
+from align.models.budget import training_tokens
+from align.models.layout import Ids, Tree, passes_of
 from align.models.roles import Bases, Role
 from align.models.saving import save_role
-from align.models.scoring import score_sequences, sequence_scores
+from align.models.scoring import branch_scores, score_sequences
 from align.report.curves import reward_curves
 from align.settings import Data, RewardSettings
 from align.stages import checkpoint
@@ -35,6 +36,7 @@ from align.worker import Worker
 PROBE_ROWS = 8
 REFERENCE_ROWS = 512  # answers that mean and deviation of the score are measured on
 PROBE_TOLERANCE = 1e-4
+Sequences = tuple[Sequence[Ids], Sequence[Ids]]  # prompts, and an answer to each
 
 
 @dataclass(frozen=True)
@@ -45,13 +47,9 @@ class Pair:
     tokens: EncodedPair
 
     @property
-    def num_tokens(self) -> int:
-        return len(self.tokens.prompt_ids) + max(len(self.tokens.chosen_ids), len(self.tokens.rejected_ids))
-
-    @property
-    def sequences(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        prompt = self.tokens.prompt_ids
-        return prompt + self.tokens.chosen_ids, prompt + self.tokens.rejected_ids
+    def tree(self) -> Tree:
+        """The prompt, and the chosen and the rejected answer to it."""
+        return Tree(self.tokens.prompt_ids, [self.tokens.chosen_ids, self.tokens.rejected_ids])
 
 
 def run(settings: RewardSettings, worker: Worker) -> None:
@@ -112,16 +110,14 @@ def run(settings: RewardSettings, worker: Worker) -> None:
 
         for step in range(start + 1, num_steps + 1):
             rows = row_order(len(train), rows_a_step, step - 1, settings.seed)
-            metrics = train_step(role, [train[i] for i in rows], learner, settings, worker, tokenizer.pad_token_id)
+            metrics = train_step(role, [train[i] for i in rows], learner, settings, worker)
             if step == 1 and metrics["grad_norm"] == 0.0:
                 raise RunFailed(
                     "the reward model's gradient is zero at the first step: chosen and rejected answers "
                     "are the same to it; check the data and max_length"
                 )
             if validation and (step == num_steps or (t.eval_steps and step % t.eval_steps == 0)):
-                metrics |= evaluate_pairs(
-                    role, validation, t.per_device_eval_batch_size, tokenizer.pad_token_id, worker
-                )
+                metrics |= evaluate_pairs(role, validation, worker, max_batch_tokens=t.max_batch_tokens)
             if step % t.logging_steps == 0 or step in (1, num_steps) or "eval_loss" in metrics:
                 tracker.log(step, metrics)
             if t.save_steps and step % t.save_steps == 0 and step < num_steps:
@@ -143,18 +139,17 @@ def encode_pairs(tokenizer: Any, preferences: Sequence[Preference], max_length: 
 
 
 def train_step(
-    role: Role, pairs: list[Pair], learner: Learner, settings: RewardSettings, worker: Worker, pad_id: int
+    role: Role, pairs: list[Pair], learner: Learner, settings: RewardSettings, worker: Worker
 ) -> dict[str, float]:
     """One optimiser step on `pairs` (of all processes). Returns loss, accuracy, margin and gradient norm."""
     role.train()
     total_weight = sum(pair.preference.weight for pair in pairs)
-    mine = sorted((pairs[i] for i in worker.mine(len(pairs))), key=lambda pair: pair.num_tokens)  # little padding
-    size = settings.train.per_device_train_batch_size
+    mine = [pairs[i] for i in worker.mine(len(pairs))]
+    trees, budget = [pair.tree for pair in mine], training_tokens(role.causal, settings.train.max_batch_tokens)
     sums = torch.zeros(3, dtype=torch.float64, device=worker.device)  # loss, right, margin
-    for start in range(0, len(mine), size):
-        batch = mine[start : start + size]
-        ids, mask = pad_right([s for side in (0, 1) for s in (p.sequences[side] for p in batch)], pad_id)
-        chosen, rejected = sequence_scores(role, ids.to(worker.device), mask.to(worker.device)).chunk(2)
+    for numbers_of_pass in passes_of(trees, max_tokens=budget, is_flat=role.is_flat):
+        batch = [mine[i] for i in numbers_of_pass]
+        chosen, rejected = branch_scores(role, [trees[i] for i in numbers_of_pass]).reshape(-1, 2).T
         numbers = torch.tensor(
             [[p.preference.probability, p.preference.weight, p.preference.margin] for p in batch], device=worker.device
         ).T
@@ -184,10 +179,17 @@ def train_step(
     }
 
 
-def evaluate_pairs(role: Role, pairs: Sequence[Pair], batch_size: int, pad_id: int, worker: Worker) -> dict[str, float]:
+def evaluate_pairs(
+    role: Role, pairs: Sequence[Pair], worker: Worker, *, max_batch_tokens: int | None = None
+) -> dict[str, float]:
     """Accuracy (ties half; soft labels by their side), loss, mean margin and calibration error on `pairs`."""
     mine = list(worker.mine(len(pairs)))
-    scores = score_sequences(role, [s for i in mine for s in pairs[i].sequences], pad_id=pad_id, batch_size=batch_size)
+    scores = score_sequences(
+        role,
+        [pairs[i].tokens.prompt_ids for i in mine for _ in range(2)],
+        [answer for i in mine for answer in pairs[i].tree.branches],
+        max_batch_tokens=max_batch_tokens,
+    )
     margins = torch.zeros(len(pairs))
     for rank, part in enumerate(worker.gather_objects((scores[0::2] - scores[1::2]).tolist())):
         margins[rank :: worker.num_processes] = torch.tensor(part)
@@ -209,37 +211,38 @@ def _finish(
     bases: Bases,
     role: Role,
     validation: list[Pair],
-    reference: list[tuple[int, ...]],
+    reference: Sequences,
     tracker: Tracker,
 ) -> None:
     """Measures mean and spread of the score, saves, and checks what was saved."""
-    tokenizer, size = bases.main.tokenizer, settings.train.per_device_eval_batch_size
-    metrics = evaluate_pairs(role, validation, size, tokenizer.pad_token_id, worker) if validation else {}
-    scores = score_sequences(role, reference, pad_id=tokenizer.pad_token_id, batch_size=size)
+    tokenizer, budget = bases.main.tokenizer, settings.train.max_batch_tokens
+    metrics = evaluate_pairs(role, validation, worker, max_batch_tokens=budget) if validation else {}
+    scores = score_sequences(role, *reference, max_batch_tokens=budget)
     mean, std = float(scores.mean()), float(scores.std(correction=0))
     if worker.is_main:
         folder = Path(settings.output)
         save_role(role, folder, base_name=settings.model.base)
         tokenizer.save_pretrained(folder)
-        _check_saved(bases, folder, role, reference[:PROBE_ROWS])
+        _check_saved(bases, folder, role, (reference[0][:PROBE_ROWS], reference[1][:PROBE_ROWS]))
         reward_curves(folder)
-        finish(folder, metrics=metrics, score_mean=mean, score_std=std, score_samples=len(reference))
+        finish(folder, metrics=metrics, score_mean=mean, score_std=std, score_samples=len(scores))
         checkpoint.clear(settings.output)
         shown = "".join(f", {name.removeprefix('eval_')} {value:.3f}" for name, value in metrics.items())
         tracker.say(f"reward model in {settings.output}: score {mean:.3f} +- {std:.3f}{shown}")
     worker.wait()
 
 
-def _reference_sequences(settings: RewardSettings, tokenizer: Any, train: list[Pair]) -> list[tuple[int, ...]]:
-    """Token sequences that the score is normalised on: the recipe's demonstrations, else both answers of the pairs."""
+def _reference_sequences(settings: RewardSettings, tokenizer: Any, train: list[Pair]) -> Sequences:
+    """What the score is normalised on, as prompts and answers: the recipe's demonstrations, else the pairs' answers."""
     if not settings.reference:
-        return [s for pair in train[: REFERENCE_ROWS // 2] for s in pair.sequences]
+        pairs = train[: REFERENCE_ROWS // 2]
+        return [p.tokens.prompt_ids for p in pairs for _ in range(2)], [a for p in pairs for a in p.tree.branches]
     rows = load(Data(train=settings.reference), "demonstrations").train[:REFERENCE_ROWS]
     encoded = [encode_demonstration(tokenizer, row, settings.max_length) for row in rows]
     found = [_to_end(e.input_ids, e.loss_mask) for e in encoded if any(e.loss_mask)]
     if not found:
         raise BadInput(f"`reference`: no answer is left within `max_length: {settings.max_length}` tokens; raise it")
-    return found
+    return [ids[:1] for ids in found], [ids[1:] for ids in found]
 
 
 def _to_end(ids: tuple[int, ...], loss_mask: tuple[bool, ...]) -> tuple[int, ...]:
@@ -247,13 +250,9 @@ def _to_end(ids: tuple[int, ...], loss_mask: tuple[bool, ...]) -> tuple[int, ...
     return ids[: max(i for i, is_answer in enumerate(loss_mask) if is_answer) + 1]
 
 
-def _check_saved(bases: Bases, folder: Path, role: Role, probe: list[tuple[int, ...]]) -> None:
+def _check_saved(bases: Bases, folder: Path, role: Role, probe: Sequences) -> None:
     """Scores of a probe by the role in memory and by what is on disk, in the same batch: they must be the same."""
-    pad_id = int(bases.main.tokenizer.pad_token_id)
-    expected, found = (
-        score_sequences(each, probe, pad_id=pad_id, batch_size=len(probe))
-        for each in (role, bases.role(str(folder), head=True))
-    )
+    expected, found = (score_sequences(each, *probe) for each in (role, bases.role(str(folder), head=True)))
     drift = float((found - expected).abs().max())
     if drift > PROBE_TOLERANCE * max(1.0, float(expected.abs().max())):
         raise RunFailed(f"the reward model saved in {folder} scores a probe differently by {drift:.2g}: not usable")
