@@ -32,18 +32,24 @@ def chunked_logprobs(
     def one(part: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
         return token_logprobs(head(part), ids, temperature=temperature)
 
-    logprobs, entropies = [], []
-    for start in range(0, hidden.shape[0], chunk):
-        part, ids = hidden[start : start + chunk], tokens[start : start + chunk]
-        if torch.is_grad_enabled() and hidden.shape[0] > chunk:
-            values, entropy = checkpoint(one, part, ids, use_reentrant=False)
+    return _in_chunks(one, hidden, tokens, chunk)
+
+
+def _in_chunks(
+    one: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]], states: Tensor, tokens: Tensor, chunk: int
+) -> tuple[Tensor, Tensor]:
+    first, second = [], []
+    for start in range(0, states.shape[0], chunk):
+        part, ids = states[start : start + chunk], tokens[start : start + chunk]
+        if torch.is_grad_enabled() and states.shape[0] > chunk:
+            values, others = checkpoint(one, part, ids, use_reentrant=False)
         else:
-            values, entropy = one(part, ids)
-        logprobs.append(values)
-        entropies.append(entropy)
-    if not logprobs:  # still part of the graph, so that a micro-batch of empty responses has a (zero) gradient
-        return hidden.sum(-1), hidden.detach().sum(-1)
-    return torch.cat(logprobs), torch.cat(entropies)
+            values, others = one(part, ids)
+        first.append(values)
+        second.append(others)
+    if not first:  # still part of the graph, so that a micro-batch of empty responses has a (zero) gradient
+        return states.sum(-1), states.detach().sum(-1)
+    return torch.cat(first), torch.cat(second)
 
 
 class _FrozenHead(torch.autograd.Function):
@@ -54,24 +60,29 @@ class _FrozenHead(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, states: Tensor, weight: Tensor, tokens: Tensor, temperature: float, chunk: int) -> Tensor:
+    def forward(
+        ctx: Any, states: Tensor, weight: Tensor, tokens: Tensor, temperature: float, chunk: int
+    ) -> tuple[Tensor, Tensor]:
         wide = torch.promote_types(states.dtype, torch.float32)
         needs_slope = ctx.needs_input_grad[0]
         logprobs = states.new_empty(states.shape[0], dtype=wide)
+        is_likeliest = torch.empty_like(tokens, dtype=torch.bool)
         slopes = torch.empty_like(states) if needs_slope else None
         for at in range(0, states.shape[0], chunk):
             rows = slice(at, at + chunk)
             logits = (states[rows] @ weight.T).to(wide).div_(temperature)  # (chunk, V)
-            chosen = logits.gather(1, tokens[rows, None]).squeeze(1)
+            chosen = logits.gather(1, tokens[rows, None])
             peak = logits.amax(1, keepdim=True)
             p = logits.sub_(peak).exp_()
             total = p.sum(1, keepdim=True)
-            logprobs[rows] = chosen - (peak + total.log()).squeeze(1)
+            logprobs[rows] = (chosen - peak - total.log())[:, 0]
+            is_likeliest[rows] = (chosen == peak)[:, 0]
             if slopes is not None:
                 mean = (p.div_(total).to(states.dtype) @ weight).to(wide)  # (chunk, H)
                 slopes[rows] = ((weight[tokens[rows]] - mean) / temperature).to(states.dtype)
         ctx.save_for_backward(slopes)
-        return logprobs
+        ctx.mark_non_differentiable(is_likeliest)
+        return logprobs, is_likeliest
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None, None]:
@@ -79,12 +90,32 @@ class _FrozenHead(torch.autograd.Function):
         return slopes * gradients[0][:, None].to(slopes.dtype), None, None, None, None
 
 
+def frozen_choices(
+    states: Tensor, weight: Tensor, tokens: Tensor, *, temperature: float = 1.0, chunk: int = 256
+) -> tuple[Tensor, Tensor]:
+    """log p(token), p = softmax(states @ weight.T / temperature), for an output layer without bias that is not trained,
+    and whether the token is the likeliest.
+
+    states (N, H), weight (V, H), tokens (N,) -> (N,) in float32 or wider, with a gradient for `states`, and (N,) bool.
+    Memory is chunk x V.
+    """
+    return _FrozenHead.apply(states, weight, tokens, temperature, chunk)  # type: ignore[no-untyped-call,no-any-return]
+
+
 def frozen_logprobs(
     states: Tensor, weight: Tensor, tokens: Tensor, *, temperature: float = 1.0, chunk: int = 256
 ) -> Tensor:
-    """log p(token), p = softmax(states @ weight.T / temperature), for an output layer without bias that is not trained.
+    """The log-probabilities of `frozen_choices` alone."""
+    return frozen_choices(states, weight, tokens, temperature=temperature, chunk=chunk)[0]
 
-    states (N, H), weight (V, H), tokens (N,) -> (N,) in float32 or wider, with a gradient for `states`. Memory is
-    chunk x V.
-    """
-    return _FrozenHead.apply(states, weight, tokens, temperature, chunk)  # type: ignore[no-untyped-call,no-any-return]
+
+def chunked_choices(
+    states: Tensor, head: Callable[[Tensor], Tensor], tokens: Tensor, *, temperature: float = 1.0, chunk: int = 256
+) -> tuple[Tensor, Tensor]:
+    """As `frozen_choices`, for any output layer; a chunk's logits are computed again in the backward pass."""
+
+    def one(part: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+        logits = head(part)
+        return token_logprobs(logits, ids, temperature=temperature)[0], logits.argmax(-1) == ids
+
+    return _in_chunks(one, states, tokens, chunk)

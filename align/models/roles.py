@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from align.artifact import fingerprint, read_manifest
 from align.errors import BadInput
-from align.maths.logprobs import chunked_logprobs, frozen_logprobs
+from align.maths.logprobs import chunked_choices, frozen_choices
 from align.models.attention import flat_states, is_flat, tree_attention
 from align.models.base import Base, load_base, trunk_of
 from align.models.layout import Layout, Tree, flat_layout, padded_layout
@@ -86,10 +86,14 @@ class Role(nn.Module):
 
     def logprobs(self, states: Tensor, tokens: Tensor, *, temperature: float) -> Tensor:
         """states (N, H), tokens (N,) -> log p(token) (N,) under softmax(logits / temperature), in float32."""
+        return self.choices(states, tokens, temperature=temperature)[0]
+
+    def choices(self, states: Tensor, tokens: Tensor, *, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+        """As `logprobs`, and whether each token is the likeliest: (N,) bool."""
         layer = self.causal.get_output_embeddings()
         if type(layer) is nn.Linear and not layer.weight.requires_grad and layer.bias is None:
-            return frozen_logprobs(states, layer.weight, tokens, temperature=temperature)
-        return chunked_logprobs(states, self.logits, tokens, temperature=temperature)[0]
+            return frozen_choices(states, layer.weight, tokens, temperature=temperature)
+        return chunked_choices(states, self.logits, tokens, temperature=temperature)
 
     def scalar(self, hidden: Tensor) -> Tensor:
         """The head's value of each state, in float32: (..., H) -> (...)."""

@@ -1,0 +1,205 @@
+"""TRL's SFTTrainer with passes of our own: no padding, and no logits where nothing is learnt."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import Tensor, nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from trl import SFTConfig, SFTTrainer
+
+from align.data import Encoded
+from align.errors import RunFailed
+from align.models.budget import training_tokens
+from align.models.layout import Tree, passes_of
+from align.models.roles import Role
+from align.settings import SftSettings
+from align.track import Tracker
+from align.worker import Worker
+
+COMPLETE = "complete"  # the mark of a checkpoint that was saved to its end
+NO_LOSS = -100
+
+
+class Trainer(SFTTrainer):
+    """Batches, schedules and checkpoints are TRL's; forward and backward are a role's passes over documents.
+
+    Gradients are summed over the processes once a step, after the last pass: how many passes a process needs is its
+    own affair.
+    """
+
+    def __init__(self, role: Role, worker: Worker, max_batch_tokens: int | None, **arguments: Any):
+        super().__init__(model=role.model, **arguments)
+        self.role, self.worker, self.max_batch_tokens = role, worker, max_batch_tokens
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:  # type: ignore[override]
+        """Leaves the step's gradients in the parameters; returns the loss, as the mean over processes gives it."""
+        model.train()
+        inputs = self._prepare_inputs(inputs)
+        total = torch.zeros((), device=self.worker.device)
+        correct = torch.zeros((), device=self.worker.device)
+        count = float(num_items_in_batch)  # supervised tokens of the step: all batches, all processes
+        for logprobs, is_right in self._passes(inputs):
+            loss = -logprobs.sum() / count
+            loss.backward()
+            total += loss.detach()
+            correct += is_right.sum()
+        self._note("train", correct, (inputs["labels"] != NO_LOSS).sum())
+        if self.accelerator.sync_gradients and self.worker.num_processes > 1:
+            for p in self.role.parameters():
+                if p.requires_grad:
+                    p.grad = self.worker.sum_(torch.zeros_like(p) if p.grad is None else p.grad)
+        return total * self.worker.num_processes
+
+    def prediction_step(
+        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
+    ) -> tuple[Tensor, None, None]:
+        """The batch's mean loss over its supervised tokens."""
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad():
+            found = list(self._passes(inputs))
+        logprobs, is_right = (torch.cat(column) for column in zip(*found, strict=True))
+        self._note("eval", is_right.sum(), torch.tensor(len(is_right), device=self.worker.device))
+        return -logprobs.mean(), None, None
+
+    def _passes(self, inputs: dict[str, Any]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Log-probabilities of supervised tokens and whether each is the likeliest, pass by pass."""
+        rows = list(_documents(inputs))
+        trees = [Tree(ids[:1], [ids[1:]]) for ids, _ in rows]
+        budget = training_tokens(self.role.causal, self.max_batch_tokens)
+        for numbers in passes_of(trees, max_tokens=budget, is_flat=self.role.is_flat):
+            layout = self.role.layout([trees[i] for i in numbers])
+            is_learnt = torch.tensor([label != NO_LOSS for i in numbers for label in rows[i][1][1:]])
+            learnt = is_learnt.to(self.worker.device)
+            states = self.role.states(layout)[layout.before[learnt]]
+            yield self.role.choices(states, layout.tokens[learnt])
+
+    def _note(self, mode: str, correct: Tensor, count: Tensor) -> None:
+        correct, count = (self.accelerator.gather(each).sum() for each in (correct, count))
+        self._metrics[mode]["mean_token_accuracy"].append(float(correct / count.clamp(min=1)))
+
+
+def _documents(inputs: dict[str, Any]) -> Iterator[tuple[list[int], list[int]]]:
+    """Ids and labels of each document of a batch as TRL collates it: padded rows, or packed by their positions."""
+    ids, labels = inputs["input_ids"], inputs["labels"]
+    if "position_ids" in inputs:
+        starts = [*torch.nonzero(inputs["position_ids"][0] == 0)[:, 0].tolist(), ids.shape[1]]
+        for start, stop in zip(starts, starts[1:], strict=False):
+            yield ids[0, start:stop].tolist(), labels[0, start:stop].tolist()
+        return
+    for row, length in enumerate(inputs["attention_mask"].sum(1).tolist()):
+        yield ids[row, :length].tolist(), labels[row, :length].tolist()
+
+
+def _dataset(rows: list[Encoded]) -> Dataset:
+    return Dataset.from_dict(
+        {
+            "input_ids": [list(row.input_ids) for row in rows],
+            "labels": [
+                [token if is_answer else NO_LOSS for token, is_answer in zip(row.input_ids, row.loss_mask, strict=True)]
+                for row in rows
+            ],
+        }
+    )
+
+
+def make_trainer(
+    settings: SftSettings, worker: Worker, role: Role, tokenizer: Any, train: list[Encoded], held_out: list[Encoded]
+) -> Trainer:
+    """A trainer over the role by the recipe's settings."""
+    t = settings.train
+    arguments = SFTConfig(
+        output_dir=str(Path(settings.output) / "checkpoints"),
+        seed=settings.seed,
+        data_seed=settings.seed,
+        use_cpu=worker.device.type == "cpu",
+        bf16=False,
+        fp16=False,
+        report_to="none",
+        disable_tqdm=True,
+        learning_rate=t.learning_rate,
+        num_train_epochs=t.num_train_epochs,
+        max_steps=t.max_steps,
+        per_device_train_batch_size=t.per_device_train_batch_size,
+        per_device_eval_batch_size=t.per_device_train_batch_size,
+        gradient_accumulation_steps=t.gradient_accumulation_steps,
+        weight_decay=t.weight_decay,
+        warmup_steps=t.warmup_ratio,
+        lr_scheduler_type=t.lr_scheduler_type,
+        max_grad_norm=t.max_grad_norm,
+        adam_beta1=t.adam_beta1,
+        adam_beta2=t.adam_beta2,
+        adam_epsilon=t.adam_epsilon,
+        gradient_checkpointing=t.gradient_checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False},
+        logging_steps=t.logging_steps,
+        logging_first_step=True,
+        eval_strategy="steps" if held_out and t.eval_steps else "no",
+        eval_steps=t.eval_steps or None,
+        save_strategy="steps" if t.save_steps else "no",
+        save_steps=t.save_steps or 500,
+        save_total_limit=2,
+        max_length=settings.max_length,
+        packing=settings.packing,
+        eval_packing=False,
+        dataloader_pin_memory=False,
+        ddp_find_unused_parameters=False,
+        logging_nan_inf_filter=False,
+    )
+    arguments._n_gpu = min(1, arguments.n_gpu)  # accelerate starts a process a GPU; never DataParallel
+    trainer = Trainer(
+        role,
+        worker,
+        t.max_batch_tokens,
+        args=arguments,
+        processing_class=tokenizer,
+        train_dataset=_dataset(train),
+        eval_dataset=_dataset(held_out) if held_out else None,
+    )
+    for p in role.model.parameters():  # TRL casts the adapter to bfloat16 over a 4-bit base
+        if p.requires_grad and settings.model.load_in == "nf4":
+            p.data = p.data.float()
+    return trainer
+
+
+class Bridge(TrainerCallback):
+    """The trainer's logs to our tracker, our signals to the trainer, and the checks that it does not make."""
+
+    def __init__(self, tracker: Tracker, worker: Worker, start: int):
+        self.tracker, self.worker, self.is_first = tracker, worker, start == 0
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs=None, **kwargs: Any):
+        numbers = {
+            key: value
+            for key, value in (logs or {}).items()
+            if isinstance(value, (int, float)) and key not in ("epoch", "total_flos")
+        }
+        if "train_runtime" not in numbers and numbers:
+            self.tracker.log(state.global_step, numbers)
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ):
+        gradients = [p.grad for p in kwargs["model"].parameters() if p.grad is not None]
+        if not all(bool(torch.isfinite(g).all()) for g in gradients):
+            raise RunFailed(f"the gradient is not finite at step {state.global_step + 1}: lower the learning rate")
+        if self.is_first and not any(bool(g.any()) for g in gradients):
+            raise RunFailed("the gradient is zero at the first step: the method leaves nothing to train")
+        self.is_first = False
+
+    def last_evaluation(self, trainer: Trainer) -> dict[str, float] | None:
+        """What the trainer found at the last step, if it evaluated there."""
+        rows = [row for row in trainer.state.log_history if "eval_loss" in row]
+        return rows[-1] if rows and rows[-1]["step"] == trainer.state.global_step else None
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
+        if self.worker.is_asked_to_stop():
+            control.should_save = control.should_training_stop = True
+        return control
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
+        self.worker.wait()  # every process has written its generators
+        if self.worker.is_main:
+            (Path(str(args.output_dir)) / f"checkpoint-{state.global_step}" / COMPLETE).touch()
