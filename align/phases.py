@@ -1,5 +1,8 @@
 """Seconds and peak memory of the phases of a step (sample, score, update)."""
 
+import ctypes
+import gc
+import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+LIBC = ctypes.CDLL(None) if os.name == "posix" else None
 CLEAR_REFS, STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
 
 
@@ -27,6 +31,16 @@ class Phases:
             torch.cuda.synchronize(self.device)
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
         self.peak_mib[name] = max(self.peak_mib.get(name, 0.0), self._peak())
+        self._give_back()
+
+    def _give_back(self) -> None:
+        """Returns what a phase has freed to the system: the next one's tensors are of other sizes, and the allocators
+        would keep the holes beside them."""
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        elif hasattr(LIBC, "malloc_trim"):  # glibc
+            LIBC.malloc_trim(0)
 
     def _begin(self) -> None:
         if self.device.type == "cuda":

@@ -15,7 +15,7 @@ def training_tokens(model: PreTrainedModel, asked: int | None) -> int:
         return asked
     config = model.config.get_text_config()
     layers = NUMBERS_A_LAYER * config.num_hidden_layers
-    if model.is_gradient_checkpointing:  # what goes into each layer, and one layer's all
+    if model.is_activation_checkpointing:  # what goes into each layer, and one layer's all
         layers = config.num_hidden_layers + NUMBERS_A_LAYER
     a_token = layers * config.hidden_size * model.dtype.itemsize
     fitting = ACTIVATIONS.get(model.device.type, ACTIVATIONS_ELSEWHERE) // a_token

@@ -21,6 +21,7 @@ from align.maths.logprobs import chunked_choices, frozen_choices
 from align.models.attention import flat_states, is_flat, tree_attention
 from align.models.base import Base, load_base, trunk_of
 from align.models.layout import Layout, Tree, flat_layout, padded_layout
+from align.models.lora import fuse
 from align.settings import Full, Lora, Model
 
 HEAD_KEY = "base_model.model.score.weight"  # where PEFT keeps the head of a sequence classifier
@@ -33,6 +34,7 @@ class Role(nn.Module):
         super().__init__()
         self.model = model
         self.head = head
+        fuse(model)
         self.eval()
 
     @property

@@ -1,6 +1,7 @@
 """TRL's SFTTrainer with passes of our own: no padding, and no logits where nothing is learnt."""
 
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +87,7 @@ def _documents(inputs: dict[str, Any]) -> Iterator[tuple[list[int], list[int]]]:
     ids, labels = inputs["input_ids"], inputs["labels"]
     if "position_ids" in inputs:
         starts = [*torch.nonzero(inputs["position_ids"][0] == 0)[:, 0].tolist(), ids.shape[1]]
-        for start, stop in zip(starts, starts[1:], strict=False):
+        for start, stop in pairwise(starts):
             yield ids[0, start:stop].tolist(), labels[0, start:stop].tolist()
         return
     for row, length in enumerate(inputs["attention_mask"].sum(1).tolist()):

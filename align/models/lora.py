@@ -1,0 +1,68 @@
+"""LoRA layers in fewer passes over memory: the same numbers as PEFT's own, to rounding.
+
+PEFT's layer writes W x, B A x, its scaled copy and their sum one after the other, and the backward pass mirrors it.
+Here both products are added into one buffer, each way. What is not plain LoRA in one dtype (dropout, DoRA, several
+adapters, 4-bit weights, an adapter in float32 over 16 bits) is left to PEFT's own layer.
+"""
+
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from peft.tuners.lora.layer import Linear
+from torch import Tensor, nn
+
+
+class _Product(torch.autograd.Function):
+    """y = x W^T + bias + s (x A^T) B^T, W and its bias frozen: x (M, I), W (O, I), A (r, I), B (O, r) -> (M, O)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float) -> Tensor:
+        inner = x @ a.T  # (M, r)
+        ctx.save_for_backward(x, weight, a, b, inner)
+        ctx.scale = scale
+        return F.linear(x, weight, bias).addmm_(inner, b.T, alpha=scale)
+
+    @staticmethod
+    def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor | None, None, None, Tensor, Tensor, None]:
+        (slope,) = slopes  # (M, O)
+        x, weight, a, b, inner = ctx.saved_tensors
+        through = (slope @ b).mul_(ctx.scale)  # (M, r)
+        into = (slope @ weight).addmm_(through, a) if ctx.needs_input_grad[0] else None
+        return into, None, None, through.T @ x, (slope.T @ inner).mul_(ctx.scale), None
+
+
+class FusedLinear(Linear):
+    """PEFT's LoRA layer with `_Product` where that is what it computes."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if args or kwargs or self.disable_adapters or self.merged or not self._is_plain(x):
+            return cast(Tensor, super().forward(x, *args, **kwargs))
+        (name,) = self.active_adapters
+        base = cast(nn.Linear, self.base_layer)
+        a, b = self.lora_A[name].weight, self.lora_B[name].weight
+        flat = x.reshape(-1, x.shape[-1])
+        return _Product.apply(flat, base.weight, base.bias, a, b, self.scaling[name]).view(*x.shape[:-1], -1)
+
+    def _is_plain(self, x: Tensor) -> bool:
+        base = self.base_layer
+        names = self.active_adapters
+        if len(names) != 1 or names[0] not in self.lora_A or names[0] in self.lora_variant:
+            return False
+        a, b, dropout = (each[names[0]] for each in (self.lora_A, self.lora_B, self.lora_dropout))
+        is_dropping = self.training and getattr(dropout, "p", 0.0) > 0
+        return (
+            type(base) is nn.Linear
+            and not base.weight.requires_grad
+            and not is_dropping
+            and a.bias is None
+            and b.bias is None
+            and x.dtype == base.weight.dtype == a.weight.dtype
+        )
+
+
+def fuse(model: nn.Module) -> None:
+    """Makes the plain LoRA layers of `model` fused ones; everything PEFT does with them stays as it is."""
+    for module in model.modules():
+        if type(module) is Linear:
+            module.__class__ = FusedLinear
