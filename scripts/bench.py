@@ -327,7 +327,7 @@ def show_sides(title: str, sides: Values, unit: str) -> None:
         spread = f"{(max(side['values']) - min(side['values'])) / side[unit]:.1%}"
         loss = f"{side['first_loss']:.6f}" if "first_loss" in side else ""
         rows.append([name, f"{side[unit]:.4g}", spread, time_ratio, f"{side['peak_mib']:.0f}", memory_ratio, loss])
-    show(title, ["", unit, "spread", "ours / it", "peak MiB", "ours / it", "first loss"], rows)
+    show(title, ["", unit, "spread", "ours/it", "peak MiB", "ours/it", "first loss"], rows)
 
 
 def show_phases(figures: Values) -> None:
