@@ -1,0 +1,95 @@
+"""What the measured programs share, in whichever environment they run: work in, result out, clock, memory, weights."""
+
+import json
+import sys
+import time
+import zlib
+from collections.abc import Callable, Iterable
+from itertools import cycle
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainerCallback
+
+STATUS = Path("/proc/self/status")
+
+
+class Clock:
+    """Seconds of each step: `start()` before the first one, `tick()` after each."""
+
+    def __init__(self) -> None:
+        self.marks: list[float] = []
+
+    def start(self) -> None:
+        self.marks = [time.perf_counter()]
+
+    def tick(self) -> None:
+        self.marks.append(time.perf_counter())
+
+    @property
+    def seconds(self) -> list[float]:
+        return [b - a for a, b in zip(self.marks, self.marks[1:], strict=False)]
+
+
+class Ticks(TrainerCallback):
+    """In a trainer of transformers: the clock ticks after each optimiser step (in PPO: after each iteration)."""
+
+    def __init__(self, clock: Clock):
+        self.clock = clock
+
+    def on_step_end(self, *arguments: Any, **state: Any) -> None:
+        self.clock.tick()
+
+
+class Answers:
+    """The answers that the work foresees for each prompt, dealt out in turn, and a check that they were given."""
+
+    def __init__(self, prompts: list[dict[str, Any]]):
+        self._left = {tuple(prompt["ids"]): cycle(prompt["answers"]) for prompt in prompts}
+
+    def next(self, prompt: Iterable[int]) -> list[int]:
+        ids = tuple(prompt)
+        if ids not in self._left:
+            raise RuntimeError(f"a prompt that is not in the work was sampled from: {ids[:8]} ...")
+        return next(self._left[ids])
+
+    def check(self, wanted: list[list[int]], found: list[list[int]]) -> None:
+        if wanted != found:
+            raise RuntimeError("the sampled answers are not those of the work: the two sides would not do the same")
+
+
+def run(program: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+    """`python PROGRAM work.json result.json`"""
+    work, result = (Path(argument) for argument in sys.argv[1:3])
+    result.write_text(json.dumps(program(json.loads(work.read_text(encoding="utf-8")))), encoding="utf-8")
+
+
+def peak_mib() -> float:
+    """The allocator's peak on a GPU, the high-water mark of this process's resident memory on a CPU."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**20
+    line = next((row for row in STATUS.read_text().splitlines() if row.startswith("VmHWM")), "VmHWM: 0 kB")
+    return int(line.split()[1]) / 1024
+
+
+def seed_weight(name: str, weight: torch.Tensor) -> None:
+    """Fills a weight with small numbers that depend on its name alone: the same on both sides."""
+    generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+    with torch.no_grad():
+        weight.copy_(torch.randn(weight.shape, generator=generator) * 0.02)
+
+
+def seed_lora(model: torch.nn.Module) -> None:
+    """The same adapter, not at zero, on both sides; PEFT names its weights alike."""
+    for name, weight in model.named_parameters():
+        if "lora_" in name:
+            seed_weight(name, weight)
+
+
+def use_free_pad(tokenizer: Any, rows: Iterable[Iterable[int]]) -> None:
+    """Makes a token that no row holds the pad. TRL finds padding by `id == pad`: a pad that is the end token, as many
+    models have it, would hide the end of every answer, and the scores would be read one token too early."""
+    used = {token for row in rows for token in row}
+    free = (i for i in (*tokenizer.all_special_ids, *range(len(tokenizer))) if i not in used)
+    tokenizer.pad_token = tokenizer.convert_ids_to_tokens(next(i for i in free if i != tokenizer.eos_token_id))

@@ -1,0 +1,138 @@
+"""Runs one of align's stages as the recipe in the work says, and reports seconds a step, memory and metrics; then
+measures the machine's matrix rate. `python scripts/bench_peers/ours.py work.json result.json`"""
+
+import statistics
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from measuring import Answers, Clock, peak_mib, run, seed_lora, seed_weight
+
+from align.models.base import trunk_of
+from align.models.roles import Bases, Role
+from align.rollout import sampling
+from align.settings import STAGES
+from align.stages import ppo, ppo_steps, runner
+from align.track import Tracker, read_metrics
+from align.worker import Worker, quiet_libraries, seed_everything
+
+
+def program(work: dict[str, Any]) -> dict[str, Any]:
+    """The stage in this process. Seconds are from one logged step to the next."""
+    clock = Clock()
+    settings = STAGES[work["recipe"]["stage"]](**work["recipe"])
+    quiet_libraries()
+    worker = Worker()
+    seed_everything(settings.seed)
+    with ExitStack() as wrapped:
+        wrapped.enter_context(timed(clock))
+        if work["kind"] in ("ppo", "parity"):
+            wrapped.enter_context(force_answers(Answers(work["prompts"])))
+        if work["kind"] == "parity":
+            wrapped.enter_context(seeded_policy())
+        if work["kind"] == "reward":
+            wrapped.enter_context(seeded_head())
+        runner(settings)(settings, worker)
+    metrics = read_metrics(settings.output)
+    peaks = [value for row in metrics for key, value in row.items() if key.startswith("peak_mib_")]
+    result = {"seconds": clock.seconds, "peak_mib": max([peak_mib(), *peaks]), "metrics": metrics}
+    return result | {"device": worker.device.type, "machine": matrix_rate(settings.model.base, worker.device)}
+
+
+@contextmanager
+def timed(clock: Clock) -> Iterator[None]:
+    """The clock starts when the tracker is made, just before the first step, and ticks at each logged step."""
+    begin, log = Tracker.__init__, Tracker.log
+
+    def started(self: Tracker, *arguments: Any, **settings: Any) -> None:
+        begin(self, *arguments, **settings)
+        clock.start()
+
+    def logged(self: Tracker, step: int, metrics: dict[str, Any]) -> None:
+        log(self, step, metrics)
+        clock.tick()
+
+    with patch.object(Tracker, "__init__", started), patch.object(Tracker, "log", logged):
+        yield
+
+
+@contextmanager
+def force_answers(answers: Answers) -> Iterator[None]:
+    """SEAM: the k-th row of a prompt gets the k-th answer that the work foresees for it, token by token, whatever is
+    drawn. The drawing itself runs as always. Wraps what draws a token today (`_Draw.__call__`) and what knows the
+    prompts (`sample`); a row is recognised by its first random number, for rows are sorted by length in between."""
+    sample, draw = ppo_steps.sample, sampling._Draw.__call__
+    rows: dict[float, list[int]] = {}
+
+    def noting(role: Role, prompts: Any, numbers: torch.Tensor, *arguments: Any, **settings: Any) -> Any:
+        wanted = [answers.next(prompt) for prompt in prompts]
+        rows.update(zip(numbers[:, 0].tolist(), wanted, strict=True))
+        found = sample(role, prompts, numbers, *arguments, **settings)
+        answers.check(wanted, found.responses())
+        return found
+
+    def forced(self: Any, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        drawn, step = draw(self, input_ids, scores), input_ids.shape[1] - self.prompt_length
+        tokens = [rows[number][step : step + 1] or rows[number][-1:] for number in self.numbers[:, 0].tolist()]
+        return torch.full_like(drawn, -torch.inf).scatter_(1, torch.tensor(tokens, device=drawn.device), 0.0)
+
+    with patch.object(ppo_steps, "sample", noting), patch.object(sampling._Draw, "__call__", forced):
+        yield
+
+
+@contextmanager
+def seeded_policy() -> Iterator[None]:
+    """For parity: the policy's adapter starts where the peer's does, away from zero; the reference is the base."""
+    plain = ppo.cast_roles
+
+    def seeded(*arguments: Any) -> Any:
+        cast = plain(*arguments)
+        seed_lora(cast.policy.model)
+        return cast
+
+    with patch.object(ppo, "cast_roles", seeded):
+        yield
+
+
+@contextmanager
+def seeded_head() -> Iterator[None]:
+    """The new head of a reward model starts with the peer's weights, so that the first losses can be compared."""
+    plain = Bases.role
+
+    def seeded(self: Bases, folder: str | None, **settings: Any) -> Role:
+        role = plain(self, folder, **settings)
+        if folder is None and role.head is not None:
+            seed_weight("score", role.head.weight)
+        return role
+
+    with patch.object(Bases, "role", seeded):
+        yield
+
+
+def matrix_rate(base: str, device: torch.device) -> dict[str, float]:
+    """FLOP/s of float32 x @ W.T, x (1024, hidden), W (intermediate, hidden), and the sizes FLOPs follow from."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(base).get_text_config()
+    hidden, inner = config.hidden_size, getattr(config, "intermediate_size", None) or 4 * config.hidden_size
+    with torch.device("meta"):
+        modules = list(trunk_of(AutoModelForCausalLM.from_config(config)).modules())
+    linear = [m for m in modules if not isinstance(m, torch.nn.Embedding)]
+    weights = sum(p.numel() for m in linear for p in m.parameters(recurse=False) if p.dim() == 2)
+    x, w = torch.randn(1024, hidden, device=device), torch.randn(inner, hidden, device=device)
+    seconds = []
+    for _ in range(30):
+        start = time.perf_counter()
+        x @ w.T
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        seconds.append(time.perf_counter() - start)
+    rate = 2 * 1024 * hidden * inner / statistics.median(seconds)
+    return {"rate": rate, "weights": weights, "hidden": hidden, "inner": inner, "vocabulary": config.vocab_size}
+
+
+if __name__ == "__main__":
+    run(program)
