@@ -1,7 +1,6 @@
 """Seconds and peak memory of the phases of a step (sample, score, update)."""
 
 import ctypes
-import gc
 import os
 import time
 from collections.abc import Iterator
@@ -36,10 +35,9 @@ class Phases:
     def _give_back(self) -> None:
         """Returns what a phase has freed to the system: the next one's tensors are of other sizes, and the allocators
         would keep the holes beside them."""
-        gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
-        elif hasattr(LIBC, "malloc_trim"):  # glibc
+        elif LIBC is not None and hasattr(LIBC, "malloc_trim"):  # glibc
             LIBC.malloc_trim(0)
 
     def _begin(self) -> None:

@@ -65,7 +65,7 @@ CASES: dict[str, tuple[list[int], list[int], int]] = {  # tokens of prompts, tok
     ),
     "shared": ([256] * 4, [32] * 4, 4),
 }
-SCORE_PASSES = {"policy": True, "reference": True, "reward": False}  # and whether each needs logits
+SCORE_PASSES = {"reference": True, "reward": False}  # and whether each needs logits
 COUNTED = (
     "Useful FLOPs: 2 x linear weights of the trunk x tokens a pass, as much for a backward, 2 x vocabulary x hidden x "
     "answer tokens for logits; a prompt counts once for all its samples; no adapters, no attention scores."

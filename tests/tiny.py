@@ -32,32 +32,45 @@ def make_tokenizer() -> Any:
     return tokenizer
 
 
-def make_base(folder: Path, *, seed: int = 0, hidden: int = 64, kind: str = "llama") -> Path:
-    """A random model whose logits are spread enough to sample varied answers."""
+# kind of base -> transformers' name of the architecture, and what sets it apart
+KINDS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", {}),
+    "gpt2": ("gpt2", {"n_layer": 2, "n_head": 2, "n_positions": 64, "initializer_range": 0.02}),
+    "qwen2": ("qwen2", {}),
+    "qwen3": ("qwen3", {"head_dim": 8}),
+    "mistral": ("mistral", {"sliding_window": None}),
+    "windows": ("mistral", {"sliding_window": 16}),
+    "some windows": ("gemma3_text", {"sliding_window": 4, "head_dim": 8, "layer_types": ["sliding_attention", "full_attention"]}),
+    "soft caps": ("gemma2", {"head_dim": 8, "layer_types": ["full_attention"] * 2, "attn_logit_softcapping": 0.5, "final_logit_softcapping": None}),
+    "own scale": ("granite", {"attention_multiplier": 0.6}),
+    "differences": ("diffllama", {}),
+    "mamba": ("mamba", {"state_size": 8}),
+    "alibi": ("falcon", {"alibi": True}),
+    "own attention": ("stablelm", {}),
+}  # fmt: skip
+
+
+def make_base(folder: Path, *, seed: int = 0, hidden: int = 64, kind: str = "llama", **changes: Any) -> Path:
+    """A random model whose logits are spread enough to sample varied answers; `changes` go to its configuration."""
     import torch
-    from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(seed)
     tokenizer = make_tokenizer()
+    name, own = KINDS[kind]
+    shape = {
+        "intermediate_size": 2 * hidden,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "max_position_embeddings": 128,
+        "initializer_range": 0.15,
+    }
+    if name == "gpt2":
+        shape = {}
     ids = {"bos_token_id": 2, "eos_token_id": 3, "pad_token_id": 0}
-    if kind == "gpt2":
-        model: Any = GPT2LMHeadModel(
-            GPT2Config(vocab_size=len(tokenizer), n_embd=hidden, n_layer=2, n_head=2, n_positions=64, **ids)
-        )
-    else:
-        model = LlamaForCausalLM(
-            LlamaConfig(
-                vocab_size=len(tokenizer),
-                hidden_size=hidden,
-                intermediate_size=2 * hidden,
-                num_hidden_layers=2,
-                num_attention_heads=2,
-                num_key_value_heads=1,
-                max_position_embeddings=128,
-                initializer_range=0.15,
-                **ids,
-            )
-        )
+    config = AutoConfig.for_model(name, vocab_size=len(tokenizer), hidden_size=hidden, **shape | own | ids | changes)
+    model = AutoModelForCausalLM.from_config(config)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder

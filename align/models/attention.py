@@ -19,6 +19,7 @@ from align.models.layout import Span, Tree, flat_layout
 
 NAME = "align_flat"
 UNKNOWN = ("softcap", "sliding_window", "s_aux", "position_bias")  # arguments that `attend` does not honour
+STRETCHING = ("dynamic", "longrope")  # rotary positions that depend on the longest position of the pass
 
 # (layer, query (1, heads, T, D), key and value (1, kv heads, T, D), scaling) -> (1, T, heads, D)
 Attend = Callable[[nn.Module, Tensor, Tensor, Tensor, float | None], Tensor]
@@ -108,6 +109,8 @@ class Slots:
 
     def step(self) -> tuple[Tensor, Attend]:
         """Positions (1, rows) of one more token in each slot, and the attention that keeps it."""
+        if not self.keys:
+            raise RuntimeError("no layer has kept keys: this attention does not go through transformers' interface")
         device = next(iter(self.keys.values())).device
         rows, at = len(self.lengths), torch.tensor(self.lengths, device=device)
         width = max(self.lengths) + 1
@@ -150,7 +153,7 @@ class Slots:
 @torch.no_grad()
 def use_flat_attention(model: PreTrainedModel, trunk: nn.Module) -> bool:
     """Switches an SDPA model to flat passes if they give what plain ones give; else leaves it as it was."""
-    if model.config._attn_implementation != "sdpa" or _has_windows(model):
+    if model.config._attn_implementation != "sdpa" or _depends_on_length(model):
         return False
     limit = model.config.get_text_config().vocab_size
     prefix, first, second = ([(7 * i + start) % limit for i in range(n)] for start, n in ((1, 5), (2, 3), (3, 4)))
@@ -172,13 +175,13 @@ def use_flat_attention(model: PreTrainedModel, trunk: nn.Module) -> bool:
     return True
 
 
-def _has_windows(model: PreTrainedModel) -> bool:
-    """Layers that see a window of the last tokens, or are no attention at all."""
+def _depends_on_length(model: PreTrainedModel) -> bool:
+    """What a short trial cannot see: layers with a window of the last tokens, positions that stretch with the pass."""
     config = model.config.get_text_config()
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-    return kinds != {"full_attention"} or (
-        getattr(config, "sliding_window", None) is not None and getattr(config, "use_sliding_window", True)
-    )
+    has_window = getattr(config, "sliding_window", None) is not None and getattr(config, "use_sliding_window", True)
+    rope: dict = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    return kinds != {"full_attention"} or has_window or rope.get("rope_type", rope.get("type")) in STRETCHING
 
 
 def _trial(model: PreTrainedModel, trunk: nn.Module, prefix: list[int], *branches: list[int]) -> list[Tensor]:

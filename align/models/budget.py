@@ -3,7 +3,7 @@
 from transformers import PreTrainedModel
 
 ACTIVATIONS = {"cuda": 4 * 2**30}  # bytes kept for the backward pass, where the recipe does not say
-ACTIVATIONS_ELSEWHERE = 2**30
+ACTIVATIONS_ELSEWHERE = 3 * 2**28
 NUMBERS_A_LAYER = 24  # times the hidden size: what a layer keeps of a token (attention, gated MLP, norms)
 BOUNDS = 256, 65_536
 READING = 4  # passes without gradient keep nothing, and hold so many times the tokens

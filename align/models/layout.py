@@ -71,6 +71,8 @@ class Layout:
     def last(self) -> Tensor:
         """(number of branches,) flat indices of each branch's last token, or of its prefix's if it is empty."""
         index = [first + n - 1 if n else last for last, first, n in self.branches]
+        if min(index, default=0) < 0:
+            raise ValueError("an empty branch without a prefix: there is no state of it")
         return torch.tensor(index, dtype=torch.long, device=self.ids.device)
 
 

@@ -27,6 +27,9 @@ def merged_view(role: Role) -> Role:
     if not isinstance(role.model, PeftModel) or not role.is_exact:
         return role
     adapted = {id(layer.get_base_layer().weight) for layer in role.model.modules() if isinstance(layer, BaseTunerLayer)}
+    uses = [id(p) for _, p in role.model.named_parameters(remove_duplicate=False)]
+    if any(uses.count(weight) > 1 for weight in adapted):  # a tied layer's adapter must not move its twin
+        return role
     memo = {id(t): t for t in (*role.model.parameters(), *role.model.buffers()) if id(t) not in adapted}
     return Role(copy.deepcopy(role.model, memo).merge_and_unload(), head=role.head)  # type: ignore[operator]
 

@@ -45,17 +45,16 @@ def draw(logits: Tensor, numbers: Tensor, sampling: Sampling) -> Drawn:
         RunFailed: the logits are not finite.
     """
     logits = logits.float() / sampling.temperature  # (A, V)
-    peak = logits.amax(-1, keepdim=True)
-    weights = (logits - peak).exp_()  # (A, V), 1 at the likeliest token
+    offsets = logits - logits.amax(-1, keepdim=True)  # (A, V), 0 at the likeliest token
+    weights = offsets.exp()
     total = weights.sum(-1)
     if not bool(torch.isfinite(total).all()):
         raise RunFailed("the policy's logits are not finite while sampling: its weights have diverged")
-    log_total = total.log() + peak[:, 0]
-    entropies = log_total - (weights * logits).sum(-1) / total
+    entropies = total.log() - (weights * offsets.clamp_(min=-1e4)).sum(-1) / total  # clamped: 0 x -inf is NaN
     if sampling.top_k or sampling.top_p < 1.0:
         weights = weights * torch.isfinite(_filters(sampling)(cast(Any, None), cast(Any, logits)))
     tokens = _invert(weights, numbers)
-    return Drawn(tokens, logits.gather(-1, tokens[:, None])[:, 0] - log_total, entropies)
+    return Drawn(tokens, offsets.gather(-1, tokens[:, None])[:, 0] - total.log(), entropies)
 
 
 def _filters(sampling: Sampling) -> LogitsProcessorList:

@@ -5,6 +5,7 @@ import statistics
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import Any
 from unittest.mock import patch
 
@@ -13,7 +14,8 @@ from measuring import Answers, Clock, peak_mib, run, seed_lora, seed_weight
 
 from align.models.base import trunk_of
 from align.models.roles import Bases, Role
-from align.rollout import sampling
+from align.rollout import engine
+from align.rollout.draw import Drawn
 from align.settings import STAGES
 from align.stages import ppo, ppo_steps, runner
 from align.track import Tracker, read_metrics
@@ -61,25 +63,29 @@ def timed(clock: Clock) -> Iterator[None]:
 
 @contextmanager
 def force_answers(answers: Answers) -> Iterator[None]:
-    """SEAM: the k-th row of a prompt gets the k-th answer that the work foresees for it, token by token, whatever is
-    drawn. The drawing itself runs as always. Wraps what draws a token today (`_Draw.__call__`) and what knows the
-    prompts (`sample`); a row is recognised by its first random number, for rows are sorted by length in between."""
-    sample, draw = ppo_steps.sample, sampling._Draw.__call__
-    rows: dict[float, list[int]] = {}
+    """The k-th row of a prompt gets the k-th answer that the work foresees for it, token by token, whatever is drawn.
+
+    The drawing itself runs as always. Wraps what knows the prompts (`sample`) and what draws a token (`draw`), where
+    a token to come is known by its random number.
+    """
+    sample, draw = ppo_steps.sample, engine.draw
+    foreseen: dict[float, int] = {}
 
     def noting(role: Role, prompts: Any, numbers: torch.Tensor, *arguments: Any, **settings: Any) -> Any:
         wanted = [answers.next(prompt) for prompt in prompts]
-        rows.update(zip(numbers[:, 0].tolist(), wanted, strict=True))
-        found = sample(role, prompts, numbers, *arguments, **settings)
-        answers.check(wanted, found.responses())
-        return found
+        for row, answer in zip(numbers.tolist(), wanted, strict=True):
+            foreseen.update(zip(row, answer, strict=False))
+        rollouts, reading = sample(role, prompts, numbers, *arguments, **settings)
+        answers.check(wanted, [list(answer) for answer in rollouts.answers])
+        return rollouts, reading
 
-    def forced(self: Any, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        drawn, step = draw(self, input_ids, scores), input_ids.shape[1] - self.prompt_length
-        tokens = [rows[number][step : step + 1] or rows[number][-1:] for number in self.numbers[:, 0].tolist()]
-        return torch.full_like(drawn, -torch.inf).scatter_(1, torch.tensor(tokens, device=drawn.device), 0.0)
+    def forced(logits: torch.Tensor, numbers: torch.Tensor, sampling: Any) -> Drawn:
+        drawn = draw(logits, numbers, sampling)
+        tokens = torch.tensor([foreseen[number] for number in numbers.tolist()], device=logits.device)
+        logprobs = (logits / sampling.temperature).log_softmax(-1).gather(1, tokens[:, None])[:, 0]
+        return replace(drawn, tokens=tokens, logprobs=logprobs)
 
-    with patch.object(ppo_steps, "sample", noting), patch.object(sampling._Draw, "__call__", forced):
+    with patch.object(ppo_steps, "sample", noting), patch.object(engine, "draw", forced):
         yield
 
 

@@ -6,7 +6,7 @@ import random
 import pytest
 import torch
 
-from align.maths.logprobs import chunked_logprobs, token_logprobs
+from align.maths.logprobs import chunked_logprobs, frozen_logprobs, token_logprobs
 from tests import oracles
 
 SEEDS = range(6)
@@ -186,3 +186,114 @@ def test_the_head_never_sees_more_than_a_chunk():
 def test_no_positions_at_all():
     logprobs, entropies = chunked_logprobs(torch.zeros(0, 3), torch.nn.Linear(3, 4), torch.zeros(0, dtype=torch.long))
     assert logprobs.shape == entropies.shape == (0,)
+
+
+def frozen_problem(seed: int):
+    """states (N, H), weight (V, H), tokens (N,), and a weight of each position in the loss."""
+    hidden, weight, _, tokens = head_problem(seed)
+    return hidden, weight, tokens, [0.5 - 0.75 * n for n in range(len(hidden))]
+
+
+def frozen_oracle(hidden, weight, tokens, scales, temperature):
+    """Log-probabilities, and d sum(scales x log p) / d hidden."""
+    logprobs, slopes = [], []
+    for h, token, scale in zip(hidden, tokens, scales, strict=True):
+        logits = oracles.matmul(h, weight, [0.0] * len(weight))
+        logprobs.append(oracles.token_logprob(logits, token, temperature))
+        d_logits = oracles.token_logprob_gradient(logits, token, temperature)
+        slopes.append(
+            [scale * math.fsum(d * row[k] for d, row in zip(d_logits, weight, strict=True)) for k in range(len(h))]
+        )
+    return logprobs, slopes
+
+
+@pytest.mark.parametrize("temperature", TEMPERATURES)
+@pytest.mark.parametrize("seed", SEEDS)
+def test_a_frozen_head_matches_the_oracle(seed, temperature):
+    hidden, weight, tokens, scales = frozen_problem(seed)
+    expected, slopes = frozen_oracle(hidden, weight, tokens, scales, temperature)
+    for chunk in chunks(len(hidden)):
+        x, w = tensor(hidden).requires_grad_(), tensor(weight)
+        logprobs = frozen_logprobs(x, w, torch.tensor(tokens), temperature=temperature, chunk=chunk)
+        close(logprobs.detach(), expected)
+        (logprobs * tensor(scales)).sum().backward()
+        close(x.grad, slopes)
+        assert torch.equal(w, tensor(weight)) and torch.equal(x.detach(), tensor(hidden))
+        with torch.no_grad():
+            assert torch.equal(
+                frozen_logprobs(x, w, torch.tensor(tokens), temperature=temperature, chunk=chunk), logprobs
+            )
+
+
+@pytest.mark.parametrize("temperature", TEMPERATURES)
+def test_a_frozen_heads_gradient_is_its_slope(temperature):
+    hidden, weight, tokens, _ = frozen_problem(3)
+    x = tensor(hidden).requires_grad_()
+    for chunk in (1, 2, 100):
+        assert torch.autograd.gradcheck(
+            lambda h, chunk=chunk: frozen_logprobs(
+                h, tensor(weight), torch.tensor(tokens), temperature=temperature, chunk=chunk
+            ),
+            x,
+            atol=1e-8,
+        )
+
+
+def test_a_frozen_head_within_a_graph_gives_what_log_softmax_gives():
+    """The states come from layers before, some of them twice, and one state is not used."""
+    generator = torch.Generator().manual_seed(2)
+    x, layer, weight = (
+        torch.randn(*shape, dtype=torch.float64, generator=generator) for shape in ((7, 4), (4, 3), (30, 3))
+    )
+    picked, tokens = torch.tensor([5, 0, 0, 3, 6, 1, 1, 1]), torch.arange(8) * 3
+    gradients = []
+    for frozen in (True, False):
+        a = layer.clone().requires_grad_()
+        states = (x @ a).tanh()[picked]
+        if frozen:
+            logprobs = frozen_logprobs(states, weight, tokens, temperature=0.7, chunk=3)
+        else:
+            logprobs = torch.log_softmax(states @ weight.T / 0.7, -1)[torch.arange(8), tokens]
+        logprobs.exp().sum().backward()
+        gradients.append(a.grad)
+    torch.testing.assert_close(*gradients, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_a_frozen_head_bears_large_logits(dtype):
+    weight = torch.tensor([[5e3, 1.0], [5e3, 2.0], [-5e3, 0.0]], dtype=dtype)
+    states = torch.tensor([[1.0, 1.0], [-1.0, 1.0], [1.0, -1.0]], dtype=dtype, requires_grad=True)
+    logprobs = frozen_logprobs(states, weight, torch.tensor([0, 2, 2]))
+    logprobs.sum().backward()
+    # logits 5001, 5002, -5000 | -4999, -4998, 5000 | 4999, 4998, -5000
+    expected = [-math.log1p(math.e), 0.0, -9999.0 - math.log1p(math.exp(-1))]
+    p = 1 / (1 + math.exp(-1))  # of the larger of the first two where they differ by one
+    slopes = [[0.0, 1.0 - (1.0 + p)], [0.0, 0.0], [-1e4, -(2.0 - p)]]
+    tolerance = 1e-9 if dtype == torch.float64 else 1e-3
+    torch.testing.assert_close(logprobs.double(), tensor(expected), rtol=1e-6, atol=tolerance)
+    torch.testing.assert_close(states.grad.double(), tensor(slopes), rtol=1e-6, atol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_frozen_head_in_16_bits_widens_before_the_softmax(dtype):
+    generator = torch.Generator().manual_seed(1)
+    states = torch.randn(6, 8, generator=generator).to(dtype).requires_grad_()
+    weight, tokens = torch.randn(50, 8, generator=generator).to(dtype), torch.arange(6) * 8
+    logprobs = frozen_logprobs(states, weight, tokens, temperature=0.7, chunk=4)
+    assert logprobs.dtype == torch.float32
+    logits = (states.detach() @ weight.T).tolist()  # rounded, as the layer itself gives them
+    for n, row in enumerate(logits):
+        assert logprobs[n].item() == pytest.approx(oracles.token_logprob(row, int(tokens[n]), 0.7), abs=1e-5)
+    logprobs.sum().backward()
+    assert states.grad.dtype == dtype
+    wide = states.detach().double().requires_grad_()
+    frozen_logprobs(wide, weight.double(), tokens, temperature=0.7).sum().backward()
+    assert float((states.grad - wide.grad).norm() / wide.grad.norm()) < 0.02
+
+
+def test_a_frozen_head_without_positions_has_an_empty_gradient():
+    states = torch.zeros(4, 3, requires_grad=True)
+    logprobs = frozen_logprobs(states[:0], torch.ones(5, 3), torch.zeros(0, dtype=torch.long))
+    assert logprobs.shape == (0,)
+    logprobs.sum().backward()
+    assert torch.equal(states.grad, torch.zeros(4, 3))
