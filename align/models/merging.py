@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from align.artifact import folder_in_one_go, read_manifest
@@ -14,7 +15,20 @@ from align.errors import BadInput
 from align.models.roles import Bases, Role
 from align.settings import Model
 
+NARROW = 64  # rows
 PROBE = ("The answer to the question is", "Once upon a time there was a", "1 2 3 4 5 6 7 8", "Dear all, thank you for")
+
+
+class _Narrow(nn.Linear):
+    """A linear layer for a few rows at a time on a CPU: W x^T streams the weights once, where x W^T, as torch hands it
+    to the library, repacks them at every call (12 against 10 GB/s at 16 rows, 19 against 12 at 8, 36 against 10 at 4)."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        rows = input.reshape(-1, self.in_features)
+        if len(rows) == 1 or len(rows) > NARROW or input.device.type != "cpu":
+            return super().forward(input)
+        product = (self.weight @ rows.T).T
+        return (product if self.bias is None else product + self.bias).reshape(*input.shape[:-1], self.out_features)
 
 
 @torch.no_grad()
@@ -31,7 +45,11 @@ def merged_view(role: Role) -> Role:
     if any(uses.count(weight) > 1 for weight in adapted):  # a tied layer's adapter must not move its twin
         return role
     memo = {id(t): t for t in (*role.model.parameters(), *role.model.buffers()) if id(t) not in adapted}
-    return Role(copy.deepcopy(role.model, memo).merge_and_unload(), head=role.head)  # type: ignore[operator]
+    merged: Any = copy.deepcopy(role.model, memo).merge_and_unload()  # type: ignore[operator]
+    for module in merged.modules():
+        if type(module) is nn.Linear:
+            module.__class__ = _Narrow
+    return Role(merged, head=role.head)
 
 
 @torch.no_grad()

@@ -82,7 +82,8 @@ def force_answers(answers: Answers) -> Iterator[None]:
     def forced(logits: torch.Tensor, numbers: torch.Tensor, sampling: Any) -> Drawn:
         drawn = draw(logits, numbers, sampling)
         tokens = torch.tensor([foreseen[number] for number in numbers.tolist()], device=logits.device)
-        logprobs = (logits / sampling.temperature).log_softmax(-1).gather(1, tokens[:, None])[:, 0]
+        wanted, given = (logits.gather(1, each[:, None])[:, 0] for each in (tokens, drawn.tokens))
+        logprobs = drawn.logprobs + (wanted - given) / sampling.temperature
         return replace(drawn, tokens=tokens, logprobs=logprobs)
 
     with patch.object(ppo_steps, "sample", noting), patch.object(engine, "draw", forced):
