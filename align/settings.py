@@ -108,7 +108,7 @@ class Training(Settings):
     learning_rate: Positive = 2e-4
     num_train_epochs: Positive = 1.0
     max_steps: int = -1  # > 0 overrides num_train_epochs
-    per_device_train_batch_size: Count = 8
+    per_device_train_batch_size: Count = 8  # rows of a step; how many go in a pass is max_batch_tokens' affair
     gradient_accumulation_steps: Count = 1
     max_batch_tokens: Count | None = None  # of a pass: memory only; None: 3/4 GiB of activations, GPU 4
     weight_decay: NonNegative = 0.0

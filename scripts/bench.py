@@ -277,11 +277,16 @@ def useful_flops(prompts: list[Values], machine: Values, critic: str, epochs: in
     return {"score": score, "update": epochs * 2 * (trunk + logits + own)}
 
 
+def critic_of(work: Values) -> str:
+    """The kind of critic that the recipe has, by name or by default."""
+    return str(work["recipe"]["critic"].get("kind", Critic.model_fields["kind"].default))
+
+
 def phase_figures(runs: list[Values], work: Values) -> Values:
     """Medians by phase over all iterations but each run's first."""
     rows = [row for run in runs for row in run["metrics"][1:] or run["metrics"]]
     machine = runs[0]["machine"] | {"rate": median(run["machine"]["rate"] for run in runs)}
-    critic = work["recipe"]["critic"].get("kind", Critic.model_fields["kind"].default)
+    critic = critic_of(work)
     flops = useful_flops(work["prompts"], machine, critic, work["recipe"]["ppo"]["num_ppo_epochs"])
     phases: Values = {}
     for name in ("sample", "score", "update"):
@@ -376,7 +381,7 @@ def bench_scaling(options: Options, folder: Path) -> Values:
         work = ppo_work(folder, prompts, rewards[model], Options(**vars(options) | {"model": [model]}))
         runs = in_turn({"ours": ("ours.py", work)}, options.repeats)["ours"]
         seconds, memory = median(median(step_seconds(run)) for run in runs), median(run["peak_mib"] for run in runs)
-        flops = sum(useful_flops(prompts, runs[0]["machine"], "", 2).values())
+        flops = sum(useful_flops(prompts, runs[0]["machine"], critic_of(work), 2).values())
         rows.append({"what": what, "seconds": seconds, "peak_mib": memory, "flops": flops})
     shown = [
         [r["what"], *(f"{r[key] / rows[0][key]:.2f}" for key in ("flops", "seconds")), f"{r['seconds']:.3f}"]

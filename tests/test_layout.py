@@ -37,10 +37,10 @@ def flat_places(trees: list[Tree]) -> list[tuple[int, list[int], list[int]]]:
 def seen_by(layout: Layout, column: int) -> set[int]:
     """Columns that a token of a flat layout may look at, by the span that it is in."""
     (span,) = [span for span in layout.spans if span.start <= column < span.stop]
-    own = column - span.start
-    if span.mask is None:
-        return {span.start + i for i in range(own + 1)}
-    return {span.start + i for i in range(span.stop - span.start) if bool(span.mask[own, i])}
+    if span.is_chain or column < span.prefix_stop:
+        return set(range(span.start, column + 1))
+    start = max(cut for cut in (span.prefix_stop, *span.branch_stops) if cut <= column)
+    return {*range(span.start, span.prefix_stop), *range(start, column + 1)}
 
 
 def check_indices(layout: Layout, places: list[tuple[int, list[int], list[int]]]) -> None:

@@ -83,14 +83,15 @@ def test_masks_come_from_lengths_and_not_from_pads():
 def test_empty_full_and_immediate_ends():
     made = rollouts_of([[2], [2], [2]], [[], [END], [5, 6, 7]], end_ids=[END])
     assert made.lengths.tolist() == [0, 1, 3] and made.ended.tolist() == [False, True, False]
-    assert made.rows([0]).response_mask.shape == (1, 0)
+    assert rollouts_of([[2]], [[]], end_ids=[END]).response_mask.shape == (1, 0)
     assert cut_at_end([5, END, 6, END], [END]) == [5, END] and cut_at_end([], [END]) == []
 
 
 def test_reading_equals_the_models_own_logits_at_any_padding(role):
     rollouts = draw(role, PROMPTS, range(4))
     reading = read_all(role, rollouts, temperature=0.7)
-    alone = [read_all(role, rollouts.rows([i]), temperature=0.7) for i in range(4)]
+    singles = [rollouts_of([p], [a], end_ids=[END]) for p, a in zip(PROMPTS, rollouts.answers, strict=True)]
+    alone = [read_all(role, single, temperature=0.7) for single in singles]
     for row, (prompt, answer) in enumerate(zip(PROMPTS, rollouts.answers, strict=True)):
         logits = role.model(input_ids=torch.tensor([[*prompt, *answer]])).logits[0, len(prompt) - 1 : -1] / 0.7
         expected = torch.log_softmax(logits, -1).gather(-1, torch.tensor(answer)[:, None])[:, 0]

@@ -17,7 +17,7 @@ def pad_left(sequences: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, T
 
 
 def pad_right(sequences: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
-    """As `pad_left`, padding on the right, for training: ids (B, T) int64, mask (B, T) bool."""
+    """As `pad_left`, padding on the right: ids (B, T) int64, mask (B, T) bool."""
     return _pad(sequences, pad_id, is_left=False)
 
 

@@ -102,13 +102,6 @@ def frozen_choices(
     return _FrozenHead.apply(states, weight, tokens, temperature, chunk)  # type: ignore[no-untyped-call,no-any-return]
 
 
-def frozen_logprobs(
-    states: Tensor, weight: Tensor, tokens: Tensor, *, temperature: float = 1.0, chunk: int = 256
-) -> Tensor:
-    """The log-probabilities of `frozen_choices` alone."""
-    return frozen_choices(states, weight, tokens, temperature=temperature, chunk=chunk)[0]
-
-
 def chunked_choices(
     states: Tensor, head: Callable[[Tensor], Tensor], tokens: Tensor, *, temperature: float = 1.0, chunk: int = 256
 ) -> tuple[Tensor, Tensor]:

@@ -6,6 +6,7 @@ after a trial: where the trial fails, passes are padded rows and sampling is tra
 """
 
 from collections.abc import Callable, Sequence
+from itertools import groupby, pairwise
 from typing import Any
 
 import torch
@@ -63,19 +64,47 @@ def flat_states(trunk: nn.Module, ids: Tensor, positions: Tensor, attend: Attend
 
 
 def tree_attention(spans: Sequence[Span]) -> Attend:
-    """Each tree for itself."""
+    """Each tree for itself: its prefix causally, then every branch over the prefix and itself. Neighbours that are
+    plain rows of one length go together."""
+    runs = [list(run) for _, run in groupby(spans, lambda s: (True, s.stop - s.start) if s.is_chain else (False, s))]
 
     def attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, scaling: float | None) -> Tensor:
         outputs = []
-        for span in spans:
-            q, k, v = (x[:, :, span.start : span.stop] for x in (query, key, value))
-            out = F.scaled_dot_product_attention(
-                q, k, v, attn_mask=span.mask, is_causal=span.mask is None, scale=scaling, enable_gqa=True
-            )
-            outputs.append(out.transpose(1, 2))
-        return torch.cat(outputs, 1)
+        for run in runs:
+            if run[0].is_chain:
+                q, k, v = (
+                    x[0, :, run[0].start : run[-1].stop].unflatten(1, (len(run), -1)).transpose(0, 1)
+                    for x in (query, key, value)
+                )  # (rows, heads, L, D)
+                outputs.append(_causal(q, k, v, scaling).transpose(1, 2).flatten(0, 1))
+                continue
+            (span,) = run
+            for start, stop in pairwise((span.start, span.prefix_stop, *span.branch_stops)):
+                if start == stop:
+                    continue
+                q = query[:, :, start:stop]
+                k, v = (x[:, :, start:stop] for x in (key, value))
+                if start >= span.prefix_stop:
+                    k, v = (
+                        torch.cat([x[:, :, span.start : span.prefix_stop], own], 2) for x, own in ((key, k), (value, v))
+                    )
+                outputs.append(_causal(q, k, v, scaling).transpose(1, 2)[0])
+        return torch.cat(outputs)[None]  # (1, T, heads, D)
 
     return attend
+
+
+def _causal(query: Tensor, key: Tensor, value: Tensor, scaling: float | None) -> Tensor:
+    """The last of K positions ask: (B, heads, Q, D) over (B, kv heads, K, D), each seeing itself and all before it."""
+    asked, seen = query.shape[2], key.shape[2]
+    mask = None
+    if asked != seen:
+        mask = torch.ones(asked, seen, dtype=torch.bool, device=query.device).tril(seen - asked)
+    if query.is_cuda and (mask is not None or query.dtype == torch.float32):  # else it would keep all scores
+        key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
+    return F.scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=True
+    )
 
 
 class Slots:
@@ -165,7 +194,7 @@ def use_flat_attention(model: PreTrainedModel, trunk: nn.Module) -> bool:
     try:
         model.set_attn_implementation(NAME)
         found = torch.cat(_trial(model, trunk, prefix, first, second))
-    except (TypeError, ValueError, RuntimeError, AttributeError, KeyError, NotImplementedError):
+    except Exception:  # whatever it is, this architecture takes the plain way
         model.set_attn_implementation("sdpa")
         return False
     tolerance = 1e-4 if model.dtype == torch.float32 else 0.05

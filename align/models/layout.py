@@ -36,11 +36,20 @@ class Tree:
 
 @dataclass(frozen=True)
 class Span:
-    """Where a tree stands in the row, and who sees whom in it; `mask=None`: causal."""
+    """Where a tree stands in the row: its start, where its prefix ends, and where each of its branches does."""
 
     start: int
-    stop: int
-    mask: Tensor | None  # (L, L) bool
+    prefix_stop: int
+    branch_stops: tuple[int, ...]
+
+    @property
+    def stop(self) -> int:
+        return self.branch_stops[-1] if self.branch_stops else self.prefix_stop
+
+    @property
+    def is_chain(self) -> bool:
+        """Whether each token simply sees all before it."""
+        return len(self.branch_stops) <= 1
 
 
 @dataclass(frozen=True)
@@ -82,14 +91,16 @@ def flat_layout(trees: Sequence[Tree], device: torch.device) -> Layout:
     positions: list[int] = []
     spans, branches = [], []
     for tree in trees:
-        start, last = len(ids), len(ids) + len(tree.prefix) - 1 if tree.prefix else -1
+        start, stops = len(ids), []
         ids += tree.prefix
+        prefix_stop, last = len(ids), len(ids) - 1 if tree.prefix else -1
         positions += range(len(tree.prefix))
         for branch in tree.branches:
             branches.append((last, len(ids), len(branch)))
             ids += branch
+            stops.append(len(ids))
             positions += range(len(tree.prefix), len(tree.prefix) + len(branch))
-        spans.append(Span(start, len(ids), _branch_mask(tree, device)))
+        spans.append(Span(start, prefix_stop, tuple(stops)))
     row = torch.tensor([ids], dtype=torch.long, device=device)
     return Layout(
         row,
@@ -98,16 +109,6 @@ def flat_layout(trees: Sequence[Tree], device: torch.device) -> Layout:
         tuple(spans),
         tuple(branches),
     )
-
-
-def _branch_mask(tree: Tree, device: torch.device) -> Tensor | None:
-    """(L, L): a token sees the prefix and what stands before it in its own branch."""
-    if len(tree.branches) <= 1:
-        return None
-    lengths = torch.tensor([len(tree.prefix), *map(len, tree.branches)], device=device)
-    owner = torch.repeat_interleave(torch.arange(len(lengths), device=device), lengths)  # (L,), 0 = the prefix
-    is_visible = (owner[None, :] == 0) | (owner[None, :] == owner[:, None])
-    return is_visible.tril()
 
 
 def padded_layout(trees: Sequence[Tree], device: torch.device) -> Layout:

@@ -28,7 +28,7 @@ class _Narrow(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         rows = input.reshape(-1, self.in_features)
-        if len(rows) == 1 or len(rows) > NARROW or input.device.type != "cpu":
+        if len(rows) == 1 or len(rows) > NARROW:
             return super().forward(input)
         product = (self.weight @ rows.T).T
         return (product if self.bias is None else product + self.bias).reshape(*input.shape[:-1], self.out_features)
@@ -38,10 +38,11 @@ class _Narrow(nn.Linear):
 def merged_view(role: Role) -> Role:
     """The role with its adapter merged into copies of the layers that it adapts; everything else is shared.
 
-    Sampling takes many short steps, in which un-merged adapters cost a fifth. Only float32 weights are merged: in 16
-    bits the sum is rounded, and the answers would come from another policy than the one that is trained.
+    Sampling on a CPU takes many short steps, in which un-merged adapters cost a fifth. The copies are those of the
+    adapted layers, and are gone with the view. Only float32 weights are merged: in 16 bits the sum is rounded, and the
+    answers would come from another policy than the one that is trained.
     """
-    if not isinstance(role.model, PeftModel) or not role.is_exact:
+    if not isinstance(role.model, PeftModel) or not role.is_exact or role.device.type != "cpu":
         return role
     adapted = {id(layer.get_base_layer().weight) for layer in role.model.modules() if isinstance(layer, BaseTunerLayer)}
     uses = [id(p) for _, p in role.model.named_parameters(remove_duplicate=False)]

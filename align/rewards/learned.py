@@ -100,8 +100,8 @@ def _retokenised(answers: Answers, tokenizer: Any) -> tuple[list[Ids], list[Ids]
         if not isinstance(source, str) and tokenizer.chat_template is None:
             source = "\n".join(message["content"] for message in source) + "\n"  # a classifier without a template
         if isinstance(source, str):
-            prompts.append(())
-            replies.append(list(tokenizer(source + text)["input_ids"]))
+            prompts.append(list(tokenizer(source + text)["input_ids"]))
+            replies.append(())
             continue
         reply = (Message(role="assistant", content=text),)
         pair = encode_pair(tokenizer, Preference(source, reply, reply, 1.0, 1.0, 0.0, prompt.where), UNLIMITED)

@@ -38,6 +38,7 @@ def sample_flat(
     *,
     end_ids: Sequence[int],
     batch_size: int,
+    max_batch_tokens: int | None = None,
 ) -> list[Answer]:
     """One answer to each of B prompts, in their order, at most `batch_size` of them in the making at a time.
 
@@ -46,7 +47,7 @@ def sample_flat(
     waiting = deque(_by_prompt(prompts, batch_size))
     answers = [Answer(row) for row in range(len(prompts))]
     slots = Slots(min(batch_size, len(prompts)), max(map(len, prompts), default=0) + sampling.max_new_tokens)
-    budget = reading_tokens(role.causal, None)
+    budget = reading_tokens(role.causal, max_batch_tokens)
     trunk, active = trunk_of(role.causal), list[Answer]()
 
     def take(states: Tensor, rows: list[Answer]) -> None:

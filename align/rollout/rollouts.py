@@ -27,12 +27,6 @@ class Rollouts:
         """(B, R) bool, true on an answer's tokens; from the lengths, never from `token == pad`."""
         return length_mask(self.lengths, max(map(len, self.answers), default=0))
 
-    def rows(self, index: Sequence[int]) -> "Rollouts":
-        """Some of the rows, in the order of `index`."""
-        return Rollouts(
-            tuple(self.prompts[i] for i in index), tuple(self.answers[i] for i in index), self.ended[list(index)]
-        )
-
 
 @dataclass(frozen=True)
 class Reading:

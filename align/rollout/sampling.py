@@ -23,8 +23,10 @@ def sample(
     end_ids: Sequence[int],
     pad_id: int,
     batch_size: int,
+    max_batch_tokens: int | None = None,
 ) -> tuple[Rollouts, Reading | None]:
-    """One answer to each of B prompts; numbers (B, max_new_tokens) from `uniforms`; `batch_size` answers at a time.
+    """One answer to each of B prompts; numbers (B, max_new_tokens) from `uniforms`; `batch_size` answers at a
+    time, prompts in passes of at most `max_batch_tokens` tokens.
 
     Sampling is plain softmax(logits / temperature) unless the settings name top-k or top-p. The reading holds the
     role's log-probabilities, entropies and (with a head) values as they were at the draw; it is None where a training
@@ -33,7 +35,15 @@ def sample(
     if not role.is_flat or sampling.cache_implementation != "dynamic":
         drawn = sample_padded(role, prompts, numbers, sampling, end_ids=end_ids, pad_id=pad_id, batch_size=batch_size)
         return rollouts_of(prompts, drawn, end_ids=end_ids), None
-    answers = sample_flat(merged_view(role), prompts, numbers, sampling, end_ids=end_ids, batch_size=batch_size)
+    answers = sample_flat(
+        merged_view(role),
+        prompts,
+        numbers,
+        sampling,
+        end_ids=end_ids,
+        batch_size=batch_size,
+        max_batch_tokens=max_batch_tokens,
+    )
     rollouts = rollouts_of(prompts, [answer.tokens for answer in answers], end_ids=end_ids)
     if not role.is_exact:
         return rollouts, None

@@ -78,7 +78,7 @@ def _judge(
     mine = list(worker.mine(len(rows)))
     tokenizer, sampling = bases.main.tokenizer, settings.sampling
     numbers = uniforms(settings.seed, STREAM, 0, mine, sampling.max_new_tokens)
-    rollouts, at_draw = sample(
+    rollouts, _ = sample(
         role,
         [rows[i][1] for i in mine],
         numbers,
@@ -87,13 +87,15 @@ def _judge(
         pad_id=tokenizer.pad_token_id,
         batch_size=settings.batch_size,
     )
-    policy = at_draw or read_all(role, rollouts, temperature=sampling.temperature)
-    kl = kl_estimate(policy.logprobs, read_all(reference, rollouts, temperature=sampling.temperature).logprobs).sum(1)
+    own, others = (  # both read in one way, so that the reference is at 0 from itself
+        read_all(each, rollouts, temperature=sampling.temperature).logprobs for each in (role, reference)
+    )
+    kl = kl_estimate(own, others).sum(1)
     texts = [decode_completion(tokenizer, ids) for ids in rollouts.answers]
     answers = Answers([rows[i][0] for i in mine], rollouts.prompts, texts, rollouts.answers)
     scores, _ = judge(answers)
-    own = list(zip(texts, scores, kl.tolist(), rollouts.lengths.tolist(), rollouts.ended.tolist(), strict=True))
-    parts = worker.gather_objects(own)
+    found = list(zip(texts, scores, kl.tolist(), rollouts.lengths.tolist(), rollouts.ended.tolist(), strict=True))
+    parts = worker.gather_objects(found)
     whole = [parts[i % len(parts)][i // len(parts)] for i in range(len(rows))]
     return Judged(*(list(column) for column in zip(*whole, strict=True)))
 

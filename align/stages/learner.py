@@ -39,7 +39,7 @@ class Learner:
         self.name, self.parameters, self.worker = name, parameters, worker
         self.max_grad_norm = max_grad_norm
         self.optimizer = torch.optim.AdamW(
-            parameters, lr=learning_rate, betas=betas, eps=epsilon, weight_decay=weight_decay
+            parameters, lr=learning_rate, betas=betas, eps=epsilon, weight_decay=weight_decay, fused=True
         )
         self.schedule = get_scheduler(
             "constant_with_warmup" if schedule == "constant" else schedule,

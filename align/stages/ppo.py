@@ -1,7 +1,7 @@
 """The PPO stage: policy, reference, critic and rewards as views over one base.
 
     for prompts in batches:
-        scored     = sample_and_score(cast, prompts)     # tokens (B, P + R), log-probs, values (B, R), scores (B,)
+        scored     = sample_and_score(cast, prompts)     # answers, log-probs, values (B, R), scores (B,)
         experience = assess(scored, kl_coef)             # rewards, advantages, returns (B, R): pure maths
         update     = improve(cast, experience)           # clipped policy and value losses
         kl_coef    = next_kl_coef(kl_coef, kl)

@@ -242,7 +242,7 @@ def _reference_sequences(settings: RewardSettings, tokenizer: Any, train: list[P
     found = [_to_end(e.input_ids, e.loss_mask) for e in encoded if any(e.loss_mask)]
     if not found:
         raise BadInput(f"`reference`: no answer is left within `max_length: {settings.max_length}` tokens; raise it")
-    return [ids[:1] for ids in found], [ids[1:] for ids in found]
+    return found, [()] * len(found)
 
 
 def _to_end(ids: tuple[int, ...], loss_mask: tuple[bool, ...]) -> tuple[int, ...]:

@@ -69,7 +69,7 @@ def run(settings: SftSettings, worker: Worker) -> None:
 def _encoded(tokenizer: Any, rows: Any, max_length: int) -> tuple[list[Encoded], str]:
     """Tokens and loss masks of the rows that have a supervised token, and a sentence on what was cut."""
     encoded = [encode_demonstration(tokenizer, row, max_length) for row in rows]
-    return [e for e in encoded if any(e.loss_mask)], str(report_truncation(encoded, max_length))
+    return [e for e in encoded if any(e.loss_mask[1:])], str(report_truncation(encoded, max_length))
 
 
 def _num_steps(trainer: Trainer) -> int:

@@ -34,6 +34,7 @@ class Trainer(SFTTrainer):
     def __init__(self, role: Role, worker: Worker, max_batch_tokens: int | None, **arguments: Any):
         super().__init__(model=role.model, **arguments)
         self.role, self.worker, self.max_batch_tokens = role, worker, max_batch_tokens
+        self.model_accepts_loss_kwargs = True  # supervised tokens are counted for every architecture
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:  # type: ignore[override]
         """Leaves the step's gradients in the parameters; returns the loss, as the mean over processes gives it."""
@@ -63,7 +64,7 @@ class Trainer(SFTTrainer):
             found = list(self._passes(inputs))
         logprobs, is_right = (torch.cat(column) for column in zip(*found, strict=True))
         self._note("eval", is_right.sum(), torch.tensor(len(is_right), device=self.worker.device))
-        return -logprobs.mean(), None, None
+        return -logprobs.sum() / max(len(logprobs), 1), None, None
 
     def _passes(self, inputs: dict[str, Any]) -> Iterator[tuple[Tensor, Tensor]]:
         """Log-probabilities of supervised tokens and whether each is the likeliest, pass by pass."""
@@ -72,7 +73,7 @@ class Trainer(SFTTrainer):
         budget = training_tokens(self.role.causal, self.max_batch_tokens)
         for numbers in passes_of(trees, max_tokens=budget, is_flat=self.role.is_flat):
             layout = self.role.layout([trees[i] for i in numbers])
-            is_learnt = torch.tensor([label != NO_LOSS for i in numbers for label in rows[i][1][1:]])
+            is_learnt = torch.tensor([label != NO_LOSS for i in numbers for label in rows[i][1][1:]], dtype=torch.bool)
             learnt = is_learnt.to(self.worker.device)
             states = self.role.states(layout)[layout.before[learnt]]
             yield self.role.choices(states, layout.tokens[learnt])

@@ -6,11 +6,15 @@ import random
 import pytest
 import torch
 
-from align.maths.logprobs import chunked_logprobs, frozen_logprobs, token_logprobs
+from align.maths.logprobs import chunked_logprobs, frozen_choices, token_logprobs
 from tests import oracles
 
 SEEDS = range(6)
 TEMPERATURES = [1.0, 0.7, 2.5]
+
+
+def frozen_logprobs(*arguments, **settings):
+    return frozen_choices(*arguments, **settings)[0]
 
 
 def tensor(values) -> torch.Tensor:
