@@ -213,12 +213,19 @@ class Policy(Settings):
 
 
 class Critic(Settings):
-    """The value function."""
+    """The value function: a head on the policy's trunk, or an adapter of its own, as which `from` can only mean."""
 
-    kind: Literal["adapter", "trunk"] = "adapter"  # an adapter of its own, or a head on the policy's trunk
+    kind: Literal["trunk", "adapter"] = "trunk"
     path: str | None = Field(default=None, alias="from")  # a reward run to start from; None: the policy's start
     learning_rate: Positive | None = None  # None: the policy's
     warmup_iterations: Interval = 0  # iterations in which only the critic learns
+
+    @model_validator(mode="before")
+    @classmethod
+    def _kind_follows_from(cls, values: Any) -> Any:
+        if isinstance(values, dict) and "from" in values and "kind" not in values:
+            return {"kind": "adapter", **values}
+        return values
 
 
 class Sampling(Settings):
