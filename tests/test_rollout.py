@@ -106,3 +106,8 @@ def test_uniforms_are_a_function_of_their_arguments():
     assert not torch.equal(whole, uniforms(1, 1, 2, range(6), 5)) and not torch.equal(
         whole, uniforms(1, 0, 3, range(6), 5)
     )
+
+
+def test_a_static_cache_samples_the_same_answers(role):
+    static = Sampling(max_new_tokens=12, cache_implementation="static")
+    assert draw(role, PROMPTS, range(4), sampling=static).answers == draw(role, PROMPTS, range(4)).answers

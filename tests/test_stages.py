@@ -12,11 +12,14 @@ from align.artifact import checkpoints, read_manifest, state_of
 from align.data.collate import pad_left, pad_right
 from align.door import check_recipe
 from align.errors import BadInput
+from align.models.layout import parts_of
 from align.models.roles import Bases
 from align.models.scoring import score_sequences
+from align.models.tokenizer import load_tokenizer
 from align.recipe import load_recipe
 from align.report.checking import show
 from align.settings import Model, SftSettings
+from align.stages.reward import _reference_sequences
 from align.track import read_metrics
 from align.worker import Stopped, Worker
 from tests import tiny
@@ -239,3 +242,13 @@ def test_check_shows_what_would_be_done(base, data, tmp_path, capsys):
     ):
         assert part in shown
     assert not (tmp_path / "out").exists()
+
+
+def test_reference_answers_are_rows_of_their_own(base, data, tmp_path):
+    """They begin alike, and must not become branches of one tree that is as long as all of them together."""
+    chosen = tiny.settings("reward", base, data, tmp_path / "reward", reference=str(data / "sft.jsonl"))
+    prefixes, branches = _reference_sequences(chosen, load_tokenizer(chosen.model), [])
+    assert len(prefixes) == len(branches) == 40 and len({tuple(ids[:1]) for ids in prefixes}) == 1
+    parts = parts_of(prefixes, branches, max_tokens=1 << 16, is_flat=True)
+    assert all(not any(tree.branches) for part in parts for tree in part.trees)
+    assert max(len(tree.prefix) for part in parts for tree in part.trees) <= chosen.max_length
