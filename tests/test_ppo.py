@@ -74,7 +74,7 @@ def test_batch_sizes_change_nothing_but_memory(base, data, runs, finished, tmp_p
     assert tiny.largest_difference(finished, tmp_path / "other") <= TOLERANCE
     for a, b in zip(read_metrics(finished), read_metrics(tmp_path / "other"), strict=True):
         for key in ("score", "kl", "policy_loss", "value_loss", "grad_norm_policy", "eval_score"):
-            assert a.get(key, 0.0) == pytest.approx(b.get(key, 0.0), abs=TOLERANCE)
+            assert a.get(key, 0.0) == pytest.approx(b.get(key, 0.0), rel=TOLERANCE, abs=TOLERANCE)
 
 
 @pytest.mark.parametrize(

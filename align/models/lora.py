@@ -36,7 +36,7 @@ class FusedLinear(Linear):
     """PEFT's LoRA layer with `_Product` where that is what it computes."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if args or kwargs or self.disable_adapters or self.merged or not self._is_plain(x):
+        if args or kwargs or not self.is_plain or x.dtype != self.weight.dtype:
             return cast(Tensor, super().forward(x, *args, **kwargs))
         (name,) = self.active_adapters
         base = cast(nn.Linear, self.base_layer)
@@ -44,10 +44,13 @@ class FusedLinear(Linear):
         flat = x.reshape(-1, x.shape[-1])
         return _Product.apply(flat, base.weight, base.bias, a, b, self.scaling[name]).view(*x.shape[:-1], -1)
 
-    def _is_plain(self, x: Tensor) -> bool:
-        base = self.base_layer
-        names = self.active_adapters
-        if len(names) != 1 or names[0] not in self.lora_A or names[0] in self.lora_variant:
+    @property
+    def is_plain(self) -> bool:
+        """Whether the layer computes W x + bias + s B A x over a frozen W, all in one dtype, and nothing more."""
+        base, names = self.base_layer, self.active_adapters
+        if self.disable_adapters or self.merged or len(names) != 1:
+            return False
+        if names[0] not in self.lora_A or names[0] in self.lora_variant:
             return False
         a, b, dropout = (each[names[0]] for each in (self.lora_A, self.lora_B, self.lora_dropout))
         is_dropping = self.training and getattr(dropout, "p", 0.0) > 0
@@ -57,8 +60,14 @@ class FusedLinear(Linear):
             and not is_dropping
             and a.bias is None
             and b.bias is None
-            and x.dtype == base.weight.dtype == a.weight.dtype
+            and base.weight.dtype == a.weight.dtype
         )
+
+    def merged_weight(self) -> nn.Parameter:
+        """W + s B A (O, I) of a plain layer, in one pass over memory."""
+        (name,) = self.active_adapters
+        a, b = self.lora_A[name].weight, self.lora_B[name].weight
+        return nn.Parameter(torch.addmm(self.weight, b, a, alpha=self.scaling[name]), requires_grad=False)
 
 
 def fuse(model: nn.Module) -> None:

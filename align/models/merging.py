@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from align.artifact import folder_in_one_go, read_manifest
 from align.errors import BadInput
+from align.models.lora import FusedLinear
 from align.models.roles import Bases, Role
 from align.settings import Model
 
@@ -44,12 +45,18 @@ def merged_view(role: Role) -> Role:
     """
     if not isinstance(role.model, PeftModel) or not role.is_exact or role.device.type != "cpu":
         return role
-    adapted = {id(layer.get_base_layer().weight) for layer in role.model.modules() if isinstance(layer, BaseTunerLayer)}
+    layers = [layer for layer in role.model.modules() if isinstance(layer, BaseTunerLayer)]
+    adapted = {id(layer.get_base_layer().weight) for layer in layers}
     uses = [id(p) for _, p in role.model.named_parameters(remove_duplicate=False)]
     if any(uses.count(weight) > 1 for weight in adapted):  # a tied layer's adapter must not move its twin
         return role
-    memo = {id(t): t for t in (*role.model.parameters(), *role.model.buffers()) if id(t) not in adapted}
-    merged: Any = copy.deepcopy(role.model, memo).merge_and_unload()  # type: ignore[operator]
+    memo: dict[int, Any] = {id(t): t for t in (*role.model.parameters(), *role.model.buffers()) if id(t) not in adapted}
+    merged: Any
+    if all(isinstance(layer, FusedLinear) and layer.is_plain for layer in layers):
+        memo |= {id(layer.weight): layer.merged_weight() for layer in layers}
+        merged = copy.deepcopy(role.model, memo).unload()  # type: ignore[operator]
+    else:
+        merged = copy.deepcopy(role.model, memo).merge_and_unload()  # type: ignore[operator]
     for module in merged.modules():
         if type(module) is nn.Linear:
             module.__class__ = _Narrow
