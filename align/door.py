@@ -9,7 +9,22 @@ from align.data import load, looks_like_hub_id
 from align.errors import BadInput
 from align.recipe import Recipe
 from align.rewards import check_rewards
-from align.settings import Data, EvaluateSettings, Full, Lora, PpoSettings, RewardSettings, SftSettings, StageSettings
+from align.settings import (
+    PEFT_METHODS_IN_4_BITS,
+    AnyMethod,
+    Data,
+    EvaluateSettings,
+    Freeze,
+    Full,
+    Lora,
+    OtherPeft,
+    OwnMethod,
+    PpoSettings,
+    Prefix,
+    RewardSettings,
+    SftSettings,
+    StageSettings,
+)
 from align.wording import did_you_mean_path
 
 
@@ -99,18 +114,7 @@ def _check_model(settings: StageSettings) -> None:
     if model.chat_template is not None and not Path(model.chat_template).is_file():
         hint = did_you_mean_path(Path(model.chat_template)) or "; name a Jinja file"
         raise BadInput(f"`model.chat_template`: {model.chat_template} is not there{hint}")
-    if isinstance(method, Full) and model.load_in == "nf4":
-        raise BadInput(
-            f"`{key}.kind: full` cannot train a 4-bit base (`model.load_in: nf4`): use `kind: qlora`, or "
-            "`load_in: float32`"
-        )
-    if isinstance(method, Full) and model.load_in == "bfloat16":
-        raise BadInput(
-            f"`{key}.kind: full` needs `model.load_in: float32`: in bfloat16 small updates round to nothing; or use "
-            "`kind: lora`"
-        )
-    if isinstance(method, Lora) and method.kind == "qlora" and model.load_in != "nf4":
-        raise BadInput(f"`{key}.kind: qlora` needs `model.load_in: nf4` (it is {model.load_in}); or use `kind: lora`")
+    _check_method(settings, key, method)
     if isinstance(settings, SftSettings) and settings.packing and model.attn_implementation == "eager":
         raise BadInput(
             "`packing: true` is exact with `attn_implementation` sdpa or flash_attention_2; with eager set "
@@ -118,7 +122,40 @@ def _check_model(settings: StageSettings) -> None:
         )
 
 
-def _method(settings: StageSettings) -> tuple[str, Lora | Full | None]:
+def _check_method(settings: StageSettings, key: str, method: AnyMethod | None) -> None:
+    """What this method cannot do on this base or in this stage, and the nearest thing that works."""
+    load_in = settings.model.load_in
+    if isinstance(method, Full) and load_in == "nf4":
+        raise BadInput(
+            f"`{key}.kind: full` cannot train a 4-bit base (`model.load_in: nf4`): use `kind: qlora`, or "
+            "`load_in: float32`"
+        )
+    if isinstance(method, (Full, Freeze)) and load_in == "bfloat16":
+        raise BadInput(
+            f"`{key}.kind: {method.kind}` needs `model.load_in: float32`: in bfloat16 small updates round to nothing; "
+            "or use `kind: lora`"
+        )
+    if isinstance(method, Lora) and method.kind == "qlora" and load_in != "nf4":
+        raise BadInput(f"`{key}.kind: qlora` needs `model.load_in: nf4` (it is {load_in}); or use `kind: lora`")
+    if isinstance(method, Prefix):
+        if settings.model.attn_implementation != "sdpa":
+            raise BadInput(f"`{key}.kind: prefix` needs `model.attn_implementation: sdpa`; or use `kind: lora`")
+        if isinstance(settings, PpoSettings) and settings.sampling.cache_implementation == "static":
+            raise BadInput(
+                f"`{key}.kind: prefix` cannot sample with `sampling.cache_implementation: static`; leave it out"
+            )
+    if isinstance(method, OtherPeft) and load_in == "nf4" and method.kind not in PEFT_METHODS_IN_4_BITS:
+        raise BadInput(
+            f"`{key}.kind: {method.kind}` needs weights in floating point, and `model.load_in` is nf4: use "
+            f"`kind: qlora` (or one of {', '.join(PEFT_METHODS_IN_4_BITS)})"
+        )
+    if isinstance(method, (OtherPeft, OwnMethod)):  # what PEFT or the user's file says of it: heavy, and only here
+        from align.models.methods import check_method
+
+        check_method(method, key)
+
+
+def _method(settings: StageSettings) -> tuple[str, AnyMethod | None]:
     """The key and value of the stage's PEFT method."""
     if isinstance(settings, (SftSettings, RewardSettings)):
         return "method", settings.method
@@ -145,7 +182,8 @@ def _check_stage_before(
     if maker.kind not in kinds:
         wanted = " or ".join(f"`{kind}`" for kind in kinds if kind != "*")
         raise BadInput(f"`{key}`: {folder} will be a run of kind `{maker.kind}`; name one of kind {wanted}")
-    if isinstance(_method(maker)[1], Lora):
+    method = _method(maker)[1]
+    if method is not None and not isinstance(method, Full):
         _check_adapter(settings, folder, key, maker.model.base, fingerprint(maker.model.base))
 
 

@@ -346,7 +346,7 @@ def _keys(classes: Sequence[type[BaseModel]]) -> list[str]:
 
 def _is_tag(cls: type[BaseModel], tag: str) -> bool:
     kind = cls.model_fields.get("kind")
-    return kind is not None and tag in typing.get_args(kind.annotation)
+    return kind is not None and tag in (getattr(cls, "tag", None), *typing.get_args(kind.annotation))
 
 
 def _models_in(annotation: Any) -> list[type[BaseModel]]:

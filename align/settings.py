@@ -6,8 +6,18 @@ transformers, PEFT and TRL wherever they have one.
 
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    field_validator,
+    model_validator,
+)
 
+from align.plugins import is_reference
 from align.wording import did_you_mean
 
 
@@ -60,11 +70,115 @@ class Full(Settings):
     kind: Literal["full"]
 
 
-Method = Annotated[Lora | Full, Field(discriminator="kind")]
+class Freeze(Settings):
+    """Transfer learning: copies of the last layers, the final norm and the output layer; the rest is the base's own.
+
+    A PEFT folder of kind LN_TUNING, which is how PEFT names "this module, trained": it opens without us.
+    """
+
+    kind: Literal["freeze"]
+    num_layers: Count = 2  # the last so many; Houlsby et al. 2019 compare with such top-k tuning
+    train_head: bool = True  # the output layer too, where there is no scalar head in its place
+    target_modules: str | tuple[str, ...] | None = None  # a pattern or suffixes of modules instead of `num_layers`
+
+
+class Adapter(Settings):
+    """Bottleneck adapters: down-projection, non-linearity, up-projection, residual; the start is the base itself."""
+
+    kind: Literal["adapter"]
+    placement: Literal["houlsby", "pfeiffer"] = "houlsby"  # after attention and feed-forward | feed-forward alone
+    reduction_factor: Count = 16  # hidden size / bottleneck size (Pfeiffer et al. 2021)
+    activation: str = "relu"  # a name of transformers' ACT2FN
+    target_modules: str | tuple[str, ...] | None = None
+
+
+class Prefix(Settings):
+    """PEFT's PrefixTuningConfig: keys and values that every token sees before its own, trained in every layer."""
+
+    kind: Literal["prefix"]
+    num_virtual_tokens: Count = 20  # Li & Liang 2021: 10 for table-to-text, 200 for summaries
+    init_text: str = "You are a helpful assistant. You read the question carefully and answer it well and to the point."
+    # (section 7.4 there: start from the activations of real words; repeated where it is too short)
+
+
+class Ia3(Settings):
+    """PEFT's IA3Config: learned scales of keys, values and feed-forward activations, all 1 at the start."""
+
+    kind: Literal["ia3"]
+    target_modules: str | tuple[str, ...] | None = None  # None: PEFT's choice for the architecture
+    feedforward_modules: str | tuple[str, ...] | None = None
+
+
+METHODS = ("lora", "qlora", "full", "freeze", "adapter", "prefix", "ia3")
+# PEFT's own that leave the base as it is and need nothing of the training loop, as tests/test_methods.py tries them.
+# Others need more: prompt tuning places tokens of its own, AdaLoRA counts steps, X-LoRA and Poly choose by task.
+PEFT_METHODS_IN_4_BITS = ("beft", "boft", "fourierft", "gralora", "hira", "ln_tuning", "miss", "oft", "pvera", "vera")
+PEFT_METHODS = (
+    *PEFT_METHODS_IN_4_BITS,
+    *("c3a", "deft", "delora", "frod", "glora", "hra", "loha", "lokr", "osf", "peanut", "psoft", "road", "shira"),
+    *("supertuning", "tinylora", "unilora", "vblora", "waveft"),
+)
+
+
+class OtherPeft(Settings):
+    """Any other PEFT type by its name, with the keys of its own configuration, which PEFT validates."""
+
+    model_config = ConfigDict(extra="allow", frozen=True, allow_inf_nan=False)
+    tag: ClassVar[str] = "other"
+    kind: str
+
+    @field_validator("kind")
+    @classmethod
+    def _is_known(cls, kind: str) -> str:
+        if kind not in PEFT_METHODS:
+            known = (*METHODS, *PEFT_METHODS)
+            hint = did_you_mean(kind, known) or f"; one of: {', '.join(known)}, or file.py:function"
+            raise ValueError(f"no tuning method that roles over one base can have{hint}")
+        return kind
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        return dict(self.model_extra or {})
+
+
+class OwnMethod(Settings):
+    """`file.py:function`, called as `function(model, **settings)`, returns a PeftModel over the model it is given."""
+
+    model_config = ConfigDict(extra="allow", frozen=True, allow_inf_nan=False)
+    tag: ClassVar[str] = "own"
+    kind: str
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        return dict(self.model_extra or {})
+
+
+def _tag_of(value: Any) -> str:
+    kind = str(value.get("kind", "lora") if isinstance(value, dict) else getattr(value, "kind", "lora"))
+    if kind in METHODS:
+        return "lora" if kind == "qlora" else kind
+    return OwnMethod.tag if is_reference(kind) else OtherPeft.tag
+
+
+AnyMethod = Lora | Full | Freeze | Adapter | Prefix | Ia3 | OtherPeft | OwnMethod
+Method = Annotated[
+    Annotated[Lora, Tag("lora")]
+    | Annotated[Full, Tag("full")]
+    | Annotated[Freeze, Tag("freeze")]
+    | Annotated[Adapter, Tag("adapter")]
+    | Annotated[Prefix, Tag("prefix")]
+    | Annotated[Ia3, Tag("ia3")]
+    | Annotated[OtherPeft, Tag(OtherPeft.tag)]
+    | Annotated[OwnMethod, Tag(OwnMethod.tag)],
+    Discriminator(_tag_of),
+]
 
 
 def _default_kind(value: Any) -> Any:
     return {"kind": "lora", **value} if isinstance(value, dict) and "kind" not in value else value
+
+
+Optimizer = Literal["adamw_torch_fused", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit"]  # transformers' names
 
 
 class Source(Settings):
@@ -111,6 +225,7 @@ class Training(Settings):
     per_device_train_batch_size: Count = 8  # rows of a step; how many go in a pass is max_batch_tokens' affair
     gradient_accumulation_steps: Count = 1
     max_batch_tokens: Count | None = None  # of a pass: memory only; None: 3/4 GiB of activations, GPU 4
+    optim: Optimizer = "adamw_torch_fused"  # bitsandbytes' keep their state in 8 bits, or in pages a GPU can lend out
     weight_decay: NonNegative = 0.0
     warmup_ratio: Fraction = 0.03
     lr_scheduler_type: Literal["linear", "cosine", "constant"] = "cosine"
@@ -249,6 +364,7 @@ class Ppo(Settings):
     max_batch_tokens: Count | None = None  # of a pass: memory only; None: 3/4 GiB of activations, GPU 4
     sampling_batch_size: Count = 32  # answers in the making at a time
     learning_rate: Positive = 3e-5
+    optim: Optimizer = "adamw_torch_fused"
     lr_scheduler_type: Literal["linear", "constant"] = "linear"
     adam_epsilon: Positive = 1e-5
     weight_decay: NonNegative = 0.0
@@ -293,7 +409,7 @@ class Ppo(Settings):
 
 
 class PpoSettings(StageSettings):
-    """Proximal policy optimisation of a LoRA, QLoRA or full policy."""
+    """Proximal policy optimisation of a policy tuned by any method."""
 
     kind: ClassVar[str] = "ppo"
     policy: Policy = Policy()

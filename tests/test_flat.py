@@ -6,14 +6,15 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model
+from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from align.models.attention import Slots, flat_states, tree_attention
 from align.models.base import trunk_of
 from align.models.layout import Tree, flat_layout
 from align.models.merging import merged_view
-from align.models.roles import Bases, Role, lora_config, new_head
+from align.models.methods import with_method
+from align.models.roles import Bases, Role, new_head
 from align.models.scoring import score_sequences
 from align.rollout.draw import uniforms
 from align.rollout.generate import sample_padded
@@ -69,7 +70,7 @@ class Case:
             if "lora_" in name:
                 p.data += torch.randn(p.shape, generator=generator) * 0.03
         plain = AutoModelForCausalLM.from_pretrained(self.folder, attn_implementation="eager")
-        wrapped = get_peft_model(plain, lora_config(method)).eval()
+        wrapped = with_method(plain, method, None, head=False).eval()
         adapter = {name: p for name, p in role.model.state_dict().items() if "lora_" in name}
         assert not wrapped.load_state_dict(adapter, strict=False).unexpected_keys
         return role, wrapped

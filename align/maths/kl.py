@@ -20,6 +20,16 @@ def kl_estimate(logprobs: Tensor, reference_logprobs: Tensor, *, estimator: str 
     raise ValueError(f"unknown estimator {estimator!r}")
 
 
+def exact_kl(logits: Tensor, other_logits: Tensor) -> Tensor:
+    """KL(p || q) in nats of p = softmax(logits) and q = softmax(other_logits): (..., V), (..., V) -> (...).
+
+    sum_v p(v) (log p(v) - log q(v)), in float32 or wider.
+    """
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    logp, logq = logits.to(wide).log_softmax(-1), other_logits.to(wide).log_softmax(-1)
+    return (logp.exp() * (logp - logq)).sum(-1)
+
+
 def next_kl_coef(kl_coef: float, kl: float, *, target: float | None, horizon: int, num_sequences: int) -> float:
     """The coefficient after `num_sequences` more sequences with mean sequence KL `kl`.
 

@@ -24,6 +24,8 @@ STRETCHING = ("dynamic", "longrope")  # rotary positions that depend on the long
 
 # (layer, query (1, heads, T, D), key and value (1, kv heads, T, D), scaling) -> (1, T, heads, D)
 Attend = Callable[[nn.Module, Tensor, Tensor, Tensor, float | None], Tensor]
+# of each layer: keys and values (kv heads, N, D) that every sequence sees before its own
+Prefix = Sequence[tuple[Tensor, Tensor]]
 
 
 def _forward(
@@ -63,9 +65,14 @@ def flat_states(trunk: nn.Module, ids: Tensor, positions: Tensor, attend: Attend
     return output.last_hidden_state[0]
 
 
-def tree_attention(spans: Sequence[Span]) -> Attend:
+def prefix_length(prefix: Prefix | None) -> int:
+    """How many positions a prefix takes: what comes after it stands so much further on."""
+    return prefix[0][0].shape[1] if prefix else 0
+
+
+def tree_attention(spans: Sequence[Span], prefix: Prefix | None = None) -> Attend:
     """Each tree for itself: its prefix causally, then every branch over the prefix and itself. Neighbours that are
-    plain rows of one length go together."""
+    plain rows of one length go together. All see the `prefix` of a tuned role, if there is one."""
     runs = [list(run) for _, run in groupby(spans, lambda s: (True, s.stop - s.start) if s.is_chain else (False, s))]
 
     def attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, scaling: float | None) -> Tensor:
@@ -76,6 +83,8 @@ def tree_attention(spans: Sequence[Span]) -> Attend:
                     x[0, :, run[0].start : run[-1].stop].unflatten(1, (len(run), -1)).transpose(0, 1)
                     for x in (query, key, value)
                 )  # (rows, heads, L, D)
+                if prefix is not None:
+                    k, v = _after_prefix(prefix, module, k, v)
                 outputs.append(_causal(q, k, v, scaling).transpose(1, 2).flatten(0, 1))
                 continue
             (span,) = run
@@ -88,10 +97,22 @@ def tree_attention(spans: Sequence[Span]) -> Attend:
                     k, v = (
                         torch.cat([x[:, :, span.start : span.prefix_stop], own], 2) for x, own in ((key, k), (value, v))
                     )
+                if prefix is not None:
+                    k, v = _after_prefix(prefix, module, k, v)
                 outputs.append(_causal(q, k, v, scaling).transpose(1, 2)[0])
         return torch.cat(outputs)[None]  # (1, T, heads, D)
 
     return attend
+
+
+def _after_prefix(prefix: Prefix, module: Any, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """The layer's prefix, then key and value (rows, kv heads, L, D)."""
+    rows = len(key)
+    first, second = (
+        torch.cat([given.expand(rows, -1, -1, -1).to(own.dtype), own], 2)
+        for given, own in zip(prefix[module.layer_idx], (key, value), strict=True)
+    )
+    return first, second
 
 
 def _causal(query: Tensor, key: Tensor, value: Tensor, scaling: float | None) -> Tensor:
@@ -110,28 +131,32 @@ def _causal(query: Tensor, key: Tensor, value: Tensor, scaling: float | None) ->
 class Slots:
     """Keys and values of answers in the making: row i's stand at positions 0 .. lengths[i] - 1 of slot i.
 
-    Answers of any length side by side, without padding on the left; one that is done gives its slot away.
+    Answers of any length side by side, without padding on the left; one that is done gives its slot away. The prefix
+    of a tuned role, if there is one, stands at the first positions of every slot.
     """
 
-    def __init__(self, num_slots: int, width: int):
-        self.num_slots, self.width = num_slots, width
+    def __init__(self, num_slots: int, width: int, prefix: Prefix | None = None):
+        self.num_slots, self.prefix = num_slots, prefix
+        self.width = width + prefix_length(prefix)
         self.lengths: list[int] = []
         self.keys: dict[int, Tensor] = {}  # layer -> (slots, kv heads, width, D)
         self.values: dict[int, Tensor] = {}
 
     def fill(self, spans: Sequence[Span], counts: Sequence[int]) -> Attend:
         """Attention over prompts, each of which is kept in so many new slots, one after the other."""
-        causal, taken = tree_attention(spans), []
+        causal, taken, begin = tree_attention(spans, self.prefix), [], prefix_length(self.prefix)
         for span, count in zip(spans, counts, strict=True):
             first = len(self.lengths)
             taken.append((span, slice(first, first + count)))
-            self.lengths += [span.stop - span.start] * count
+            self.lengths += [begin + span.stop - span.start] * count
 
-        def attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, scaling: float | None) -> Tensor:
-            for store, new in ((self.keys, key), (self.values, value)):
+        def attend(module: Any, query: Tensor, key: Tensor, value: Tensor, scaling: float | None) -> Tensor:
+            for of_prefix, (store, new) in enumerate(((self.keys, key), (self.values, value))):
                 kept = self._of_layer(store, module, new)
                 for span, slots in taken:
-                    kept[slots, :, : span.stop - span.start] = new[0, :, span.start : span.stop]
+                    kept[slots, :, begin : begin + span.stop - span.start] = new[0, :, span.start : span.stop]
+                    if self.prefix is not None:
+                        kept[slots, :, :begin] = self.prefix[module.layer_idx][of_prefix].to(kept.dtype)
             return causal(module, query, key, value, scaling)
 
         return attend

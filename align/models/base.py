@@ -69,6 +69,19 @@ def trunk_of(model: PreTrainedModel) -> torch.nn.Module:
     return model.base_model if model.base_model is not model else model.get_decoder()
 
 
+def decoder_layers(model: PreTrainedModel) -> torch.nn.ModuleList:
+    """The trunk's layers, first to last.
+
+    Raises:
+        BadInput: the trunk has no list of as many layers as its configuration says.
+    """
+    count = model.config.get_text_config().num_hidden_layers
+    for child in trunk_of(model).children():
+        if isinstance(child, torch.nn.ModuleList) and len(child) == count:
+            return child
+    raise BadInput("this architecture does not keep its layers in one list: name `target_modules`")
+
+
 def switch_dropout_off(model: torch.nn.Module) -> None:
     """No role drops anything, in training passes neither: the first minibatch's ratio must be 1."""
     for module in model.modules():

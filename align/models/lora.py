@@ -66,7 +66,7 @@ class FusedLinear(Linear):
     def merged_weight(self) -> nn.Parameter:
         """W + s B A (O, I) of a plain layer, in one pass over memory."""
         (name,) = self.active_adapters
-        a, b = self.lora_A[name].weight, self.lora_B[name].weight
+        a, b = cast(Tensor, self.lora_A[name].weight), cast(Tensor, self.lora_B[name].weight)
         return nn.Parameter(torch.addmm(self.weight, b, a, alpha=self.scaling[name]), requires_grad=False)
 
 

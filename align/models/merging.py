@@ -2,10 +2,12 @@
 
 import copy
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
+from peft.tuners.ia3.layer import IA3Layer
+from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -17,6 +19,10 @@ from align.models.roles import Bases, Role
 from align.settings import Model
 
 NARROW = 64  # rows
+UNMERGEABLE = {
+    "BOTTLENECK": "its layers are not linear, so that no matrix of the base can stand for them",
+    "PREFIX_TUNING": "its keys and values are not weights of the base",
+}
 PROBE = ("The answer to the question is", "Once upon a time there was a", "1 2 3 4 5 6 7 8", "Dear all, thank you for")
 
 
@@ -46,17 +52,20 @@ def merged_view(role: Role) -> Role:
     if not isinstance(role.model, PeftModel) or not role.is_exact or role.device.type != "cpu":
         return role
     layers = [layer for layer in role.model.modules() if isinstance(layer, BaseTunerLayer)]
+    if not layers or not all(isinstance(layer, (LoraLayer, IA3Layer)) for layer in layers):
+        return role  # nothing to merge, or nothing to gain
     adapted = {id(layer.get_base_layer().weight) for layer in layers}
     uses = [id(p) for _, p in role.model.named_parameters(remove_duplicate=False)]
     if any(uses.count(weight) > 1 for weight in adapted):  # a tied layer's adapter must not move its twin
         return role
     memo: dict[int, Any] = {id(t): t for t in (*role.model.parameters(), *role.model.buffers()) if id(t) not in adapted}
+    plain: list[Any] = [layer for layer in layers if isinstance(layer, FusedLinear) and layer.is_plain]
     merged: Any
-    if all(isinstance(layer, FusedLinear) and layer.is_plain for layer in layers):
-        memo |= {id(layer.weight): layer.merged_weight() for layer in layers}
-        merged = copy.deepcopy(role.model, memo).unload()  # type: ignore[operator]
+    if len(plain) == len(layers):
+        memo |= {id(layer.weight): layer.merged_weight() for layer in plain}
+        merged = cast(Any, copy.deepcopy(role.model, memo)).unload()
     else:
-        merged = copy.deepcopy(role.model, memo).merge_and_unload()  # type: ignore[operator]
+        merged = cast(Any, copy.deepcopy(role.model, memo)).merge_and_unload()
     for module in merged.modules():
         if type(module) is nn.Linear:
             module.__class__ = _Narrow
@@ -83,6 +92,11 @@ def merge(run: str, out: str) -> float:
         raise BadInput(f"the run in {run} is not finished; start it again to go on with it")
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise BadInput(f"{out} is not empty; name a new folder")
+    kind = str(getattr(PeftConfig.from_pretrained(run).peft_type, "value", ""))
+    if kind in UNMERGEABLE:
+        raise BadInput(
+            f"the adapter in {run} cannot be merged: {UNMERGEABLE[kind]}; open it with PEFT (`import align`)"
+        )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     bases = Bases(Model(**manifest["recipe"]["model"]), device)
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -90,7 +104,9 @@ def merge(run: str, out: str) -> float:
     before = _logits(bases.role(run), ids)
     if bases.settings.load_in == "nf4":
         bases.main.model.dequantize()  # in place: the roles made from here on are views over plain weights
-    merged = bases.role(run).model.merge_and_unload()  # type: ignore[operator]
+    merged: Any = bases.role(run).model.merge_and_unload()  # type: ignore[operator]
+    if merged.get_output_embeddings().weight is not merged.get_input_embeddings().weight:  # tied before, perhaps
+        merged.config.get_text_config().tie_word_embeddings = merged.config.tie_word_embeddings = False
     with folder_in_one_go(target) as path:
         merged.save_pretrained(path)
         tokenizer.save_pretrained(path)

@@ -11,20 +11,19 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, load_peft_weights, set_peft_model_state_dict
+from peft import PeftConfig, PeftModel, get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from align.artifact import fingerprint, read_manifest
 from align.errors import BadInput
 from align.maths.logprobs import chunked_choices, frozen_choices
-from align.models.attention import flat_states, is_flat, tree_attention
+from align.models.attention import Prefix, flat_states, is_flat, prefix_length, tree_attention
 from align.models.base import Base, load_base, trunk_of
 from align.models.layout import Layout, Tree, flat_layout, padded_layout
 from align.models.lora import fuse
-from align.settings import Full, Lora, Model
-
-HEAD_KEY = "base_model.model.score.weight"  # where PEFT keeps the head of a sequence classifier
+from align.models.methods import inject, prefix_of, with_method
+from align.settings import AnyMethod, Full, Model
 
 
 class Role(nn.Module):
@@ -72,6 +71,12 @@ class Role(nn.Module):
         """Whether it computes in plain float32, so that any two ways to the same number agree closely."""
         return self.causal.dtype == torch.float32 and not getattr(self.causal, "is_quantized", False)
 
+    @property
+    def prefix(self) -> Prefix | None:
+        """Keys and values of prefix tuning, with gradients if it is trained; None for every other method."""
+        is_prefix = isinstance(self.model, PeftModel) and self.model.active_peft_config.is_prompt_learning
+        return prefix_of(cast(PeftModel, self.model)) if is_prefix else None
+
     def layout(self, trees: Sequence[Tree]) -> Layout:
         """How this role's passes lay out `trees`."""
         return (flat_layout if self.is_flat else padded_layout)(trees, self.device)
@@ -79,7 +84,9 @@ class Role(nn.Module):
     def states(self, layout: Layout) -> Tensor:
         """Final hidden states (rows * width, H), which the layout's `before` and `last` point into."""
         if layout.spans:
-            return flat_states(trunk_of(self.causal), layout.ids, layout.positions, tree_attention(layout.spans))
+            prefix = self.prefix
+            positions = layout.positions + prefix_length(prefix)
+            return flat_states(trunk_of(self.causal), layout.ids, positions, tree_attention(layout.spans, prefix))
         return self.hidden(layout.ids, layout.mask).flatten(0, 1)
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -148,7 +155,7 @@ class Bases:
         return self._loaded[key]
 
     def role(
-        self, folder: str | None, *, method: Lora | Full | None = None, trainable: bool = False, head: bool = False
+        self, folder: str | None, *, method: AnyMethod | None = None, trainable: bool = False, head: bool = False
     ) -> Role:
         """The role that a run's folder holds, or (`folder=None`) one that starts at the base.
 
@@ -171,7 +178,7 @@ class Bases:
             model, weight = _with_saved_adapter(view(base.model), folder, trainable)
         else:
             base = self.main if folder is None else self.load(folder)
-            model, weight = _with_new_method(base.model, method, trainable), _saved_head(folder)
+            model, weight = _with_new_method(base, method, trainable, head), _saved_head(folder)
         if not head:
             return Role(model)
         scalar = new_head(int(base.model.config.get_text_config().hidden_size), self.device)
@@ -181,39 +188,45 @@ class Bases:
         return Role(model, head=scalar)
 
 
+def head_key(model: PeftModel) -> str:
+    """Where PEFT keeps the head of a sequence classifier that this adapter is for."""
+    is_wrapped = not model.active_peft_config.is_prompt_learning  # by a tuner, between PEFT's model and transformers'
+    return "base_model.model.score.weight" if is_wrapped else "base_model.score.weight"
+
+
+def adapter_weights(model: PeftModel) -> dict[str, Tensor]:
+    """The adapter alone, by the names under which PEFT saves it."""
+    return get_peft_model_state_dict(model, save_embedding_layers=False)
+
+
 def _with_saved_adapter(model: PreTrainedModel, folder: str, trainable: bool) -> tuple[PeftModel, Tensor | None]:
     config = PeftConfig.from_pretrained(folder)
     if getattr(config, "bias", "none") != "none":
         raise BadInput(f"the adapter in {folder} trains biases of the base, which roles share: use `bias: none`")
     config.inference_mode = not trainable
-    config.task_type, config.modules_to_save = "CAUSAL_LM", None  # the head, if any, is ours to place
-    peft_model = get_peft_model(model, config)
+    config.task_type = "CAUSAL_LM"  # the head, if any, is ours to place
+    if hasattr(config, "modules_to_save"):
+        config.modules_to_save = None
+    peft_model = inject(model, config)
     weights = load_peft_weights(folder, device=str(model.device))
-    head = weights.pop(HEAD_KEY, None)
-    result: Any = set_peft_model_state_dict(peft_model, weights)
-    if result.unexpected_keys or any("lora_" in key for key in result.missing_keys):
-        raise BadInput(
-            f"the adapter in {folder} does not fit its base: {(result.unexpected_keys or ['keys missing'])[0]}"
-        )
+    head = weights.pop(head_key(peft_model), None)
+    wanted = adapter_weights(peft_model).keys()
+    if wanted != weights.keys():
+        raise BadInput(f"the adapter in {folder} does not fit its base: {sorted(wanted ^ weights.keys())[0]}")
+    set_peft_model_state_dict(peft_model, weights)
     return peft_model, head
 
 
-def _with_new_method(
-    model: PreTrainedModel, method: Lora | Full | None, trainable: bool
-) -> PreTrainedModel | PeftModel:
+def _with_new_method(base: Base, method: AnyMethod | None, trainable: bool, head: bool) -> PreTrainedModel | PeftModel:
     if method is None:
-        return view(model)
+        return view(base.model)
     if isinstance(method, Full):
-        return copy.deepcopy(model).requires_grad_(trainable)
-    return get_peft_model(view(model), lora_config(method))
-
-
-def lora_config(method: Lora, *, task_type: str = "CAUSAL_LM") -> LoraConfig:
-    """The recipe's LoRA settings as PEFT's own configuration."""
-    values = method.model_dump(exclude={"kind"})
-    if not isinstance(values["target_modules"], str):
-        values["target_modules"] = list(values["target_modules"])
-    return LoraConfig(task_type=task_type, **values)
+        whole = copy.deepcopy(base.model).requires_grad_(trainable)
+        output = whole.get_output_embeddings()
+        if head and output.weight is not whole.get_input_embeddings().weight:  # nothing would flow to it
+            output.requires_grad_(False)
+        return whole
+    return with_method(view(base.model), method, base.tokenizer, head=head)
 
 
 def _saved_head(folder: str | None) -> Tensor | None:

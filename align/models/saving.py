@@ -1,16 +1,17 @@
 """Writes roles in PEFT's and transformers' own formats, and keeps what training changes."""
 
+import copy
 import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel, get_peft_model_state_dict
+from peft import PeftModel
 from safetensors.torch import save_file
 from torch import Tensor
 
 from align.artifact import write_atomically
-from align.models.roles import HEAD_KEY, Role
+from align.models.roles import Role, adapter_weights, head_key
 
 
 def save_role(role: Role, folder: Path, *, base_name: str) -> None:
@@ -26,26 +27,20 @@ def save_role(role: Role, folder: Path, *, base_name: str) -> None:
         return
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in adapter_weights(role.model).items()}
     config: Any = role.model.peft_config["default"]
-    before = config.task_type, config.modules_to_save, config.inference_mode, config.base_model_name_or_path
+    config = copy.copy(config)
     config.inference_mode, config.base_model_name_or_path = True, base_name
     if role.head is not None:
-        weights[HEAD_KEY] = role.head.weight.detach().cpu().contiguous()
-        config.task_type, config.modules_to_save = "SEQ_CLS", ["score"]
-    try:
-        with_config = folder / ".adapter_config"
-        config.save_pretrained(str(with_config))
-        (with_config / "adapter_config.json").replace(folder / "adapter_config.json")
-        shutil.rmtree(with_config)
-    finally:
-        config.task_type, config.modules_to_save, config.inference_mode, config.base_model_name_or_path = before
+        weights[head_key(role.model)] = role.head.weight.detach().cpu().contiguous()
+        config.task_type = "SEQ_CLS"
+        if hasattr(config, "modules_to_save"):
+            config.modules_to_save = ["score"]
+    with_config = folder / ".adapter_config"
+    config.save_pretrained(str(with_config))
+    (with_config / "adapter_config.json").replace(folder / "adapter_config.json")
+    shutil.rmtree(with_config)
     write_atomically(
         folder / "adapter_model.safetensors", lambda path: save_file(weights, path, metadata={"format": "pt"})
     )
-
-
-def adapter_weights(model: PeftModel) -> dict[str, Tensor]:
-    """The adapter alone, by the names under which PEFT saves it."""
-    return get_peft_model_state_dict(model, save_embedding_layers=False)
 
 
 def _save_whole(role: Role, folder: Path) -> None:

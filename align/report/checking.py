@@ -10,7 +10,7 @@ from rich.text import Text
 from align.data import encode_demonstration, encode_pair, encode_prompt, load, looks_like_hub_id
 from align.recipe import Recipe
 from align.report.tables import plain
-from align.settings import Data, Full, Lora, PpoSettings, RewardSettings, SftSettings, StageSettings
+from align.settings import AnyMethod, Data, Full, Lora, PpoSettings, RewardSettings, SftSettings, StageSettings
 
 STATES = {"new": "new", "running": "was stopped; goes on", "finished": "finished already"}
 
@@ -48,24 +48,24 @@ def _counts(kind: str, data: Data) -> str:
     return f"{counts.num_train} {kind}, {counts.num_validation} held out: {names}"
 
 
-def _trainable(settings: StageSettings, method: Lora | Full) -> str:
+def _trainable(settings: StageSettings, method: AnyMethod) -> str:
     """Counted on a model without storage; nothing is loaded."""
     if not Path(settings.model.base).is_dir():
         return "(the base is on the Hub: counted when it is loaded)"
     import torch
-    from peft import get_peft_model
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from align.models.roles import lora_config
+    from align.models.attention import NAME
+    from align.models.methods import with_method
 
     with torch.device("meta"):
         model: Any = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(settings.model.base))
-        whole = model.num_parameters()
-        if isinstance(method, Lora):
-            model = get_peft_model(model, lora_config(method))
-            trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        else:
-            trained = whole
+        whole = trained = model.num_parameters()
+        if not isinstance(method, Full):
+            model.config._attn_implementation = NAME  # whether it really takes it is seen when it is loaded
+            model.requires_grad_(False)
+            tuned = with_method(model, method, None, head=isinstance(settings, RewardSettings))
+            trained = sum(p.numel() for p in tuned.parameters() if p.requires_grad)
     return f"{trained:,} of {whole:,} parameters ({trained / whole:.2%}), method {method.kind}"
 
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from align.models.attention import Slots, flat_states
+from align.models.attention import Slots, flat_states, prefix_length
 from align.models.base import trunk_of
 from align.models.budget import reading_tokens
 from align.models.layout import Tree, flat_layout
@@ -46,7 +46,8 @@ def sample_flat(
     """
     waiting = deque(_by_prompt(prompts, batch_size))
     answers = [Answer(row) for row in range(len(prompts))]
-    slots = Slots(min(batch_size, len(prompts)), max(map(len, prompts), default=0) + sampling.max_new_tokens)
+    width = max(map(len, prompts), default=0) + sampling.max_new_tokens
+    slots, before = Slots(min(batch_size, len(prompts)), width, role.prefix), prefix_length(role.prefix)
     budget = reading_tokens(role.causal, max_batch_tokens)
     trunk, active = trunk_of(role.causal), list[Answer]()
 
@@ -66,7 +67,7 @@ def sample_flat(
             layout = flat_layout([Tree(prompts[rows[0]], [[]]) for rows in groups], role.device)
             attend = slots.fill(layout.spans, [len(rows) for rows in groups])
             new = [answers[row] for rows in groups for row in rows]
-            states = flat_states(trunk, layout.ids, layout.positions, attend)[layout.last]  # (groups, H)
+            states = flat_states(trunk, layout.ids, layout.positions + before, attend)[layout.last]  # (groups, H)
             repeats = torch.tensor([len(rows) for rows in groups], device=role.device)
             take(states.repeat_interleave(repeats, 0), new)
             active += new

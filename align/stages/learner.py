@@ -6,6 +6,8 @@ applied. Losses are divided beforehand by counts of the whole minibatch, so that
 """
 
 import math
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,7 +19,7 @@ from align.worker import Worker
 
 
 class Learner:
-    """AdamW, gradient clipping and a learning-rate schedule over a fixed list of parameters."""
+    """AdamW of some kind, gradient clipping and a learning-rate schedule over a fixed list of parameters."""
 
     def __init__(
         self,
@@ -33,13 +35,14 @@ class Learner:
         weight_decay: float = 0.0,
         betas: tuple[float, float] = (0.9, 0.999),
         epsilon: float = 1e-8,
+        optim: str = "adamw_torch_fused",
     ):
         if not parameters:
             raise RunFailed(f"the {name} has no parameter to train")
         self.name, self.parameters, self.worker = name, parameters, worker
         self.max_grad_norm = max_grad_norm
-        self.optimizer = torch.optim.AdamW(
-            parameters, lr=learning_rate, betas=betas, eps=epsilon, weight_decay=weight_decay, fused=True
+        self.optimizer = _optimizer(optim, worker.device)(
+            parameters, lr=learning_rate, betas=betas, eps=epsilon, weight_decay=weight_decay
         )
         self.schedule = get_scheduler(
             "constant_with_warmup" if schedule == "constant" else schedule,
@@ -92,6 +95,27 @@ class Learner:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
+
+
+def available(optim: str, device: torch.device) -> tuple[str, str]:
+    """The optimiser that `optim` comes to on this device, and a line to say if it is another one."""
+    if device.type == "cuda" or not optim.startswith("paged_"):
+        return optim, ""
+    instead = {"paged_adamw_8bit": "adamw_8bit", "paged_adamw_32bit": "adamw_torch_fused"}[optim]
+    return instead, f"`optim: {optim}`: nothing is paged on a CPU; {instead} is used"
+
+
+def _optimizer(optim: str, device: torch.device) -> Callable[..., torch.optim.Optimizer]:
+    name, _ = available(optim, device)
+    if name == "adamw_torch_fused":
+        return partial(torch.optim.AdamW, fused=True)
+    import bitsandbytes.optim as bnb
+
+    return {
+        "adamw_8bit": bnb.AdamW8bit,
+        "paged_adamw_8bit": bnb.PagedAdamW8bit,
+        "paged_adamw_32bit": bnb.PagedAdamW32bit,
+    }[name]
 
 
 def _same_start(parameters: list[nn.Parameter], worker: Worker) -> None:

@@ -29,15 +29,17 @@ from align.phases import Phases
 from align.report.curves import ppo_curves
 from align.report.tables import sample_table, save_samples
 from align.rewards import build_rewards
-from align.settings import Full, Lora, Ppo, PpoSettings
+from align.settings import AnyMethod, Lora, Ppo, PpoSettings
 from align.stages import checkpoint
-from align.stages.learner import Learner
+from align.stages.costs import adapter_bytes
+from align.stages.learner import Learner, available
 from align.stages.order import left_out, row_order
 from align.stages.ppo_steps import Cast, Experience, PromptRow, Scored, assess, figures, improve, sample_and_score
-from align.track import Tracker
+from align.track import Tracker, read_metrics
 from align.worker import Worker
 
 TRAIN, EVALUATE = 0, 1  # streams of random numbers
+PHASES = ("sample", "score", "update")
 
 
 @dataclass(frozen=True)
@@ -187,7 +189,7 @@ def cast_roles(settings: PpoSettings, worker: Worker) -> Cast:
     return Cast(base, base_name, policy, bases.role(start), critic, rewards, end_token_ids(base.tokenizer))
 
 
-def _critic(bases: Bases, settings: PpoSettings, policy_method: Lora | Full | None) -> Role:
+def _critic(bases: Bases, settings: PpoSettings, policy_method: AnyMethod | None) -> Role:
     """A role of its own that starts from a reward run, or where the policy starts with a head of zeros."""
     path = settings.critic.path
     if path is None:
@@ -238,6 +240,7 @@ def make_learners(cast: Cast, settings: PpoSettings, worker: Worker) -> dict[str
             max_grad_norm=ppo.max_grad_norm,
             weight_decay=ppo.weight_decay,
             epsilon=ppo.adam_epsilon,
+            optim=ppo.optim,
         )
 
     return {
@@ -315,7 +318,7 @@ def _speeds(scored: Scored, phases: Phases, ppo: Ppo) -> dict[str, float]:
 
 
 def _remarks(cast: Cast, settings: PpoSettings) -> list[str]:
-    remarks = []
+    remarks = [available(settings.ppo.optim, cast.policy.device)[1]]
     if settings.sampling.top_k or settings.sampling.top_p < 1.0:
         remarks.append(
             "warning: with top_k or top_p answers are not drawn from the distribution that PPO differentiates; "
@@ -324,6 +327,20 @@ def _remarks(cast: Cast, settings: PpoSettings) -> list[str]:
     if not cast.policy.is_flat:
         remarks.append("this attention takes padded batches only: prompts are computed once for each of their answers")
     return remarks
+
+
+def _cost(folder: Path, policy: Role) -> dict[str, float]:
+    """What an iteration cost: median seconds, prompts' and answers' tokens a second, peak MiB; parameters; bytes."""
+    rows = [row for row in read_metrics(folder) if "seconds_update" in row]
+    seconds = sorted(sum(row[f"seconds_{phase}"] for phase in PHASES) for row in rows)
+    tokens = sum(row["tokens_per_second_score"] * row["seconds_score"] for row in rows)
+    return {
+        "seconds_per_step": seconds[len(seconds) // 2] if seconds else 0.0,
+        "tokens_per_second": tokens / sum(seconds) if seconds else 0.0,
+        "peak_mib": max((row[f"peak_mib_{phase}"] for row in rows for phase in PHASES), default=0.0),
+        "trainable_parameters": sum(p.numel() for _, p in policy.trained()),
+        "adapter_bytes": adapter_bytes(folder),
+    }
 
 
 def _finish(this: _Run) -> None:
@@ -339,7 +356,11 @@ def _finish(this: _Run) -> None:
             save_role(Role(cast.policy.model), folder, base_name=cast.base_name)
         cast.base.tokenizer.save_pretrained(folder)
         ppo_curves(folder)
-        finish(folder, metrics={"iterations": progress["step"], "best": best, "kl_coef": progress["kl_coef"]})
+        finish(
+            folder,
+            cost=_cost(folder, cast.policy),
+            metrics={"iterations": progress["step"], "best": best, "kl_coef": progress["kl_coef"]},
+        )
         checkpoint.clear(settings.output)
         for left in folder.glob("best-*"):
             shutil.rmtree(left)

@@ -28,7 +28,8 @@ from align.models.scoring import branch_scores, score_sequences
 from align.report.curves import reward_curves
 from align.settings import Data, RewardSettings
 from align.stages import checkpoint
-from align.stages.learner import Learner
+from align.stages.costs import Costs, adapter_bytes, kl_to_base
+from align.stages.learner import Learner, available
 from align.stages.order import left_out, row_order, steps_of
 from align.track import Tracker
 from align.worker import Worker
@@ -80,6 +81,7 @@ def run(settings: RewardSettings, worker: Worker) -> None:
         weight_decay=t.weight_decay,
         betas=(t.adam_beta1, t.adam_beta2),
         epsilon=t.adam_epsilon,
+        optim=t.optim,
     )
     if worker.is_main:
         begin(settings, bases.main.fingerprint)
@@ -95,8 +97,9 @@ def run(settings: RewardSettings, worker: Worker) -> None:
         settings, total=num_steps, start=start, shown=("loss", "accuracy", "eval_accuracy"), is_main=worker.is_main
     )
     try:
-        for message in (*loaded.messages, said):
+        for message in (*loaded.messages, said, available(t.optim, worker.device)[1]):
             tracker.say(message)
+        costs = Costs(worker)
 
         def save(step: int) -> None:
             checkpoint.save(
@@ -108,22 +111,25 @@ def run(settings: RewardSettings, worker: Worker) -> None:
                 progress={"rows_a_step": rows_a_step},
             )
 
-        for step in range(start + 1, num_steps + 1):
-            rows = row_order(len(train), rows_a_step, step - 1, settings.seed)
-            metrics = train_step(role, [train[i] for i in rows], learner, settings, worker)
-            if step == 1 and metrics["grad_norm"] == 0.0:
-                raise RunFailed(
-                    "the reward model's gradient is zero at the first step: chosen and rejected answers "
-                    "are the same to it; check the data and max_length"
-                )
-            if validation and (step == num_steps or (t.eval_steps and step % t.eval_steps == 0)):
-                metrics |= evaluate_pairs(role, validation, worker, max_batch_tokens=t.max_batch_tokens)
-            if step % t.logging_steps == 0 or step in (1, num_steps) or "eval_loss" in metrics:
-                tracker.log(step, metrics)
-            if t.save_steps and step % t.save_steps == 0 and step < num_steps:
-                save(step)
-            worker.stop_if_asked(partial(save, step))
-        _finish(settings, worker, bases, role, validation, reference, tracker)
+        with costs.phases("train"):
+            for step in range(start + 1, num_steps + 1):
+                rows = row_order(len(train), rows_a_step, step - 1, settings.seed)
+                costs.begin_step()
+                metrics = train_step(role, [train[i] for i in rows], learner, settings, worker, costs)
+                costs.end_step()
+                if step == 1 and metrics["grad_norm"] == 0.0:
+                    raise RunFailed(
+                        "the reward model's gradient is zero at the first step: chosen and rejected answers "
+                        "are the same to it; check the data and max_length"
+                    )
+                if validation and (step == num_steps or (t.eval_steps and step % t.eval_steps == 0)):
+                    metrics |= evaluate_pairs(role, validation, worker, max_batch_tokens=t.max_batch_tokens)
+                if step % t.logging_steps == 0 or step in (1, num_steps) or "eval_loss" in metrics:
+                    tracker.log(step, metrics)
+                if t.save_steps and step % t.save_steps == 0 and step < num_steps:
+                    save(step)
+                worker.stop_if_asked(partial(save, step))
+        _finish(settings, worker, bases, role, validation, reference, tracker, costs)
     finally:
         tracker.close()
 
@@ -139,13 +145,14 @@ def encode_pairs(tokenizer: Any, preferences: Sequence[Preference], max_length: 
 
 
 def train_step(
-    role: Role, pairs: list[Pair], learner: Learner, settings: RewardSettings, worker: Worker
+    role: Role, pairs: list[Pair], learner: Learner, settings: RewardSettings, worker: Worker, costs: Costs
 ) -> dict[str, float]:
     """One optimiser step on `pairs` (of all processes). Returns loss, accuracy, margin and gradient norm."""
     role.train()
     total_weight = sum(pair.preference.weight for pair in pairs)
     mine = [pairs[i] for i in worker.mine(len(pairs))]
     trees, budget = [pair.tree for pair in mine], training_tokens(role.causal, settings.train.max_batch_tokens)
+    costs.tokens += sum(tree.num_tokens for tree in trees)
     sums = torch.zeros(3, dtype=torch.float64, device=worker.device)  # loss, right, margin
     for numbers_of_pass in passes_of(trees, max_tokens=budget, is_flat=role.is_flat):
         batch = [mine[i] for i in numbers_of_pass]
@@ -213,10 +220,12 @@ def _finish(
     validation: list[Pair],
     reference: Sequences,
     tracker: Tracker,
+    costs: Costs,
 ) -> None:
     """Measures mean and spread of the score, saves, and checks what was saved."""
     tokenizer, budget = bases.main.tokenizer, settings.train.max_batch_tokens
     metrics = evaluate_pairs(role, validation, worker, max_batch_tokens=budget) if validation else {}
+    cost = costs.figures(role)
     scores = score_sequences(role, *reference, max_batch_tokens=budget)
     mean, std = float(scores.mean()), float(scores.std(correction=0))
     if worker.is_main:
@@ -225,7 +234,8 @@ def _finish(
         tokenizer.save_pretrained(folder)
         _check_saved(bases, folder, role, (reference[0][:PROBE_ROWS], reference[1][:PROBE_ROWS]))
         reward_curves(folder)
-        finish(folder, metrics=metrics, score_mean=mean, score_std=std, score_samples=len(scores))
+        cost |= {"kl_to_base": kl_to_base(role, bases), "adapter_bytes": adapter_bytes(folder)}
+        finish(folder, metrics=metrics, cost=cost, score_mean=mean, score_std=std, score_samples=len(scores))
         checkpoint.clear(settings.output)
         shown = "".join(f", {name.removeprefix('eval_')} {value:.3f}" for name, value in metrics.items())
         tracker.say(f"reward model in {settings.output}: score {mean:.3f} +- {std:.3f}{shown}")

@@ -19,6 +19,8 @@ from align.models.saving import save_role
 from align.report.curves import sft_curves
 from align.settings import SftSettings
 from align.stages import checkpoint
+from align.stages.costs import adapter_bytes, kl_to_base
+from align.stages.learner import available
 from align.stages.order import steps_of
 from align.stages.sft_trainer import COMPLETE, Bridge, Trainer, make_trainer
 from align.track import Tracker
@@ -49,18 +51,21 @@ def run(settings: SftSettings, worker: Worker) -> None:
         shown=("loss", "mean_token_accuracy", "eval_loss"),
         is_main=worker.is_main,
     )
-    bridge = Bridge(tracker, worker, start)
+    costs = trainer.costs
+    bridge = Bridge(tracker, worker, start, costs)
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(bridge)
     try:
-        for message in (*loaded.messages, said):
+        for message in (*loaded.messages, said, available(settings.train.optim, worker.device)[1]):
             tracker.say(message)
-        trainer.train(resume_from_checkpoint=str(resumed) if resumed else None)
+        with costs.phases("train"):
+            trainer.train(resume_from_checkpoint=str(resumed) if resumed else None)
         if trainer.state.global_step < trainer.state.max_steps:  # else it is done: finish, whatever the signal
             worker.stop_if_asked(lambda: None)  # the bridge has had it saved
         metrics = (bridge.last_evaluation(trainer) or trainer.evaluate()) if held_out else {}
+        cost = costs.figures(role)
         if worker.is_main:
-            _finish(settings, role, tokenizer, metrics, len(train), tracker)
+            _finish(settings, bases, role, metrics, cost, len(train), tracker)
         worker.wait()
     finally:
         tracker.close()
@@ -97,16 +102,24 @@ def newest_complete(folder: Path) -> Path | None:
 
 
 def _finish(
-    settings: SftSettings, role: Role, tokenizer: Any, metrics: dict[str, float], num_rows: int, tracker: Tracker
+    settings: SftSettings,
+    bases: Bases,
+    role: Role,
+    metrics: dict[str, float],
+    cost: dict[str, float],
+    num_rows: int,
+    tracker: Tracker,
 ) -> None:
     folder = Path(settings.output)
     role.model.__dict__.pop("forward", None)  # TRL's patch of this instance; it would outlive the trainer
+    role.eval()
     with torch.no_grad():
         save_role(role, folder, base_name=settings.model.base)
-    tokenizer.save_pretrained(folder)
+    bases.main.tokenizer.save_pretrained(folder)
     sft_curves(folder)
     kept = {key: value for key, value in metrics.items() if key.startswith("eval_")}
-    finish(folder, metrics=kept | {"rows": num_rows})
+    cost |= {"kl_to_base": kl_to_base(role, bases), "adapter_bytes": adapter_bytes(folder)}
+    finish(folder, metrics=kept | {"rows": num_rows}, cost=cost)
     checkpoint.clear(settings.output)
     shown = f", held-out loss {metrics['eval_loss']:.3f}" if "eval_loss" in metrics else ""
     tracker.say(f"adapter in {settings.output}{shown}" if role.has_adapter else f"model in {settings.output}{shown}")

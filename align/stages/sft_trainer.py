@@ -17,6 +17,8 @@ from align.models.budget import training_tokens
 from align.models.layout import Tree, passes_of
 from align.models.roles import Role
 from align.settings import SftSettings
+from align.stages.costs import Costs
+from align.stages.learner import available
 from align.track import Tracker
 from align.worker import Worker
 
@@ -34,6 +36,7 @@ class Trainer(SFTTrainer):
     def __init__(self, role: Role, worker: Worker, max_batch_tokens: int | None, **arguments: Any):
         super().__init__(model=role.model, **arguments)
         self.role, self.worker, self.max_batch_tokens = role, worker, max_batch_tokens
+        self.costs = Costs(worker)
         self.model_accepts_loss_kwargs = True  # supervised tokens are counted for every architecture
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:  # type: ignore[override]
@@ -48,6 +51,7 @@ class Trainer(SFTTrainer):
             loss.backward()
             total += loss.detach()
             correct += is_right.sum()
+        self.costs.tokens += sum(len(ids) for ids, _ in _documents(inputs))
         self._note("train", correct, (inputs["labels"] != NO_LOSS).sum())
         if self.accelerator.sync_gradients and self.worker.num_processes > 1:
             for p in self.role.parameters():
@@ -122,6 +126,7 @@ def make_trainer(
         report_to="none",
         disable_tqdm=True,
         learning_rate=t.learning_rate,
+        optim=available(t.optim, worker.device)[0],
         num_train_epochs=t.num_train_epochs,
         max_steps=t.max_steps,
         per_device_train_batch_size=t.per_device_train_batch_size,
@@ -169,8 +174,11 @@ def make_trainer(
 class Bridge(TrainerCallback):
     """The trainer's logs to our tracker, our signals to the trainer, and the checks that it does not make."""
 
-    def __init__(self, tracker: Tracker, worker: Worker, start: int):
-        self.tracker, self.worker, self.is_first = tracker, worker, start == 0
+    def __init__(self, tracker: Tracker, worker: Worker, start: int, costs: Costs):
+        self.tracker, self.worker, self.is_first, self.costs = tracker, worker, start == 0, costs
+
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
+        self.costs.begin_step()
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs=None, **kwargs: Any):
         numbers = {
@@ -197,6 +205,7 @@ class Bridge(TrainerCallback):
         return rows[-1] if rows and rows[-1]["step"] == trainer.state.global_step else None
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
+        self.costs.end_step()
         if self.worker.is_asked_to_stop():
             control.should_save = control.should_training_stop = True
         return control
