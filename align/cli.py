@@ -48,6 +48,36 @@ def check(recipe: RecipeName, overrides: Overrides = None) -> None:
 
 
 @app.command()
+def compare(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    stage: Annotated[str | None, typer.Option(help="The stage, where the recipe has several.")] = None,
+    methods: Annotated[str, typer.Option(help="Such as lora,ia3; all seven if left out. PEFT's types too.")] = "",
+    budget: Annotated[str, typer.Option(help="Of each run: steps (150) or minutes (5m).")] = "100",
+    sweep_steps: Annotated[
+        int | None, typer.Option(help="Try rates so long only; then the best for the budget.")
+    ] = None,
+    rates: Annotated[list[str] | None, typer.Option(help="lora=1e-4,2e-4 instead of the sources' rates.")] = None,
+    out: Annotated[str | None, typer.Option(help="Folder of runs and report; <output>-compare if left out.")] = None,
+) -> None:
+    """Run a stage with each tuning method on your data, and show which one to take."""
+    from align.compare import compare as compare_methods
+    from align.compare import order_of
+
+    order = order_of(
+        recipe,
+        overrides or [],
+        stage=stage,
+        methods=methods,
+        budget=budget,
+        sweep_steps=sweep_steps,
+        rates=rates or [],
+        out=out,
+    )
+    raise typer.Exit(compare_methods(order))
+
+
+@app.command()
 def merge(
     run: Annotated[str, typer.Argument(metavar="RUN", help="Folder of an sft or ppo run.")],
     out: Annotated[str, typer.Argument(metavar="OUT", help="A new folder.")],

@@ -9,7 +9,7 @@ from align.track import read_metrics
 INK, ACCENT, PALE, PALE_BLUE = "#1f2a44", "#c2410c", "#94a3b8", "#bfdbfe"
 
 
-def _figure(columns: int) -> tuple[Any, Any]:
+def new_figure(columns: int) -> tuple[Any, Any]:
     import matplotlib
 
     matplotlib.use("Agg")
@@ -45,7 +45,7 @@ def _line(axis: Any, rows: list[dict[str, Any]], key: str, title: str, *, x: str
 def sft_curves(folder: Path) -> None:
     """Loss and token accuracy over steps."""
     rows = read_metrics(folder)
-    figure, axes = _figure(2)
+    figure, axes = new_figure(2)
     _line(axes[0], rows, "loss", "loss", x="step", held_out="eval_loss")
     _line(axes[1], rows, "mean_token_accuracy", "token accuracy", x="step", held_out="eval_mean_token_accuracy")
     _save(figure, folder)
@@ -54,7 +54,7 @@ def sft_curves(folder: Path) -> None:
 def reward_curves(folder: Path) -> None:
     """Loss and pair accuracy over steps."""
     rows = read_metrics(folder)
-    figure, axes = _figure(2)
+    figure, axes = new_figure(2)
     _line(axes[0], rows, "loss", "pair loss", x="step", held_out="eval_loss")
     _line(axes[1], rows, "accuracy", "pair accuracy", x="step", held_out="eval_accuracy")
     _save(figure, folder)
@@ -65,7 +65,7 @@ def ppo_curves(folder: Path) -> None:
     from matplotlib.colors import LinearSegmentedColormap
 
     rows = read_metrics(folder)
-    figure, axes = _figure(3)
+    figure, axes = new_figure(3)
     trained = [row for row in rows if "score" in row]
     points = axes[0].scatter(
         [r["kl"] for r in trained],

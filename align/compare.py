@@ -1,0 +1,369 @@
+"""`align compare`: one stage of a recipe with each tuning method, on the same data, under one budget.
+
+    for method in methods:
+        for rate in rates(method):        # the sources' own, scaled to the recipe's
+            run the stage                 # its own process, resumable, in <out>/<method>-<rate>
+    report                                # quality against memory and time, and which method to take
+
+Every run is a recipe of its own (<out>/<method>-<rate>.yaml), started as any other, so that what is finished is passed
+over when the command is given again.
+"""
+
+import json
+import math
+import platform
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from align.artifact import read_manifest, state_of, write_json, write_text
+from align.data import load
+from align.door import check_recipe
+from align.errors import BadInput
+from align.launch import LaunchPlan, plan, run_stage
+from align.processes import read_status
+from align.recipe import Recipe, load_recipe
+from align.report.comparison import Comparison, Result, show, write
+from align.settings import METHODS, STAGES, EvaluateSettings, PpoSettings, RewardSettings, SftSettings, StageSettings
+from align.track import read_metrics
+
+# Learning rates that the sources train with, smallest first; the middle one is the usual one.
+RATES: dict[str, tuple[float, float, float]] = {
+    "full": (1e-5, 2e-5, 5e-5),  # Devlin et al. 2019: 2e-5 to 5e-5; Ouyang et al. 2022: 1e-5
+    "freeze": (2e-5, 5e-5, 1e-4),  # full tuning's, and above: fewer layers move
+    "adapter": (3e-5, 3e-4, 3e-3),  # Houlsby et al. 2019: their sweep
+    "lora": (1e-4, 2e-4, 5e-4),  # Hu et al. 2021: 1e-4 to 5e-4
+    "qlora": (1e-4, 2e-4, 5e-4),  # Dettmers et al. 2023: 1e-4 and 2e-4
+    "prefix": (3e-3, 1e-2, 3e-2),  # PEFT's prefix tuning guide: 1e-2; Li & Liang 2021 train through an MLP: 5e-5
+    "ia3": (1e-3, 3e-3, 1e-2),  # Liu et al. 2022: 3e-3
+}
+QUALITY = {"sft": ("eval_loss", True), "reward": ("eval_accuracy", False), "ppo": ("eval_score", False)}
+OTHERS = {"sft": ("eval_mean_token_accuracy",), "reward": ("eval_ece", "eval_loss"), "ppo": ("eval_kl",)}
+PILOT_STEPS = 5
+STOPPED = (130, 143)
+
+
+@dataclass(frozen=True)
+class Order:
+    """What is asked for: the stage, the methods, the budget, and where it goes."""
+
+    recipe: Recipe
+    stage: StageSettings
+    methods: tuple[str, ...]
+    steps: int | None
+    minutes: float | None
+    sweep_steps: int | None  # None: every rate has the whole budget
+    rates: dict[str, tuple[float, ...]]
+    out: Path
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A method at a learning rate: its recipe, and what came of it."""
+
+    method: str
+    rate: float
+    settings: StageSettings
+    quality: float  # NaN: it diverged
+
+
+def order_of(
+    recipe: str,
+    overrides: Sequence[str],
+    *,
+    stage: str | None,
+    methods: str,
+    budget: str,
+    sweep_steps: int | None,
+    rates: Sequence[str],
+    out: str | None,
+) -> Order:
+    """Reads and checks what the command line says.
+
+    Raises:
+        BadInput: with the option and the cure.
+    """
+    loaded = load_recipe(recipe, overrides)
+    settings = _chosen(loaded, stage)
+    names = tuple(name.strip() for name in methods.split(",") if name.strip()) or METHODS
+    steps, minutes = _budget(budget)
+    if sweep_steps is not None and (minutes is not None or not 1 <= sweep_steps <= (steps or 0)):
+        raise BadInput("`--sweep-steps` is a number of steps from 1 to the `--budget`, which is then in steps too")
+    chosen = {name: scaled_rates(name, settings) for name in names} | dict(map(_rates, rates))
+    folder = Path(out or f"{settings.output.rstrip('/')}-compare")
+    return Order(loaded, settings, names, steps, minutes, sweep_steps, chosen, folder)
+
+
+def _chosen(recipe: Recipe, name: str | None) -> StageSettings:
+    able = {key: s for key, s in recipe.stages.items() if isinstance(s, (SftSettings, RewardSettings, PpoSettings))}
+    if name is None and len(able) != 1:
+        raise BadInput(f"{recipe.path}: name the stage to compare methods in: --stage {' | '.join(able) or 'sft'}")
+    if name is not None and name not in able:
+        raise BadInput(f"`--stage {name}`: {recipe.path} has no such stage that tunes; it has: {', '.join(able)}")
+    settings = able[name or next(iter(able))]
+    if isinstance(settings, PpoSettings) and settings.policy.path is not None:
+        raise BadInput("`policy.from` holds an adapter of one method already: compare policies that start at the base")
+    key, (_, data) = next(iter(settings.data_sections().items()))
+    if not (data.validation or data.validation_split):
+        raise BadInput(f"`{key}`: methods are compared on rows held out; give `{key}.validation_split`")
+    return settings
+
+
+def _budget(text: str) -> tuple[int | None, float | None]:
+    """`150` steps or `5m` minutes, for each run."""
+    number = text.strip().removesuffix("m")
+    try:
+        value = float(number)
+    except ValueError:
+        value = 0.0
+    is_minutes = text.strip().endswith("m")
+    if not math.isfinite(value) or value <= 0 or (not is_minutes and value != int(value)):
+        raise BadInput(f"`--budget {text}` must be a number of steps (150) or of minutes (5m) for each run")
+    return (None, value) if is_minutes else (int(value), None)
+
+
+def _rates(text: str) -> tuple[str, tuple[float, ...]]:
+    method, _, numbers = text.partition("=")
+    try:
+        return method, tuple(sorted({float(number) for number in numbers.split(",")}))
+    except ValueError:
+        raise BadInput(f"`--rates {text}` is not of the form lora=1e-4,2e-4") from None
+
+
+def scaled_rates(method: str, settings: StageSettings) -> tuple[float, ...]:
+    """The sources' rates for `method`. If the recipe names a rate for its own method, all are scaled as that one is to
+    its sources': a tiny model that wants LoRA at twenty times the usual rate wants the others there too."""
+    own, rate = _own_method(settings), _own_rate(settings)
+    usual = RATES.get(own["kind"], RATES["lora"])[1]
+    scale = rate / usual if rate is not None else 1.0
+    return tuple(float(f"{scale * each:.3g}") for each in RATES.get(method, RATES["lora"]))
+
+
+def _own_method(settings: StageSettings) -> dict[str, Any]:
+    if isinstance(settings, (SftSettings, RewardSettings)):
+        return settings.method.model_dump(mode="json")
+    assert isinstance(settings, PpoSettings)
+    return settings.policy.method.model_dump(mode="json") if settings.policy.method else {"kind": "lora"}
+
+
+def _own_rate(settings: StageSettings) -> float | None:
+    """The learning rate that the recipe gives; None where it leaves the default."""
+    if isinstance(settings, PpoSettings):
+        return settings.ppo.learning_rate if "learning_rate" in settings.ppo.model_fields_set else None
+    assert isinstance(settings, (SftSettings, RewardSettings))
+    is_given = "train" in settings.model_fields_set and "learning_rate" in settings.train.model_fields_set
+    return settings.train.learning_rate if is_given else None
+
+
+def compare(order: Order) -> int:
+    """Runs what is not finished, then reports. Returns 0, or the code of the signal that stopped it.
+
+    Raises:
+        BadInput: something is wrong with the recipe, or no method can be run; nothing was started.
+    """
+    refused, able = _refusals(order)
+    if not able:
+        raise BadInput(f"no method can be run: {refused[0][0]}: {refused[0][1]}")
+    launch = plan(order.stage.launch)
+    order.out.mkdir(parents=True, exist_ok=True)
+    best: list[tuple[Trial, list[Trial]]] = []
+    total = sum(len(order.rates[name]) for name in able)
+    print(f"{len(able)} methods, {total} runs in {order.out}, {launch.description}", flush=True)
+    for name in able:
+        steps = order.steps or _steps_in(order, name, launch)
+        swept = []
+        for rate in order.rates[name]:
+            trial = _trial(order, launch, name, rate, order.sweep_steps or steps)
+            if isinstance(trial, int):
+                return trial
+            swept.append(trial)
+        winner = _best(order, swept)
+        if order.sweep_steps is not None and order.sweep_steps < steps and math.isfinite(winner.quality):
+            whole = _trial(order, launch, name, winner.rate, steps)
+            if isinstance(whole, int):
+                return whole
+            winner = whole
+        best.append((winner, swept))
+    gold = _gold(order, launch, [trial for trial, _ in best if math.isfinite(trial.quality)])
+    comparison = Comparison(
+        title=f"{order.recipe.path.name}, stage {order.stage.stage}",
+        quality_name=QUALITY[order.stage.stage][0],
+        lower_is_better=QUALITY[order.stage.stage][1],
+        budget=f"{order.steps} steps" if order.steps else f"{order.minutes:g} minutes",
+        results=tuple(_result(trial, swept, gold) for trial, swept in best),
+        refused=tuple(refused),
+        machine=f"{platform.machine()}, {launch.description}",
+    )
+    noise = _noise(order, comparison)
+    write(comparison, order.out, noise=noise)
+    show(comparison, noise=noise)
+    print(f"{order.out}/compare.html", flush=True)
+    return 0
+
+
+def _settings(order: Order, method: str, rate: float, steps: int, folder: str) -> StageSettings:
+    """The stage with another method, rate and length."""
+    values = json.loads(order.stage.model_dump_json(by_alias=True))
+    own = _own_method(order.stage)
+    chosen = own if own["kind"] == method else {"kind": method}
+    values["output"] = str(order.out / folder)
+    if method == "qlora":  # which is LoRA over 4 bits, whatever the others run over
+        values["model"]["load_in"] = "nf4"
+    if isinstance(order.stage, PpoSettings):
+        values["policy"]["method"] = chosen
+        values["ppo"] |= {"learning_rate": rate, "num_iterations": steps}
+    else:
+        values["method"] = chosen
+        values["train"] |= {"learning_rate": rate, "max_steps": steps}
+    return STAGES[order.stage.stage].model_validate(values)
+
+
+def _refusals(order: Order) -> tuple[list[tuple[str, str]], list[str]]:
+    """Methods that the door refuses, with its reasons, and those that it lets pass."""
+    refused, able = [], []
+    for name in order.methods:
+        try:
+            settings = _settings(order, name, order.rates[name][0], order.steps or PILOT_STEPS, ".none")
+            check_recipe(Recipe(order.recipe.path, {name: settings}, is_pipeline=False))
+            able.append(name)
+        except (BadInput, ValueError) as error:
+            reason = str(error) if isinstance(error, BadInput) else f"`--methods {name}` names no tuning method"
+            if name not in METHODS and not isinstance(error, BadInput):
+                raise BadInput(f"{reason}; one of: {', '.join(METHODS)}, or a PEFT type") from error
+            refused.append((name, reason.removeprefix(f"{order.recipe.path}: ")))
+    return refused, able
+
+
+def _trial(order: Order, launch: LaunchPlan, method: str, rate: float, steps: int) -> Trial | int:
+    """Runs it if it is not finished; an exit code only where a signal stopped it."""
+    name = f"{method}-{rate:g}" + (f"-{steps}" if order.sweep_steps is not None else "")
+    settings = _settings(order, method, rate, steps, name)
+    failed = order.out / f"{name}.failed.json"
+    if not failed.is_file() and state_of(settings) != "finished":
+        code, reason = _start(order, launch, settings, name)
+        if code in STOPPED:
+            return code
+        if code:
+            print(f"  {method} at {rate:g} failed: {reason}", flush=True)
+            write_json(failed, {"exit_code": code, "reason": reason})
+    return Trial(method, rate, settings, math.nan if failed.is_file() else _quality(settings))
+
+
+def _start(order: Order, launch: LaunchPlan, settings: StageSettings, name: str) -> tuple[int, str]:
+    """One launch; its exit code and last words."""
+    path = order.out / f"{name}.yaml"
+    values = json.loads(settings.model_dump_json(by_alias=True))
+    head = f"# align run {path}\n"
+    write_text(path, head + yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
+    print(f"{name}:", flush=True)
+    status = order.out / f".{name}.status.json"
+    try:
+        code = run_stage(launch, [str(path)], status)
+        told = read_status(status)
+    finally:
+        status.unlink(missing_ok=True)
+    return code, told.message if told else f"exit code {code}"
+
+
+def _quality(settings: StageSettings) -> float:
+    key, _ = QUALITY[settings.stage]
+    value = _measured(settings).get(key, math.nan)
+    return float(value) if math.isfinite(value) else math.nan
+
+
+def _measured(settings: StageSettings) -> dict[str, float]:
+    """What the run found on rows held out: in its manifest, for PPO at its last evaluation."""
+    if isinstance(settings, PpoSettings):
+        return next((row for row in reversed(read_metrics(settings.output)) if "eval_score" in row), {})
+    return dict(read_manifest(settings.output)["metrics"])
+
+
+def _best(order: Order, trials: list[Trial]) -> Trial:
+    sign = -1 if QUALITY[order.stage.stage][1] else 1
+    return max(trials, key=lambda t: (math.isfinite(t.quality), sign * t.quality if math.isfinite(t.quality) else 0))
+
+
+def _steps_in(order: Order, method: str, launch: LaunchPlan) -> int:
+    """As many steps as the method makes in the budget's minutes, by a pilot of a few."""
+    assert order.minutes is not None
+    name = f"{method}-pilot"
+    settings = _settings(order, method, order.rates[method][0], PILOT_STEPS, name)
+    if state_of(settings) != "finished":
+        code, reason = _start(order, launch, settings, name)
+        if code:
+            raise BadInput(f"{name}: {reason}")
+    seconds = float(read_manifest(settings.output)["cost"]["seconds_per_step"])
+    return max(1, int(60 * order.minutes / max(seconds, 1e-3)))
+
+
+def _result(trial: Trial, swept: list[Trial], gold: dict[str, float]) -> Result:
+    has_run = math.isfinite(trial.quality)
+    cost: dict[str, float] = read_manifest(trial.settings.output)["cost"] if has_run else {}
+    measured = _measured(trial.settings) if has_run else {}
+    steps = _num_steps(trial.settings)
+    others = {key: float(measured[key]) for key in OTHERS[trial.settings.stage] if key in measured}
+    return Result(
+        method=trial.method,
+        learning_rate=trial.rate,
+        quality=trial.quality,
+        peak_mib=float(cost.get("peak_mib", math.nan)),
+        seconds=steps * float(cost.get("seconds_per_step", math.nan)),
+        tokens_per_second=float(cost.get("tokens_per_second", math.nan)),
+        trainable_parameters=int(cost.get("trainable_parameters", 0)),
+        adapter_bytes=int(cost.get("adapter_bytes", 0)),
+        kl_to_base=float(cost.get("kl_to_base", math.nan)),
+        others=others | ({"gold_score": gold[trial.method]} if trial.method in gold else {}),
+        sweep=tuple((t.rate, t.quality) for t in swept),
+        folder=trial.settings.output,
+    )
+
+
+def _num_steps(settings: StageSettings) -> int:
+    if isinstance(settings, PpoSettings):
+        return settings.ppo.num_iterations
+    assert isinstance(settings, (SftSettings, RewardSettings))
+    return settings.train.max_steps
+
+
+def _gold(order: Order, launch: LaunchPlan, trials: list[Trial]) -> dict[str, float]:
+    """Scores of the methods' policies by the judge of the recipe's own `evaluate` stage, if it has one."""
+    judge = next((s for s in order.recipe.stages.values() if isinstance(s, EvaluateSettings)), None)
+    if judge is None or isinstance(order.stage, RewardSettings):
+        return {}
+    found: dict[str, float] = {}
+    for load_in in sorted({trial.settings.model.load_in for trial in trials}):
+        policies = {t.method: t.settings.output for t in trials if t.settings.model.load_in == load_in}
+        values = json.loads(judge.model_dump_json(by_alias=True)) | {
+            "policies": policies,
+            "compare": [],
+            "reference": None,
+            "reward": None,
+            "output": str(order.out / f"judged-{load_in}"),
+        }
+        values["model"]["load_in"] = load_in
+        settings = EvaluateSettings.model_validate(values)
+        try:
+            state = check_recipe(Recipe(order.recipe.path, {"judge": settings}, is_pipeline=False))["judge"]
+        except BadInput as error:
+            print(f"no judge's score: {error}", flush=True)
+            return {}
+        if state != "finished":
+            code, reason = _start(order, launch, settings, f"judged-{load_in}")
+            if code:
+                print(f"no judge's score: {reason}", flush=True)
+                return {}
+        scores = read_manifest(settings.output)["metrics"]["policies"]
+        found |= {name: float(scores[name]["score"]) for name in policies}
+    return found
+
+
+def _noise(order: Order, comparison: Comparison) -> float | None:
+    """The standard error of an accuracy on so many pairs; of a loss it is not known."""
+    learned = [r.quality for r in comparison.results if math.isfinite(r.quality)]
+    if not isinstance(order.stage, RewardSettings) or not learned:
+        return None
+    share, count = max(learned), load(order.stage.data, "preferences").counts.num_validation
+    return math.sqrt(max(share * (1 - share), 1 / count) / count)
