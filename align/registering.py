@@ -6,6 +6,7 @@ enough for ours to be in them, and must stay light: so the module follows when, 
 
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib import import_module
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
@@ -17,15 +18,18 @@ def import_after(library: str, follower: str) -> None:
     """Imports the module `follower` once `library` is imported: at once if it is already."""
     if sys.modules.get(library) is not None:
         import_module(follower)
-    elif not any(isinstance(finder, _Finder) and finder.follower == follower for finder in sys.meta_path):
-        sys.meta_path.insert(0, _Finder(library, follower))
+        return
+    finder = _Finder(library, follower)
+    if finder not in sys.meta_path:
+        sys.meta_path.insert(0, finder)
 
 
+@dataclass(frozen=True)
 class _Finder(MetaPathFinder):
     """Finds the library as the other finders do, and gives its loader a follower."""
 
-    def __init__(self, library: str, follower: str):
-        self.library, self.follower = library, follower
+    library: str
+    follower: str
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None

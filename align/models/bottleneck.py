@@ -157,13 +157,10 @@ class BottleneckModel(BaseTuner):
             return
         if not isinstance(target, nn.Linear | Conv1D):
             raise ValueError(f"`target_modules` matches {current_key}, a {type(target).__name__}; name linear layers")
-        layer = BottleneckLayer(target, adapter_name, config)
-        if adapter_name not in self.active_adapters:  # one that is added to others is not trained until it is chosen
-            layer.requires_grad_(False)
-        self._replace_module(parent, target_name, layer, target)
+        self._replace_module(parent, target_name, BottleneckLayer(target, adapter_name, config), target)
 
     def _check_merge_allowed(self) -> None:
-        raise ValueError(NO_MERGE)
+        raise ValueError(NO_MERGE)  # before PEFT has taken anything off
 
 
 def _family(model: nn.Module) -> tuple[str, str]:
