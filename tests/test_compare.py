@@ -68,14 +68,14 @@ def test_other_budgets_are_refused(recipe, text):
         order(recipe("sft"), budget=text)
 
 
-def test_what_cannot_be_compared_is_refused_at_once(recipe, data, tmp_path):
+def test_what_cannot_be_compared_is_refused_at_once(recipe, tmp_path):
     path = recipe("sft", "reward")
     with pytest.raises(BadInput, match=r"--stage (sft \| reward|reward \| sft)"):
         order(path)
     with pytest.raises(BadInput, match="no such stage that tunes"):
         order(path, stage="sfd")
     with pytest.raises(BadInput, match="held out"):
-        order(recipe("sft", data={"train": str(data / "sft.jsonl")}))
+        order(recipe("sft"), "stages.sft.data.validation_split=0")
     with pytest.raises(BadInput, match="start at the base"):
         order(recipe("ppo"))
     with pytest.raises(BadInput, match="--sweep-steps"):
