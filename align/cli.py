@@ -52,7 +52,7 @@ def compare(
     recipe: RecipeName,
     overrides: Overrides = None,
     stage: Annotated[str | None, typer.Option(help="The stage, where the recipe has several.")] = None,
-    methods: Annotated[str, typer.Option(help="Such as lora,ia3; all seven if left out. PEFT's types too.")] = "",
+    methods: Annotated[str, typer.Option(help="Such as lora,ia3,lora:r=4; all seven if left out.")] = "",
     budget: Annotated[str, typer.Option(help="Of each run: steps (150) or minutes (5m).")] = "100",
     sweep_steps: Annotated[
         int | None, typer.Option(help="Try rates so long only; then the best for the budget.")

@@ -12,20 +12,23 @@ over when the command is given again.
 import json
 import math
 import platform
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import ValidationError
 
 from align.artifact import read_manifest, state_of, write_json, write_text
 from align.data import load
 from align.door import check_recipe
 from align.errors import BadInput
 from align.launch import LaunchPlan, plan, run_stage
+from align.plugins import is_reference
 from align.processes import read_status
-from align.recipe import Recipe, load_recipe
+from align.recipe import Recipe, first_error, load_recipe
 from align.report.comparison import Comparison, Result, show, write
 from align.settings import METHODS, STAGES, EvaluateSettings, PpoSettings, RewardSettings, SftSettings, StageSettings
 from align.track import read_metrics
@@ -126,7 +129,7 @@ def _budget(text: str) -> tuple[int | None, float | None]:
 
 
 def _rates(text: str) -> tuple[str, tuple[float, ...]]:
-    method, _, numbers = text.partition("=")
+    method, _, numbers = text.rpartition("=")
     try:
         return method, tuple(sorted({float(number) for number in numbers.split(",")}))
     except ValueError:
@@ -139,7 +142,17 @@ def scaled_rates(method: str, settings: StageSettings) -> tuple[float, ...]:
     own, rate = _own_method(settings), _own_rate(settings)
     usual = RATES.get(own["kind"], RATES["lora"])[1]
     scale = rate / usual if rate is not None else 1.0
-    return tuple(float(f"{scale * each:.3g}") for each in RATES.get(method, RATES["lora"]))
+    kind = _method_of(method)["kind"]
+    return tuple(float(f"{scale * each:.3g}") for each in RATES.get(kind, RATES["lora"]))
+
+
+def _method_of(name: str) -> dict[str, Any]:
+    """`ia3`, or with settings of its own: `lora:r=4`, `lora:r=4;use_dora=true`; or the user's `file.py:function`."""
+    kind, _, rest = name.partition(":")
+    if not rest or is_reference(name):
+        return {"kind": name}
+    pairs = (part.partition("=") for part in rest.split(";"))
+    return {"kind": kind} | {key: yaml.safe_load(value) for key, _, value in pairs}
 
 
 def _own_method(settings: StageSettings) -> dict[str, Any]:
@@ -207,10 +220,10 @@ def compare(order: Order) -> int:
 def _settings(order: Order, method: str, rate: float, steps: int, folder: str) -> StageSettings:
     """The stage with another method, rate and length."""
     values = json.loads(order.stage.model_dump_json(by_alias=True))
-    own = _own_method(order.stage)
-    chosen = own if own["kind"] == method else {"kind": method}
+    own, asked = _own_method(order.stage), _method_of(method)
+    chosen = (own if own["kind"] == asked["kind"] else {}) | asked
     values["output"] = str(order.out / folder)
-    if method == "qlora":  # which is LoRA over 4 bits, whatever the others run over
+    if asked["kind"] == "qlora":  # which is LoRA over 4 bits, whatever the others run over
         values["model"]["load_in"] = "nf4"
     if isinstance(order.stage, PpoSettings):
         values["policy"]["method"] = chosen
@@ -229,17 +242,16 @@ def _refusals(order: Order) -> tuple[list[tuple[str, str]], list[str]]:
             settings = _settings(order, name, order.rates[name][0], order.steps or PILOT_STEPS, ".none")
             check_recipe(Recipe(order.recipe.path, {name: settings}, is_pipeline=False))
             able.append(name)
-        except (BadInput, ValueError) as error:
-            reason = str(error) if isinstance(error, BadInput) else f"`--methods {name}` names no tuning method"
-            if name not in METHODS and not isinstance(error, BadInput):
-                raise BadInput(f"{reason}; one of: {', '.join(METHODS)}, or a PEFT type") from error
-            refused.append((name, reason.removeprefix(f"{order.recipe.path}: ")))
+        except ValidationError as error:
+            raise BadInput(f"`--methods {name}`: {first_error(error, STAGES[order.stage.stage], '')}") from error
+        except BadInput as error:
+            refused.append((name, str(error).removeprefix(f"{order.recipe.path}: ")))
     return refused, able
 
 
 def _trial(order: Order, launch: LaunchPlan, method: str, rate: float, steps: int) -> Trial | int:
     """Runs it if it is not finished; an exit code only where a signal stopped it."""
-    name = f"{method}-{rate:g}" + (f"-{steps}" if order.sweep_steps is not None else "")
+    name = f"{_file_name(method)}-{rate:g}" + (f"-{steps}" if order.sweep_steps is not None else "")
     settings = _settings(order, method, rate, steps, name)
     failed = order.out / f"{name}.failed.json"
     if not failed.is_file() and state_of(settings) != "finished":
@@ -250,6 +262,10 @@ def _trial(order: Order, launch: LaunchPlan, method: str, rate: float, steps: in
             print(f"  {method} at {rate:g} failed: {reason}", flush=True)
             write_json(failed, {"exit_code": code, "reason": reason})
     return Trial(method, rate, settings, math.nan if failed.is_file() else _quality(settings))
+
+
+def _file_name(method: str) -> str:
+    return re.sub(r"[^A-Za-z0-9.]+", "-", method).strip("-.")
 
 
 def _start(order: Order, launch: LaunchPlan, settings: StageSettings, name: str) -> tuple[int, str]:
@@ -289,7 +305,7 @@ def _best(order: Order, trials: list[Trial]) -> Trial:
 def _steps_in(order: Order, method: str, launch: LaunchPlan) -> int:
     """As many steps as the method makes in the budget's minutes, by a pilot of a few."""
     assert order.minutes is not None
-    name = f"{method}-pilot"
+    name = f"{_file_name(method)}-pilot"
     settings = _settings(order, method, order.rates[method][0], PILOT_STEPS, name)
     if state_of(settings) != "finished":
         code, reason = _start(order, launch, settings, name)

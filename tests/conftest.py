@@ -1,13 +1,26 @@
-"""A tiny random model and small data files, made once a session; nothing is downloaded, nothing is left behind."""
+"""A tiny random model and small data files, made once a session; nothing is downloaded, nothing is left behind.
+
+At the end of a session that was to run them all, the combinations of tuning method, stage and precision that
+test_methods.py tried are counted and held against the table in recipes/README.md.
+"""
 
 import os
+import shutil
+import tempfile
+from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", WANDB_MODE="offline")
 
 import pytest
 
+from align.settings import METHODS
 from tests import tiny
+
+TRIED = "ALIGN_COMBINATIONS"  # a folder with a file for each combination that was tried: "method stage precision"
+COLUMNS = [(stage, precision) for precision in ("float32", "nf4") for stage in ("sft", "reward", "ppo")]
+PAGE = Path(__file__).resolve().parents[1] / "recipes" / "README.md"
+MARKS = ("<!-- methods -->", "<!-- /methods -->")
 
 
 @pytest.fixture(scope="session")
@@ -29,3 +42,64 @@ def runs(base, data, tmp_path_factory):
     for stage in ("sft", "reward"):
         tiny.run(tiny.settings(stage, base, data, folder / stage))
     return folder
+
+
+def pytest_configure(config):
+    config.made_for_combinations = None
+    if TRIED not in os.environ:  # the processes of xdist have it from the one that started them
+        config.made_for_combinations = os.environ[TRIED] = tempfile.mkdtemp(prefix="combinations-")
+
+
+def pytest_sessionfinish(session):
+    if hasattr(session.config, "workerinput"):  # a process of xdist
+        return
+    if _all_are_selected(session.config):
+        for line in _complaints({file.name: file.read_text(encoding="utf-8") for file in _tried()}):
+            session.config.pluginmanager.get_plugin("terminalreporter").write_line(f"\n{line}")
+            session.exitstatus = 1
+    made = session.config.made_for_combinations
+    if made is not None:
+        shutil.rmtree(made, ignore_errors=True)
+        os.environ.pop(TRIED, None)
+
+
+def _tried():
+    return sorted(Path(os.environ[TRIED]).iterdir())
+
+
+def _all_are_selected(config):
+    """Whether this session was to run the whole of test_methods.py."""
+    option, here = config.option, Path(__file__).parent / "test_methods.py"
+    narrowed = ("keyword", "markexpr", "deselect", "ignore", "ignore_glob", "lf", "collectonly")
+    if any(getattr(option, name, None) for name in narrowed) or any("::" in str(each) for each in config.args):
+        return False
+    roots = [(config.invocation_params.dir / each).resolve() for each in config.args]
+    return any(root == here or root in here.parents for root in roots)
+
+
+def _complaints(tried):
+    """What is wrong with the combinations that were tried; ALIGN_WRITE_TABLES=1 writes their table to the page."""
+    wanted = len(METHODS) * len(COLUMNS)
+    if len(tried) < wanted:
+        return [f"{len(tried)} of {wanted} combinations of method, stage and precision did what is expected of them"]
+    page = PAGE.read_text(encoding="utf-8") if PAGE.is_file() else ""
+    before, first, rest = page.partition(MARKS[0])
+    _, second, after = rest.partition(MARKS[1])
+    if not (first and second):
+        return [f"{PAGE} has no {MARKS[0]} and {MARKS[1]}, between which the table of the methods belongs"]
+    wanted_page = f"{before}{first}\n{_table(tried)}\n{second}{after}"
+    if page == wanted_page:
+        return []
+    if os.environ.get("ALIGN_WRITE_TABLES") == "1":
+        PAGE.write_text(wanted_page, encoding="utf-8")
+        return []
+    return [f"{PAGE} says something else of the methods than their tests; write it with ALIGN_WRITE_TABLES=1"]
+
+
+def _table(tried):
+    rows = [
+        ["method", *(f"{stage}, {precision}" for stage, precision in COLUMNS)],
+        ["---"] * (1 + len(COLUMNS)),
+        *([f"`{name}`", *(tried[f"{name} {stage} {load}"] for stage, load in COLUMNS)] for name in METHODS),
+    ]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)

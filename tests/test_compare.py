@@ -82,8 +82,10 @@ def test_what_cannot_be_compared_is_refused_at_once(recipe, tmp_path):
         order(recipe("sft"), sweep_steps=9)
     with pytest.raises(BadInput, match="lora=1e-4"):
         order(recipe("sft"), rates=["lora:3"])
-    with pytest.raises(BadInput, match="lorra"):
+    with pytest.raises(BadInput, match="--methods lorra.*did you mean `lora`"):
         compare(order(recipe("sft"), methods="lorra"))
+    with pytest.raises(BadInput, match="--methods lora:rr=4.*did you mean `method.r`"):
+        compare(order(recipe("sft"), methods="lora:rr=4"))
     assert not (tmp_path / "runs").exists()
 
 
@@ -131,6 +133,16 @@ def test_a_short_sweep_chooses_the_rate_of_the_long_run(recipe, started):
     assert started == ["lora-1e-05-2", "lora-0.01-2", "lora-0.01-4"]
     (result,) = read(asked.out).results
     assert result.learning_rate == 1e-2 and [rate for rate, _ in result.sweep] == [1e-5, 1e-2]
+
+
+def test_a_method_is_compared_with_itself_by_its_settings(recipe, started):
+    asked = order(recipe("sft"), methods="lora:r=1,lora:r=8;use_rslora=true", rates=["lora:r=1=1e-2"], sweep_steps=1)
+    assert asked.rates["lora:r=1"] == (1e-2,) and len(asked.rates["lora:r=8;use_rslora=true"]) == 3
+    assert compare(asked) == 0
+    one, eight = read(asked.out).results
+    assert one.method == "lora:r=1" and 7 * one.trainable_parameters < eight.trainable_parameters
+    method = read_manifest(eight.folder)["recipe"]["method"]
+    assert method["r"] == 8 and method["use_rslora"] is True
 
 
 def test_reward_models_are_compared_by_accuracy_and_what_fails_is_told(recipe, started, monkeypatch, capsys):
