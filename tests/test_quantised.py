@@ -6,6 +6,7 @@ from transformers import AutoModelForCausalLM
 
 from align.artifact import read_manifest
 from align.errors import BadInput
+from align.models.base import bytes_per_parameter
 from align.models.merging import merge
 from align.models.roles import Bases
 from align.settings import Model
@@ -45,6 +46,25 @@ def test_the_base_stays_in_4_bits_and_is_shared(base, quantised):
     states = [[id(m.quant_state) for m in each.modules() if getattr(m, "quant_state", None) is not None]
               for each in (bases.main.model, role.causal)]  # fmt: skip
     assert len(states[0]) == 14 and states[0] == states[1]
+
+
+def test_a_4_bit_base_takes_half_a_byte_a_parameter_and_its_scales(base, quantised):
+    """A block of 64 shares a float32 scale: 0.5 + 4/64 bytes; in double quantisation an 8-bit one, and a float32 one
+    for each 256 of those. The tables of codes weigh more in tiny layers."""
+    cost = read_manifest(quantised / "sft")["cost"]
+    whole, once, twice = (
+        Bases(Model(base=str(base), load_in=load_in, bnb_4bit_use_double_quant=twice), torch.device("cpu")).main.model
+        for load_in, twice in (("float32", True), ("nf4", False), ("nf4", True))
+    )
+    assert bytes_per_parameter(whole) == 4.0 and bytes_per_parameter(whole, quantised_only=True) == 0.0
+    layers = [p.quant_state for p in once.parameters() if hasattr(p, "quant_state")]
+    count = sum(state.shape.numel() for state in layers)
+    blocks = sum(-(-state.shape.numel() // 64) for state in layers)
+    expected = (count / 2 + 4 * blocks + 16 * 4 * len(layers)) / count
+    assert bytes_per_parameter(once, quantised_only=True) == pytest.approx(expected)
+    doubled = bytes_per_parameter(twice, quantised_only=True)
+    assert cost["base_bytes_per_4_bit_parameter"] == doubled
+    assert 0.5 < cost["base_bytes_per_parameter"] < 4.0
 
 
 @pytest.mark.parametrize("kind", ["float32", "nf4"])

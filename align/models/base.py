@@ -64,6 +64,24 @@ def compute_dtype(settings: Model, device: torch.device) -> torch.dtype:
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[settings.load_in]
 
 
+def bytes_per_parameter(model: torch.nn.Module, *, quantised_only: bool = False) -> float:
+    """What the weights take in memory, scales of 4-bit blocks included, over how many they stand for.
+
+    `quantised_only`: of the 4-bit layers alone; 0 where there are none.
+    """
+    size = count = 0
+    for p in model.parameters():
+        state = getattr(p, "quant_state", None)
+        if state is None and quantised_only:
+            continue
+        size += p.nbytes
+        count += p.numel() if state is None else state.shape.numel()
+        for level in (state, getattr(state, "state2", None)):  # the second: the scales' own, in double quantisation
+            parts = () if level is None else (level.absmax, level.code, getattr(level, "offset", None))
+            size += sum(part.nbytes for part in parts if part is not None)
+    return size / max(count, 1)
+
+
 def trunk_of(model: PreTrainedModel) -> torch.nn.Module:
     """The decoder without its output layer: ids in, final hidden states (after the last norm) out."""
     return model.base_model if model.base_model is not model else model.get_decoder()

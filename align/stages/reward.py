@@ -225,7 +225,7 @@ def _finish(
     """Measures mean and spread of the score, saves, and checks what was saved."""
     tokenizer, budget = bases.main.tokenizer, settings.train.max_batch_tokens
     metrics = evaluate_pairs(role, validation, worker, max_batch_tokens=budget) if validation else {}
-    cost = costs.figures(role)
+    cost = costs.figures(role, bases)
     scores = score_sequences(role, *reference, max_batch_tokens=budget)
     mean, std = float(scores.mean()), float(scores.std(correction=0))
     if worker.is_main:

@@ -63,7 +63,7 @@ def run(settings: SftSettings, worker: Worker) -> None:
         if trainer.state.global_step < trainer.state.max_steps:  # else it is done: finish, whatever the signal
             worker.stop_if_asked(lambda: None)  # the bridge has had it saved
         metrics = (bridge.last_evaluation(trainer) or trainer.evaluate()) if held_out else {}
-        cost = costs.figures(role)
+        cost = costs.figures(role, bases)
         if worker.is_main:
             _finish(settings, bases, role, metrics, cost, len(train), tracker)
         worker.wait()
