@@ -259,7 +259,7 @@ def _trial(order: Order, launch: LaunchPlan, method: str, rate: float, steps: in
         if code in STOPPED:
             return code
         if code:
-            print(f"  {method} at {rate:g} failed: {reason}", flush=True)
+            print(f"  {method} at {rate:g} failed: {reason} (delete {failed} to try again)", flush=True)
             write_json(failed, {"exit_code": code, "reason": reason})
     return Trial(method, rate, settings, math.nan if failed.is_file() else _quality(settings))
 

@@ -1,5 +1,6 @@
 """Everything that can be wrong with a recipe is found here, before models are loaded and anything is written."""
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -138,12 +139,7 @@ def _check_method(settings: StageSettings, key: str, method: AnyMethod | None) -
     if isinstance(method, Lora) and method.kind == "qlora" and load_in != "nf4":
         raise BadInput(f"`{key}.kind: qlora` needs `model.load_in: nf4` (it is {load_in}); or use `kind: lora`")
     if isinstance(method, Prefix):
-        if settings.model.attn_implementation != "sdpa":
-            raise BadInput(f"`{key}.kind: prefix` needs `model.attn_implementation: sdpa`; or use `kind: lora`")
-        if isinstance(settings, PpoSettings) and settings.sampling.cache_implementation == "static":
-            raise BadInput(
-                f"`{key}.kind: prefix` cannot sample with `sampling.cache_implementation: static`; leave it out"
-            )
+        _check_prefix(settings, f"`{key}.kind: prefix`")
     if isinstance(method, OtherPeft) and load_in == "nf4" and method.kind not in PEFT_METHODS_IN_4_BITS:
         raise BadInput(
             f"`{key}.kind: {method.kind}` needs weights in floating point, and `model.load_in` is nf4: use "
@@ -153,6 +149,14 @@ def _check_method(settings: StageSettings, key: str, method: AnyMethod | None) -
         from align.models.methods import check_method
 
         check_method(method, key)
+
+
+def _check_prefix(settings: StageSettings, what: str) -> None:
+    """Keys and values before every sequence go through our own attention alone."""
+    if settings.model.attn_implementation != "sdpa":
+        raise BadInput(f"{what} needs `model.attn_implementation: sdpa`; or use `kind: lora`")
+    if isinstance(settings, PpoSettings) and settings.sampling.cache_implementation == "static":
+        raise BadInput(f"{what} cannot sample with `sampling.cache_implementation: static`; leave it out")
 
 
 def _method(settings: StageSettings) -> tuple[str, AnyMethod | None]:
@@ -170,7 +174,10 @@ def _kinds_that_do(folder: str, kinds: tuple[str, ...]) -> tuple[str, ...]:
 
 def _check_run_before(settings: StageSettings, folder: str, key: str) -> None:
     """Of a finished run with an adapter."""
-    if (Path(folder) / "adapter_config.json").is_file():
+    config = Path(folder) / "adapter_config.json"
+    if config.is_file():
+        if json.loads(config.read_text(encoding="utf-8")).get("peft_type") == "PREFIX_TUNING":
+            _check_prefix(settings, f"`{key}`: {folder} holds a prefix, which")
         manifest = read_manifest(folder)
         _check_adapter(settings, folder, key, str(manifest.get("base")), manifest.get("base_fingerprint"))
 
@@ -183,6 +190,8 @@ def _check_stage_before(
         wanted = " or ".join(f"`{kind}`" for kind in kinds if kind != "*")
         raise BadInput(f"`{key}`: {folder} will be a run of kind `{maker.kind}`; name one of kind {wanted}")
     method = _method(maker)[1]
+    if isinstance(method, Prefix):
+        _check_prefix(settings, f"`{key}`: {folder} will hold a prefix, which")
     if method is not None and not isinstance(method, Full):
         _check_adapter(settings, folder, key, maker.model.base, fingerprint(maker.model.base))
 

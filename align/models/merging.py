@@ -104,6 +104,7 @@ def merge(run: str, out: str) -> float:
     before = _logits(bases.role(run), ids)
     if bases.settings.load_in == "nf4":
         bases.main.model.dequantize()  # in place: the roles made from here on are views over plain weights
+        cast(Any, bases.main.model).is_loaded_in_4bit = False  # which transformers leaves set, and IA3 asks
     merged: Any = bases.role(run).model.merge_and_unload()  # type: ignore[operator]
     if merged.get_output_embeddings().weight is not merged.get_input_embeddings().weight:  # tied before, perhaps
         merged.config.get_text_config().tie_word_embeddings = merged.config.tie_word_embeddings = False

@@ -7,6 +7,7 @@ import torch
 
 from align.maths.kl import exact_kl
 from align.models.base import bytes_per_parameter
+from align.models.layout import Tree
 from align.models.roles import Bases, Role
 from align.phases import Phases
 from align.worker import Worker
@@ -65,9 +66,8 @@ def kl_to_base(role: Role, bases: Bases) -> float:
     base, tokenizer = bases.role(None), bases.main.tokenizer
     found = []
     for text in UNRELATED:
-        ids = torch.tensor([tokenizer(text)["input_ids"]], device=role.device)
-        mask = torch.ones_like(ids, dtype=torch.bool)
-        logits = (each.logits(each.hidden(ids, mask)[0]) for each in (base, role))  # (T, V) each
+        tree = Tree(tokenizer(text)["input_ids"], [[]])
+        logits = (each.logits(each.states(each.layout([tree]))) for each in (base, role))  # (T, V) each
         found.append(exact_kl(*logits))
     return float(torch.cat(found).mean())
 

@@ -111,7 +111,8 @@ def _finish(
     tracker: Tracker,
 ) -> None:
     folder = Path(settings.output)
-    role.model.__dict__.pop("forward", None)  # TRL's patch of this instance; it would outlive the trainer
+    for patched in (role.model, role.causal):  # TRL's patches of these instances; they would outlive the trainer
+        patched.__dict__.pop("forward", None)
     role.eval()
     with torch.no_grad():
         save_role(role, folder, base_name=settings.model.base)

@@ -1,12 +1,14 @@
 """TRL's SFTTrainer with passes of our own: no padding, and no logits where nothing is learnt."""
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from trl import SFTConfig, SFTTrainer
@@ -34,7 +36,8 @@ class Trainer(SFTTrainer):
     """
 
     def __init__(self, role: Role, worker: Worker, max_batch_tokens: int | None, **arguments: Any):
-        super().__init__(model=role.model, **arguments)
+        with _any_head(role):
+            super().__init__(model=role.model, **arguments)
         self.role, self.worker, self.max_batch_tokens = role, worker, max_batch_tokens
         self.costs = Costs(worker)
         self.model_accepts_loss_kwargs = True  # supervised tokens are counted for every architecture
@@ -85,6 +88,16 @@ class Trainer(SFTTrainer):
     def _note(self, mode: str, correct: Tensor, count: Tensor) -> None:
         correct, count = (self.accelerator.gather(each).sum() for each in (correct, count))
         self._metrics[mode]["mean_token_accuracy"].append(float(correct / count.clamp(min=1)))
+
+
+@contextmanager
+def _any_head(role: Role) -> Iterator[None]:
+    """TRL would multiply by the output layer's base weight, and refuses a tuned one; `Role.choices` asks the layer."""
+    head: Any = role.causal.get_output_embeddings()
+    if isinstance(head, BaseTunerLayer):
+        role.model.get_output_embeddings = head.get_base_layer  # type: ignore[method-assign,assignment]
+    yield
+    role.model.__dict__.pop("get_output_embeddings", None)
 
 
 def _documents(inputs: dict[str, Any]) -> Iterator[tuple[list[int], list[int]]]:
