@@ -21,7 +21,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from align.artifact import read_manifest, state_of, write_json, write_text
+from align.artifact import read_manifest, recipe_of, state_of, write_json, write_text
 from align.data import load
 from align.door import check_recipe
 from align.errors import BadInput
@@ -95,7 +95,11 @@ def order_of(
     steps, minutes = _budget(budget)
     if sweep_steps is not None and (minutes is not None or not 1 <= sweep_steps <= (steps or 0)):
         raise BadInput("`--sweep-steps` is a number of steps from 1 to the `--budget`, which is then in steps too")
-    chosen = {name: scaled_rates(name, settings) for name in names} | dict(map(_rates, rates))
+    given = dict(map(_rates, rates))
+    for name in given:
+        if name not in names:
+            raise BadInput(f"`--rates {name}=...` is for none of the methods: {', '.join(names)}")
+    chosen = {name: scaled_rates(name, settings) for name in names} | given
     folder = Path(out or f"{settings.output.rstrip('/')}-compare")
     return Order(loaded, settings, names, steps, minutes, sweep_steps, chosen, folder)
 
@@ -109,6 +113,8 @@ def _chosen(recipe: Recipe, name: str | None) -> StageSettings:
     settings = able[name or next(iter(able))]
     if isinstance(settings, PpoSettings) and settings.policy.path is not None:
         raise BadInput("`policy.from` holds an adapter of one method already: compare policies that start at the base")
+    if isinstance(settings, PpoSettings) and not settings.ppo.eval_steps:
+        raise BadInput("`ppo.eval_steps: 0`: policies are compared by their last evaluation; set it to 1 or more")
     key, (_, data) = next(iter(settings.data_sections().items()))
     if not (data.validation or data.validation_split):
         raise BadInput(f"`{key}`: methods are compared on rows held out; give `{key}.validation_split`")
@@ -131,9 +137,12 @@ def _budget(text: str) -> tuple[int | None, float | None]:
 def _rates(text: str) -> tuple[str, tuple[float, ...]]:
     method, _, numbers = text.rpartition("=")
     try:
-        return method, tuple(sorted({float(number) for number in numbers.split(",")}))
+        found = tuple(sorted({float(number) for number in numbers.split(",")}))
     except ValueError:
-        raise BadInput(f"`--rates {text}` is not of the form lora=1e-4,2e-4") from None
+        found = ()
+    if not method or not found or not all(0 < rate < math.inf for rate in found):
+        raise BadInput(f"`--rates {text}` is not of the form lora=1e-4,2e-4")
+    return method, found
 
 
 def scaled_rates(method: str, settings: StageSettings) -> tuple[float, ...]:
@@ -221,7 +230,8 @@ def _settings(order: Order, method: str, rate: float, steps: int, folder: str) -
     """The stage with another method, rate and length."""
     values = json.loads(order.stage.model_dump_json(by_alias=True))
     own, asked = _own_method(order.stage), _method_of(method)
-    chosen = (own if own["kind"] == asked["kind"] else {}) | asked
+    is_same = own["kind"].removeprefix("q") == asked["kind"].removeprefix("q")  # qlora is lora, over 4 bits
+    chosen = (own if is_same else {}) | asked
     values["output"] = str(order.out / folder)
     if asked["kind"] == "qlora":  # which is LoRA over 4 bits, whatever the others run over
         values["model"]["load_in"] = "nf4"
@@ -239,7 +249,8 @@ def _refusals(order: Order) -> tuple[list[tuple[str, str]], list[str]]:
     refused, able = [], []
     for name in order.methods:
         try:
-            settings = _settings(order, name, order.rates[name][0], order.steps or PILOT_STEPS, ".none")
+            for steps in {order.steps or PILOT_STEPS, order.sweep_steps or PILOT_STEPS}:
+                settings = _settings(order, name, order.rates[name][0], steps, ".none")
             check_recipe(Recipe(order.recipe.path, {name: settings}, is_pipeline=False))
             able.append(name)
         except ValidationError as error:
@@ -253,15 +264,19 @@ def _trial(order: Order, launch: LaunchPlan, method: str, rate: float, steps: in
     """Runs it if it is not finished; an exit code only where a signal stopped it."""
     name = f"{_file_name(method)}-{rate:g}" + (f"-{steps}" if order.sweep_steps is not None else "")
     settings = _settings(order, method, rate, steps, name)
-    failed = order.out / f"{name}.failed.json"
-    if not failed.is_file() and state_of(settings) != "finished":
+    failed, recipe = order.out / f"{name}.failed.json", recipe_of(settings)
+    has_failed = failed.is_file() and json.loads(failed.read_text(encoding="utf-8"))["recipe"] == recipe
+    if has_failed:
+        print(f"{name} failed before, and is passed over (delete {failed} to try again)", flush=True)
+    elif state_of(settings) != "finished":
         code, reason = _start(order, launch, settings, name)
         if code in STOPPED:
             return code
         if code:
             print(f"  {method} at {rate:g} failed: {reason} (delete {failed} to try again)", flush=True)
-            write_json(failed, {"exit_code": code, "reason": reason})
-    return Trial(method, rate, settings, math.nan if failed.is_file() else _quality(settings))
+            write_json(failed, {"exit_code": code, "reason": reason, "recipe": recipe})
+            has_failed = True
+    return Trial(method, rate, settings, math.nan if has_failed else _quality(settings))
 
 
 def _file_name(method: str) -> str:
@@ -293,6 +308,9 @@ def _quality(settings: StageSettings) -> float:
 def _measured(settings: StageSettings) -> dict[str, float]:
     """What the run found on rows held out: in its manifest, for PPO at its last evaluation."""
     if isinstance(settings, PpoSettings):
+        best = read_manifest(settings.output)["metrics"]["best"]  # under a KL budget: the one that was kept
+        if best is not None:
+            return {"eval_score": best["score"], "eval_kl": best["kl"]}
         return next((row for row in reversed(read_metrics(settings.output)) if "eval_score" in row), {})
     return dict(read_manifest(settings.output)["metrics"])
 

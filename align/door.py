@@ -131,7 +131,8 @@ def _check_method(settings: StageSettings, key: str, method: AnyMethod | None) -
             f"`{key}.kind: full` cannot train a 4-bit base (`model.load_in: nf4`): use `kind: qlora`, or "
             "`load_in: float32`"
         )
-    if isinstance(method, (Full, Freeze)) and load_in == "bfloat16":
+    is_copied = isinstance(method, (Full, Freeze)) or (isinstance(method, OtherPeft) and method.kind == "ln_tuning")
+    if method is not None and is_copied and load_in == "bfloat16":
         raise BadInput(
             f"`{key}.kind: {method.kind}` needs `model.load_in: float32`: in bfloat16 small updates round to nothing; "
             "or use `kind: lora`"
@@ -155,7 +156,10 @@ def _check_prefix(settings: StageSettings, what: str) -> None:
     """Keys and values before every sequence go through our own attention alone."""
     if settings.model.attn_implementation != "sdpa":
         raise BadInput(f"{what} needs `model.attn_implementation: sdpa`; or use `kind: lora`")
-    if isinstance(settings, PpoSettings) and settings.sampling.cache_implementation == "static":
+    is_static = (
+        isinstance(settings, (PpoSettings, EvaluateSettings)) and settings.sampling.cache_implementation == "static"
+    )
+    if is_static and not what.startswith(("`rewards", "`judge", "`critic", "`reward")):  # which do not sample
         raise BadInput(f"{what} cannot sample with `sampling.cache_implementation: static`; leave it out")
 
 

@@ -82,6 +82,11 @@ def test_what_cannot_be_compared_is_refused_at_once(recipe, tmp_path):
         order(recipe("sft"), sweep_steps=9)
     with pytest.raises(BadInput, match="lora=1e-4"):
         order(recipe("sft"), rates=["lora:3"])
+    for rates in ("lora=inf", "lora=0", "lora="):
+        with pytest.raises(BadInput, match="lora=1e-4"):
+            order(recipe("sft"), rates=[rates])
+    with pytest.raises(BadInput, match="none of the methods"):
+        order(recipe("sft"), rates=["lroa=1e-3"])
     with pytest.raises(BadInput, match="--methods lorra.*did you mean `lora`"):
         compare(order(recipe("sft"), methods="lorra"))
     with pytest.raises(BadInput, match="--methods lora:rr=4.*did you mean `method.r`"):
@@ -162,6 +167,8 @@ def test_reward_models_are_compared_by_accuracy_and_what_fails_is_told(recipe, s
     assert read_manifest(by_name["qlora"].folder)["recipe"]["model"]["load_in"] == "nf4"
     assert "prefix at 0.1 failed: the gradient is nan" in capsys.readouterr().out
     assert json.loads((asked.out / "prefix-0.1.failed.json").read_text())["exit_code"] == 1
+    assert compare(asked) == 0
+    assert "prefix-0.1 failed before, and is passed over" in capsys.readouterr().out
 
 
 def test_refused_methods_are_listed_with_the_reason(recipe, started, base, capsys):

@@ -126,8 +126,8 @@ def test_ties_are_decided_as_written():
 def test_the_advice_names_each_with_its_figures_and_its_distance():
     text = advice(usual())
     assert "\n" not in text
-    assert "The best quality has lora (eval_loss 2.09, 1,850 MiB, 450 s)." in text
-    assert "The least memory takes qlora (eval_loss 2.11, 900 MiB, 800 s), 0.02 worse than lora." in text
+    assert "For the best quality: lora (eval_loss 2.09, 1,850 MiB, 450 s)." in text
+    assert "For the least memory: qlora (eval_loss 2.11, 900 MiB, 800 s), 0.02 worse than lora." in text
     assert "Second in quality is full (eval_loss 2.1, 4,100 MiB, 610 s), 0.01 worse than lora." in text
     assert "sweep" not in text and "diverged" not in text
 

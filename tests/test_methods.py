@@ -555,3 +555,48 @@ def test_a_prefix_that_a_run_holds_is_seen_at_the_door(base, data, tmp_path):
         with pytest.raises(BadInput, match=r"`policy.from`: .* prefix.* cannot sample with `sampling.cache_impl"):
             check_recipe(load_recipe(str(path)))
     assert not (tmp_path / "ppo").exists() and not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "gpt2"])  # whose layers have biases, which IA3 scales when it is merged
+@pytest.mark.parametrize("name", ["ia3", "lora"])
+def test_sampling_leaves_the_base_as_it_is(name, kind, tmp_path):
+    folder = tiny.make_base(tmp_path / "base", kind=kind)
+    bases = Bases(Model(base=str(folder)), CPU)
+    method = TypeAdapter(Method).validate_python(method_of(name))
+    role = bases.role(None, method=method, trainable=True)
+    with torch.no_grad():
+        for p in (*bases.main.model.parameters(), *(p for _, p in role.trained())):
+            p.add_(0.1)
+    before = tensors_of(bases.main)
+    for _ in range(2):
+        numbers = uniforms(0, 0, 0, [0], 4)
+        sample(role, [[2, 4, 9]], numbers, Sampling(max_new_tokens=4), end_ids=(), pad_id=0, batch_size=1)
+    assert are_unchanged(bases.main, before)
+
+
+@pytest.mark.parametrize(
+    "config, said",
+    [
+        ("PromptTuningConfig(task_type='CAUSAL_LM', num_virtual_tokens=4)", "use `kind: prefix`"),
+        ("LoraConfig(task_type='CAUSAL_LM', modules_to_save=['lm_head'])", "`modules_to_save`"),
+        ("LoraConfig(task_type='CAUSAL_LM', target_modules=['nothing'])", "Target modules"),
+    ],
+)
+def test_what_a_users_method_cannot_be(config, said, base, tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text(f"from peft import *\n\ndef mine(model):\n    return get_peft_model(model, {config})\n")
+    method = TypeAdapter(Method).validate_python({"kind": f"{file}:mine"})
+    with pytest.raises(BadInput, match=said):
+        Bases(Model(base=str(base)), CPU).role(None, method=method, trainable=True)
+
+
+def test_copies_of_layers_are_not_trained_in_16_bits(base, data, tmp_path):
+    method = TypeAdapter(Method).validate_python({"kind": "ln_tuning"})
+    with pytest.raises(BadInput, match="round to nothing"):
+        Bases(Model(base=str(base), load_in="bfloat16"), CPU).role(None, method=method, trainable=True)
+    path = tmp_path / "recipe.yaml"
+    model = {"base": str(base), "load_in": "bfloat16"}
+    values = tiny.recipe("sft", base, data, tmp_path / "out", method={"kind": "ln_tuning"}, model=model)
+    path.write_text(yaml.safe_dump(values))
+    with pytest.raises(BadInput, match="`method.kind: ln_tuning` needs `model.load_in: float32`"):
+        check_recipe(load_recipe(str(path)))

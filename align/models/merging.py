@@ -54,9 +54,9 @@ def merged_view(role: Role) -> Role:
     layers = [layer for layer in role.model.modules() if isinstance(layer, BaseTunerLayer)]
     if not layers or not all(isinstance(layer, (LoraLayer, IA3Layer)) for layer in layers):
         return role  # nothing to merge, or nothing to gain
-    adapted = {id(layer.get_base_layer().weight) for layer in layers}
+    adapted = {id(p) for layer in layers for p in layer.get_base_layer().parameters()}  # IA3 scales biases too
     uses = [id(p) for _, p in role.model.named_parameters(remove_duplicate=False)]
-    if any(uses.count(weight) > 1 for weight in adapted):  # a tied layer's adapter must not move its twin
+    if any(uses.count(p) > 1 for p in adapted):  # a tied layer's adapter must not move its twin
         return role
     memo: dict[int, Any] = {id(t): t for t in (*role.model.parameters(), *role.model.buffers()) if id(t) not in adapted}
     plain: list[Any] = [layer for layer in layers if isinstance(layer, FusedLinear) and layer.is_plain]

@@ -50,9 +50,13 @@ def with_method(
     assert not isinstance(method, Full), "a fully tuned role has weights of its own, and no adapter"
     if isinstance(method, OwnMethod):
         with _base_unchanged(view, method.kind):
-            model = load_object(method.kind)(view, **method.arguments)
+            try:
+                model = load_object(method.kind)(view, **method.arguments)
+            except Exception as error:  # the user's function may raise anything
+                raise BadInput(f"`{method.kind}` failed: {type(error).__name__}: {one_line(error)}") from error
         if not isinstance(model, PeftModel):
             raise BadInput(f"`{method.kind}` returned {type(model).__name__}; it must return a PeftModel")
+        _check_config(view, model.active_peft_config)
         return model
     model = inject(view, _config(view, method, head))
     if isinstance(method, Prefix) and tokenizer is not None:
@@ -66,18 +70,38 @@ def inject(view: PreTrainedModel, config: PeftConfig) -> PeftModel:
     Raises:
         BadInput: PEFT refuses it, or it changes the base, or the architecture cannot take it.
     """
-    kind = str(getattr(config.peft_type, "value", config.peft_type))
-    if kind == "PREFIX_TUNING" and not is_flat(view):
-        raise BadInput(
-            "`kind: prefix` needs an architecture whose attention goes through transformers' interface without windows "
-            "(and `attn_implementation: sdpa`); this one does not: use `kind: lora`"
-        )
+    _check_config(view, config)
+    kind = _kind_of(config)
     with _base_unchanged(view, kind.lower()), _trainable_copies(view, config), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of tied output layers, which `align merge` unties
         try:
             return cast(PeftModel, get_peft_model(view, config))
         except (ValueError, TypeError, AttributeError, KeyError, RuntimeError, ImportError) as error:
             raise BadInput(f"the method does not fit this model: {one_line(error)}") from error
+
+
+def _kind_of(config: PeftConfig) -> str:
+    return str(getattr(config.peft_type, "value", config.peft_type))
+
+
+def _check_config(view: PreTrainedModel, config: PeftConfig) -> None:
+    """What roles over one base cannot have, whoever asks for it: ours, PEFT's kinds, or the user's own function."""
+    kind = _kind_of(config)
+    is_other_prompt = config.is_prompt_learning and kind != "PREFIX_TUNING"
+    if is_other_prompt or getattr(config, "prefix_projection", False):
+        raise BadInput(f"`{kind.lower()}` places tokens or layers of its own before the model: use `kind: prefix`")
+    if kind == "PREFIX_TUNING" and not is_flat(view):
+        raise BadInput(
+            "`kind: prefix` needs an architecture whose attention goes through transformers' interface without windows "
+            "(and `attn_implementation: sdpa`); this one does not: use `kind: lora`"
+        )
+    if kind == "LN_TUNING" and view.dtype != torch.float32:
+        raise BadInput(
+            f"copies of layers in {str(view.dtype).removeprefix('torch.')} cannot be trained, small updates round to "
+            "nothing: use `model.load_in: float32`, or `kind: lora`"
+        )
+    if getattr(config, "modules_to_save", None):
+        raise BadInput("`modules_to_save` is no setting of roles: train those modules by `kind: freeze` instead")
 
 
 def _config(model: PreTrainedModel, method: AnyMethod, head: bool) -> PeftConfig:

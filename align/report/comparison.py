@@ -141,7 +141,7 @@ def advice(comparison: Comparison, noise: float | None = None) -> str:
 
     said = [f"{figures(best)} has both the best quality and the least memory."]
     if best is not least:
-        said = [f"The best quality has {figures(best)}.", f"The least memory takes {figures(least)}, {behind(least)}."]
+        said = [f"For the best quality: {figures(best)}.", f"For the least memory: {figures(least)}, {behind(least)}."]
     if knee:
         said.append(f"The knee between the two is {figures(knee)}, {behind(knee)}.")
     elif len({r.peak_mib for r in front(comparison.results, "peak_mib", lower)}) > 2:

@@ -167,7 +167,11 @@ def _iterate(this: _Run, iteration: int) -> dict[str, float]:
 
 
 def cast_roles(settings: PpoSettings, worker: Worker) -> Cast:
-    """Loads the base once and every role over it. The reference is where the policy starts, loaded again, frozen."""
+    """Loads the base once and every role over it.
+
+    The reference is the run (or the base) that the policy starts from, loaded again, frozen. A new prefix is the one
+    method that does not start as that run does: it begins with the words of `init_text`, at some KL from the reference.
+    """
     bases = Bases(settings.model, worker.device)
     start, method = settings.policy.path, settings.policy.method
     is_adapter = start is not None and has_adapter(start)
