@@ -140,7 +140,7 @@ def _check_method(settings: StageSettings, key: str, method: AnyMethod | None) -
     if isinstance(method, Lora) and method.kind == "qlora" and load_in != "nf4":
         raise BadInput(f"`{key}.kind: qlora` needs `model.load_in: nf4` (it is {load_in}); or use `kind: lora`")
     if isinstance(method, Prefix):
-        _check_prefix(settings, f"`{key}.kind: prefix`")
+        _check_prefix(settings, key, f"`{key}.kind: prefix`")
     if isinstance(method, OtherPeft) and load_in == "nf4" and method.kind not in PEFT_METHODS_IN_4_BITS:
         raise BadInput(
             f"`{key}.kind: {method.kind}` needs weights in floating point, and `model.load_in` is nf4: use "
@@ -152,14 +152,13 @@ def _check_method(settings: StageSettings, key: str, method: AnyMethod | None) -
         check_method(method, key)
 
 
-def _check_prefix(settings: StageSettings, what: str) -> None:
+def _check_prefix(settings: StageSettings, key: str, what: str) -> None:
     """Keys and values before every sequence go through our own attention alone."""
     if settings.model.attn_implementation != "sdpa":
         raise BadInput(f"{what} needs `model.attn_implementation: sdpa`; or use `kind: lora`")
-    is_static = (
-        isinstance(settings, (PpoSettings, EvaluateSettings)) and settings.sampling.cache_implementation == "static"
-    )
-    if is_static and not what.startswith(("`rewards", "`judge", "`critic", "`reward")):  # which do not sample
+    if not isinstance(settings, (PpoSettings, EvaluateSettings)) or not key.startswith(("policy.", "policies.")):
+        return  # nothing is sampled from it
+    if settings.sampling.cache_implementation == "static":
         raise BadInput(f"{what} cannot sample with `sampling.cache_implementation: static`; leave it out")
 
 
@@ -181,7 +180,7 @@ def _check_run_before(settings: StageSettings, folder: str, key: str) -> None:
     config = Path(folder) / "adapter_config.json"
     if config.is_file():
         if json.loads(config.read_text(encoding="utf-8")).get("peft_type") == "PREFIX_TUNING":
-            _check_prefix(settings, f"`{key}`: {folder} holds a prefix, which")
+            _check_prefix(settings, key, f"`{key}`: {folder} holds a prefix, which")
         manifest = read_manifest(folder)
         _check_adapter(settings, folder, key, str(manifest.get("base")), manifest.get("base_fingerprint"))
 
@@ -195,7 +194,7 @@ def _check_stage_before(
         raise BadInput(f"`{key}`: {folder} will be a run of kind `{maker.kind}`; name one of kind {wanted}")
     method = _method(maker)[1]
     if isinstance(method, Prefix):
-        _check_prefix(settings, f"`{key}`: {folder} will hold a prefix, which")
+        _check_prefix(settings, key, f"`{key}`: {folder} will hold a prefix, which")
     if method is not None and not isinstance(method, Full):
         _check_adapter(settings, folder, key, maker.model.base, fingerprint(maker.model.base))
 

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from align.maths.kl import kl_estimate, next_kl_coef
+from align.maths.kl import exact_kl, kl_estimate, next_kl_coef
 from tests import oracles
 
 
@@ -86,3 +86,18 @@ def test_next_kl_coef_matches_the_oracle(seed):
 
 def test_no_target_keeps_the_coefficient():
     assert next_kl_coef(0.05, 100.0, target=None, horizon=1000, num_sequences=100) == 0.05
+
+
+def test_the_exact_divergence_is_the_sum_over_the_vocabulary():
+    generator = torch.Generator().manual_seed(0)
+    first, second = (torch.randn(2, 3, 5, generator=generator, dtype=torch.float64) for _ in range(2))
+    found = exact_kl(first, second)
+    assert found.shape == (2, 3) and found.dtype == torch.float64
+    for row in range(2):
+        for column in range(3):
+            a, b = ([math.exp(x) for x in logits[row, column].tolist()] for logits in (first, second))
+            slow = sum(x / sum(a) * math.log((x / sum(a)) / (y / sum(b))) for x, y in zip(a, b, strict=True))
+            assert float(found[row, column]) == pytest.approx(slow, rel=1e-12)
+    assert float(exact_kl(first, first + 3.0).abs().max()) < 1e-12  # a constant changes no probability
+    assert not torch.allclose(found, exact_kl(second, first))
+    assert exact_kl(first.bfloat16(), second.bfloat16()).dtype == torch.float32
