@@ -217,6 +217,11 @@ def fingerprint(base: str) -> str:
     return digest.hexdigest()[:16]
 
 
+def member_folders(folder: str | Path, count: int) -> list[Path]:
+    """Where the members of an ensemble are."""
+    return [Path(folder) / f"member-{number}" for number in range(count)]
+
+
 def checkpoints(folder: str | Path) -> list[Path]:
     """The complete checkpoints of a run, oldest first."""
     return sorted((Path(folder) / "checkpoints").glob("step-*"))

@@ -16,6 +16,9 @@ app = typer.Typer(
     help="SFT, reward model and PPO over one base model, from recipes, under accelerate.",
 )
 
+feedback = typer.Typer(no_args_is_help=True, help="Bring labels into a loop's store, and out of it.")
+app.add_typer(feedback, name="feedback")
+
 RecipeName = Annotated[
     str,
     typer.Argument(
@@ -78,6 +81,15 @@ def compare(
 
 
 @app.command()
+def loop(recipe: RecipeName, overrides: Overrides = None) -> None:
+    """Run the rounds of a feedback loop; it stops where people have labels to give, and goes on when they are in."""
+    from align.loop.rounds import load_loop
+    from align.loop.run import run_loop
+
+    raise typer.Exit(run_loop(load_loop(recipe, overrides or [])))
+
+
+@app.command()
 def merge(
     run: Annotated[str, typer.Argument(metavar="RUN", help="Folder of an sft or ppo run.")],
     out: Annotated[str, typer.Argument(metavar="OUT", help="A new folder.")],
@@ -107,11 +119,71 @@ def recipes() -> None:
 
 
 @app.command()
+def label(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="A loop's folder, its store.db, or a database URL.")],
+    host: Annotated[str, typer.Option(help="The address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="0: any that is free.")] = 8765,
+    add: Annotated[list[str] | None, typer.Option(help="NAME of a person who gets a new sign-in link.")] = None,
+    admin: Annotated[list[str] | None, typer.Option(help="The same, for one who sees the overview too.")] = None,
+    guidelines: Annotated[str | None, typer.Option(help="A Markdown file shown above the answers.")] = None,
+    allow_host: Annotated[list[str] | None, typer.Option(help="A name by which people reach the page.")] = None,
+    lease_seconds: Annotated[float, typer.Option(help="How long a pair waits for a page that has gone away.")] = 120.0,
+) -> None:
+    """Serve the page on which people say which of two answers is better."""
+    from align.feedback.page.command import label as serve_page
+
+    serve_page(
+        run,
+        host=host,
+        port=port,
+        add=add or [],
+        admin=admin or [],
+        guidelines=guidelines,
+        allow_hosts=allow_host or [],
+        lease_seconds=lease_seconds,
+        echo=typer.echo,
+    )
+
+
+@feedback.command("export")
+def export_feedback(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="A loop's folder, its store.db, or a database URL.")],
+    file: Annotated[str, typer.Argument(metavar="FILE", help="A new .jsonl file.")],
+    format: Annotated[str, typer.Option(help="trl: labelled pairs, as TRL reads them; labels: every label.")] = "trl",
+) -> None:
+    """Write what has been labelled to a file."""
+    from align.feedback.exchange import export_run
+
+    if format not in ("trl", "labels"):
+        raise BadInput(f"`--format {format}`: one of trl, labels")
+    typer.echo(export_run(run, file, format))  # type: ignore[arg-type]
+
+
+@feedback.command("import")
+def import_feedback(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="A loop's folder, its store.db, or a database URL.")],
+    file: Annotated[str, typer.Argument(metavar="FILE", help="Preferences in a format that the reward stage reads.")],
+) -> None:
+    """Take preferences that people have given elsewhere, as labels of round 0."""
+    from align.feedback.exchange import import_run
+
+    typer.echo(import_run(run, file))
+
+
+@app.command()
 def status(run: Annotated[str, typer.Argument(metavar="RUN", help="A run's folder.")]) -> None:
     """Print a run's manifest."""
     from align.artifact import read_manifest
 
     typer.echo(json.dumps(read_manifest(run), indent=2))
+
+
+@app.command()
+def report(run: Annotated[str, typer.Argument(metavar="RUN", help="A loop's folder, or any stage's run.")]) -> None:
+    """Write RUN/report.html, one page that opens offline: figures, curves, costs and samples."""
+    from align.report.loop_page import report as write_report
+
+    typer.echo(write_report(run))
 
 
 def main() -> None:

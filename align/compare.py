@@ -21,13 +21,12 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from align.artifact import read_manifest, recipe_of, state_of, write_json, write_text
+from align.artifact import read_manifest, recipe_of, state_of, write_json
 from align.data import load
 from align.door import check_recipe
 from align.errors import BadInput
-from align.launch import LaunchPlan, plan, run_stage
+from align.launch import LaunchPlan, plan, start
 from align.plugins import is_reference
-from align.processes import read_status
 from align.recipe import Recipe, first_error, load_recipe
 from align.report.comparison import Comparison, Result, show, write
 from align.settings import METHODS, STAGES, EvaluateSettings, PpoSettings, RewardSettings, SftSettings, StageSettings
@@ -285,18 +284,8 @@ def _file_name(method: str) -> str:
 
 def _start(order: Order, launch: LaunchPlan, settings: StageSettings, name: str) -> tuple[int, str]:
     """One launch; its exit code and last words."""
-    path = order.out / f"{name}.yaml"
-    values = json.loads(settings.model_dump_json(by_alias=True))
-    head = f"# align run {path}\n"
-    write_text(path, head + yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
     print(f"{name}:", flush=True)
-    status = order.out / f".{name}.status.json"
-    try:
-        code = run_stage(launch, [str(path)], status)
-        told = read_status(status)
-    finally:
-        status.unlink(missing_ok=True)
-    return code, told.message if told else f"exit code {code}"
+    return start(launch, settings, order.out / f"{name}.yaml")
 
 
 def _quality(settings: StageSettings) -> float:

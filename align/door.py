@@ -9,7 +9,7 @@ from align.artifact import MANIFEST, check_parent, fingerprint, read_manifest, s
 from align.data import load, looks_like_hub_id
 from align.errors import BadInput
 from align.recipe import Recipe
-from align.rewards import check_rewards
+from align.rewards import check_reward, check_rewards
 from align.settings import (
     PEFT_METHODS_IN_4_BITS,
     AnyMethod,
@@ -23,6 +23,7 @@ from align.settings import (
     PpoSettings,
     Prefix,
     RewardSettings,
+    ScoreSettings,
     SftSettings,
     StageSettings,
 )
@@ -72,6 +73,12 @@ def _check_stage(settings: StageSettings, made: dict[str, StageSettings]) -> str
         check_rewards(settings.rewards, "rewards")
     if isinstance(settings, EvaluateSettings):
         check_rewards(settings.judge, "judge")
+        for name, reward in settings.beside.items():
+            check_reward(reward, f"beside.{name}")
+    if isinstance(settings, ScoreSettings) and settings.judge is not None:
+        from align.rewards.judge import check_judge
+
+        check_judge(settings.judge, "judge")
     for key, (folder, kinds) in settings.parents().items():
         if _same(folder) == _same(settings.output):
             raise BadInput(f"`{key}`: {folder} is this stage's own output; name the run to start from")
@@ -201,7 +208,7 @@ def _check_stage_before(
 
 def _check_adapter(settings: StageSettings, folder: str, key: str, base: str, base_fingerprint: str | None) -> None:
     """A policy's or critic's adapter fits only the base that it was trained over. Rewards bring their own."""
-    if key.startswith(("rewards", "judge")):
+    if key.startswith(("rewards", "judge", "beside")):
         return
     is_over_a_run = (Path(base) / MANIFEST).is_file() and base_fingerprint == fingerprint(base)  # a fully tuned one
     if base_fingerprint != fingerprint(settings.model.base) and not is_over_a_run:

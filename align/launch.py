@@ -11,6 +11,7 @@ Only one machine is started here; for several, start this once on each with a co
 """
 
 import difflib
+import json
 import logging
 import math
 import os
@@ -26,6 +27,7 @@ from typing import Any, Literal
 
 import yaml
 
+from align.artifact import write_text
 from align.errors import BadInput
 from align.processes import (
     LAUNCH_ID,
@@ -37,6 +39,7 @@ from align.processes import (
     send,
 )
 from align.resources import recipes_folder
+from align.settings import StageSettings
 
 NAMED = ("cpu", "gpu", "ddp")
 SUPPORTED = ("NO", "MULTI_CPU", "MULTI_GPU")
@@ -169,6 +172,20 @@ def _num_cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def start(launch: LaunchPlan, settings: StageSettings, path: Path) -> tuple[int, str]:
+    """Writes a stage's own recipe to `path` and runs it; its exit code and last words."""
+    values = json.loads(settings.model_dump_json(by_alias=True))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, f"# align run {path}\n" + yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
+    status = path.with_name(f".{path.stem}.status.json")
+    try:
+        code = run_stage(launch, [str(path)], status)
+        told = read_status(status)
+    finally:
+        status.unlink(missing_ok=True)
+    return code, told.message if told else f"exit code {code}"
 
 
 def run_stage(

@@ -77,10 +77,9 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
     Raises:
         BadInput: with the key, the file and the cure.
     """
-    path = find_recipe(name)
-    values = _resolved(path, overrides)
-    where = _where(path, overrides)
-    values.pop("vars", None)
+    path, values, where = read_recipe(name, overrides)
+    if "num_rounds" in values or "evaluation" in values:
+        raise BadInput(f"{path} is a recipe of a loop; start it with: align loop {path}")
     if "stages" not in values:
         return Recipe(path, {path.stem: _validated(values, where, prefix="")}, is_pipeline=False)
     for key in values:
@@ -99,6 +98,18 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
         stages[str(stage_name)] = _validated(given, where, prefix=f"stages.{stage_name}.")
     _outputs_differ(stages, path)
     return Recipe(path, stages, is_pipeline=True)
+
+
+def read_recipe(name: str, overrides: Sequence[str]) -> tuple[Path, dict[str, Any], Callable[[str], str]]:
+    """The file, its values with overrides applied (less `vars`), and what says of a key where it stands.
+
+    Raises:
+        BadInput: with the file, or the override, and the cure.
+    """
+    path = find_recipe(name)
+    values = _resolved(path, overrides)
+    values.pop("vars", None)
+    return path, values, _where(path, overrides)
 
 
 def _resolved(path: Path, overrides: Sequence[str]) -> dict[str, Any]:

@@ -1,10 +1,25 @@
-"""How well probabilities match outcomes, and intervals of shares."""
+"""How well probabilities match outcomes, the temperature that makes them, and intervals of shares."""
 
 import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+SHARPEST, FLATTEST = 0.05, 100.0  # the limits of a fitted temperature
+
+
+def reliability_bins(probabilities: Tensor, outcomes: Tensor, *, num_bins: int = 10) -> list[tuple[float, float, int]]:
+    """(mean probability, mean outcome, count) of each equal-width bin that is not empty, closed on the left.
+
+    probabilities (N,) in [0, 1], outcomes (N,) in [0, 1] (soft labels allowed).
+    """
+    probabilities, outcomes = probabilities.double(), outcomes.double()
+    bins = (probabilities * num_bins).long().clamp(max=num_bins - 1)
+    zeros = torch.zeros(num_bins, dtype=torch.float64, device=probabilities.device)
+    sums = (zeros.scatter_add(0, bins, values).tolist() for values in (probabilities, outcomes))
+    counts = bins.bincount(minlength=num_bins).tolist()
+    return [(p / n, y / n, n) for p, y, n in zip(*sums, counts, strict=True) if n]
 
 
 def expected_calibration_error(probabilities: Tensor, outcomes: Tensor, *, num_bins: int = 10) -> float:
@@ -13,13 +28,31 @@ def expected_calibration_error(probabilities: Tensor, outcomes: Tensor, *, num_b
 
     probabilities (N,) in [0, 1], outcomes (N,) in [0, 1] (soft labels allowed) -> a number in [0, 1]; 0 for N = 0.
     """
-    if probabilities.numel() == 0:
-        return 0.0
-    probabilities, outcomes = probabilities.double(), outcomes.double()
-    bins = (probabilities * num_bins).long().clamp(max=num_bins - 1)
-    zeros = torch.zeros(num_bins, dtype=torch.float64, device=probabilities.device)
-    gaps = zeros.scatter_add(0, bins, probabilities - outcomes)
-    return float(gaps.abs().sum() / probabilities.numel())
+    bins = reliability_bins(probabilities, outcomes, num_bins=num_bins)
+    return sum(abs(p - y) * n for p, y, n in bins) / max(probabilities.numel(), 1)
+
+
+def fit_temperature(margins: Tensor, outcomes: Tensor, weights: Tensor | None = None) -> float:
+    """The T that minimises the weighted cross entropy of sigmoid(margins / T) to the outcomes   (Guo et al. 2017, 4.2).
+
+    margins (N,), outcomes (N,) in [0, 1] (soft labels allowed), weights (N,) >= 0. The loss is convex in 1 / T with
+    slope sum w m (sigmoid(m / T) - y), whose zero is found by bisection in float64. T stays within [0.05, 100]:
+    outcomes that the margins' signs foretell without a miss end at 0.05, margins that foretell nothing, or the
+    contrary, at 100. Where no T is better than another (no items, all margins or weights 0) it is 1.
+    """
+    margins, outcomes = margins.double(), outcomes.double()
+    pull = margins if weights is None else margins * weights.double()
+    if not bool(pull.any()):
+        return 1.0
+
+    def slope(sharpness: float) -> float:
+        return float((pull * (torch.sigmoid(margins * sharpness) - outcomes)).sum())
+
+    low, high = 1.0 / FLATTEST, 1.0 / SHARPEST
+    for _ in range(64):  # without a zero inside it closes in on the limit where the loss is lower
+        middle = math.sqrt(low * high)
+        low, high = (middle, high) if slope(middle) <= 0.0 else (low, middle)
+    return 1.0 / math.sqrt(low * high)
 
 
 def pair_calibration_error(margins: Tensor, probability: Tensor, *, num_bins: int = 10) -> float:

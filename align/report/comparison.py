@@ -3,7 +3,6 @@
 import io
 import json
 import math
-import re
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from pydantic import BeforeValidator, TypeAdapter
 from align.artifact import write_atomically, write_json, write_text
 from align.errors import BadInput
 from align.report.curves import ACCENT, INK, PALE, new_figure
+from align.report.page import inline
 from align.report.tables import plain
 from align.wording import one_line
 
@@ -354,9 +354,7 @@ def _draw(pictures: Sequence[Callable[[Any], Names]], file: Any, format: Literal
 def _svg(name: str, picture: Callable[[Any], Names]) -> str:
     """A picture to stand in a page: no prolog, and ids of its own, as matplotlib gives each the same."""
     _draw([picture], stream := io.StringIO(), "svg")
-    svg = stream.getvalue()[stream.getvalue().index("<svg") :]
-    # in tags only: a method's name may look like an attribute, but matplotlib escapes its angle brackets
-    return re.sub("<[^>]*>", lambda tag: re.sub(r'(\bid="|href="#|url\(#)', rf"\1{name}-", tag[0]), svg)
+    return inline(stream.getvalue(), name)
 
 
 def write(comparison: Comparison, folder: Path, *, noise: float | None = None) -> None:

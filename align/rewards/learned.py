@@ -11,12 +11,13 @@ from align.data import Message, encode_pair
 from align.data.collate import pad_right
 from align.data.formats import Preference
 from align.errors import BadInput
+from align.maths.ensembles import conservative
 from align.models.budget import reading_tokens
 from align.models.layout import Ids, Tree, passes_of
 from align.models.roles import Bases
 from align.models.scoring import score_sequences
 from align.rewards.mix import Answers, Scorer
-from align.settings import LearnedReward
+from align.settings import EnsembleReward, LearnedReward
 
 MIN_STD = 1e-6  # of the score on the reference samples
 UNLIMITED = 1 << 30  # tokens: answers are as long as they were sampled
@@ -27,6 +28,29 @@ def learned(settings: LearnedReward, bases: Bases) -> Scorer:
     if (Path(settings.path) / MANIFEST).is_file():
         return _ours(settings, bases)
     return _classifier(settings, bases)
+
+
+def ensemble(settings: EnsembleReward, bases: Bases) -> Scorer:
+    """A scorer: what the members of an ensemble agree on, each normalised by its own mean and deviation."""
+    members = ensemble_members(settings.path, bases, max_batch_tokens=settings.max_batch_tokens)
+
+    def score(answers: Answers) -> list[float]:
+        scores = torch.tensor([each(answers) for each in members])  # (K, N)
+        if settings.how == "variance":
+            return [float(s) for s in scores.var(0, correction=0)]
+        return [float(s) for s in conservative(scores, how=settings.how, penalty=settings.penalty)]
+
+    return score
+
+
+def ensemble_members(
+    folder: str, bases: Bases, *, normalize: bool = True, max_batch_tokens: int | None = None
+) -> list[Scorer]:
+    """A scorer of each member of an ensemble run, all over the base that is in memory. Without `normalize`, the
+    difference of two scores is the logit that one answer is better."""
+    folders = [str(Path(folder) / name) for name in read_manifest(folder)["members"]]
+    values = {"normalize": normalize, "max_batch_tokens": max_batch_tokens}
+    return [learned(LearnedReward.model_validate(values | {"from": each}), bases) for each in folders]
 
 
 def _ours(settings: LearnedReward, bases: Bases) -> Scorer:

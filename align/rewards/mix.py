@@ -17,13 +17,14 @@ from align.data.formats import Prompt
 from align.errors import BadInput
 from align.plugins import check_arguments, is_reference, load_object
 from align.recipe import first_error
-from align.settings import LearnedReward, Reward
+from align.settings import EnsembleReward, LearnedReward, Reward
 from align.wording import did_you_mean
 
 if TYPE_CHECKING:
     from align.models.roles import Bases
 
 SUPPLIED = ("prompts", "completions", "completion_ids")  # by us; columns of the data come on top
+OF_RUNS: dict[str, type[LearnedReward] | type[EnsembleReward]] = {"learned": LearnedReward, "ensemble": EnsembleReward}
 BESIDE = ("use", "weight")  # keys of `rewards:` that are no arguments
 
 
@@ -71,25 +72,30 @@ def check_rewards(rewards: Sequence[Reward], key: str) -> None:
         BadInput: with the recipe's key.
     """
     for index, reward in enumerate(rewards):
-        where = f"`{key}[{index}]`"
-        if reward.use == "learned":
-            _learned_settings(reward, f"{key}[{index}]")
-        elif not is_reference(reward.use):
-            hint = did_you_mean(reward.use, ["learned"])
-            raise BadInput(f"{where}: `use: {reward.use}` is no `learned`, file.py:function or module:function{hint}")
-        else:
-            _function(reward, where)
+        check_reward(reward, f"{key}[{index}]")
+
+
+def check_reward(reward: Reward, key: str) -> None:
+    """As check_rewards, for one."""
+    if reward.use in OF_RUNS:
+        _settings_of(reward, key)
+    elif not is_reference(reward.use):
+        hint = did_you_mean(reward.use, list(OF_RUNS))
+        kinds = "`learned`, `ensemble`, file.py:function or module:function"
+        raise BadInput(f"`{key}`: `use: {reward.use}` is none of {kinds}{hint}")
+    else:
+        _function(reward, f"`{key}`")
 
 
 def build_rewards(rewards: Sequence[Reward], bases: "Bases") -> RewardMix:
     """Loads what is learned, over the bases that are in memory already where they fit."""
     terms: list[tuple[str, float, Scorer]] = []
     for index, reward in enumerate(rewards):
-        if reward.use == "learned":
-            from align.rewards.learned import learned
+        if reward.use in OF_RUNS:
+            from align.rewards import learned
 
-            settings = _learned_settings(reward, f"rewards[{index}]")
-            name, scorer = "learned", learned(settings, bases)
+            settings = _settings_of(reward, f"rewards[{index}]")
+            name, scorer = reward.use, getattr(learned, reward.use)(settings, bases)
         else:
             function = _function(reward, f"`rewards[{index}]`")
             name, scorer = getattr(function, "__name__", "reward"), _function_scorer(function, reward.arguments)
@@ -99,11 +105,12 @@ def build_rewards(rewards: Sequence[Reward], bases: "Bases") -> RewardMix:
     return RewardMix(terms)
 
 
-def _learned_settings(reward: Reward, key: str) -> LearnedReward:
+def _settings_of(reward: Reward, key: str) -> Any:
+    cls = OF_RUNS[reward.use]
     try:
-        return LearnedReward(**reward.arguments)
+        return cls(**reward.arguments)
     except ValidationError as error:
-        raise BadInput(first_error(error, LearnedReward, f"{key}.", beside=BESIDE)) from error
+        raise BadInput(first_error(error, cls, f"{key}.", beside=BESIDE)) from error
 
 
 def _function(reward: Reward, where: str) -> Callable[..., Any]:

@@ -5,6 +5,7 @@ ties as halves; its interval is Wilson's at 95 %.
 """
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from align.maths.calibration import wilson_interval, win_rate
 from align.maths.kl import kl_estimate
 from align.models.roles import Bases, Role
 from align.report.tables import markdown_table, result_table, save_samples
-from align.rewards import Answers, build_rewards
+from align.rewards import Answers, RewardMix, build_rewards
 from align.rollout.draw import uniforms
 from align.rollout.reading import read_all
 from align.rollout.sampling import sample
@@ -38,6 +39,8 @@ class Judged:
     kl: list[float]  # sequence KL to the reference policy, nats
     lengths: list[int]
     ended: list[bool]
+    entropies: list[float]  # mean over an answer's tokens, nats
+    beside: list[dict[str, float]]  # the recipe's other scores, by name
 
 
 def run(settings: EvaluateSettings, worker: Worker) -> None:
@@ -54,13 +57,14 @@ def run(settings: EvaluateSettings, worker: Worker) -> None:
     if not rows:
         raise BadInput(f"`prompts`: none has at most {settings.max_prompt_length} tokens (`max_prompt_length`)")
     judge = build_rewards(settings.judge, bases)
+    beside = {name: build_rewards([reward], bases) for name, reward in settings.beside.items()}
     reference_name = settings.reference or next(iter(settings.policies))
     reference = bases.role(settings.policies[reference_name])
     tracker = Tracker(settings, total=len(settings.policies), start=0, shown=("score", "kl"), is_main=worker.is_main)
     try:
         judged = {}
         for number, (name, folder) in enumerate(settings.policies.items(), 1):
-            judged[name] = _judge(bases.role(folder), reference, rows, judge, bases, settings, worker)
+            judged[name] = _judge(bases.role(folder), reference, rows, judge, beside, bases, settings, worker)
             found = judged[name]
             tracker.log(number, {"policy": name, "score": _mean(found.scores), "kl": _mean(found.kl)})
         metrics = _metrics(judged, settings, reference_name) | _pair_metrics(settings, bases, worker)
@@ -73,7 +77,14 @@ def run(settings: EvaluateSettings, worker: Worker) -> None:
 
 
 def _judge(
-    role: Role, reference: Role, rows: list, judge, bases: Bases, settings: EvaluateSettings, worker: Worker
+    role: Role,
+    reference: Role,
+    rows: list,
+    judge: RewardMix,
+    beside: dict[str, RewardMix],
+    bases: Bases,
+    settings: EvaluateSettings,
+    worker: Worker,
 ) -> Judged:
     mine = list(worker.mine(len(rows)))
     tokenizer, sampling = bases.main.tokenizer, settings.sampling
@@ -88,13 +99,17 @@ def _judge(
         batch_size=settings.batch_size,
     )
     own, others = (  # both read in one way, so that the reference is at 0 from itself
-        read_all(each, rollouts, temperature=sampling.temperature).logprobs for each in (role, reference)
+        read_all(each, rollouts, temperature=sampling.temperature, entropies=True) for each in (role, reference)
     )
-    kl = kl_estimate(own, others).sum(1)
+    kl = kl_estimate(own.logprobs, others.logprobs).sum(1)
+    entropies = own.entropies.sum(1) / rollouts.lengths.clamp(min=1)
     texts = [decode_completion(tokenizer, ids) for ids in rollouts.answers]
     answers = Answers([rows[i][0] for i in mine], rollouts.prompts, texts, rollouts.answers)
     scores, _ = judge(answers)
-    found = list(zip(texts, scores, kl.tolist(), rollouts.lengths.tolist(), rollouts.ended.tolist(), strict=True))
+    others_say = {name: mix(answers)[0] for name, mix in beside.items()}
+    further = [{name: values[i] for name, values in others_say.items()} for i in range(len(texts))]
+    columns = (kl.tolist(), rollouts.lengths.tolist(), rollouts.ended.tolist(), entropies.tolist(), further)
+    found = list(zip(texts, scores, *columns, strict=True))
     parts = worker.gather_objects(found)
     whole = [parts[i % len(parts)][i // len(parts)] for i in range(len(rows))]
     return Judged(*(list(column) for column in zip(*whole, strict=True)))
@@ -108,6 +123,9 @@ def _metrics(judged: dict[str, Judged], settings: EvaluateSettings, reference: s
             f"kl_to_{reference}": _mean(j.kl),
             "response_length": _mean(j.lengths),
             "eos_share": _mean(j.ended),
+            "entropy": _mean(j.entropies),
+            "distinct_2": distinct_n(j.texts, 2),
+            **{key: _mean([each[key] for each in j.beside]) for key in settings.beside},
         }
         for name, j in judged.items()
     }
@@ -148,7 +166,10 @@ def _write(metrics: dict, judged: dict[str, Judged], rows: list, settings: Evalu
             {
                 "iteration": 0,
                 "prompt": prompt.prompt,
-                **{name: {"response": j.texts[i], "score": j.scores[i], "kl": j.kl[i]} for name, j in judged.items()},
+                **{
+                    name: {"response": j.texts[i], "score": j.scores[i], "kl": j.kl[i]} | j.beside[i]
+                    for name, j in judged.items()
+                },
             }
             for i, (prompt, _) in enumerate(rows)
         ],
@@ -187,6 +208,12 @@ def _table(metrics: dict) -> tuple[list[str], list[list[str]], list[str]]:
         r = metrics["reward"]
         facts.append(f"reward model: accuracy {r['accuracy']:.3f}, ECE {r['ece']:.3f} on {r['pairs']} unseen pairs")
     return columns, table, facts
+
+
+def distinct_n(texts: Sequence[str], n: int) -> float:
+    """Different n-grams of words as a share of all, in [0, 1] (Li et al. 2016); 0 where there are none."""
+    grams = [tuple(words[i : i + n]) for words in (text.split() for text in texts) for i in range(len(words) - n + 1)]
+    return len(set(grams)) / len(grams) if grams else 0.0
 
 
 def _mean(values: list) -> float:

@@ -169,8 +169,9 @@ def _iterate(this: _Run, iteration: int) -> dict[str, float]:
 def cast_roles(settings: PpoSettings, worker: Worker) -> Cast:
     """Loads the base once and every role over it.
 
-    The reference is the run (or the base) that the policy starts from, loaded again, frozen. A new prefix is the one
-    method that does not start as that run does: it begins with the words of `init_text`, at some KL from the reference.
+    The reference is frozen: the run (or the base) that the policy starts from, loaded again, unless the recipe names
+    another. A new prefix is the one method that does not start as that run does: it begins with the words of
+    `init_text`, at some KL from the reference.
     """
     bases = Bases(settings.model, worker.device)
     start, method = settings.policy.path, settings.policy.method
@@ -190,7 +191,8 @@ def cast_roles(settings: PpoSettings, worker: Worker) -> Cast:
         if settings.ppo.gradient_checkpointing:
             role.causal.gradient_checkpointing_enable({"use_reentrant": False})
     rewards = build_rewards(settings.rewards, bases)
-    return Cast(base, base_name, policy, bases.role(start), critic, rewards, end_token_ids(base.tokenizer))
+    reference = bases.role(start if settings.reference is None else settings.reference.path)
+    return Cast(base, base_name, policy, reference, critic, rewards, end_token_ids(base.tokenizer))
 
 
 def _critic(bases: Bases, settings: PpoSettings, policy_method: AnyMethod | None) -> Role:

@@ -1,43 +1,15 @@
-"""What a recipe may say: every key has a field here, with its range, and every field is read by some stage.
+"""What a recipe may say of each stage: every key has a field here, with its range, and some stage reads every field.
 
-Light on purpose (pydantic only), so that a recipe is refused before anything heavy is imported. Names are those of
-transformers, PEFT and TRL wherever they have one.
+Names are those of transformers, PEFT and TRL wherever they have one.
 """
 
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Discriminator,
-    Field,
-    Tag,
-    field_validator,
-    model_validator,
-)
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from align.plugins import is_reference
+from align.settings.fields import Count, Fraction, Interval, NonNegative, Positive, Settings
+from align.settings.methods import Lora, MethodOrLora
 from align.wording import did_you_mean
-
-
-def _no_switch(value: Any) -> Any:
-    if isinstance(value, bool):  # to Python, true is the number 1
-        raise ValueError("must be a number, not a switch")
-    return value
-
-
-Fraction = Annotated[float, Field(ge=0.0, le=1.0), BeforeValidator(_no_switch)]
-Positive = Annotated[float, Field(gt=0.0), BeforeValidator(_no_switch)]
-NonNegative = Annotated[float, Field(ge=0.0), BeforeValidator(_no_switch)]
-Count = Annotated[int, Field(ge=1), BeforeValidator(_no_switch)]
-Interval = Annotated[int, Field(ge=0), BeforeValidator(_no_switch)]  # every so many steps; 0 = never
-
-
-class Settings(BaseModel):
-    """A frozen section of a recipe; unknown keys are an error."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
 
 
 class Model(Settings):
@@ -49,133 +21,6 @@ class Model(Settings):
     attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
     revision: str | None = None
     chat_template: str | None = None  # a Jinja file; None: the tokenizer's own
-
-
-class Lora(Settings):
-    """PEFT's LoraConfig, by its own names. `qlora` is the same over a 4-bit base, and insists on it."""
-
-    kind: Literal["lora", "qlora"] = "lora"
-    r: Count = 16
-    lora_alpha: Positive = 32.0
-    lora_dropout: Fraction = 0.0
-    target_modules: str | tuple[str, ...] = "all-linear"
-    use_rslora: bool = False
-    use_dora: bool = False
-    init_lora_weights: bool | Literal["gaussian"] = True  # PiSSA and OLoRA rewrite the base, which roles share
-
-
-class Full(Settings):
-    """All parameters of a copy of the base."""
-
-    kind: Literal["full"]
-
-
-class Freeze(Settings):
-    """Transfer learning: copies of the last layers, the final norm and the output layer; the rest is the base's own.
-
-    A PEFT folder of kind LN_TUNING, which is how PEFT names "this module, trained": it opens without us.
-    """
-
-    kind: Literal["freeze"]
-    num_layers: Count = 2  # the last so many; Houlsby et al. 2019 compare with such top-k tuning
-    train_head: bool = True  # the output layer too, where there is no scalar head in its place
-    target_modules: str | tuple[str, ...] | None = None  # a pattern or suffixes of modules instead of `num_layers`
-
-
-class Adapter(Settings):
-    """Bottleneck adapters: down-projection, non-linearity, up-projection, residual; the start is the base itself."""
-
-    kind: Literal["adapter"]
-    placement: Literal["houlsby", "pfeiffer"] = "houlsby"  # after attention and feed-forward | feed-forward alone
-    reduction_factor: Count = 16  # hidden size / bottleneck size (Pfeiffer et al. 2021)
-    activation: str = "relu"  # a name of transformers' ACT2FN
-    target_modules: str | tuple[str, ...] | None = None
-
-
-class Prefix(Settings):
-    """PEFT's PrefixTuningConfig: keys and values that every token sees before its own, trained in every layer."""
-
-    kind: Literal["prefix"]
-    num_virtual_tokens: Count = 20  # Li & Liang 2021: 10 for table-to-text, 200 for summaries
-    init_text: str = "You are a helpful assistant. You read the question carefully and answer it well and to the point."
-    # (section 7.4 there: start from the activations of real words; repeated where it is too short)
-
-
-class Ia3(Settings):
-    """PEFT's IA3Config: learned scales of keys, values and feed-forward activations, all 1 at the start."""
-
-    kind: Literal["ia3"]
-    target_modules: str | tuple[str, ...] | None = None  # None: PEFT's choice for the architecture
-    feedforward_modules: str | tuple[str, ...] | None = None
-
-
-METHODS = ("lora", "qlora", "full", "freeze", "adapter", "prefix", "ia3")
-# PEFT's own that leave the base as it is and need nothing of the training loop, as tests/test_methods.py tries them.
-# Others need more: prompt tuning places tokens of its own, AdaLoRA counts steps, X-LoRA and Poly choose by task.
-PEFT_METHODS_IN_4_BITS = ("beft", "boft", "fourierft", "gralora", "hira", "ln_tuning", "miss", "oft", "pvera", "vera")
-PEFT_METHODS = (
-    *PEFT_METHODS_IN_4_BITS,
-    *("c3a", "deft", "delora", "frod", "glora", "hra", "loha", "lokr", "osf", "peanut", "psoft", "road", "shira"),
-    *("supertuning", "tinylora", "unilora", "vblora", "waveft"),
-)
-
-
-class OtherPeft(Settings):
-    """Any other PEFT type by its name, with the keys of its own configuration, which PEFT validates."""
-
-    model_config = ConfigDict(extra="allow", frozen=True, allow_inf_nan=False)
-    tag: ClassVar[str] = "other"
-    kind: str
-
-    @field_validator("kind")
-    @classmethod
-    def _is_known(cls, kind: str) -> str:
-        if kind not in PEFT_METHODS:
-            known = (*METHODS, *PEFT_METHODS)
-            hint = did_you_mean(kind, known) or f"; one of: {', '.join(known)}, or file.py:function"
-            raise ValueError(f"no tuning method that roles over one base can have{hint}")
-        return kind
-
-    @property
-    def arguments(self) -> dict[str, Any]:
-        return dict(self.model_extra or {})
-
-
-class OwnMethod(Settings):
-    """`file.py:function`, called as `function(model, **settings)`, returns a PeftModel over the model it is given."""
-
-    model_config = ConfigDict(extra="allow", frozen=True, allow_inf_nan=False)
-    tag: ClassVar[str] = "own"
-    kind: str
-
-    @property
-    def arguments(self) -> dict[str, Any]:
-        return dict(self.model_extra or {})
-
-
-def _tag_of(value: Any) -> str:
-    kind = str(value.get("kind", "lora") if isinstance(value, dict) else getattr(value, "kind", "lora"))
-    if kind in METHODS:
-        return "lora" if kind == "qlora" else kind
-    return OwnMethod.tag if is_reference(kind) else OtherPeft.tag
-
-
-AnyMethod = Lora | Full | Freeze | Adapter | Prefix | Ia3 | OtherPeft | OwnMethod
-Method = Annotated[
-    Annotated[Lora, Tag("lora")]
-    | Annotated[Full, Tag("full")]
-    | Annotated[Freeze, Tag("freeze")]
-    | Annotated[Adapter, Tag("adapter")]
-    | Annotated[Prefix, Tag("prefix")]
-    | Annotated[Ia3, Tag("ia3")]
-    | Annotated[OtherPeft, Tag(OtherPeft.tag)]
-    | Annotated[OwnMethod, Tag(OwnMethod.tag)],
-    Discriminator(_tag_of),
-]
-
-
-def _default_kind(value: Any) -> Any:
-    return {"kind": "lora", **value} if isinstance(value, dict) and "kind" not in value else value
 
 
 Optimizer = Literal["adamw_torch_fused", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit"]  # transformers' names
@@ -271,7 +116,7 @@ class SftSettings(StageSettings):
     """Supervised fine-tuning on demonstrations, with TRL's SFTTrainer."""
 
     kind: ClassVar[str] = "sft"
-    method: Annotated[Method, BeforeValidator(_default_kind)] = Lora()
+    method: MethodOrLora = Lora()
     data: Data
     max_length: Annotated[int, Field(ge=8)] = 1024
     packing: bool = True
@@ -285,7 +130,7 @@ class RewardSettings(StageSettings):
     """A reward model on preference pairs: Bradley-Terry, soft labels, weights and margins."""
 
     kind: ClassVar[str] = "reward"
-    method: Annotated[Method, BeforeValidator(_default_kind)] = Lora()
+    method: MethodOrLora = Lora()
     data: Data
     max_length: Annotated[int, Field(ge=8)] = 1024
     train: Training = Training(learning_rate=1e-4)
@@ -299,8 +144,15 @@ class RewardSettings(StageSettings):
         return sections
 
 
+class EnsembleSettings(RewardSettings):
+    """Several reward models on the same pairs, each with a seed and an order of its own, in `<output>/member-<k>`."""
+
+    kind: ClassVar[str] = "ensemble"
+    num_members: Annotated[int, Field(ge=2)] = 4
+
+
 class Reward(BaseModel):
-    """One term of the reward. `use: learned` or `file.py:function`; its siblings are that function's arguments."""
+    """One term of the reward. `use: learned`, `ensemble` or `file.py:function`; its siblings are its arguments."""
 
     model_config = ConfigDict(extra="allow", frozen=True, allow_inf_nan=False)
     use: str
@@ -320,11 +172,26 @@ class LearnedReward(Settings):
     max_batch_tokens: Count | None = None  # of a pass: memory only
 
 
+class EnsembleReward(Settings):
+    """Arguments of `use: ensemble`: what an ensemble's members agree on (Coste et al. 2023)."""
+
+    path: str = Field(alias="from")
+    how: Literal["mean", "minimum", "variance"] = "mean"  # variance: how far they disagree, for reports
+    penalty: NonNegative = 0.5  # of the members' variance, taken from their mean
+    max_batch_tokens: Count | None = None  # of a pass: memory only
+
+
 class Policy(Settings):
     """Where the policy starts: an SFT (or PPO) run's folder, or the base itself when `from` is left out."""
 
     path: str | None = Field(default=None, alias="from")
-    method: Annotated[Method, BeforeValidator(_default_kind)] | None = None  # None: go on with that run's adapter
+    method: MethodOrLora | None = None  # None: go on with that run's adapter
+
+
+class Reference(Settings):
+    """The policy that PPO's KL is measured to."""
+
+    path: str = Field(alias="from")
 
 
 class Critic(Settings):
@@ -413,6 +280,7 @@ class PpoSettings(StageSettings):
 
     kind: ClassVar[str] = "ppo"
     policy: Policy = Policy()
+    reference: Reference | None = None  # None: where the policy starts
     critic: Critic = Critic()
     rewards: Annotated[tuple[Reward, ...], Field(min_length=1)]
     prompts: Data
@@ -443,6 +311,8 @@ class PpoSettings(StageSettings):
         found: Parents = {}
         if self.policy.path is not None:
             found["policy.from"] = (self.policy.path, ("sft", "ppo"))
+        if self.reference is not None:
+            found["reference.from"] = (self.reference.path, ("sft", "ppo"))
         if self.critic.path is not None:
             found["critic.from"] = (self.critic.path, ("reward",))
         return found | learned_parents("rewards", self.rewards)
@@ -467,6 +337,7 @@ class EvaluateSettings(StageSettings):
     compare: tuple[tuple[str, str], ...] = ()  # (challenger, incumbent)
     reference: str | None = None  # the policy that KL is measured to
     judge: Annotated[tuple[Reward, ...], Field(min_length=1)]
+    beside: dict[str, Reward] = Field(default_factory=dict)  # other scores, reported only
     reward: PairCheck | None = None
     prompts: Data
     max_prompts: Count = 256
@@ -487,7 +358,8 @@ class EvaluateSettings(StageSettings):
         found: Parents = {f"policies.{name}": (path, ("sft", "ppo")) for name, path in self.policies.items() if path}
         if self.reward is not None:
             found["reward.from"] = (self.reward.path, ("reward",))
-        return found | learned_parents("judge", self.judge)
+        found |= learned_parents("judge", self.judge)
+        return found | learned_parents("beside", tuple(self.beside.values()), names=tuple(self.beside))
 
     def data_sections(self) -> dict[str, tuple[str, Data]]:
         sections = {"prompts": ("prompts", self.prompts)}
@@ -496,15 +368,84 @@ class EvaluateSettings(StageSettings):
         return sections
 
 
-def learned_parents(key: str, rewards: tuple[Reward, ...]) -> Parents:
-    """The reward runs among `rewards`; `*` stands for a transformers sequence classifier, which has no manifest."""
+class CollectSettings(StageSettings):
+    """Several answers to each prompt from several policies, in candidates.jsonl."""
+
+    kind: ClassVar[str] = "collect"
+    policies: Annotated[dict[str, str | None], Field(min_length=1)]  # name -> run folder; null: the base
+    prompts: Data
+    num_generations: dict[str, Count] = Field(default_factory=dict)  # of each policy; those not named give 4
+    temperatures: Annotated[tuple[Positive, ...], Field(min_length=1)] = (1.0,)  # taken in turn, answer by answer
+    max_prompt_length: Count = 512
+    batch_size: Count = 32  # answers in the making at a time
+    sampling: Sampling = Sampling()
+
+    def parents(self) -> Parents:
+        return {f"policies.{name}": (path, ("sft", "ppo")) for name, path in self.policies.items() if path}
+
+    def data_sections(self) -> dict[str, tuple[str, Data]]:
+        return {"prompts": ("prompts", self.prompts)}
+
+
+class JudgeSettings(Settings):
+    """Who compares two answers. `model`: a model's log-probabilities of A and B, averaged over both orders."""
+
+    use: str = "model"  # model | server | file.py:function, a reward in TRL's signature
+    model: str | None = None  # a folder or Hub id (None: the stage's base); of a server: its name there
+    url: str | None = None  # of `use: server`: such as http://127.0.0.1:8000/v1
+    api_key_env: str | None = None  # the environment variable that holds the server's key
+    question: str | None = None  # a Jinja file with {{prompt}}, {{a}}, {{b}}; None: ours
+    scale: Positive = 1.0  # of `file.py:function`: P(a is better) = sigmoid((score a - score b) / scale)
+    max_retries: Interval = 4
+    timeout: Positive = 60.0  # seconds
+    cost_per_million_tokens: NonNegative = 0.0  # for the report: of prompt and answer together
+    arguments: dict[str, Any] = Field(default_factory=dict)  # of `file.py:function`
+
+    @model_validator(mode="after")
+    def _server_has_an_address(self) -> "JudgeSettings":
+        if self.use == "server" and not (self.url and self.model):
+            raise ValueError(
+                "`use: server` needs `url` (such as http://127.0.0.1:8000/v1) and the `model`'s name there"
+            )
+        return self
+
+
+class ScoreSettings(StageSettings):
+    """What an ensemble, and a judge, say of candidates: scores of each, pairs of them, and who is better."""
+
+    kind: ClassVar[str] = "score"
+    candidates: str  # a collect run
+    ensemble: str | None = None  # None: nothing has been learned yet, and pairs are drawn by chance
+    judge: JudgeSettings | None = None
+    best_worst: bool = True  # pair the best answer with the worst, by the ensemble
+    random_pairs: Interval = 1  # further pairs of each prompt, by chance
+    max_batch_tokens: Count | None = None
+
+    def parents(self) -> Parents:
+        found: Parents = {"candidates": (self.candidates, ("collect",))}
+        return found | ({} if self.ensemble is None else {"ensemble": (self.ensemble, ("ensemble",))})
+
+
+def learned_parents(key: str, rewards: tuple[Reward, ...], *, names: tuple[str, ...] = ()) -> Parents:
+    """The runs among `rewards`; `*` stands for a transformers sequence classifier, which has no manifest."""
+    kinds = {"learned": ("reward", "*"), "ensemble": ("ensemble",)}
+    places = [f"{key}.{name}" for name in names] or [f"{key}[{index}]" for index in range(len(rewards))]
     return {
-        f"{key}[{index}].from": (str(reward.arguments.get("from")), ("reward", "*"))
-        for index, reward in enumerate(rewards)
-        if reward.use == "learned"
+        f"{place}.from": (str(reward.arguments.get("from")), kinds[reward.use])
+        for place, reward in zip(places, rewards, strict=True)
+        if reward.use in kinds
     }
 
 
 STAGES: dict[str, type[StageSettings]] = {
-    cls.kind: cls for cls in (SftSettings, RewardSettings, PpoSettings, EvaluateSettings)
+    cls.kind: cls
+    for cls in (
+        SftSettings,
+        RewardSettings,
+        PpoSettings,
+        EvaluateSettings,
+        EnsembleSettings,
+        CollectSettings,
+        ScoreSettings,
+    )
 }

@@ -1,0 +1,60 @@
+"""What a round's figures say of the loop fooling itself, and which round's policy to keep."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+LENGTH_DRIFT = 1.5  # times the SFT policy's length, or so many times shorter
+ENTROPY_DROP = 1 / 3  # of the SFT policy's: PPO that is well halves it
+SPREAD_GROWTH = 2.0  # times the ensemble's variance on the first policy's answers
+LENGTH_BIAS_Z = 3.0
+
+
+@dataclass(frozen=True)
+class Policy:
+    """What one policy's answers to held-out prompts were like, by the scores of one round."""
+
+    proxy: float  # what PPO is paid
+    held_out: float  # a reward model on labels that PPO never sees
+    length: float  # tokens
+    entropy: float  # nats a token
+    spread: float = 0.0  # variance of the ensemble's members, mean over answers
+
+
+def alarms(sft: Policy, previous: Policy, current: Policy, *, length_bias_z: float = 0.0) -> list[str]:
+    """Sentences on what looks wrong; none where nothing does. All three were scored by the same models."""
+    found = []
+    if current.proxy > previous.proxy and current.held_out < previous.held_out:
+        found.append(
+            f"over-optimisation: the reward rose ({previous.proxy:.2f} to {current.proxy:.2f}) while the held-out "
+            f"reward fell ({previous.held_out:.2f} to {current.held_out:.2f})"
+        )
+    ratio = current.length / max(sft.length, 1e-9)
+    if not 1 / LENGTH_DRIFT <= ratio <= LENGTH_DRIFT:
+        found.append(f"length drift: {current.length:.0f} tokens an answer, against {sft.length:.0f} after SFT")
+    if current.entropy < ENTROPY_DROP * sft.entropy:
+        found.append(f"entropy drop: {current.entropy:.2f} nats a token, against {sft.entropy:.2f} after SFT")
+    if sft.spread > 0 and current.spread > SPREAD_GROWTH * sft.spread:
+        found.append(
+            f"the ensemble disagrees on the new answers: variance {current.spread:.2f}, on SFT's {sft.spread:.2f}"
+        )
+    if length_bias_z > LENGTH_BIAS_Z:
+        found.append(f"length bias: the machine prefers longer answers more than people do (z = {length_bias_z:.1f})")
+    return found
+
+
+def best_round(evidence: Mapping[int, float]) -> int:
+    """The round whose policy scores best by held-out evidence; of equals the earlier."""
+    return max(sorted(evidence), key=lambda number: evidence[number])
+
+
+def reason_to_stop(
+    kept: Sequence[int], *, patience: int, kl: float, kl_limit: float | None, labels: int, label_limit: int | None
+) -> str | None:
+    """Why the loop ends here, or None. `kept` is the round that was best after each round so far."""
+    if patience and len(kept) > patience and len(set(kept[-patience - 1 :])) == 1:
+        return f"no better policy in {patience} rounds"
+    if kl_limit is not None and kl > kl_limit:
+        return f"the policy is {kl:.1f} nats from SFT (`stop.kl: {kl_limit:g}`)"
+    if label_limit is not None and labels >= label_limit:
+        return f"people have given {labels} labels (`stop.human_labels: {label_limit}`)"
+    return None

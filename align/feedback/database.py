@@ -1,0 +1,99 @@
+"""The database under a store: SQLite by default, PostgreSQL by its URL. Whoever writes is alone."""
+
+import re
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote
+
+from sqlalchemy import URL, Connection, Engine, create_engine, event, make_url
+from sqlalchemy.exc import ArgumentError, NoSuchModuleError
+
+from align.errors import BadInput
+from align.wording import one_line
+
+BUSY_SECONDS = 30  # that a writer waits for another one
+WRITERS_LOCK = 0x616C69676E  # "align": PostgreSQL's advisory lock of those who write
+CURE = "write a file's path or postgresql+psycopg://USER@HOST/DATABASE (pip install 'align[postgres]')"
+
+
+def store_url(where: str) -> str:
+    """The database URL of a file's path; a URL stays as it is."""
+    if "://" in where:
+        return where
+    return URL.create("sqlite", database=str(Path(where).resolve())).render_as_string()  # ? and # are escaped
+
+
+def open_engine(url: str) -> Engine:
+    """An engine whose transactions are alone where their connection has the option `writes`.
+
+    Raises:
+        BadInput: the URL means nothing, names neither SQLite nor PostgreSQL, or its driver is not installed.
+    """
+    try:
+        parsed = make_url(url)
+        is_sqlite = parsed.get_backend_name() == "sqlite"
+        # a page's threads and a load of them: a connection too many would be opened and closed for each request
+        engine = create_engine(parsed, pool_size=16, max_overflow=24, **({} if is_sqlite else {"pool_pre_ping": True}))
+    except (ArgumentError, ValueError, TypeError):  # these may quote the URL, and with it a password
+        raise BadInput(f"the store `{shown(url)}` is no database's URL; {CURE}") from None
+    except (NoSuchModuleError, ImportError) as error:
+        raise BadInput(f"the store `{shown(url)}`: {safe_line(error, url)}; {CURE}") from None
+    if is_sqlite:
+        event.listen(engine, "connect", _set_up_sqlite)
+        event.listen(engine, "begin", _begin_sqlite)
+    elif engine.dialect.name == "postgresql":
+        event.listen(engine, "begin", _begin_postgresql)
+    else:
+        raise BadInput(f"the store `{shown(url)}` is neither SQLite nor PostgreSQL; {CURE}")
+    return engine
+
+
+def file_of(url: str) -> Path | None:
+    """The file of a SQLite URL; None for another database.
+
+    Raises:
+        BadInput: a SQLite database in memory: it would be gone, and another one for each thread.
+    """
+    if not url.startswith("sqlite"):
+        return None
+    try:
+        name = make_url(url).database
+    except (ArgumentError, ValueError):
+        name = None
+    if not name or name == ":memory:":
+        raise BadInput(f"the store `{url}` names no file; {CURE}")
+    return Path(name)
+
+
+def shown(url: str) -> str:
+    """A store as a message may name it: a SQLite file's path, or a URL without user, password and options."""
+    if url.startswith("sqlite:///"):
+        return unquote(url.removeprefix("sqlite:///").partition("?")[0])
+    scheme, separator, rest = url.partition("://")
+    return f"{scheme}{separator}{re.split(r'[?]', rest.rpartition('@')[2])[0]}"
+
+
+def safe_line(error: object, url: str) -> str:
+    """What an error says, on one line, without the URL's password."""
+    line = re.sub(r"[^\s'\"]*@", "***@", " ".join(str(error).split()))
+    for secret in re.findall(r"://[^/@]*?:(.*)@|[?&]password=([^&]*)", url):
+        for password in {word for part in secret if part for word in (part, unquote(part))}:
+            line = line.replace(password, "***")
+    return one_line(line)
+
+
+def _set_up_sqlite(connection: Any, record: Any) -> None:
+    connection.isolation_level = None  # transactions begin where we say so
+    # FULL: a label that was acknowledged survives a power cut. The timeout first: the others may have to wait
+    for pragma in (f"busy_timeout={BUSY_SECONDS * 1000}", "journal_mode=WAL", "foreign_keys=ON", "synchronous=FULL"):
+        connection.execute(f"PRAGMA {pragma}").close()
+
+
+def _begin_sqlite(connection: Connection) -> None:
+    writes = connection.get_execution_options().get("writes", False)
+    connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
+
+
+def _begin_postgresql(connection: Connection) -> None:
+    if connection.get_execution_options().get("writes", False):
+        connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({WRITERS_LOCK})")

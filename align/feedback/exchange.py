@@ -1,0 +1,203 @@
+"""Labels to and from files of TRL's preference format, for training elsewhere. What every label said: `backup.py`."""
+
+import hashlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any, Literal
+
+from align.data import Preference, parse, read_rows
+from align.errors import BadInput
+from align.feedback.backup import Moved, export_labels, import_labels, looks_like_labels, write_lines
+from align.feedback.gate import A_IS_BETTER
+from align.feedback.page.command import store_of
+from align.feedback.store import NewLabel, Pair, Store, storable
+from align.settings import Source
+
+IMPORTED = "imported"  # the policy, the reason and the annotator of what comes from a file
+MACHINES = ("reward", "judge")
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """A pair and what is known of it: `probability` that a is better, in [0, 1]; `weight` in the loss, from 0 on."""
+
+    pair: Pair
+    probability: float
+    weight: float = 1.0
+    source: str = "human"
+
+
+def labelled(store: Store, round_: int | None = None) -> list[Labelled]:
+    """The pairs that have a label that stands, by id: people's where there are any, else the machine's, else gold.
+
+    Several people's probability is the mean of theirs (a label's own, or 1, 0 and 1/2 for a, b and the undecided).
+    Repetitions, which say how far a person agrees with themselves, and skips do not count.
+    """
+    votes: dict[int, dict[str, list[float]]] = {}
+    for label in store.labels(round_=round_):
+        if label.outcome != "skip" and not label.is_reask:
+            said = A_IS_BETTER[label.outcome] if label.probability is None else label.probability
+            votes.setdefault(label.comparison_id, {}).setdefault(label.source, []).append(said)
+    found = []
+    for pair in store.pairs(round_):
+        by_source = votes.get(pair.id, {})
+        source = next((name for name in ("human", "judge", "reward", "gold") if name in by_source), None)
+        if source is not None:
+            found.append(Labelled(pair, fmean(by_source[source]), source=source))
+    return found
+
+
+# --------------------------------------------------------------------------------------------- TRL's preference format
+
+
+def write_preferences(path: str | Path, rows: Iterable[Labelled]) -> Moved:
+    """Writes pairs as TRL's preference rows, conversational where the prompt is, atomically.
+
+    `probability` (that `chosen` is better, in [0.5, 1]) and `weight` are read by align's reward stage; `source`,
+    `reason`, `round` and `comparison` say where a row is from. TRL ignores all of them: for it, leave out rows whose
+    probability is near 1/2. Pairs that no trainer takes (equal answers, an empty one, no weight) are left out.
+    """
+    lines, num_left_out = [], 0
+    for row in rows:
+        a, b = row.pair.a, row.pair.b
+        if a == b or not a.strip() or not b.strip() or not row.weight > 0:
+            num_left_out += 1
+            continue
+        chosen, rejected = (a, b) if row.probability >= 0.5 else (b, a)
+        values = {
+            "prompt": row.pair.prompt,
+            "chosen": _as_answer(chosen, row.pair.prompt),
+            "rejected": _as_answer(rejected, row.pair.prompt),
+            "probability": max(row.probability, 1.0 - row.probability),
+            "weight": row.weight,
+            "source": row.source,
+            "reason": row.pair.reason,
+            "round": row.pair.round,
+            "comparison": row.pair.id,
+        }
+        lines.append(values)
+    write_lines(Path(path), lines)
+    return Moved(len(lines), left_out=num_left_out)
+
+
+def import_preferences(store: Store, path: str | Path, *, limit: int | None = None) -> Moved:
+    """Takes a file of preferences, in any format that the reward stage reads, as pairs of round 0 that people have
+    labelled; the annotator is `imported`. The same file again changes nothing.
+
+    Of a pair that is in it twice the first row counts. Rows that name a machine as their `source` (an export of our
+    own) are left out: they are nobody's judgement. A row's weight and margin are not kept.
+    Raises:
+        BadInput: a row cannot be read, has answers of several turns, or a prompt that is evaluated on.
+    """
+    rows: list[tuple[Any, str, str, float]] = []
+    num_left_out = 0
+    for row in read_rows(Source(path=str(path), limit=limit)):
+        preference = parse(row, "preferences")
+        if preference is None or row.values.get("source") in MACHINES:
+            num_left_out += 1
+            continue
+        rows.append((_content(preference.prompt), *_answers(preference), preference.probability))
+    prompts = store.add_prompts([(prompt, {}) for prompt, _, _, _ in rows], "train")
+    pairs = [(prompt, chosen, rejected) for prompt, (_, chosen, rejected, _) in zip(prompts, rows, strict=True)]
+    # in an order that tells nothing: else a would be the chosen one in every pair
+    drawn = _draw(store, [(prompt, text) for prompt, *texts in pairs for text in sorted(texts, key=_mixed)])
+    asked = [(prompt, drawn[prompt, one], drawn[prompt, other], IMPORTED) for prompt, one, other in pairs]
+    comparisons = store.add_comparisons(0, asked)
+    new = {pair.id for pair in store.pairs(0) if pair.route is None}.intersection(comparisons)
+    store.set_comparisons({comparison: {"route": "human", "reason": IMPORTED} for comparison in new})
+    annotator = store.add_annotator(IMPORTED)
+    labels: dict[str, NewLabel] = {}
+    for comparison, (_, chosen, rejected, _), (*_, probability) in zip(comparisons, asked, rows, strict=True):
+        of_a = probability if chosen < rejected else 1.0 - probability
+        outcome = "tie" if of_a == 0.5 else "a" if of_a > 0.5 else "b"
+        own = None if of_a in (0.0, 0.5, 1.0) else of_a  # what the outcome does not say by itself
+        key = f"{IMPORTED}-{comparison}"
+        labels.setdefault(key, NewLabel(comparison, "human", outcome, key, annotator_id=annotator, probability=own))
+    num_new = store.add_labels(labels.values())  # last: a file whose import was cut off is simply imported again
+    return Moved(num_new, known=len(rows) - num_new, left_out=num_left_out)
+
+
+def _as_answer(text: str, prompt: Any) -> Any:
+    return text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
+
+
+def _content(prompt: Any) -> Any:
+    return prompt if isinstance(prompt, str) else [dict(message) for message in prompt]
+
+
+def _answers(preference: Preference) -> tuple[str, str]:
+    texts = []
+    for name, answer in (("chosen", preference.chosen), ("rejected", preference.rejected)):
+        if not isinstance(answer, str):
+            if len(answer) != 1:
+                raise BadInput(f"{preference.where}: `{name}` has {len(answer)} turns; people compare answers of one")
+            answer = answer[0]["content"]
+        texts.append(storable(answer))
+    return texts[0], texts[1]
+
+
+def _mixed(text: str) -> bytes:
+    return hashlib.sha256(text.encode()).digest()
+
+
+def _draw(store: Store, wanted: Iterable[tuple[int, str]]) -> dict[tuple[int, str], int]:
+    """(prompt id, text) -> id of the imported answer; one that is there already keeps its number."""
+    there = [c for c in store.candidates(0) if c.policy == IMPORTED]
+    found = {(c.prompt_id, c.text): c.id for c in there}
+    next_draw: dict[int, int] = {}
+    for candidate in there:
+        next_draw[candidate.prompt_id] = max(next_draw.get(candidate.prompt_id, 0), candidate.draw + 1)
+    new = []
+    for prompt, text in dict.fromkeys(wanted):
+        if (prompt, text) not in found:
+            draw = next_draw.get(prompt, 0)
+            new.append((prompt, draw, text))
+            next_draw[prompt] = draw + 1
+    ids = store.add_candidates(0, IMPORTED, {}, new)
+    return found | {(prompt, text): key for key, (prompt, _, text) in zip(ids, new, strict=True)}
+
+
+# ------------------------------------------------------------------------------------------------ for the command line
+
+
+def export_run(run: str, file: str | Path, format: Literal["trl", "labels"] = "trl") -> str:
+    """Writes the labels of a loop's folder (or of a store) to a .jsonl file; says what was done, in a sentence.
+
+    Raises:
+        BadInput: there is no such store, nothing to write, or no folder for the file.
+    """
+    path = Path(file)
+    if path.suffix != ".jsonl":
+        raise BadInput(f"{path} must end in .jsonl: a row is a line")
+    if not path.parent.is_dir():
+        raise BadInput(f"{path}: there is no folder {path.parent}; make it, or correct the path")
+    store = Store(store_of(run))
+    try:
+        if not store.counts():
+            raise BadInput(f"{store} has no labels yet; nothing was written")
+        if format == "labels":
+            return f"{path}: {export_labels(store, path).taken} labels"
+        moved = write_preferences(path, labelled(store))
+        left_out = f", {moved.left_out} left out (equal or empty answers)" if moved.left_out else ""
+        return f"{path}: {moved.taken} pairs{left_out}"
+    finally:
+        store.close()
+
+
+def import_run(run: str, file: str | Path, *, limit: int | None = None) -> str:
+    """Takes a file of preferences, or an export of all labels, into a loop's store, which is made where there is none;
+    says what was done, in a sentence.
+
+    Raises:
+        BadInput: the file cannot be read, or does not fit the store.
+    """
+    is_backup = looks_like_labels(file)
+    store = Store(store_of(run), create=True)
+    try:
+        moved = import_labels(store, file) if is_backup else import_preferences(store, file, limit=limit)
+    finally:
+        store.close()
+    left_out = f", {moved.left_out} left out" if moved.left_out else ""
+    return f"{file}: {moved.taken} labels taken, {moved.known} known already{left_out}"

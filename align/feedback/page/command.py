@@ -1,0 +1,110 @@
+"""`align label`: opens a loop's store, hands out sign-in links, and puts the page up."""
+
+import ipaddress
+import socket
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from align.errors import BadInput
+from align.wording import one_line
+
+LOCAL = "local"  # who labels where nobody has been named
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
+
+def label(
+    run: str,
+    *,
+    host: str,
+    port: int,
+    add: Sequence[str],
+    admin: Sequence[str],
+    guidelines: str | None,
+    allow_hosts: Sequence[str],
+    lease_seconds: float,
+    echo: Callable[[str], None],
+) -> None:
+    """Serves the labelling page of a loop until it is stopped; `echo` shows the links.
+
+    Raises:
+        BadInput: a missing extra, file, store or annotator, a taken port, or an address that would be open to all.
+    """
+    try:
+        from align.feedback.page.server import create_app, serve
+        from align.feedback.queue import Queue
+        from align.feedback.store import Store
+    except ImportError as error:
+        raise BadInput(f"the labelling page needs `{error.name}`: pip install 'align[label]'") from error
+
+    if not 2 <= lease_seconds <= 86_400:
+        raise BadInput(f"--lease-seconds is {lease_seconds:g}; it goes from 2 to 86400 (a day)")
+    text = None if guidelines is None else _text_of(guidelines)
+    hosts = hosts_of(host, allow_hosts)
+    store = Store(store_of(run))
+    try:
+        queue, admins = Queue(store, lease_seconds=lease_seconds), list(admin)
+        people = [person for person in store.annotators() if not person.is_simulated]
+        if _is_loopback(host):
+            admins += [LOCAL] if not (people or add or admins) else []
+        elif not (add or admins or any(person.token_hash for person in people)):
+            raise BadInput(f"{host} can be reached from elsewhere, and nobody has a link yet: add --add NAME")
+        with listen(host, port) as listener:
+            name = hosts[0] if not _is_loopback(host) else host
+            at = f"http://{f'[{name}]' if ':' in name else name}:{listener.getsockname()[1]}"
+            tokens = {name: queue.invite(name, is_admin=name in admins) for name in dict.fromkeys([*add, *admins])}
+            app = create_app(queue, guidelines=text, allowed_hosts=hosts)
+            for line in _told(at, tokens, is_loopback=_is_loopback(host)):
+                echo(line)
+            serve(app, listener)
+    finally:
+        store.close()
+
+
+def store_of(run: str) -> str:
+    """A loop's folder, or the store itself: a file or a database URL -> where the store is."""
+    is_store = "://" in run or Path(run).is_file() or run.endswith(".db")
+    return run if is_store else str(Path(run) / "store.db")
+
+
+def hosts_of(host: str, allowed: Sequence[str]) -> tuple[str, ...]:
+    """The names that the page answers to: those given, or the address itself. On loopback its own names always.
+
+    Raises:
+        BadInput: the address is every address of the machine, and no name was given.
+    """
+    if _is_loopback(host):
+        return tuple(dict.fromkeys([host, *LOOPBACK, *allowed]))
+    if not allowed and host in ("", "0.0.0.0", "::"):
+        raise BadInput(f"--host {host or repr('')} is every address: say by which name people come, --allow-host NAME")
+    return tuple(allowed) or (host,)
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A listening socket, so that a taken port is known before anybody is told a link."""
+    try:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        return socket.create_server((host, port), family=family, backlog=128)
+    except (OSError, OverflowError) as error:
+        cure = "choose others with --host and --port"
+        raise BadInput(f"cannot listen on {host} port {port} ({one_line(error)}); {cure}") from error
+
+
+def _told(at: str, tokens: dict[str, str], *, is_loopback: bool) -> list[str]:
+    links = [f"{name}: {at}/enter#{token}" for name, token in tokens.items()]
+    how = "each link signs one browser in, once" if links else "--add NAME makes a new sign-in link"
+    plain = [] if is_loopback else ["plain HTTP: put a proxy with TLS before it unless the network is your own"]
+    return [*links, f"labelling at {at} ({how}); Ctrl-C stops it", *plain]
+
+
+def _text_of(path: str) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadInput(f"the guidelines {path} cannot be read ({one_line(error)}); correct --guidelines") from error
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

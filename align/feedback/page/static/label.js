@@ -1,0 +1,249 @@
+// The labelling page. The server gives a hand of pairs, the first is shown; an answer moves on at once and is saved
+// behind it, in order, until it is. Of a pair the page knows its texts and an opaque name, nothing else.
+
+const $ = (id) => document.getElementById(id);
+const POLL = 15; // seconds, where nothing is left
+const CAP = 600; // seconds of an item at the most: whoever looks longer is elsewhere
+const csrf = document.querySelector("meta[name=csrf]")?.content ?? "";
+
+let hand = []; // pairs leased to this person; the first is in front of them
+const leaving = new Set(); // names of pairs whose answer is on its way
+let line = Promise.resolve(); // what is to be saved, one after another
+let unsaved = 0;
+let isDone = false; // the server has nothing more
+let hasLeft = false; // the session is over
+let strength = null;
+let visible = 0; // milliseconds that the pair has been seen
+let since = 0; // when it was last come back to, 0 while the page is hidden
+
+async function post(path, body) {
+  const headers = { "Content-Type": "application/json", "X-CSRF-Token": csrf };
+  const signal = AbortSignal.timeout(15000);
+  const response = await fetch(path, { method: "POST", headers, body: JSON.stringify(body), signal });
+  if (response.ok) return response.json();
+  const { error } = await response.json().catch(() => ({}));
+  throw Object.assign(new Error(error ?? "The server could not answer."), { status: response.status });
+}
+
+const pause = (seconds) => new Promise((done) => setTimeout(done, 1000 * seconds));
+const isPassing = (error) => !error.status || error.status >= 500 || [408, 429].includes(error.status);
+const keepDraft = () => hand[0] && (hand[0].comment = $("comment").value);
+const newKey = () => crypto.getRandomValues(new Uint32Array(4)).join("-");
+const refresh = async () => hasLeft || take(await insist("/api/next", {}));
+const say = (text) => ($("status").textContent = text);
+
+// Posts until the server has answered; a refusal is shown and ends it, with undefined.
+async function insist(path, body) {
+  for (let wait = 1; ; wait = Math.min(2 * wait, POLL)) {
+    try {
+      return await post(path, body);
+    } catch (error) {
+      if (!isPassing(error)) {
+        say(error.message);
+        if (error.status === 401) leave(error.message);
+        return undefined;
+      }
+      if (unsaved) say("Not saved, trying again …");
+      await pause(wait);
+    }
+  }
+}
+
+function save(path, body, then) {
+  unsaved += 1;
+  say("Saving …");
+  line = line.then(async () => {
+    const said = await insist(path, body);
+    unsaved -= 1;
+    leaving.delete(body.item);
+    if (said && !unsaved) say("Saved");
+    if (said) then(said);
+    else await refresh();
+  });
+}
+
+function take(said) {
+  if (!said) return;
+  const before = hand[0];
+  const known = new Set([...hand.map((item) => item.id), ...leaving]);
+  hand.push(...said.items.filter((item) => !known.has(item.id)));
+  isDone = !said.items.length;
+  showProgress(said.progress);
+  if (hand[0] !== before || !before) show();
+}
+
+const notice = (text) => Object.assign($("notice"), { textContent: text, hidden: !text });
+
+function leave(why) {
+  hand = [];
+  hasLeft = true;
+  show();
+  notice(why);
+}
+
+function text(content) {
+  const views = { rendered: ["div", content.html], raw: ["pre", content.raw] };
+  return Object.entries(views).map(([name, [tag, html]]) => {
+    const view = Object.assign(document.createElement(tag), { className: `text ${name}`, dir: "auto" });
+    view.innerHTML = html; // cleaned by the server, which also forbids this page all foreign code
+    return view;
+  });
+}
+
+function message(said) {
+  const role = Object.assign(document.createElement("h2"), { textContent: said.role });
+  const box = document.createElement("article");
+  box.append(role, ...text(said));
+  return box;
+}
+
+function show() {
+  const item = hand[0];
+  $("pair").hidden = !item;
+  for (const button of $("choices").children) button.disabled = !item;
+  strength = null;
+  showStrength();
+  visible = 0;
+  since = document.hidden ? 0 : performance.now();
+  $("comment").value = item?.comment ?? "";
+  $("comment-box").hidden = !$("comment").value;
+  notice(item ? "" : isDone ? "Nothing is left to label for now. This page looks again by itself." : "Loading …");
+  if (!item) return;
+  item.key ??= newKey();
+  $("prompt").replaceChildren(...item.prompt.map(message));
+  $("left").replaceChildren(...text(item.left));
+  $("right").replaceChildren(...text(item.right));
+  $("prompt").scrollTop = 0;
+  window.scrollTo(0, 0);
+}
+
+function showProgress({ mine, done, wanted }) {
+  $("bar").max = Math.max(wanted, 1);
+  $("bar").value = done;
+  $("counts").textContent = `${done} of ${wanted} · ${mine} by you`;
+}
+
+function showStrength() {
+  for (const button of document.querySelectorAll("[data-strength]"))
+    button.setAttribute("aria-pressed", Number(button.dataset.strength) === strength);
+}
+
+function choose(choice) {
+  const item = hand[0];
+  if (!item) return;
+  const seen = (visible + (since ? performance.now() - since : 0)) / 1000;
+  const comment = $("comment").value.trim() || null;
+  const body = { item: item.id, key: item.key, choice, seconds: Math.min(seen, CAP), strength, comment };
+  if ($("comment-box").contains(document.activeElement)) document.activeElement.blur();
+  leaving.add(item.id);
+  hand.shift();
+  show();
+  save("/api/submit", body, take);
+}
+
+function undo() {
+  save("/api/undo", { key: newKey() }, (said) => {
+    keepDraft();
+    showProgress(said.progress);
+    if (!said.item) return say("Nothing to undo");
+    hand = [said.item, ...hand.filter((item) => item.id !== said.item.id)];
+    show();
+    say("Undone: answer it again");
+  });
+}
+
+function press(value) {
+  strength = strength === value ? null : value;
+  showStrength();
+}
+
+function writeComment() {
+  $("comment-box").hidden = !hand[0];
+  $("comment").focus();
+}
+
+const toggleRaw = () => $("raw").setAttribute("aria-pressed", document.body.classList.toggle("is-raw"));
+const toggleHelp = () => $("keys")[$("keys").open ? "close" : "showModal"]();
+
+const KEYS = {
+  1: () => choose("left"),
+  2: () => choose("right"),
+  t: () => choose("tie"),
+  b: () => choose("both_bad"),
+  s: () => choose("skip"),
+  3: () => press(1),
+  4: () => press(2),
+  5: () => press(3),
+  u: undo,
+  c: writeComment,
+  r: toggleRaw,
+  g: () => $("guidelines")?.toggleAttribute("open"),
+  "?": toggleHelp,
+};
+
+function onKey(event) {
+  if (event.ctrlKey || event.metaKey || event.altKey || event.repeat || event.isComposing) return;
+  if (event.target.closest?.("input, textarea, select, [contenteditable]")) {
+    if (event.key === "Escape") event.target.blur();
+    return;
+  }
+  const key = event.code?.startsWith("Digit") && event.key !== "?" ? event.code.at(-1) : event.key?.toLowerCase();
+  if (!Object.hasOwn(KEYS, key) || ($("keys").open && key !== "?")) return;
+  event.preventDefault();
+  KEYS[key]();
+}
+
+// Says that the pairs are still looked at; a page that nobody sees gives them back in time.
+async function beat() {
+  const asked = hand.map((item) => item.id);
+  if (document.hidden || !asked.length) return;
+  const said = await post("/api/heartbeat", { items: asked }).catch(() => null);
+  if (!said) return;
+  const lost = new Set(asked.filter((id) => !said.held.includes(id)));
+  const front = hand[0];
+  if (!hand.some((item) => lost.has(item.id))) return;
+  keepDraft();
+  const next = await insist("/api/next", {});
+  if (!next) return;
+  const again = new Set(next.items.map((item) => item.id)); // nobody else has come: it stays
+  hand = hand.filter((item) => !lost.has(item.id) || again.has(item.id));
+  take(next);
+  if (hand[0] === front || leaving.has(front.id)) return;
+  show();
+  say("The pair that you looked at went to somebody else meanwhile");
+}
+
+function onVisibility() {
+  if (since && document.hidden) visible += performance.now() - since;
+  since = document.hidden ? 0 : performance.now();
+  if (!document.hidden) beat();
+}
+
+async function enter() {
+  const token = location.hash.slice(1);
+  history.replaceState(null, "", "/enter"); // before anything else can see it
+  try {
+    await post("/api/enter", { token });
+    location.replace("/");
+  } catch (error) {
+    say(error.message);
+  }
+}
+
+function start() {
+  for (const button of $("choices").children) button.onclick = () => choose(button.dataset.choice);
+  for (const button of document.querySelectorAll("[data-strength]"))
+    button.onclick = () => press(Number(button.dataset.strength));
+  const buttons = { undo, say: writeComment, raw: toggleRaw, help: toggleHelp, close: toggleHelp };
+  for (const [id, act] of Object.entries(buttons)) $(id).onclick = act;
+  document.addEventListener("keydown", onKey);
+  document.addEventListener("visibilitychange", onVisibility);
+  window.addEventListener("beforeunload", (event) => unsaved && event.preventDefault());
+  setInterval(beat, 1000 * Number(document.body.dataset.beat));
+  const isIdle = () => isDone && !hand.length && !document.hidden && !hasLeft;
+  setInterval(() => isIdle() && post("/api/next", {}).then(take, () => {}), 1000 * POLL);
+  refresh();
+}
+
+if (document.body.dataset.page === "enter") enter();
+else start();

@@ -1,0 +1,133 @@
+"""What the store gives and takes, and the queries that it shares with the queue."""
+
+import hashlib
+import json
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, fields
+from datetime import datetime
+from typing import Any
+
+from sqlalchemy import Connection, Select, bindparam, func, select, update
+from sqlalchemy.orm import aliased
+
+from align.feedback.schema import WITHDRAWN, Candidate, Comparison, Label, Prompt
+
+CHUNK = 1000  # values of one IN
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A comparison with its texts."""
+
+    id: int
+    round: int
+    prompt_id: int
+    prompt: Any  # text or messages
+    columns: Mapping[str, Any]
+    a: str
+    b: str
+    a_id: int
+    b_id: int
+    pairing: str
+    margins: tuple[float, ...] | None
+    judge_probability: float | None
+    judge_flipped: bool | None
+    route: str | None
+    reason: str | None
+    propensity: float | None
+    wanted: int
+    reasked: bool
+
+
+@dataclass(frozen=True)
+class NewLabel:
+    """A label to add; `key` makes it one label however often it is added."""
+
+    comparison_id: int
+    source: str
+    outcome: str
+    key: str
+    annotator_id: int | None = None
+    probability: float | None = None
+    strength: int | None = None
+    shown_order: str = "ab"
+    seconds: float | None = None
+    comment: str | None = None
+    is_reask: bool = False
+    supersedes: int | None = None
+    created: datetime | None = None  # now, where it is not said
+
+
+def prompt_hash(prompt: Any) -> str:
+    """SHA-256 of a prompt's text or messages."""
+    return hashlib.sha256(
+        json.dumps(prompt, sort_keys=True, ensure_ascii=False).encode("utf-8", "surrogatepass")
+    ).hexdigest()
+
+
+def standing() -> Select[Label]:
+    """Labels that nothing supersedes and that are no withdrawal."""
+    later = aliased(Label)
+    is_superseded = select(later.id).where(later.supersedes == Label.id).exists()
+    return select(Label).where(Label.outcome != WITHDRAWN, ~is_superseded)
+
+
+def answers_of_people() -> Select[Label]:
+    """People's standing labels, without those of pairs that they were asked again."""
+    return standing().where(Label.source == "human", ~Label.is_reask)
+
+
+def recount(connection: Connection, comparison_ids: Collection[int]) -> None:
+    """Sets `answered` of these comparisons to what their labels say. Whoever adds people's labels calls it in the same
+    transaction: the queue finds what still wants people by this number."""
+    for ids in chunks(list(comparison_ids)):
+        connection.execute(_RECOUNT, {"ids": ids})
+
+
+def pair_query() -> Select[Any]:
+    """The columns of comparisons that a pair has, their prompts' `content`, and the texts `a` and `b`."""
+    a, b = aliased(Candidate), aliased(Candidate)
+    return (
+        select(
+            *(getattr(Comparison, name) for name in _OF_COMPARISON),
+            Prompt.content,
+            a.text.label("a"),
+            b.text.label("b"),
+        )
+        .join_from(Comparison, Prompt, Prompt.id == Comparison.prompt_id)
+        .join(a, a.id == Comparison.a_id)
+        .join(b, b.id == Comparison.b_id)
+    )
+
+
+def pair_of(row: Any) -> Pair:
+    """A row of `pair_query` as a plain value."""
+    values = dict(row._mapping)
+    content, margins = values.pop("content"), values.pop("margins")
+    columns = content["columns"]
+    return Pair(
+        **values, prompt=content["prompt"], columns=columns, margins=None if margins is None else tuple(margins)
+    )
+
+
+def storable(answer: str) -> str:
+    """Text without what a database refuses: NUL (PostgreSQL) and halves of surrogate pairs."""
+    return answer.replace("\0", "\N{REPLACEMENT CHARACTER}").encode("utf-8", "replace").decode()
+
+
+def chunks(values: list[Any]) -> Iterator[list[Any]]:
+    """Parts of a list, short enough for one IN."""
+    yield from (values[start : start + CHUNK] for start in range(0, len(values), CHUNK))
+
+
+_OF_COMPARISON = [field.name for field in fields(Pair) if hasattr(Comparison, field.name)]
+_RECOUNT = (
+    update(Comparison)
+    .where(Comparison.id.in_(bindparam("ids", expanding=True)))
+    .values(
+        answered=answers_of_people()
+        .with_only_columns(func.count(Label.annotator_id.distinct()))
+        .where(Label.comparison_id == Comparison.id)
+        .scalar_subquery()
+    )
+)

@@ -1,0 +1,343 @@
+"""The feedback store: what a loop has asked, been answered and done. SQLite by default, PostgreSQL by its URL.
+
+Everything here can be done twice with the effect of once: prompts are known by their hash, candidates and comparisons
+by what they are, labels by their key, steps by their name. A transaction that writes is alone (`BEGIN IMMEDIATE`, or an
+advisory lock), so what it reads before it writes is true when it writes.
+"""
+
+import sqlite3
+import threading
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from math import isnan, nan
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import Connection, delete, func, inspect, select, update
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.orm import Session
+
+from align.errors import BadInput
+from align.feedback.database import file_of, open_engine, safe_line, shown, store_url
+from align.feedback.rows import (
+    NewLabel,
+    Pair,
+    chunks,
+    pair_of,
+    pair_query,
+    prompt_hash,
+    recount,
+    standing,
+    storable,
+)
+from align.feedback.schema import (
+    OUTCOMES,
+    SOURCES,
+    VERSION,
+    WITHDRAWN,
+    Annotator,
+    Base,
+    Candidate,
+    Comparison,
+    Fact,
+    Label,
+    Metric,
+    Prompt,
+    Step,
+)
+from align.wording import one_line
+
+
+class Store:
+    """One loop's store. `where` is a file or a database URL; it is made where it is not there and `create` is true.
+
+    Raises:
+        BadInput: it is not there, cannot be opened, or has tables of another version.
+    """
+
+    def __init__(self, where: str | Path, *, create: bool = False):
+        self.url = store_url(str(where))
+        file = file_of(self.url)
+        if file is not None:
+            _check_file(file, create)
+        self.engine = open_engine(self.url)
+        self._writer = self.engine.execution_options(writes=True)
+        is_sqlite = self.engine.dialect.name == "sqlite"
+        # SQLite's transaction sees one state as it is
+        self._reader = self.engine if is_sqlite else self.engine.execution_options(isolation_level="REPEATABLE READ")
+        # SQLite's writers poll for their turn; those of one process queue for it
+        self._turn: AbstractContextManager[Any] = threading.RLock() if is_sqlite else nullcontext()
+        try:
+            self._open(create)
+        except (DBAPIError, sqlite3.Error) as error:
+            self.close()
+            cause = error.orig if isinstance(error, DBAPIError) else error
+            raise BadInput(f"the store {self} cannot be opened: {safe_line(cause, self.url)}") from None
+        except BaseException:
+            self.close()
+            raise
+
+    def __str__(self) -> str:
+        return shown(self.url)
+
+    def close(self) -> None:
+        self.engine.dispose()
+
+    @contextmanager
+    def reading(self) -> Iterator[Session]:
+        """A transaction that sees one state and changes nothing."""
+        with Session(self._reader) as session, session.begin():
+            yield session
+
+    @contextmanager
+    def writing(self) -> Iterator[Session]:
+        """A transaction that no other writer overlaps; on an exception nothing of it happens."""
+        with self._turn, Session(self._writer) as session, session.begin():
+            yield session
+
+    @contextmanager
+    def connection(self, *, writes: bool) -> Iterator[Connection]:
+        """The same transactions for those who are in a hurry: rows instead of objects, at half the time."""
+        engine, turn = (self._writer, self._turn) if writes else (self._reader, nullcontext())
+        with turn, engine.begin() as connection:
+            yield connection
+
+    def _open(self, create: bool) -> None:
+        """Makes the tables where there are none, or checks their version; two that do it at once take turns."""
+        with self.writing() if create else self.reading() as session:
+            there = set(inspect(session.connection()).get_table_names())
+            if create and not there & set(Base.metadata.tables):
+                Base.metadata.create_all(session.connection())
+                session.add(Fact(name="version", value=str(VERSION)))
+                return
+            fact = session.get(Fact, "version") if "facts" in there else None
+            if fact is None or fact.value != str(VERSION):
+                have = "none" if fact is None else fact.value
+                cure = "choose another store, or the align that made this one"
+                raise BadInput(f"{self} has tables of version {have}, and this align's are {VERSION}; {cure}")
+
+    def fact(self, name: str, value: str | None = None) -> str | None:
+        """What the store says under `name`; `value` is written where it says nothing yet."""
+        with self.writing() if value is not None else self.reading() as session:
+            found = session.get(Fact, name)
+            if found is None and value is not None:
+                session.add(Fact(name=name, value=value))
+            return value if found is None else found.value
+
+    # ---------------------------------------------------------------------------------------------- steps and metrics
+
+    def result(self, round_: int, step: str) -> dict[str, Any] | None:
+        """The result of a step that is done, else None."""
+        with self.reading() as session:
+            found = session.get(Step, (round_, step))
+            return None if found is None else dict(found.result)
+
+    def finish(self, round_: int, step: str, result: Mapping[str, Any]) -> None:
+        """Marks a step as done. One that is done already stays as it was."""
+        with self.writing() as session:
+            if session.get(Step, (round_, step)) is None:
+                session.add(Step(round=round_, name=step, result=dict(result)))
+
+    def steps(self) -> list[tuple[int, str]]:
+        with self.reading() as session:
+            return [(s.round, s.name) for s in session.scalars(select(Step).order_by(Step.finished, Step.round))]
+
+    def set_metrics(self, round_: int, values: Mapping[str, float]) -> None:
+        """Writes numbers of a round; a name that is there already gets the new value."""
+        with self.writing() as session:
+            for name, value in values.items():
+                session.merge(Metric(round=round_, name=name, value=None if isnan(value) else float(value)))
+
+    def metrics(self) -> dict[int, dict[str, float]]:
+        """round -> name -> value."""
+        found: dict[int, dict[str, float]] = {}
+        with self.reading() as session:
+            for metric in session.scalars(select(Metric).order_by(Metric.round, Metric.name)):
+                found.setdefault(metric.round, {})[metric.name] = nan if metric.value is None else metric.value
+        return found
+
+    # ------------------------------------------------------------------------------------ prompts, answers and pairs
+
+    def add_prompts(self, rows: Iterable[tuple[Any, Mapping[str, Any]]], split: str) -> list[int]:
+        """Ids of prompts (content, columns), in their order; one that is there already keeps its id.
+
+        Raises:
+            BadInput: a prompt is on the other side already: what is evaluated on is never trained on.
+        """
+        ids = []
+        with self.writing() as session:
+            for prompt, columns in rows:
+                digest = prompt_hash(prompt)
+                found = session.scalar(select(Prompt).where(Prompt.hash == digest))
+                if found is None:
+                    found = Prompt(hash=digest, split=split, content={"prompt": prompt, "columns": dict(columns)})
+                    session.add(found)
+                    session.flush()
+                elif found.split != split:
+                    raise BadInput(f"a prompt is in `{found.split}` and in `{split}`: {one_line(prompt, 60)}; drop one")
+                ids.append(found.id)
+        return ids
+
+    def add_candidates(
+        self, round_: int, policy: str, sampling: Mapping[str, Any], answers: Iterable[tuple[int, int, str]]
+    ) -> list[int]:
+        """Ids of answers (prompt id, draw, text), in their order; those that are there already are not added again."""
+        answers = list(answers)
+        with self.writing() as session:
+            of_policy = select(Candidate).where(Candidate.round == round_, Candidate.policy == policy)
+            have = {(c.prompt_id, c.draw): c for c in session.scalars(of_policy)}
+            new = {}
+            for prompt_id, draw, answer in answers:
+                if (prompt_id, draw) not in have and (prompt_id, draw) not in new:
+                    new[prompt_id, draw] = Candidate(
+                        prompt_id=prompt_id,
+                        round=round_,
+                        policy=policy,
+                        draw=draw,
+                        sampling=dict(sampling),
+                        text=storable(answer),
+                    )
+            session.add_all(new.values())
+            session.flush()
+            have |= new
+            return [have[prompt_id, draw].id for prompt_id, draw, _ in answers]
+
+    def candidates(self, round_: int) -> list[Candidate]:
+        """The answers of a round, by id."""
+        with self.reading() as session:
+            found = session.scalars(select(Candidate).where(Candidate.round == round_).order_by(Candidate.id))
+            return _detached(session, found)
+
+    def prompts(self, ids: Iterable[int] | None = None, *, split: str | None = None) -> dict[int, dict[str, Any]]:
+        """id -> {"prompt": ..., "columns": ...}."""
+        query = select(Prompt).order_by(Prompt.id)
+        query = query if split is None else query.where(Prompt.split == split)
+        wanted = None if ids is None else set(ids)
+        with self.reading() as session:
+            return {p.id: p.content for p in session.scalars(query) if wanted is None or p.id in wanted}
+
+    def add_comparisons(self, round_: int, rows: Iterable[tuple[int, int, int, str]]) -> list[int]:
+        """Ids of pairs (prompt id, one candidate, another, pairing) of a round, in their order; a pair is one pair in
+        whichever order."""
+        rows = [(prompt_id, min(one, other), max(one, other), pairing) for prompt_id, one, other, pairing in rows]
+        with self.writing() as session:
+            have = {(c.a_id, c.b_id): c for c in session.scalars(select(Comparison).where(Comparison.round == round_))}
+            new = {}
+            for prompt_id, a, b, pairing in rows:
+                if (a, b) not in have and (a, b) not in new:
+                    new[a, b] = Comparison(round=round_, prompt_id=prompt_id, a_id=a, b_id=b, pairing=pairing)
+            session.add_all(new.values())
+            session.flush()
+            have |= new
+            return [have[a, b].id for _, a, b, _ in rows]
+
+    def set_scores(self, scores: Mapping[int, Sequence[float]]) -> None:
+        """Ensemble members' scores of candidates, by id."""
+        self._set(Candidate, {key: {"scores": list(values)} for key, values in scores.items()})
+
+    def set_comparisons(self, values: Mapping[int, Mapping[str, Any]]) -> None:
+        """Sets columns (margins, judge_probability, judge_flipped, route, reason, ...) of comparisons, by id."""
+        self._set(Comparison, values)
+
+    def _set(self, table: type[Base], values: Mapping[int, Mapping[str, Any]]) -> None:
+        if values:
+            with self.writing() as session:
+                session.execute(update(table), [{"id": key, **columns} for key, columns in values.items()])
+
+    def pairs(self, round_: int | None = None, *, route: str | None = None) -> list[Pair]:
+        """Comparisons with their texts, by id; of one round, of one route, or all."""
+        query = pair_query().order_by(Comparison.id)
+        query = query if round_ is None else query.where(Comparison.round == round_)
+        query = query if route is None else query.where(Comparison.route == route)
+        with self.reading() as session:
+            return [pair_of(row) for row in session.execute(query)]
+
+    # --------------------------------------------------------------------------------------------------------- labels
+
+    def add_labels(self, labels: Iterable[NewLabel]) -> int:
+        """Appends labels whose key is not there yet; returns how many were.
+
+        Raises:
+            ValueError: an outcome or a source is none, or a human label has no annotator.
+        """
+        new: dict[str, NewLabel] = {}
+        for label in labels:
+            if label.outcome not in (*OUTCOMES, WITHDRAWN) or label.source not in SOURCES:
+                raise ValueError(f"no label: `{label.outcome}` by `{label.source}`")
+            if label.source == "human" and label.annotator_id is None:
+                raise ValueError("a human label has an annotator")
+            new.setdefault(label.key, label)
+        with self.writing() as session:
+            for keys in chunks(list(new)):
+                for key in session.scalars(select(Label.key).where(Label.key.in_(keys))):
+                    del new[key]
+            given = [{key: value for key, value in vars(label).items() if value is not None} for label in new.values()]
+            session.add_all(Label(**values) for values in given)
+            session.flush()
+            recount(session.connection(), {label.comparison_id for label in new.values() if label.source == "human"})
+            return len(new)
+
+    def labels(self, *, sources: Sequence[str] = (), round_: int | None = None) -> list[Label]:
+        """The labels that stand (neither superseded nor withdrawn), by id."""
+        query = standing().order_by(Label.id)
+        query = query.where(Label.source.in_(sources)) if sources else query
+        if round_ is not None:
+            query = query.join(Comparison, Comparison.id == Label.comparison_id).where(Comparison.round == round_)
+        with self.reading() as session:
+            return _detached(session, session.scalars(query))
+
+    def drop_machine_labels(self, round_: int) -> None:
+        """Forgets what machines said in a round that is gated anew; people's labels are never deleted."""
+        of_round = select(Comparison.id).where(Comparison.round == round_)
+        with self.writing() as session:
+            session.execute(
+                delete(Label).where(Label.source.in_(("reward", "judge")), Label.comparison_id.in_(of_round))
+            )
+
+    def annotators(self) -> list[Annotator]:
+        with self.reading() as session:
+            return _detached(session, session.scalars(select(Annotator).order_by(Annotator.id)))
+
+    def add_annotator(self, name: str, *, is_simulated: bool = False, is_admin: bool = False) -> int:
+        """The id of the annotator of that name, who is added where there is none."""
+        with self.writing() as session:
+            found = session.scalar(select(Annotator).where(Annotator.name == name))
+            if found is None:
+                found = Annotator(name=name, is_simulated=is_simulated, is_admin=is_admin)
+                session.add(found)
+                session.flush()
+            return found.id
+
+    def counts(self, round_: int | None = None) -> dict[str, int]:
+        """Standing labels by source."""
+        query = standing()
+        if round_ is not None:
+            query = query.join(Comparison, Comparison.id == Label.comparison_id).where(Comparison.round == round_)
+        found = query.subquery()
+        with self.reading() as session:
+            rows = session.execute(select(found.c.source, func.count()).group_by(found.c.source))
+            return {row[0]: row[1] for row in rows}
+
+    def checkpoint(self) -> None:
+        """Moves SQLite's write-ahead log into the file itself, so that the file alone is the whole store."""
+        if self.engine.dialect.name == "sqlite":
+            connection = self.engine.raw_connection()
+            try:  # outside of any transaction
+                connection.cursor().execute("PRAGMA wal_checkpoint(TRUNCATE)").close()
+            finally:
+                connection.close()
+
+
+def _check_file(file: Path, create: bool) -> None:
+    if not create and not file.is_file():
+        raise BadInput(f"{file} is not there: run the loop that makes it first, or correct the path")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BadInput(f"the store {file} cannot be made: {one_line(error)}") from error
+
+
+def _detached(session: Session, rows: Iterable[Any]) -> list[Any]:
+    found = list(rows)
+    session.expunge_all()
+    return found

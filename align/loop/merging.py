@@ -1,0 +1,193 @@
+"""Labels into training data: people's votes, and what the gate lets through of the machine's."""
+
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+
+from align.feedback.exchange import Labelled, write_preferences
+from align.feedback.gate import (
+    accept_threshold,
+    confidence_and_agreement,
+    length_bias,
+    machine_weight,
+    soft_label,
+    target_level,
+)
+from align.feedback.store import NewLabel, Pair, Store, prompt_hash
+from align.loop.rounds import Loop
+from align.maths.agreement import cohen_kappa, krippendorff_alpha, left_rate, pair_agreement, self_consistency
+from align.settings import Reward
+from align.settings.loop import Simulated
+
+
+def merge_labels(loop: Loop, store: Store, round_: int) -> dict[str, float]:
+    """Gates the round's machine labels into the store, writes pairs.jsonl and held-out-pairs.jsonl of the round's
+    folder, and returns figures."""
+    pairs = {pair.id: pair for pair in store.pairs()}
+    votes = _votes(store)
+    figures = _of_people(store, round_)
+    if round_ > 0:
+        figures |= _gate(loop, store, [pair for pair in pairs.values() if pair.round == round_], votes, figures)
+    machine = {x.comparison_id: float(x.probability or 0.0) for x in store.labels(sources=("reward", "judge"))}
+    is_held_out = {key: _is_held_out(pair, loop.settings.gate.held_out) for key, pair in pairs.items()}
+    taught = {key: p for key, p in votes.items() if not is_held_out[key]}
+    accepted = {key: p for key, p in machine.items() if not is_held_out[key] and key not in votes}
+    weight = machine_weight(len(taught), len(accepted), cap=loop.settings.gate.max_machine_ratio)
+    rows = [Labelled(pairs[key], p) for key, p in taught.items()]
+    rows += [Labelled(pairs[key], p, weight, "reward") for key, p in accepted.items()]
+    loop.folder(round_).mkdir(parents=True, exist_ok=True)
+    write_preferences(loop.folder(round_) / "pairs.jsonl", rows)
+    held_out = [Labelled(pairs[key], p) for key, p in votes.items() if is_held_out[key]]
+    if held_out:
+        write_preferences(loop.folder(round_) / "held-out-pairs.jsonl", held_out)
+    figures |= {"human_pairs": len(votes), "machine_pairs": len(machine), "machine_weight": weight}
+    if isinstance(loop.settings.annotators, Simulated):
+        figures |= _by_gold(loop.settings.annotators, [pairs[k] for k in (*votes, *machine)], votes, machine, round_)
+    return figures
+
+
+def _votes(store: Store) -> dict[int, float]:
+    """People's probability that a is better, of every pair that they have judged."""
+    said: dict[int, list[str]] = defaultdict(list)
+    for label in store.labels(sources=("human",)):
+        if not label.is_reask:
+            said[label.comparison_id].append(label.outcome)
+    soft = {key: soft_label(outcomes)[0] for key, outcomes in sorted(said.items())}
+    return {key: probability for key, probability in soft.items() if probability is not None}
+
+
+def _of_people(store: Store, round_: int) -> dict[str, float]:
+    """Agreement with each other (all rounds), with themselves, and how often the left side wins."""
+    labels = [label for label in store.labels(sources=("human",)) if label.outcome != "skip"]
+    units: dict[int, list[str]] = defaultdict(list)
+    first: dict[tuple[int, int | None], str] = {}
+    for label in labels:
+        if not label.is_reask:
+            units[label.comparison_id].append(label.outcome)
+            first[label.comparison_id, label.annotator_id] = label.outcome
+    again = [x for x in labels if x.is_reask and (x.comparison_id, x.annotator_id) in first]
+    said = [first[x.comparison_id, x.annotator_id] for x in again]
+    twice = [unit[:2] for unit in units.values() if len(unit) > 1]
+    sides = ["left" if x.outcome == x.shown_order[0] else "right" for x in labels if x.outcome in ("a", "b")]
+    figures = {
+        "agreement": pair_agreement(units.values()),
+        "krippendorff_alpha": krippendorff_alpha(units.values()),
+        "cohen_kappa": cohen_kappa([u[0] for u in twice], [u[1] for u in twice]) if twice else math.nan,
+        "self_consistency": self_consistency(said, [x.outcome for x in again]) if again else math.nan,
+        "left_rate": left_rate(sides) if sides else math.nan,
+        "human_labels": float(len(labels)),
+    }
+    return {name: value for name, value in figures.items() if math.isfinite(value)}
+
+
+def _gate(
+    loop: Loop, store: Store, pairs: list[Pair], votes: dict[int, float], people: dict[str, float]
+) -> dict[str, float]:
+    """Calibrates the ensemble on the audit, finds the threshold, and appends what passes to the store."""
+    import torch
+
+    from align.maths.calibration import expected_calibration_error, fit_temperature
+
+    gate, round_ = loop.settings.gate, pairs[0].round if pairs else 0
+    margins = {pair.id: sum(pair.margins) / len(pair.margins) for pair in pairs if pair.margins}
+    audit = [pair for pair in pairs if pair.reason == "audit" and pair.id in votes and pair.id in margins]
+    figures = {"audited": float(len(audit))} | _corrections(pairs, margins, votes)
+    if len(audit) < gate.min_audit:
+        return figures
+    said = torch.tensor([votes[pair.id] for pair in audit], dtype=torch.float64)
+    of_audit = torch.tensor([margins[pair.id] for pair in audit], dtype=torch.float64)
+    temperature = fit_temperature(of_audit, said)
+    probability = {key: 1.0 / (1.0 + math.exp(-max(-60.0, min(60.0, m / temperature)))) for key, m in margins.items()}
+    usable = {pair.id for pair in pairs if pair.id in margins and not _is_disputed(pair, margins[pair.id])}
+    judged = [confidence_and_agreement(probability[p.id], votes[p.id]) for p in audit if p.id in usable]
+    target = target_level(people.get("agreement", math.nan), gate.delta, gate.level)
+    threshold = accept_threshold([c for c, _ in judged], [a for _, a in judged], target, z=gate.z)
+    passed = [
+        pair
+        for pair in pairs
+        if pair.id in usable
+        and pair.route == "machine"
+        and max(probability[pair.id], 1.0 - probability[pair.id]) >= threshold.confidence
+    ]
+    store.add_labels(
+        NewLabel(
+            pair.id,
+            "reward",
+            "a" if probability[pair.id] > 0.5 else "b",
+            f"reward-{round_}-{pair.id}",
+            probability=probability[pair.id],
+        )
+        for pair in passed
+    )
+    bias = length_bias(
+        [probability[p.id] for p in audit], [votes[p.id] for p in audit], [float(len(p.a) - len(p.b)) for p in audit]
+    )
+    right = [
+        1.0 if m == v else 0.5 if 0.5 in (m, v) else 0.0
+        for m, v in ((float(margins[p.id] > 0), votes[p.id]) for p in audit)
+    ]
+    figures |= {
+        "temperature": temperature,
+        "target": target,
+        "audit_accuracy": sum(right) / len(right),
+        "audit_ece": expected_calibration_error(torch.sigmoid(of_audit / temperature), said),
+        "length_bias_z": bias.z,
+        "accepted": float(len(passed)),
+        "accepted_share": len(passed) / max(sum(pair.route == "machine" for pair in pairs), 1),
+    }
+    if math.isfinite(threshold.confidence):
+        figures |= {"threshold": threshold.confidence, "threshold_agreement": threshold.agreement}
+    return figures
+
+
+def _is_disputed(pair: Pair, margin: float) -> bool:
+    """Whether the judge takes the other side, or takes none."""
+    if pair.judge_probability is None:
+        return False
+    return bool(pair.judge_flipped) or (margin > 0) != (pair.judge_probability > 0.5)
+
+
+def _corrections(pairs: list[Pair], margins: dict[int, float], votes: dict[int, float]) -> dict[str, float]:
+    """How often people contradict the ensemble, by the reason for which they were asked: what a label there is worth.
+    `corrected_audit` is what random routing would have found."""
+    found: dict[str, list[float]] = defaultdict(list)
+    for pair in pairs:
+        if pair.route == "human" and pair.id in votes and pair.id in margins and votes[pair.id] != 0.5:
+            found[str(pair.reason)].append(float((margins[pair.id] > 0) != (votes[pair.id] > 0.5)))
+    return {f"corrected_{reason}": sum(wrong) / len(wrong) for reason, wrong in found.items()}
+
+
+def _by_gold(
+    simulated: Simulated, pairs: list[Pair], votes: dict[int, float], machine: dict[int, float], round_: int
+) -> dict[str, float]:
+    """How many labels are right by the gold score that only simulated annotators have."""
+    gold = gold_scores(simulated, pairs)
+
+    def accuracy(said: dict[int, float]) -> float:
+        judged = [(p, *gold[key]) for key, p in said.items() if p != 0.5 and gold[key][0] != gold[key][1]]
+        return sum((p > 0.5) == (a > b) for p, a, b in judged) / len(judged) if judged else math.nan
+
+    machines = {key: p for key, p in machine.items() if key not in votes}
+    found = {
+        "gold_human": accuracy(votes),
+        "gold_machine": accuracy(machines),
+        "gold_merged": accuracy(machines | votes),
+    }
+    return {name: value for name, value in found.items() if math.isfinite(value)}
+
+
+def gold_scores(simulated: Simulated, pairs: Sequence[Pair]) -> dict[int, tuple[float, float]]:
+    """The gold scores of a and b of each pair."""
+    from align.data import Prompt
+    from align.rewards import Answers, build_rewards
+
+    mix = build_rewards([Reward(use=simulated.use)], None)  # type: ignore[arg-type]  # a function needs no base
+    prompts = [Prompt(pair.prompt, dict(pair.columns), f"pair {pair.id}") for pair in pairs]
+    none: list[list[int]] = [[] for _ in pairs]
+    a, b = (mix(Answers(prompts, none, [getattr(p, side) for p in pairs], none))[0] for side in ("a", "b"))
+    return {pair.id: (x, y) for pair, x, y in zip(pairs, a, b, strict=True)}
+
+
+def _is_held_out(pair: Pair, share: float) -> bool:
+    """By the prompt alone, so that a prompt's labels are always on one side."""
+    return int(prompt_hash(pair.prompt)[:8], 16) / 2**32 < share

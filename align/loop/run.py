@@ -1,0 +1,145 @@
+"""Runs a loop's rounds, step by step, from where it stopped."""
+
+import json
+import time
+from pathlib import Path
+
+from align.artifact import MANIFEST, state_of, write_json
+from align.door import check_recipe
+from align.errors import BadInput
+from align.feedback.store import Store
+from align.launch import plan, start
+from align.loop.rounds import Loop
+from align.loop.steps import STEPS, Context, Halt, Start, add_prompts
+from align.recipe import Recipe
+from align.report.loop_page import report
+from align.rewards import check_rewards
+from align.settings import Reward, StageSettings
+from align.settings.loop import Simulated
+
+NOT_PART_OF_A_LOOP = {"launch", "track", "num_rounds", "stop"}  # keys that may change while it stands still
+
+
+def run_loop(loop: Loop, start_stage: Start | None = None) -> int:
+    """Runs what is not done. Returns 0 when the loop is over or waits for people, else a stage's exit code.
+
+    Raises:
+        BadInput: something is wrong with the recipe, or the output holds another loop; nothing was started.
+    """
+    check_loop(loop)
+    if start_stage is None:
+        launch = plan(loop.settings.launch)
+
+        def start_stage(settings: StageSettings, path: Path) -> tuple[int, str]:
+            return start(launch, settings, path)
+
+        print(f"{loop.settings.num_rounds} rounds in {loop.out}, {launch.description}", flush=True)
+    loop.out.mkdir(parents=True, exist_ok=True)
+    write_json(loop.out / "loop.json", _values(loop))
+    store = Store(loop.store, create=True)
+    try:
+        sft = loop.sft()
+        if sft is not None and state_of(sft) != "finished":
+            code, _ = start_stage(sft, Path(f"{sft.output}.yaml"))
+            if code:
+                return code
+        add_prompts(loop, store)
+        for number in range(loop.settings.num_rounds):
+            _round(Context(loop, store, number, start_stage))
+            verdict = store.result(number, "decide") or {}
+            if verdict["stop"]:
+                print(f"ends after round {number}: {verdict['stop']}", flush=True)
+                break
+        print(f"kept: round {verdict['kept']}, {verdict['policy']}", flush=True)
+        print(report(loop.out), flush=True)
+        return 0
+    except Halt as halt:
+        if str(halt):
+            print(str(halt), flush=True)
+        return halt.code
+    finally:
+        store.close()
+
+
+def _round(this: Context) -> None:
+    for name, step in STEPS.items():
+        if this.store.result(this.round, name) is not None:
+            continue
+        begun = time.perf_counter()
+        print(f"[round {this.round}] {name}", flush=True)
+        result = step(this)
+        this.store.finish(this.round, name, result)
+        print(f"[round {this.round}] {name}: {_told(name, result)}{time.perf_counter() - begun:.0f} s", flush=True)
+
+
+def _told(name: str, result: dict) -> str:
+    """A step's result in a line."""
+    if name == "evaluate":
+        return "".join(
+            f"{row['win_rate']:.1%} against {row['incumbent']} ({row['low']:.1%} to {row['high']:.1%}), "
+            for row in result["compare"]
+        )
+    if name == "decide":
+        raised = "".join(f"{alarm}; " for alarm in result["alarms"])
+        return f"keeps round {result['kept']}; {'ALARM: ' + raised if raised else ''}"
+    shown = {k: v for k, v in result.items() if isinstance(v, (int, float))}
+    return "".join(f"{key} {value:.3g}, " for key, value in list(shown.items())[:6])
+
+
+def check_loop(loop: Loop) -> None:
+    """Everything that can be wrong with a loop before it runs.
+
+    Raises:
+        BadInput: with the recipe's file, the key and the cure.
+    """
+    stages: dict[str, StageSettings] = {}
+    sft = loop.sft()
+    if sft is not None:
+        stages["sft"] = sft
+    # prompts are read as a stage would read them; what stages start from is made on the way
+    reads = loop.collect(0, loop.sft_folder, loop.sft_folder)
+    for name, data in (("prompts", loop.settings.prompts), ("evaluation", loop.settings.evaluation.prompts)):
+        stages[name] = reads.model_copy(update={"prompts": data, "output": str(loop.out / f".{name}")})
+    check_recipe(Recipe(loop.path, stages, is_pipeline=True))
+    _check_functions(loop)
+    _check_output(loop)
+
+
+def _check_functions(loop: Loop) -> None:
+    try:
+        check_rewards(loop.settings.evaluation.judge, "evaluation.judge")
+        if isinstance(loop.settings.annotators, Simulated):
+            check_rewards([Reward(use=loop.settings.annotators.use)], "annotators")
+        if loop.settings.judge is not None:
+            from align.rewards.judge import check_judge
+
+            check_judge(loop.settings.judge, "judge")
+    except BadInput as error:
+        raise BadInput(f"{loop.path}: {error}") from error
+
+
+def _check_output(loop: Loop) -> None:
+    """The folder is new, or this loop's."""
+    file = loop.out / "loop.json"
+    if file.is_file():
+        before, now = json.loads(file.read_text(encoding="utf-8")), _values(loop)
+        changed = [key for key in now if key not in NOT_PART_OF_A_LOOP and before.get(key) != now[key]]
+        if changed:
+            raise BadInput(
+                f"{loop.path}: `output`: {loop.out} holds a loop of another recipe (`{changed[0]}` differs); choose "
+                "another output, or delete that folder"
+            )
+    elif loop.out.is_file() or (loop.out.is_dir() and any(not _may_be_there(p.name) for p in loop.out.iterdir())):
+        raise BadInput(f"{loop.path}: `output`: {loop.out} holds files that are no loop; choose another folder")
+    if (loop.out / MANIFEST).is_file():
+        raise BadInput(f"{loop.path}: `output`: {loop.out} is a run's folder; choose another")
+
+
+def _may_be_there(name: str) -> bool:
+    """What may be in a loop's folder before it runs: its SFT run, and a store that labels were brought into."""
+    return name == "sft" or name.startswith("store.db")
+
+
+def _values(loop: Loop) -> dict:
+    """The loop's recipe as JSON values."""
+    return dict(json.loads(loop.settings.model_dump_json(by_alias=True)))

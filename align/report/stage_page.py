@@ -1,0 +1,285 @@
+"""The report of one stage's run: where it stands, what it says of itself, its curves, costs and samples."""
+
+import math
+from collections.abc import Iterable, Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from align.artifact import read_manifest
+from align.report.page import (
+    Page,
+    Picture,
+    Section,
+    Table,
+    answer,
+    decimal,
+    lines_of,
+    number,
+    percent,
+    percent_axis,
+    picture,
+    read_rows,
+    table,
+    texts,
+    with_intervals,
+)
+from align.report.tables import plain
+from align.track import read_metrics
+from align.wording import safe
+
+# title, x, the keys that are drawn into it; what a run has not logged is left out
+Curve = tuple[str, str, tuple[str, ...]]
+CURVES: dict[str, tuple[Curve, ...]] = {
+    "sft": (
+        ("loss", "step", ("loss", "eval_loss")),
+        ("token accuracy", "step", ("mean_token_accuracy", "eval_mean_token_accuracy")),
+        ("learning rate", "step", ("learning_rate",)),
+    ),
+    "reward": (
+        ("pair loss", "step", ("loss", "eval_loss")),
+        ("pair accuracy", "step", ("accuracy", "eval_accuracy")),
+        ("margin", "step", ("margin", "eval_margin")),
+    ),
+    "ppo": (
+        ("score", "iteration", ("score", "eval_score")),
+        ("sequence KL to the reference (nats)", "iteration", ("kl", "eval_kl")),
+        ("entropy (nats a token)", "iteration", ("entropy",)),
+        ("tokens an answer", "iteration", ("response_length", "eval_response_length")),
+        ("losses", "iteration", ("policy_loss", "value_loss")),
+        ("share of the ratio that was clipped", "iteration", ("clipfrac",)),
+    ),
+}
+UNITS = {
+    "seconds_per_step": "seconds a step (median)",
+    "tokens_per_second": "tokens a second",
+    "peak_mib": "peak memory (MiB)",
+    "trainable_parameters": "parameters trained",
+    "adapter_bytes": "bytes of the adapter",
+    "kl_to_base": "KL to the base on unrelated text (nats a token)",
+    "base_bytes_per_parameter": "bytes of the base a parameter",
+    "base_bytes_per_4_bit_parameter": "bytes a 4-bit parameter",
+}
+NAMES = {"kl": "KL", "eval_kl": "KL", "kl_to_sft": "KL to sft", "held_out": "held-out"}
+NUM_CURVES, NUM_SAMPLES = 12, 8
+Found = dict[str, Any]
+
+
+def page_of(folder: Path) -> Page:
+    """The page of a run that is finished or under way.
+
+    Raises:
+        BadInput: the folder is no run's.
+    """
+    manifest = read_manifest(folder)
+    kind, rows = str(manifest.get("kind")), read_metrics(folder)
+    state = "finished" if manifest.get("status") == "finished" else "under way, or stopped before its end"
+    metrics = _dict(manifest.get("metrics"))
+    sections = [
+        _results(metrics) if kind == "evaluate" else _curves(folder, kind, rows),
+        Section("Final figures", tables=_filled(_figures(manifest, metrics), _costs(_dict(manifest.get("cost"))))),
+        _samples(folder, kind),
+        Section("Where it comes from", tables=_filled(_parents(manifest), versions(manifest))),
+    ]
+    steps = max((row["step"] for row in rows if isinstance(row.get("step"), int)), default=None)
+    facts = [
+        ("state", state),
+        ("stage", plain(kind)),
+        ("base", f"{plain(str(manifest.get('base')))} ({plain(str(manifest.get('base_fingerprint')))})"),
+        *([("logged up to step", number(steps))] if steps is not None else []),
+    ]
+    return Page(
+        f"{plain(folder.resolve().name)}: a run of the stage {plain(kind)}",
+        tuple(facts),
+        _headline(kind, state, metrics, rows),
+        tuple(section for section in sections if section.pictures or section.tables),
+        recipe_text(manifest.get("recipe")),
+    )
+
+
+def recipe_text(recipe: Any) -> str:
+    """A recipe as YAML, without characters that steer."""
+    return safe(yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True))
+
+
+def versions(manifest: Found) -> Table:
+    return table("Versions", ("package", "version"), _items(_dict(manifest.get("versions"))))
+
+
+def _headline(kind: str, state: str, metrics: Found, rows: list[Found]) -> str:
+    """What the run came to, from its figures."""
+    wanted = [
+        ("eval_loss", "held-out loss", number),
+        ("eval_mean_token_accuracy", "held-out token accuracy", percent),
+        ("eval_accuracy", "held-out pair accuracy", percent),
+        ("eval_ece", "calibration error", number),
+        ("iterations", "iterations", number),
+        ("answers", "answers", number),
+        ("pairs", "pairs", number),
+    ]
+    told = [f"{word} {say(metrics[key])}" for key, word, say in wanted if _is_number(metrics.get(key))]
+    trained = [row for row in rows if _is_number(row.get("score"))] if kind == "ppo" else []
+    if trained:
+        first, last = trained[0], trained[-1]
+        told.append(
+            f"score {number(first['score'])} in the first iteration and {number(last['score'])} in the last, "
+            f"{number(last.get('kl'))} nats from the reference"
+        )
+    told += [_won(row) for row in metrics.get("compare", [])] if kind == "evaluate" else []
+    return f"The run is {state}" + (f": {'; '.join(told)}." if told else ".")
+
+
+def _won(row: Found) -> str:
+    return (
+        f"{plain(row['challenger'], 40)} beats {plain(row['incumbent'], 40)} on {percent(row['win_rate'])} of "
+        f"{number(row['prompts'])} prompts (95 % interval {percent(row['low'])} to {percent(row['high'])})"
+    )
+
+
+# ------------------------------------------------------------------------------------------------------------ figures
+
+
+def _curves(folder: Path, kind: str, rows: list[Found]) -> Section:
+    """The curves that are known of a stage, or all numbers that it logged more than once."""
+    if kind == "ensemble":
+        members = sorted(folder.glob("member-*"), key=lambda path: (len(path.name), path.name))
+        return Section("Curves of the members", pictures=curves_of({m.name: read_metrics(m) for m in members}))
+    known = CURVES.get(kind)
+    if known is None:
+        keys = dict.fromkeys(key for row in rows for key, value in row.items() if _is_number(value) and key != "step")
+        known = tuple((key, "step", (key,)) for key in keys if len(series(rows, key)[0]) > 1)[:NUM_CURVES]
+    pictures = []
+    for place, (title, x, keys_) in enumerate(known):
+        drawn = [(_name(key), *series(rows, key)) for key in keys_]
+        if any(len(xs) for _, xs, _ in drawn):
+            pictures.append(
+                picture(
+                    f"curve-{place}",
+                    plain(title, 60),
+                    "; ".join(_told(name, ys) for name, _, ys in drawn if ys),
+                    lines_of(drawn, x),
+                )
+            )
+    return Section("Curves", pictures=tuple(pictures))
+
+
+def curves_of(runs: dict[str, list[Found]], kind: str = "reward", *, x: str = "step") -> tuple[Picture, ...]:
+    """What several runs of one kind logged, a line for each run in each picture."""
+    pictures = []
+    for place, (title, _, keys) in enumerate(CURVES[kind][:3]):
+        drawn = [(name, *series(rows, keys[0])) for name, rows in runs.items()]
+        if any(len(xs) for _, xs, _ in drawn):
+            told = "; ".join(_told(name, ys) for name, _, ys in drawn if ys)
+            pictures.append(picture(f"{kind}-{place}", title, told, lines_of(drawn, x)))
+    return tuple(pictures)
+
+
+def series(rows: Iterable[Found], key: str) -> tuple[list[float], list[float]]:
+    """Steps and values of what was logged under `key`."""
+    found = [(row["step"], row[key]) for row in rows if _is_number(row.get(key)) and _is_number(row.get("step"))]
+    return [step for step, _ in found], [value for _, value in found]
+
+
+def _name(key: str) -> str:
+    words = NAMES.get(key, key.removeprefix("eval_").replace("_", " "))
+    return f"{words}, held out" if key.startswith("eval_") else words
+
+
+def _told(name: str, values: Sequence[float]) -> str:
+    return f"{plain(name, 60)} from {number(values[0])} to {number(values[-1])}"
+
+
+def _results(metrics: Found) -> Section:
+    """What an evaluation found: the policies' figures, and who beats whom."""
+    policies, compared = _dict(metrics.get("policies")), list(metrics.get("compare") or [])
+    keys = list(dict.fromkeys(key for figures in policies.values() for key in figures))
+    rows = [(name, *(decimal(figures.get(key)) for key in keys)) for name, figures in policies.items()]
+    pairs = [f"{plain(row['challenger'], 18)}\nagainst {plain(row['incumbent'], 18)}" for row in compared]
+
+    def draw(axis: Any) -> None:
+        points = [(row["win_rate"], row["low"], row["high"]) for row in compared]
+        with_intervals(axis, [("", range(len(points)), points)])
+        axis.axhline(0.5, color="#94a3b8", linewidth=1, linestyle="--")
+        axis.set_xticks(range(len(pairs)), pairs, fontsize=7)
+        axis.set_xlim(-0.6, len(pairs) - 0.4)
+        for label in axis.get_xticklabels():
+            label.set_parse_math(False)
+        percent_axis(axis)
+
+    won = tuple(_won(row) for row in compared)
+    pictures = (picture("won", "Win rates", "; ".join(won), draw),) if won else ()
+    told = table("Policies", ("policy", *map(_name, keys)), rows)
+    return Section("Results", ". ".join(won) + "." if won else "", pictures, _filled(told))
+
+
+def _figures(manifest: Found, metrics: Found) -> Table:
+    own = {key: value for key, value in manifest.items() if key.startswith("score_")}
+    flat = {key: value for key, value in (metrics | own).items() if _is_number(value)}
+    reward = {f"reward {key}": value for key, value in _dict(metrics.get("reward")).items() if _is_number(value)}
+    return table("Metrics", ("figure", "value"), [(k.replace("_", " "), number(v)) for k, v in (flat | reward).items()])
+
+
+def _costs(cost: Found) -> Table:
+    return table("Costs", ("figure", "value"), [(UNITS.get(k, k), number(v)) for k, v in cost.items()])
+
+
+def _parents(manifest: Found) -> Table:
+    rows = [
+        (key, str(_dict(parent).get("path")), str(_dict(parent).get("manifest")))
+        for key, parent in _dict(manifest.get("parents")).items()
+    ]
+    return table("Parents", ("key", "folder", "hash of its manifest"), rows, is_prose=True)
+
+
+# ------------------------------------------------------------------------------------------------------------ samples
+
+
+def _samples(folder: Path, kind: str) -> Section:
+    if kind == "evaluate":
+        rows = read_rows(folder / "samples.jsonl", NUM_SAMPLES // 2)
+        return Section("Samples", "The first prompts.", tables=tuple(answers_of(row) for row in rows))
+    if kind == "collect":
+        rows = read_rows(folder / "candidates.jsonl", 4 * NUM_SAMPLES)
+        told = [(texts(row.get("prompt")), str(row.get("policy")), answer(row.get("text"))) for row in rows]
+        return Section(
+            "Samples", tables=_filled(table("The first answers", ("prompt", "policy", "answer"), told, is_prose=True))
+        )
+    rows = [row for row in read_rows(folder / "samples.jsonl") if "response" in row]
+    groups = [(at, list(group)[:NUM_SAMPLES]) for at, group in groupby(rows, key=lambda row: row.get("iteration"))]
+    shown = [groups[0], groups[-1]] if len(groups) > 1 else groups
+    return Section("Samples", tables=tuple(_of_iteration(at, group) for at, group in shown))
+
+
+def _of_iteration(at: Any, rows: list[Found]) -> Table:
+    told = [
+        (texts(row.get("prompt")), answer(row.get("response")), decimal(row.get("score")), decimal(row.get("kl")))
+        for row in rows
+    ]
+    return table(f"Iteration {number(at)}", ("prompt", "answer", "score", "KL"), told, is_prose=True)
+
+
+def answers_of(row: Found) -> Table:
+    """All policies' answers to one prompt of an evaluation."""
+    policies = {name: own for name, own in row.items() if isinstance(own, dict) and "response" in own}
+    keys = list(dict.fromkeys(key for own in policies.values() for key, v in own.items() if _is_number(v)))
+    rows = [(name, answer(own["response"]), *(decimal(own.get(key)) for key in keys)) for name, own in policies.items()]
+    columns = ("policy", "answer", *map(_name, keys))
+    return table(f"Prompt: {texts(row.get('prompt'), 300)}", columns, rows, is_prose=True)
+
+
+def _items(values: Found) -> list[tuple[str, str]]:
+    return [(key, str(value)) for key, value in values.items()]
+
+
+def _filled(*tables: Table) -> tuple[Table, ...]:
+    return tuple(each for each in tables if each.rows)
+
+
+def _dict(value: Any) -> Found:
+    return value if isinstance(value, dict) else {}
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

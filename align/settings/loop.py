@@ -1,0 +1,109 @@
+"""What a recipe of `align loop` may say: the hybrid feedback loop, round by round."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from align.settings.fields import Count, Fraction, Interval, NonNegative, Positive, Settings
+from align.settings.stages import Data, JudgeSettings, Model, Reward, Sampling, Track
+
+
+class Collect(Settings):
+    """Answers of a round: how many prompts, how many answers of each policy to a prompt, and which pairs of them."""
+
+    prompts_per_round: Count = 128
+    num_generations: Count = 4  # of the current policy
+    previous: Interval = 0  # of the one before it
+    sft: Interval = 0  # of the SFT policy
+    temperatures: Annotated[tuple[Positive, ...], Field(min_length=1)] = (1.0,)  # taken in turn, answer by answer
+    best_worst: bool = True  # pair the best answer with the worst, by the ensemble
+    random_pairs: Interval = 1  # further pairs of a prompt, by chance
+    batch_size: Count = 32
+
+
+class Route(Settings):
+    """People's budget of labels, and where it goes."""
+
+    kickstart: Count = 200  # pairs of round 0, which is people's alone
+    budget: Interval = 100  # pairs of each later round
+    audit: Fraction = 0.3  # of the budget, drawn uniformly: the only unbiased slice
+    disagreement: Fraction = 0.2  # where judge and ensemble take different sides
+    uncertainty: Fraction = 0.5  # where the members contradict each other, spread over prompts
+    overlap: Fraction = 0.1  # of people's pairs, given to a second person
+    reasks: Fraction = 0.05  # of people's pairs, shown to the same person again without a word
+
+    @model_validator(mode="after")
+    def _shares_are_all(self) -> "Route":
+        total = self.audit + self.disagreement + self.uncertainty
+        if abs(total - 1.0) > 1e-6:
+            raise ValueError(f"`audit`, `disagreement` and `uncertainty` are shares of one budget and sum to {total:g}")
+        return self
+
+
+class Simulated(Settings):
+    """Annotators that know a gold score and err, for tests and studies."""
+
+    use: str  # file.py:function in TRL's reward signature: the gold score
+    num_annotators: Count = 3
+    noise: Fraction = 0.1  # of answers that are turned round
+    tie_margin: NonNegative = 0.0  # a difference of at most so much is a tie
+    length_bias: float = 0.0  # gold points for each character more
+    temperature: NonNegative = 0.0  # of Bradley-Terry; 0: always the better one
+
+
+class Gate(Settings):
+    """When a machine's label is taken, and what it weighs."""
+
+    delta: Fraction = 0.05  # how far below people's agreement with each other a machine's with people may be
+    level: Fraction = 0.7  # and never below this
+    z: Positive = 1.96  # of Wilson's bound
+    max_machine_ratio: Positive = 4.0  # weight of machine labels against people's, at most
+    min_audit: Count = 20  # audited pairs that temperature and threshold are found on; with fewer nothing passes
+    held_out: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.25  # of prompts, whose labels the rewards of PPO never see
+
+
+class Stop(Settings):
+    """When the loop ends before its last round."""
+
+    patience: Interval = 2  # rounds without a better policy by held-out evidence; 0: never
+    kl: Positive | None = None  # sequence KL to the SFT policy (nats)
+    human_labels: Count | None = None  # people's labels in all
+
+
+class Evaluation(Settings):
+    """Prompts that are never trained on, and who judges answers to them."""
+
+    prompts: Data
+    max_prompts: Count = 256
+    judge: tuple[Reward, ...] = ()  # such as a gold score; none: the held-out reward model
+
+
+def _as_run(value: Any) -> Any:
+    return {"from": value} if isinstance(value, str) else value
+
+
+class LoopSettings(Settings):
+    """A loop. `sft`, `ensemble` and `ppo` hold the keys of these stages; data, outputs and parents are the loop's."""
+
+    output: str
+    model: Model
+    seed: Interval = 0
+    launch: str | None = None
+    track: Track = Track()
+    store: str | None = None  # a database URL; None: SQLite, in <output>/store.db
+    num_rounds: Count = 3
+    sft: Annotated[dict[str, Any], BeforeValidator(_as_run)]  # an SFT run's folder, or an SFT stage to run first
+    prompts: Data
+    max_prompt_length: Count = 512
+    sampling: Sampling = Sampling()
+    collect: Collect = Collect()
+    judge: JudgeSettings | None = None
+    route: Route = Route()
+    annotators: Literal["people"] | Simulated = "people"
+    gate: Gate = Gate()
+    ensemble: dict[str, Any] = Field(default_factory=dict)
+    ppo: dict[str, Any] = Field(default_factory=dict)
+    reward: Literal["mean", "minimum"] = "mean"  # of the members' scores: what PPO is paid
+    penalty: NonNegative = 0.5  # of their variance, with `mean`
+    evaluation: Evaluation
+    stop: Stop = Stop()

@@ -1,0 +1,139 @@
+"""Tuning methods: what `method:` may say. Names and defaults are PEFT's, or the papers' where PEFT has none."""
+
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import BeforeValidator, ConfigDict, Discriminator, Tag, field_validator
+
+from align.plugins import is_reference
+from align.settings.fields import Count, Fraction, Positive, Settings
+from align.wording import did_you_mean
+
+
+class Lora(Settings):
+    """PEFT's LoraConfig, by its own names. `qlora` is the same over a 4-bit base, and insists on it."""
+
+    kind: Literal["lora", "qlora"] = "lora"
+    r: Count = 16
+    lora_alpha: Positive = 32.0
+    lora_dropout: Fraction = 0.0
+    target_modules: str | tuple[str, ...] = "all-linear"
+    use_rslora: bool = False
+    use_dora: bool = False
+    init_lora_weights: bool | Literal["gaussian"] = True  # PiSSA and OLoRA rewrite the base, which roles share
+
+
+class Full(Settings):
+    """All parameters of a copy of the base."""
+
+    kind: Literal["full"]
+
+
+class Freeze(Settings):
+    """Transfer learning: copies of the last layers, the final norm and the output layer; the rest is the base's own.
+
+    A PEFT folder of kind LN_TUNING, which is how PEFT names "this module, trained": it opens without us.
+    """
+
+    kind: Literal["freeze"]
+    num_layers: Count = 2  # the last so many; Houlsby et al. 2019 compare with such top-k tuning
+    train_head: bool = True  # the output layer too, where there is no scalar head in its place
+    target_modules: str | tuple[str, ...] | None = None  # a pattern or suffixes of modules instead of `num_layers`
+
+
+class Adapter(Settings):
+    """Bottleneck adapters: down-projection, non-linearity, up-projection, residual; the start is the base itself."""
+
+    kind: Literal["adapter"]
+    placement: Literal["houlsby", "pfeiffer"] = "houlsby"  # after attention and feed-forward | feed-forward alone
+    reduction_factor: Count = 16  # hidden size / bottleneck size (Pfeiffer et al. 2021)
+    activation: str = "relu"  # a name of transformers' ACT2FN
+    target_modules: str | tuple[str, ...] | None = None
+
+
+class Prefix(Settings):
+    """PEFT's PrefixTuningConfig: keys and values that every token sees before its own, trained in every layer."""
+
+    kind: Literal["prefix"]
+    num_virtual_tokens: Count = 20  # Li & Liang 2021: 10 for table-to-text, 200 for summaries
+    init_text: str = "You are a helpful assistant. You read the question carefully and answer it well and to the point."
+    # (section 7.4 there: start from the activations of real words; repeated where it is too short)
+
+
+class Ia3(Settings):
+    """PEFT's IA3Config: learned scales of keys, values and feed-forward activations, all 1 at the start."""
+
+    kind: Literal["ia3"]
+    target_modules: str | tuple[str, ...] | None = None  # None: PEFT's choice for the architecture
+    feedforward_modules: str | tuple[str, ...] | None = None
+
+
+METHODS = ("lora", "qlora", "full", "freeze", "adapter", "prefix", "ia3")
+# PEFT's own that leave the base as it is and need nothing of the training loop, as tests/test_methods.py tries them.
+# Others need more: prompt tuning places tokens of its own, AdaLoRA counts steps, X-LoRA and Poly choose by task.
+PEFT_METHODS_IN_4_BITS = ("beft", "boft", "fourierft", "gralora", "hira", "ln_tuning", "miss", "oft", "pvera", "vera")
+PEFT_METHODS = (
+    *PEFT_METHODS_IN_4_BITS,
+    *("c3a", "deft", "delora", "frod", "glora", "hra", "loha", "lokr", "osf", "peanut", "psoft", "road", "shira"),
+    *("supertuning", "tinylora", "unilora", "vblora", "waveft"),
+)
+
+
+class OtherPeft(Settings):
+    """Any other PEFT type by its name, with the keys of its own configuration, which PEFT validates."""
+
+    model_config = ConfigDict(extra="allow", frozen=True, allow_inf_nan=False)
+    tag: ClassVar[str] = "other"
+    kind: str
+
+    @field_validator("kind")
+    @classmethod
+    def _is_known(cls, kind: str) -> str:
+        if kind not in PEFT_METHODS:
+            known = (*METHODS, *PEFT_METHODS)
+            hint = did_you_mean(kind, known) or f"; one of: {', '.join(known)}, or file.py:function"
+            raise ValueError(f"no tuning method that roles over one base can have{hint}")
+        return kind
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        return dict(self.model_extra or {})
+
+
+class OwnMethod(Settings):
+    """`file.py:function`, called as `function(model, **settings)`, returns a PeftModel over the model it is given."""
+
+    model_config = ConfigDict(extra="allow", frozen=True, allow_inf_nan=False)
+    tag: ClassVar[str] = "own"
+    kind: str
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        return dict(self.model_extra or {})
+
+
+def _tag_of(value: Any) -> str:
+    kind = str(value.get("kind", "lora") if isinstance(value, dict) else getattr(value, "kind", "lora"))
+    if kind in METHODS:
+        return "lora" if kind == "qlora" else kind
+    return OwnMethod.tag if is_reference(kind) else OtherPeft.tag
+
+
+AnyMethod = Lora | Full | Freeze | Adapter | Prefix | Ia3 | OtherPeft | OwnMethod
+Method = Annotated[
+    Annotated[Lora, Tag("lora")]
+    | Annotated[Full, Tag("full")]
+    | Annotated[Freeze, Tag("freeze")]
+    | Annotated[Adapter, Tag("adapter")]
+    | Annotated[Prefix, Tag("prefix")]
+    | Annotated[Ia3, Tag("ia3")]
+    | Annotated[OtherPeft, Tag(OtherPeft.tag)]
+    | Annotated[OwnMethod, Tag(OwnMethod.tag)],
+    Discriminator(_tag_of),
+]
+
+
+def _default_kind(value: Any) -> Any:
+    return {"kind": "lora", **value} if isinstance(value, dict) and "kind" not in value else value
+
+
+MethodOrLora = Annotated[Method, BeforeValidator(_default_kind)]  # without `kind`, the keys are LoRA's

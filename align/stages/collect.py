@@ -1,0 +1,97 @@
+"""The collect stage: several answers to each prompt from several policies, for people and machines to compare.
+
+Writes candidates.jsonl: prompt, columns, policy, draw (the number of the answer), temperature, text, its tokens, and
+whether it ended. An answer is a function of seed, policy's name, prompt's position and draw.
+"""
+
+import json
+import zlib
+from pathlib import Path
+from typing import Any
+
+from align.artifact import begin, finish, write_text
+from align.data import decode_completion, encode_prompt, end_token_ids, load
+from align.errors import BadInput
+from align.models.roles import Bases, Role
+from align.rollout.draw import uniforms
+from align.rollout.sampling import sample
+from align.settings import CollectSettings
+from align.track import Tracker
+from align.worker import Worker
+
+STREAM = 3  # of random numbers
+NUM_GENERATIONS = 4
+CANDIDATES = "candidates.jsonl"
+
+
+def run(settings: CollectSettings, worker: Worker) -> None:
+    """Samples, and writes the answers in the order of prompts, policies and draws."""
+    bases = Bases(settings.model, worker.device)
+    if worker.is_main:
+        begin(settings, bases.main.fingerprint)
+    worker.wait()
+    rows = load(settings.prompts, "prompts").train
+    prompts = [encode_prompt(bases.main.tokenizer, row) for row in rows]
+    kept = [i for i, ids in enumerate(prompts) if 0 < len(ids) <= settings.max_prompt_length]
+    if not kept:
+        raise BadInput(f"`prompts`: none has at most {settings.max_prompt_length} tokens (`max_prompt_length`)")
+    tracker = Tracker(settings, total=len(settings.policies), start=0, shown=("answers",), is_main=worker.is_main)
+    found: dict[tuple[int, str, int], dict[str, Any]] = {}
+    try:
+        if len(kept) < len(rows):
+            tracker.say(
+                f"{len(rows) - len(kept)} of {len(rows)} prompts left out: over {settings.max_prompt_length} tokens"
+            )
+        for number, (name, folder) in enumerate(settings.policies.items(), 1):
+            role = bases.role(folder)
+            for draw in range(settings.num_generations.get(name, NUM_GENERATIONS)):
+                mine = [kept[i] for i in worker.mine(len(kept))]
+                for i, answer in zip(mine, _answers(role, bases, name, draw, mine, prompts, settings), strict=True):
+                    found[i, name, draw] = {"prompt": rows[i].prompt, "columns": rows[i].columns} | answer
+            tracker.log(number, {"policy": name, "answers": sum(key[1] == name for key in found)})
+        parts = worker.gather_objects(found)
+        if worker.is_main:
+            whole = {key: value for part in parts for key, value in part.items()}
+            order = {name: at for at, name in enumerate(settings.policies)}
+            lines = [whole[key] for key in sorted(whole, key=lambda key: (key[0], order[key[1]], key[2]))]
+            text = "".join(json.dumps(line, ensure_ascii=False, default=dict) + "\n" for line in lines)
+            write_text(Path(settings.output) / CANDIDATES, text)
+            finish(settings.output, metrics={"answers": len(lines), "prompts": len(kept)})
+    finally:
+        tracker.close()
+    worker.wait()
+
+
+def _answers(
+    role: Role,
+    bases: Bases,
+    name: str,
+    draw: int,
+    rows: list[int],
+    prompts: list[list[int]],
+    settings: CollectSettings,
+) -> list[dict[str, Any]]:
+    """One answer to each of `rows`, whose random numbers are theirs alone."""
+    tokenizer, temperatures = bases.main.tokenizer, settings.temperatures
+    sampling = settings.sampling.model_copy(update={"temperature": temperatures[draw % len(temperatures)]})
+    step = zlib.crc32(f"{name} {draw}".encode())
+    rollouts, _ = sample(
+        role,
+        [prompts[i] for i in rows],
+        uniforms(settings.seed, STREAM, step, rows, sampling.max_new_tokens),
+        sampling,
+        end_ids=end_token_ids(tokenizer),
+        pad_id=tokenizer.pad_token_id,
+        batch_size=settings.batch_size,
+    )
+    return [
+        {
+            "policy": name,
+            "draw": draw,
+            "temperature": sampling.temperature,
+            "text": decode_completion(tokenizer, ids),
+            "num_tokens": len(ids),
+            "ended": ended,
+        }
+        for ids, ended in zip(rollouts.answers, rollouts.ended.tolist(), strict=True)
+    ]

@@ -1,0 +1,45 @@
+"""The ensemble stage: one reward model after another on the same pairs, each with a seed and an order of its own.
+
+What they disagree on is what the labels do not settle: it is what people should be asked, and what PPO should not be
+paid for. Each member is a reward run of its own, in `<output>/member-<k>`; one that is finished is passed over.
+"""
+
+import json
+from pathlib import Path
+
+from align.artifact import begin, fingerprint, finish, member_folders, read_manifest, state_of
+from align.settings import EnsembleSettings, RewardSettings
+from align.stages import reward
+from align.worker import Worker, seed_everything
+
+
+def run(settings: EnsembleSettings, worker: Worker) -> None:
+    """Trains the members that are not finished; then joins their figures."""
+    if worker.is_main:
+        begin(settings, fingerprint(settings.model.base))
+    worker.wait()
+    members = [member(settings, number) for number in range(settings.num_members)]
+    for number, own in enumerate(members, 1):
+        if state_of(own) == "finished":
+            continue
+        if worker.is_main:
+            print(f"member {number} of {len(members)}:", flush=True)
+        seed_everything(own.seed)
+        reward.run(own, worker)
+    if worker.is_main:
+        found = [read_manifest(own.output)["metrics"] for own in members]
+        metrics = {name: sum(each[name] for each in found) / len(found) for name in found[0]}
+        finish(settings.output, metrics=metrics, members=[Path(own.output).name for own in members])
+    worker.wait()
+
+
+def member(settings: EnsembleSettings, number: int) -> RewardSettings:
+    """The reward stage of one member, from 0 up."""
+    values = json.loads(settings.model_dump_json(by_alias=True))
+    del values["num_members"]
+    values |= {
+        "stage": RewardSettings.kind,
+        "output": str(member_folders(settings.output, settings.num_members)[number]),
+        "seed": settings.seed + number,
+    }
+    return RewardSettings.model_validate(values)

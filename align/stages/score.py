@@ -1,0 +1,146 @@
+"""The score stage: what the machines say of collected answers, so that people's time goes where it is worth most.
+
+Writes answers.jsonl (each candidate with its members' scores) and pairs.jsonl (two candidates by their line, how they
+were paired, the members' margins, the judge's verdict, and the prompt's embedding).
+"""
+
+import json
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from align.artifact import begin, finish, write_text
+from align.data import Prompt, encode_pair, encode_prompt
+from align.data.formats import Preference
+from align.models.budget import reading_tokens
+from align.models.layout import parts_of
+from align.models.roles import Bases, Role
+from align.rewards.learned import UNLIMITED, ensemble_members
+from align.rewards.mix import Answers
+from align.settings import ScoreSettings
+from align.stages.collect import CANDIDATES
+from align.track import Tracker
+from align.worker import Worker
+
+ANSWERS, PAIRS = "answers.jsonl", "pairs.jsonl"
+EMBEDDING_SIZE = 32  # numbers of a prompt's embedding that are kept, by a fixed random projection
+
+
+def run(settings: ScoreSettings, worker: Worker) -> None:
+    """Scores, pairs, and asks the judge. One process does it: it is short beside sampling and training."""
+    bases = Bases(settings.model, worker.device)
+    if worker.is_main:
+        begin(settings, bases.main.fingerprint)
+        tracker = Tracker(settings, total=1, start=0, shown=("pairs",), is_main=True)
+        try:
+            _score(settings, bases, tracker)
+        finally:
+            tracker.close()
+    worker.wait()
+
+
+def _score(settings: ScoreSettings, bases: Bases, tracker: Tracker) -> None:
+    rows = read_lines(Path(settings.candidates) / CANDIDATES)
+    answers = answers_of(rows, bases)
+    scores = _member_scores(settings, answers, bases)  # (N, K), K = 0 without an ensemble
+    drawn = draw_pairs(rows, scores.mean(1) if scores.shape[1] else None, settings)
+    pairs: list[dict[str, Any]] = [{"a": a, "b": b, "pairing": pairing} for a, b, pairing in drawn]
+    for pair in pairs:
+        pair["margins"] = (scores[pair["a"]] - scores[pair["b"]]).tolist() or None
+    embeddings = prompt_embeddings(bases.role(None), answers, settings.max_batch_tokens)
+    for pair in pairs:
+        pair["embedding"] = [round(x, 5) for x in embeddings[pair["a"]].tolist()]
+    metrics: dict[str, float] = {"answers": len(rows), "pairs": len(pairs)}
+    if settings.judge is not None:
+        from align.rewards.judge import Question, build_judge
+
+        judge = build_judge(settings.judge, bases, cache=Path(settings.output) / "judge.jsonl")
+        questions = [
+            Question(rows[p["a"]]["prompt"], rows[p["a"]]["text"], rows[p["b"]]["text"], rows[p["a"]]["columns"])
+            for p in pairs
+        ]
+        for pair, verdict in zip(pairs, judge(questions), strict=True):
+            pair |= {"judge_probability": verdict.probability, "judge_flipped": verdict.is_flipped}
+        metrics |= {"judge_tokens": judge.tokens, "judge_cost": judge.cost}
+        metrics["judge_flips"] = sum(pair["judge_flipped"] for pair in pairs) / max(len(pairs), 1)
+    folder = Path(settings.output)
+    _write_lines(folder / ANSWERS, [row | {"scores": s} for row, s in zip(rows, scores.tolist(), strict=True)])
+    _write_lines(folder / PAIRS, pairs)
+    tracker.log(1, {"pairs": len(pairs)})
+    finish(folder, metrics=metrics)
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The rows of a JSONL file of ours."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def _write_lines(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def answers_of(rows: Sequence[dict[str, Any]], bases: Bases) -> Answers:
+    """Candidates as what rewards score; tokens are those of the text in the chat template."""
+    tokenizer = bases.main.tokenizer
+    prompts = [Prompt(row["prompt"], row["columns"], f"answer {number}") for number, row in enumerate(rows, 1)]
+    prompt_ids: list[list[int]] = []
+    ids: list[list[int]] = []
+    for prompt, row in zip(prompts, rows, strict=True):
+        reply: Any = row["text"]
+        if not isinstance(prompt.prompt, str):
+            reply = [{"role": "assistant", "content": row["text"]}]
+        pair = encode_pair(tokenizer, Preference(prompt.prompt, reply, reply, 1.0, 1.0, 0.0, prompt.where), UNLIMITED)
+        assert pair is not None
+        prompt_ids.append(list(pair.prompt_ids) or encode_prompt(tokenizer, prompt))
+        ids.append(list(pair.chosen_ids))
+    return Answers(prompts, prompt_ids, [row["text"] for row in rows], ids)
+
+
+def _member_scores(settings: ScoreSettings, answers: Answers, bases: Bases) -> Tensor:
+    if settings.ensemble is None:
+        return torch.zeros(len(answers.texts), 0, dtype=torch.float64)
+    members = ensemble_members(settings.ensemble, bases, normalize=False, max_batch_tokens=settings.max_batch_tokens)
+    return torch.tensor([member(answers) for member in members], dtype=torch.float64).T
+
+
+def draw_pairs(
+    rows: Sequence[dict[str, Any]], scores: Tensor | None, settings: ScoreSettings
+) -> list[tuple[int, int, str]]:
+    """Pairs of candidates of one prompt, by line: the best with the worst, and others by chance; never two answers of
+    the same words, never an empty one (which no data format holds), never a pair twice."""
+    groups: dict[str, list[int]] = {}
+    for number, row in enumerate(rows):
+        groups.setdefault(json.dumps(row["prompt"], sort_keys=True), []).append(number)
+    pairs = []
+    for key, group in groups.items():
+        rng = random.Random(f"pairs {settings.seed} {key}")
+        distinct = sorted(
+            {rows[i]["text"]: i for i in reversed(group) if rows[i]["text"].strip()}.values()
+        )  # the first of equal texts
+        others = [(a, b) for at, a in enumerate(distinct) for b in distinct[at + 1 :]]
+        if scores is not None and settings.best_worst and others:
+            ranked = sorted(distinct, key=lambda i: (float(scores[i]), i))
+            first, second = sorted((ranked[0], ranked[-1]))
+            others.remove((first, second))
+            pairs.append((first, second, "best_worst"))
+        pairs += [(a, b, "random") for a, b in sorted(rng.sample(others, min(settings.random_pairs, len(others))))]
+    return pairs
+
+
+@torch.no_grad()
+def prompt_embeddings(role: Role, answers: Answers, max_batch_tokens: int | None = None) -> Tensor:
+    """(N, EMBEDDING_SIZE): the base's state at the end of each prompt, centred, projected at random (fixed)."""
+    size = min(EMBEDDING_SIZE, role.hidden_size)
+    generator = torch.Generator().manual_seed(0)
+    projection = torch.randn(role.hidden_size, size, generator=generator) / size**0.5
+    found = torch.zeros(len(answers.texts), size)
+    empty: list[list[int]] = [[]] * len(answers.texts)
+    budget = reading_tokens(role.causal, max_batch_tokens)
+    for part in parts_of(answers.prompt_ids, empty, max_tokens=budget, is_flat=role.is_flat):
+        layout = role.layout(part.trees)
+        found[part.rows] = role.states(layout)[layout.last].float().cpu() @ projection
+    return found - found.mean(0)

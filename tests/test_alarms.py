@@ -1,0 +1,82 @@
+"""Alarms, which round is kept, when a loop ends; and over-optimisation as it is known, in a simulation."""
+
+import random
+from dataclasses import replace
+from statistics import fmean
+
+import pytest
+
+from align.feedback.alarms import Policy, alarms, best_round, reason_to_stop
+
+SFT = Policy(proxy=0.0, held_out=0.0, length=20.0, entropy=1.0, spread=0.1)
+
+
+def test_nothing_is_said_of_a_sound_round():
+    assert alarms(SFT, SFT, Policy(1.0, 0.8, 24.0, 0.8, 0.12)) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        ({"proxy": 1.0, "held_out": -0.1}, "over-optimisation"),
+        ({"length": 31.0}, "length drift"),
+        ({"length": 13.0}, "length drift"),
+        ({"entropy": 0.32}, "entropy drop"),
+        ({"spread": 0.21}, "disagrees"),
+    ],
+)
+def test_each_alarm_rings_for_its_own_reason(change, word):
+    (said,) = alarms(SFT, SFT, replace(SFT, **change))
+    assert word in said
+
+
+def test_length_bias_rings_above_three_deviations():
+    assert alarms(SFT, SFT, SFT, length_bias_z=3.0) == []
+    assert "length bias" in alarms(SFT, SFT, SFT, length_bias_z=3.1)[0]
+
+
+def test_the_best_round_is_kept_and_of_equals_the_earlier():
+    assert best_round({0: 0.2, 1: 0.7, 2: 0.7, 3: 0.1}) == 1
+
+
+@pytest.mark.parametrize(
+    ("kept", "patience", "kl", "labels", "said"),
+    [
+        ([0, 1, 2], 2, 1.0, 0, None),
+        ([0, 0], 2, 1.0, 0, None),
+        ([0, 0, 0], 2, 1.0, 0, "no better policy in 2 rounds"),
+        ([0, 0, 0], 0, 1.0, 0, None),
+        ([0], 2, 11.0, 0, "11.0 nats from SFT"),
+        ([0], 2, 1.0, 500, "500 labels"),
+    ],
+)
+def test_when_a_loop_ends(kept, patience, kl, labels, said):
+    found = reason_to_stop(kept, patience=patience, kl=kl, kl_limit=10.0, labels=labels, label_limit=500)
+    assert found is None if said is None else said in found
+
+
+def test_over_optimisation_is_seen_and_the_better_policy_kept():
+    """Best of n by a proxy whose error has heavy tails (Gao et al. 2023; Kwa et al. 2024): as n grows the proxy rises,
+    gold turns over, and a held-out score with errors of its own turns with it."""
+    rng = random.Random(0)
+
+    def error():  # rarely very wrong: the answers that the proxy is gamed by
+        return rng.gauss(0, 0.3) + (10.0 * rng.random() if rng.random() < 0.004 else 0.0)
+
+    def answer():
+        gold, wrong = rng.gauss(0, 1), error()
+        gold -= 0.5 * wrong if wrong > 1.5 else 0.0  # what games the proxy is bad
+        return gold + wrong, gold, gold + rng.gauss(0, 0.3)
+
+    rounds = []
+    for n in (1, 4, 32, 1024):
+        best = [max((answer() for _ in range(n)), key=lambda a: a[0]) for _ in range(400 if n < 1000 else 120)]
+        proxy, gold, held_out = (fmean(each[i] for each in best) for i in range(3))
+        rounds.append((replace(SFT, proxy=proxy, held_out=held_out), gold))
+    proxies, golds = [policy.proxy for policy, _ in rounds], [gold for _, gold in rounds]
+    assert proxies == sorted(proxies)
+    assert golds[1] > golds[0] and golds[3] < max(golds) - 0.3
+    said = [alarms(rounds[0][0], rounds[i - 1][0], rounds[i][0]) for i in range(1, 4)]
+    assert said[0] == [] and any("over-optimisation" in line for line in said[2])
+    kept = best_round({i: policy.held_out for i, (policy, _) in enumerate(rounds)})
+    assert kept < 3 and golds[kept] > golds[3] + 0.3 and golds[kept] >= max(golds) - 0.1

@@ -1,0 +1,152 @@
+"""The stages of a round that are the loop's own: collect, score, ensemble; and what PPO is paid by an ensemble."""
+
+import json
+
+import pytest
+import torch
+
+from align.artifact import read_manifest
+from align.models.roles import Bases
+from align.rewards import build_rewards
+from align.rewards.learned import ensemble_members
+from align.settings import STAGES, CollectSettings, Reward, ScoreSettings
+from align.stages.score import answers_of, draw_pairs, prompt_embeddings
+from tests import tiny
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def collect(base, data, runs, out, **changes):
+    values = {
+        "stage": "collect",
+        "model": {"base": str(base)},
+        "output": str(out),
+        "launch": "cpu",
+        "policies": {"sft": str(runs / "sft"), "base": None},
+        "num_generations": {"sft": 3, "base": 1},
+        "temperatures": [1.0, 0.5],
+        "prompts": {"train": str(data / "prompts.jsonl"), "validation_split": 0.0},
+        "sampling": {"max_new_tokens": 8},
+    }
+    settings = CollectSettings(**values | changes)
+    tiny.run(settings)
+    return lines(out / "candidates.jsonl")
+
+
+@pytest.fixture(scope="module")
+def made(base, data, runs, tmp_path_factory):
+    """A collect run and an ensemble."""
+    folder = tmp_path_factory.mktemp("made")
+    rows = collect(base, data, runs, folder / "collect")
+    values = tiny.recipe("reward", base, data, folder / "ensemble") | {"stage": "ensemble", "num_members": 2}
+    tiny.run(STAGES["ensemble"](**values))
+    return folder, rows
+
+
+def test_answers_are_of_every_policy_and_draw_whatever_the_batch(base, data, runs, made, tmp_path):
+    _, rows = made
+    prompts = list(dict.fromkeys(json.dumps(row["prompt"]) for row in rows))
+    first = [(r["policy"], r["draw"], r["temperature"]) for r in rows if json.dumps(r["prompt"]) == prompts[0]]
+    assert first[:4] == [("sft", 0, 1.0), ("sft", 1, 0.5), ("sft", 2, 1.0), ("base", 0, 1.0)]
+    assert rows[0]["columns"]["thing"] in tiny.WORDS and all(row["num_tokens"] <= 8 for row in rows)
+    assert collect(base, data, runs, tmp_path / "again", batch_size=3) == rows
+    assert collect(base, data, runs, tmp_path / "other", seed=1) != rows
+
+
+def test_members_differ_and_their_figures_are_joined(made):
+    folder, _ = made
+    manifest = read_manifest(folder / "ensemble")
+    own = [read_manifest(folder / "ensemble" / name) for name in manifest["members"]]
+    assert [each["recipe"]["seed"] for each in own] == [0, 1]
+    weights = [(folder / "ensemble" / name / "adapter_model.safetensors").read_bytes() for name in manifest["members"]]
+    assert weights[0] != weights[1]
+    mean = sum(each["metrics"]["eval_accuracy"] for each in own) / 2
+    assert manifest["metrics"]["eval_accuracy"] == pytest.approx(mean)
+
+
+def test_a_finished_member_is_not_trained_again(base, data, made, monkeypatch):
+    folder, _ = made
+    values = tiny.recipe("reward", base, data, folder / "ensemble") | {"stage": "ensemble", "num_members": 2}
+    monkeypatch.setattr("align.stages.reward.run", lambda *_: pytest.fail("trained again"))
+    tiny.run(STAGES["ensemble"](**values))
+
+
+def test_what_an_ensemble_pays(base, made):
+    folder, rows = made
+    from align.settings import Model
+
+    bases = Bases(Model(base=str(base)), torch.device("cpu"))
+    answers = answers_of(rows[:6], bases)
+    scores = torch.tensor([member(answers) for member in ensemble_members(str(folder / "ensemble"), bases)])
+
+    def paid(**arguments):
+        reward = Reward.model_validate({"use": "ensemble", "from": str(folder / "ensemble")} | arguments)
+        return torch.tensor(build_rewards([reward], bases)(answers)[0])
+
+    variance = ((scores - scores.mean(0)) ** 2).mean(0)
+    torch.testing.assert_close(paid(penalty=2.0), scores.mean(0) - 2.0 * variance)
+    torch.testing.assert_close(paid(how="minimum"), scores.min(0).values)
+    torch.testing.assert_close(paid(how="variance"), variance)
+
+
+def test_scores_and_pairs(base, made):
+    folder, rows = made
+    (folder / "length.py").write_text(
+        "def length(prompts, completions, **columns):\n    return [len(c[-1]['content']) for c in completions]\n"
+    )
+    settings = ScoreSettings(
+        stage="score",
+        model={"base": str(base)},
+        output=str(folder / "score"),
+        candidates=str(folder / "collect"),
+        ensemble=str(folder / "ensemble"),
+        judge={"use": f"{folder}/length.py:length", "scale": 10.0},
+        random_pairs=1,
+    )
+    tiny.run(settings)
+    answers, pairs = lines(folder / "score" / "answers.jsonl"), lines(folder / "score" / "pairs.jsonl")
+    assert [row["text"] for row in answers] == [row["text"] for row in rows]
+    assert {pair["pairing"] for pair in pairs} == {"best_worst", "random"}
+    for pair in pairs:
+        a, b = answers[pair["a"]], answers[pair["b"]]
+        assert a["prompt"] == b["prompt"] and a["text"] != b["text"] and pair["a"] < pair["b"]
+        assert pair["margins"] == pytest.approx([x - y for x, y in zip(a["scores"], b["scores"], strict=True)])
+        longer = len(a["text"]) - len(b["text"])
+        assert pair["judge_probability"] == pytest.approx(torch.sigmoid(torch.tensor(longer / 10.0)).item(), abs=1e-6)
+        assert len(pair["embedding"]) == 32
+    best_worst = [pair for pair in pairs if pair["pairing"] == "best_worst"]
+    for pair in best_worst:
+        of_prompt = [
+            sum(r["scores"]) for r in answers if r["prompt"] == answers[pair["a"]]["prompt"] and r["text"].strip()
+        ]
+        gap = abs(sum(pair["margins"]))
+        assert gap == pytest.approx(max(of_prompt) - min(of_prompt), abs=1e-5)
+
+
+def test_pairs_without_an_ensemble_are_by_chance_and_never_of_equal_or_empty_answers(base, tmp_path):
+    texts = ["a", "b", "a", " ", "c"]
+    rows = [{"prompt": "p", "columns": {}, "text": text} for text in texts]
+    common = {"stage": "score", "model": {"base": str(base)}, "output": str(tmp_path), "candidates": "x"}
+    found = draw_pairs(rows, None, ScoreSettings(**common, random_pairs=9))
+    assert sorted(found) == [(0, 1, "random"), (0, 4, "random"), (1, 4, "random")]
+    scores = torch.tensor([0.0, 3.0, 0.0, 9.0, 1.0])
+    found = draw_pairs(rows, scores, ScoreSettings(**common, random_pairs=0))
+    assert found == [(0, 1, "best_worst")]
+
+
+def test_an_embedding_is_of_the_prompt_alone(base, made):
+    from align.settings import Model
+
+    _, rows = made
+    bases = Bases(Model(base=str(base)), torch.device("cpu"))
+    answers = answers_of(rows, bases)
+    whole = prompt_embeddings(bases.role(None), answers)
+    small = prompt_embeddings(bases.role(None), answers, max_batch_tokens=24)
+    torch.testing.assert_close(whole, small, atol=1e-5, rtol=1e-4)
+    keys = [json.dumps(row["prompt"]) for row in rows]
+    same = [i for i, key in enumerate(keys) if key == keys[0]]
+    assert len(same) >= 4 and all(torch.allclose(whole[i], whole[same[0]], atol=1e-5) for i in same)
+    other = next(i for i, key in enumerate(keys) if key != keys[0])
+    assert not torch.allclose(whole[other], whole[0], atol=1e-3)

@@ -1,0 +1,216 @@
+"""The feedback loop on the tiny base, its stages run in this process."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+from sqlalchemy import select
+
+from align.artifact import read_manifest
+from align.errors import BadInput
+from align.feedback import schema
+from align.feedback.queue import Answer, Queue
+from align.feedback.store import Store
+from align.loop.rounds import load_loop
+from align.loop.run import run_loop
+from align.loop.steps import STEPS
+from align.stages import checkpoint
+from tests import tiny
+
+GOLD = '''
+def gold(prompts, completions, **columns):
+    """A word of thanks is worth most, and other words are worth a little."""
+    texts = [c if isinstance(c, str) else c[-1]["content"] for c in completions]
+    return [2.0 * ("thanks" in t) - ("bad" in t) + 0.1 * len(set(t.split())) for t in texts]
+'''
+
+
+def recipe(base, data, folder, **changes):
+    """A loop of two rounds and a few steps, as the path of its recipe."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "world.py").write_text(GOLD)
+    rows = [json.loads(line) for line in (data / "prompts.jsonl").read_text().splitlines()]
+    seen = list({json.dumps(row["prompt"]): row for row in rows}.values())
+    for name, part in (("train", seen[:-3]), ("unseen", seen[-3:])):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
+    train = {
+        "learning_rate": 3e-3,
+        "per_device_train_batch_size": 8,
+        "logging_steps": 5,
+        "save_steps": 1,
+        "max_steps": 3,
+    }
+    values = {
+        "output": str(folder / "loop"),
+        "model": {"base": str(base)},
+        "launch": "cpu",
+        "num_rounds": 2,
+        "sft": {"method": {"r": 4}, "data": {"train": str(data / "sft.jsonl")}, "max_length": 64, "packing": False, "train": train},
+        "prompts": {"train": str(folder / "train.jsonl")},
+        "sampling": {"max_new_tokens": 8},
+        "collect": {"prompts_per_round": 8, "num_generations": 4, "random_pairs": 2},
+        "route": {"kickstart": 12, "budget": 8, "audit": 0.5, "disagreement": 0.0, "uncertainty": 0.5, "overlap": 0.25, "reasks": 0.2},
+        "annotators": {"use": f"{folder}/world.py:gold", "noise": 0.1},
+        "gate": {"level": 0.0, "delta": 1.0, "min_audit": 2, "held_out": 0.3},
+        "ensemble": {"num_members": 2, "method": {"r": 4}, "max_length": 64, "train": train},
+        "ppo": {"ppo": {"num_iterations": 2, "prompts_per_iteration": 4, "learning_rate": 1e-3, "eval_steps": 0, "save_steps": 1}},
+        "evaluation": {"prompts": {"train": str(folder / "unseen.jsonl")}, "judge": [{"use": f"{folder}/world.py:gold"}]},
+    }  # fmt: skip
+    path = folder / "loop.yaml"
+    path.write_text(yaml.safe_dump(values | changes))
+    return str(path)
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def in_process(settings, path: Path):
+    tiny.run(settings)
+    return 0, ""
+
+
+def state(loop, folder):
+    """Everything that the store holds but moments, and a hash of every run's weights, without the folder's own name."""
+    store = Store(loop.store)
+    found = {}
+    with store.reading() as session:
+        for table in schema.Base.metadata.sorted_tables:
+            columns = [c for c in table.columns if c.name not in ("created", "finished", "token_hash", "expires")]
+            rows = session.execute(select(*columns)).all()
+            found[table.name] = json.loads(json.dumps(sorted(map(repr, rows))).replace(str(folder), "."))
+    store.close()
+    for file in sorted((folder / "loop").rglob("*.safetensors")):
+        found[str(file.relative_to(folder))] = hashlib.sha256(file.read_bytes()).hexdigest()
+    return found
+
+
+@pytest.fixture(scope="module")
+def finished(base, data, tmp_path_factory):
+    """A loop that ran to its end, undisturbed."""
+    folder = tmp_path_factory.mktemp("finished")
+    loop = load_loop(recipe(base, data, folder))
+    assert run_loop(loop, in_process) == 0
+    return loop, folder
+
+
+def test_every_step_of_every_round_is_done_once(finished):
+    loop, _ = finished
+    store = Store(loop.store)
+    assert store.steps() == [(number, name) for number in range(2) for name in STEPS]
+    assert run_loop(loop, lambda *_: pytest.fail("a stage was started again")) == 0
+    counts, routed = store.counts(), store.result(1, "route")
+    assert store.result(0, "route") == {"kickstart": 12}
+    assert routed["audit"] == 4 and routed["uncertainty"] == 4
+    assert counts["human"] >= 20 and counts["reward"] > 0
+    verdict = store.result(1, "decide")
+    policies = store.result(1, "evaluate")["policies"]
+    best = max((0, 1), key=lambda n: policies[f"round-{n}"]["held_out"])
+    assert verdict["kept"] == best and read_manifest(verdict["policy"])["kind"] == "ppo"
+    store.close()
+
+
+def test_round_0_is_peoples_alone_and_held_out_prompts_are_never_trained_on(finished):
+    loop, _ = finished
+    rows = [lines(loop.folder(number) / "pairs.jsonl") for number in range(2)]
+    assert {row["source"] for row in rows[0]} == {"human"}
+    assert {row["source"] for row in rows[1]} == {"human", "reward"}
+    weights = {source: sum(r["weight"] for r in rows[1] if r["source"] == source) for source in ("human", "reward")}
+    assert weights["reward"] <= 4 * weights["human"] + 1e-9
+    held_out = lines(loop.folder(1) / "held-out-pairs.jsonl")
+    assert held_out and not {str(r["prompt"]) for r in held_out} & {str(r["prompt"]) for r in rows[1]}
+    manifest = read_manifest(loop.folder(1) / "ppo")
+    assert manifest["recipe"]["reference"]["from"] == loop.sft_folder
+    assert manifest["recipe"]["policy"]["from"] == str(loop.folder(0) / "ppo")
+
+
+def test_killed_at_every_boundary_and_inside_every_stage_it_ends_the_same(finished, base, data, tmp_path, monkeypatch):
+    class Killed(BaseException):
+        pass
+
+    seen = set()
+
+    def once(*what):
+        if what not in seen:
+            seen.add(what)
+            raise Killed(what)
+
+    def start(settings, path):
+        once("before", path.name, settings.output)
+        tiny.run(settings)
+        once("after", path.name, settings.output)
+        return 0, ""
+
+    finish, save = Store.finish, checkpoint.save
+
+    def finish_or_die(self, round_, step, result):
+        once("unfinished", round_, step)
+        finish(self, round_, step, result)
+        once("finished", round_, step)
+
+    def save_and_die(output, step, *rest, **values):
+        save(output, step, *rest, **values)
+        once("checkpoint", output)
+
+    monkeypatch.setattr(Store, "finish", finish_or_die)
+    monkeypatch.setattr(checkpoint, "save", save_and_die)
+    loop = load_loop(recipe(base, data, tmp_path))
+    for _ in range(200):
+        try:
+            assert run_loop(loop, start) == 0
+            break
+        except Killed:
+            continue
+    assert len(seen) >= 2 * 2 * len(STEPS) + 2 * 11 + 8
+    assert state(loop, tmp_path) == state(*finished)
+
+
+def test_people_are_waited_for(base, data, tmp_path, capsys):
+    loop = load_loop(recipe(base, data, tmp_path, annotators="people", num_rounds=1))
+    assert run_loop(loop, in_process) == 0
+    assert "labels are wanted of people: align label" in capsys.readouterr().out
+    store = Store(loop.store)
+    queue = Queue(store)
+    people = [store.add_annotator(name) for name in ("one", "two")]
+    while any(tasks := [queue.next(person) for person in people]):
+        for person, found in zip(people, tasks, strict=True):
+            for task in found:
+                key = f"{person}-{task.pair.id}-{task.is_reask}"
+                queue.submit(person, Answer(task.pair.id, "a", f"key-{key}", is_reask=task.is_reask))
+    assert run_loop(loop, in_process) == 0
+    assert store.result(0, "decide")["kept"] == 0
+    store.close()
+
+
+def test_another_recipe_in_the_same_folder_is_refused(finished, base, data):
+    _, folder = finished
+    with pytest.raises(BadInput, match="holds a loop of another recipe"):
+        run_loop(load_loop(recipe(base, data, folder, penalty=0.1)), in_process)
+    recipe(base, data, folder)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"ensemble": {"num_member": 2}}, "`ensemble.num_member` is unknown"),
+        ({"ppo": {"rewards": []}}, "`ppo.rewards`.* is the loop's to set"),
+        ({"route": {"audit": 0.5}}, "shares of one budget and sum to 1.2"),
+        ({"annotators": {"use": "nowhere.py:gold"}}, "nowhere.py"),
+        ({"sft": "runs/none"}, "runs/none is not there"),
+        ({"judge": {"use": "server"}}, "needs `url`"),
+        ({"rounds": 3}, "`rounds` is unknown"),
+    ],
+)
+def test_bad_recipes_are_refused_in_one_line(changes, said, base, data, tmp_path):
+    with pytest.raises(BadInput, match=said) as caught:
+        run_loop(load_loop(recipe(base, data, tmp_path, **changes)), in_process)
+    assert "\n" not in str(caught.value) and not (tmp_path / "loop").exists()
+
+
+def test_a_prompt_to_evaluate_on_is_never_trained_on(base, data, tmp_path):
+    path = recipe(base, data, tmp_path)
+    (tmp_path / "unseen.jsonl").write_text((tmp_path / "train.jsonl").read_text().splitlines()[0] + "\n")
+    with pytest.raises(BadInput, match="`train` and in `evaluation`"):
+        run_loop(load_loop(path), in_process)
