@@ -1,7 +1,8 @@
 """Many people at once over real HTTP: nobody waits long, nothing is lost or labelled twice, a kill costs nothing.
 
-ALIGN_LOAD=full is the load that is promised (16 people, 200 labels each, p95 under 200 ms on two cores); without it a
-small one runs, whose times are printed and not judged.
+ALIGN_LOAD=full is the load that is promised (16 people, 200 labels each, p95 under 200 ms on two cores of their own);
+without it a small one runs, whose times are printed and not judged. ALIGN_LOAD_PAUSE is how many seconds a person thinks
+before each answer: 0, unless told.
 """
 
 import http.client
@@ -30,6 +31,7 @@ from tests.test_store import answered, run_together, sqlite3_says
 
 IS_FULL = os.environ.get("ALIGN_LOAD") == "full"
 PEOPLE, LABELS = (16, 200) if IS_FULL else (8, 25)
+PAUSE = float(os.environ.get("ALIGN_LOAD_PAUSE", "0"))
 P95_SECONDS = 0.2
 
 
@@ -88,6 +90,7 @@ class Browser:
         rng = random.Random(self.csrf)
         items = self.post("/api/next", {})["items"]
         while items and len(self.acknowledged) < count:
+            time.sleep(PAUSE)
             key, choice = str(uuid.uuid4()), rng.choice(("left", "right", "tie"))
             said = {"item": items[0]["id"], "key": key, "choice": choice, "seconds": 1.25, "comment": "x" * 40}
             items = self.post("/api/submit", said)["items"]
