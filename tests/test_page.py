@@ -435,7 +435,6 @@ def test_names_of_hosts():
     assert command.hosts_of("127.0.0.1", ["me.example"]) == ("127.0.0.1", "localhost", "::1", "me.example")
     assert command.hosts_of("192.0.2.1", []) == ("192.0.2.1",)
     assert command.hosts_of("0.0.0.0", ["lab.example"]) == ("lab.example",)
-    assert command.store_of("postgresql+psycopg://u@h/d").startswith("postgresql")
 
 
 def test_the_command_line_says_it_in_one_line_with_code_2(tmp_path):

@@ -357,9 +357,21 @@ def test_a_repetition_of_what_was_withdrawn_is_not_asked(store, queue):
     assert queue.next(other, count=9, at=at(4)) == []
     with pytest.raises(Refused):
         queue.submit(me, say(pairs[0], is_reask=True), at=at(5))
-    # a lease of a repetition keeps no place among those who are asked first
     label_all(queue, me, pairs, 6)
     assert [task.is_reask for task in queue.next(me, count=9, at=at(7))] == [True]
+
+
+def test_a_lease_of_a_repetition_keeps_no_place_among_those_who_are_asked_first(store, queue):
+    pairs, (me, other) = fill(store, 4, reasked=1), people(store, 2)
+    queue.next(me, count=4, at=at(0))
+    label_all(queue, me, pairs)
+    assert queue.next(me, at=at(1))[0].is_reask
+    first = next(label.id for label in store.labels() if label.comparison_id == pairs[0])
+    gone = NewLabel(pairs[0], "human", "withdrawn", key="by-an-admin", annotator_id=me, supersedes=first)
+    store.add_labels([gone])
+    assert ids(queue.next(other, at=at(2))) == [pairs[0]]
+    with pytest.raises(Refused, match="somebody else"):
+        queue.submit(me, say(pairs[0]), at=at(3))
 
 
 def test_without_a_wait_a_pair_is_asked_again_at_once(store):

@@ -14,6 +14,7 @@ from sqlalchemy import func, select, text
 from sqlalchemy.exc import IntegrityError
 
 from align.errors import BadInput
+from align.feedback.database import LOOP, store_of
 from align.feedback.rows import answers_of_people
 from align.feedback.schema import Candidate, Comparison, Fact, Label
 from align.feedback.store import NewLabel, Store
@@ -409,3 +410,13 @@ def test_every_candidate_has_its_prompt(store):
         store.add_candidates(0, "current", {}, [(12345, 0, "no prompt")])
     with store.reading() as session:
         assert session.scalar(select(func.count()).select_from(Candidate)) == 0
+
+
+def test_where_a_loops_store_is(tmp_path):
+    assert store_of("postgresql+psycopg://u@h/d") == "postgresql+psycopg://u@h/d"
+    assert store_of(tmp_path / "other.db") == str(tmp_path / "other.db")
+    assert store_of(tmp_path) == str(tmp_path / "store.db")
+    (tmp_path / LOOP).write_text('{"store": null}')
+    assert store_of(tmp_path) == str(tmp_path / "store.db")
+    (tmp_path / LOOP).write_text('{"store": "postgresql+psycopg://h/d"}')
+    assert store_of(tmp_path) == "postgresql+psycopg://h/d"

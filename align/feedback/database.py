@@ -1,5 +1,6 @@
 """The database under a store: SQLite by default, PostgreSQL by its URL. Whoever writes is alone."""
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,19 @@ from sqlalchemy.exc import ArgumentError, NoSuchModuleError
 from align.errors import BadInput
 from align.wording import one_line
 
+LOOP = "loop.json"  # in a loop's folder: its recipe, resolved
 BUSY_SECONDS = 30  # that a writer waits for another one
 WRITERS_LOCK = 0x616C69676E  # "align": PostgreSQL's advisory lock of those who write
 CURE = "write a file's path or postgresql+psycopg://USER@HOST/DATABASE (pip install 'align[postgres]')"
+
+
+def store_of(run: str | Path) -> str:
+    """Where the store of a loop's folder is, as its recipe says; a store itself (a file or a database URL) stays."""
+    if "://" in str(run) or Path(run).is_file() or str(run).endswith(".db"):
+        return str(run)
+    recipe = Path(run) / LOOP
+    named = json.loads(recipe.read_text(encoding="utf-8")).get("store") if recipe.is_file() else None
+    return str(named or Path(run) / "store.db")
 
 
 def store_url(where: str) -> str:

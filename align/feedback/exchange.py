@@ -10,8 +10,8 @@ from typing import Any, Literal
 from align.data import Preference, parse, read_rows
 from align.errors import BadInput
 from align.feedback.backup import Moved, export_labels, import_labels, looks_like_labels, write_lines
+from align.feedback.database import store_of
 from align.feedback.gate import A_IS_BETTER
-from align.feedback.page.command import store_of
 from align.feedback.store import NewLabel, Pair, Store, storable
 from align.settings import Source
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from align.artifact import MANIFEST, state_of, write_json
 from align.door import check_recipe
 from align.errors import BadInput
+from align.feedback.database import LOOP
 from align.feedback.store import Store
 from align.launch import plan, start
 from align.loop.rounds import Loop
@@ -35,7 +36,7 @@ def run_loop(loop: Loop, start_stage: Start | None = None) -> int:
 
         print(f"{loop.settings.num_rounds} rounds in {loop.out}, {launch.description}", flush=True)
     loop.out.mkdir(parents=True, exist_ok=True)
-    write_json(loop.out / "loop.json", _values(loop))
+    write_json(loop.out / LOOP, _values(loop))
     store = Store(loop.store, create=True)
     try:
         sft = loop.sft()
@@ -120,7 +121,7 @@ def _check_functions(loop: Loop) -> None:
 
 def _check_output(loop: Loop) -> None:
     """The folder is new, or this loop's."""
-    file = loop.out / "loop.json"
+    file = loop.out / LOOP
     if file.is_file():
         before, now = json.loads(file.read_text(encoding="utf-8")), _values(loop)
         changed = [key for key in now if key not in NOT_PART_OF_A_LOOP and before.get(key) != now[key]]

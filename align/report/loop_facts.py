@@ -11,6 +11,7 @@ from typing import Any
 
 from align.artifact import MANIFEST, read_manifest
 from align.errors import BadInput
+from align.feedback.database import LOOP, store_of
 from align.feedback.gate import soft_label
 from align.feedback.queue import Progress, Queue
 from align.feedback.schema import Label
@@ -18,7 +19,6 @@ from align.feedback.store import Pair, Store
 from align.report.page import read_rows
 from align.wording import one_line
 
-LOOP = "loop.json"
 STEPS = ("collect", "score", "route", "label", "merge", "reward", "heldout", "ppo", "evaluate", "decide")
 MACHINES = ("reward", "judge")
 Found = dict[str, Any]
@@ -123,7 +123,7 @@ def read(folder: Path) -> Facts:
         recipe = dict(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as error:
         raise BadInput(f"{path} cannot be read ({one_line(error)}); start the loop again, it writes it anew") from error
-    store = Store(recipe.get("store") or folder / "store.db")
+    store = Store(store_of(folder))
     try:
         done: dict[int, dict[str, Found]] = defaultdict(dict)
         for round_, step in store.steps():

@@ -30,6 +30,7 @@ def label(
         BadInput: a missing extra, file, store or annotator, a taken port, or an address that would be open to all.
     """
     try:
+        from align.feedback.database import store_of
         from align.feedback.page.server import create_app, serve
         from align.feedback.queue import Queue
         from align.feedback.store import Store
@@ -58,12 +59,6 @@ def label(
             serve(app, listener)
     finally:
         store.close()
-
-
-def store_of(run: str) -> str:
-    """A loop's folder, or the store itself: a file or a database URL -> where the store is."""
-    is_store = "://" in run or Path(run).is_file() or run.endswith(".db")
-    return run if is_store else str(Path(run) / "store.db")
 
 
 def hosts_of(host: str, allowed: Sequence[str]) -> tuple[str, ...]:

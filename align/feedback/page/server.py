@@ -52,8 +52,10 @@ class Desk:
 
     def hand(self, person: Annotator) -> dict[str, Any]:
         """What is in front of this person, and how far all are."""
-        items = [self.item(person, task) for task in self.queue.next(person.id, count=HAND)]
-        return {"items": items, "progress": self.progress(person)}
+        return self.shown(person, self.queue.next(person.id, count=HAND))
+
+    def shown(self, person: Annotator, tasks: list[Task]) -> dict[str, Any]:
+        return {"items": [self.item(person, task) for task in tasks], "progress": self.progress(person)}
 
     def progress(self, person: Annotator) -> dict[str, int]:
         return vars(self.queue.progress(person.id))
@@ -73,8 +75,12 @@ class Desk:
         return found
 
 
-def desk_of(request: Request) -> Desk:
-    return request.app.state.desk
+async def desk_of(request: Request) -> Desk:  # async: else FastAPI asks a thread for it
+    return _desk(request)
+
+
+def _desk(request: Request) -> Desk:
+    return request.app.state.desk  # type: ignore[no-any-return]
 
 
 TheDesk = Annotated[Desk, Depends(desk_of)]
@@ -180,8 +186,7 @@ def submit(desk: TheDesk, person: Person, said: Submit) -> dict[str, Any]:
         seconds=said.seconds,
         comment=(said.comment or "").replace("\0", "").strip() or None,  # PostgreSQL takes no NUL
     )
-    desk.queue.submit(person.id, answer)
-    return desk.hand(person)
+    return desk.shown(person, desk.queue.submit_and_next(person.id, answer, count=HAND))
 
 
 @router.post("/api/undo")
@@ -256,7 +261,7 @@ def _on_refusal(request: Request, error: Exception) -> Response:
     if request.url.path.startswith("/api/") or request.url.path.startswith("/static/"):
         response: Response = refuse(error.status_code, sentence)
     else:
-        response = desk_of(request).page("message", error.status_code, sentence=sentence)
+        response = _desk(request).page("message", error.status_code, sentence=sentence)
     response.headers.update(error.headers or {})
     return response
 
