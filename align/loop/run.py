@@ -1,5 +1,6 @@
 """Runs a loop's rounds, step by step, from where it stopped."""
 
+import hashlib
 import json
 import time
 from pathlib import Path
@@ -11,7 +12,7 @@ from align.feedback.database import LOOP
 from align.feedback.store import Store
 from align.launch import plan, start
 from align.loop.rounds import Loop
-from align.loop.steps import STEPS, Context, Halt, Start, add_prompts
+from align.loop.steps import STEPS, Context, Halt, Start, add_prompts, why_to_stop
 from align.recipe import Recipe
 from align.report.loop_page import report
 from align.rewards import check_rewards
@@ -39,6 +40,7 @@ def run_loop(loop: Loop, start_stage: Start | None = None) -> int:
     write_json(loop.out / LOOP, _values(loop))
     store = Store(loop.store, create=True)
     try:
+        _check_store(loop, store)
         sft = loop.sft()
         if sft is not None and state_of(sft) != "finished":
             code, _ = start_stage(sft, Path(f"{sft.output}.yaml"))
@@ -46,10 +48,11 @@ def run_loop(loop: Loop, start_stage: Start | None = None) -> int:
                 return code
         add_prompts(loop, store)
         for number in range(loop.settings.num_rounds):
-            _round(Context(loop, store, number, start_stage))
+            this = Context(loop, store, number, start_stage)
+            _round(this)
             verdict = store.result(number, "decide") or {}
-            if verdict["stop"]:
-                print(f"ends after round {number}: {verdict['stop']}", flush=True)
+            if why := why_to_stop(this, verdict["kept"]):  # not the stored reason: the recipe may allow more now
+                print(f"ends after round {number}: {why}", flush=True)
                 break
         print(f"kept: round {verdict['kept']}, {verdict['policy']}", flush=True)
         print(report(loop.out), flush=True)
@@ -134,6 +137,14 @@ def _check_output(loop: Loop) -> None:
         raise BadInput(f"{loop.path}: `output`: {loop.out} holds files that are no loop; choose another folder")
     if (loop.out / MANIFEST).is_file():
         raise BadInput(f"{loop.path}: `output`: {loop.out} is a run's folder; choose another")
+
+
+def _check_store(loop: Loop, store: Store) -> None:
+    """A store is one loop's: another's rounds would be taken for its own."""
+    values = {key: value for key, value in _values(loop).items() if key not in NOT_PART_OF_A_LOOP}
+    digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+    if store.fact("loop", digest) != digest:
+        raise BadInput(f"{loop.path}: `store`: {store} belongs to another loop; name a database of its own")
 
 
 def _may_be_there(name: str) -> bool:

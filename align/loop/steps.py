@@ -213,7 +213,7 @@ def evaluate(this: Context) -> Result:
 
 
 def decide(this: Context) -> Result:
-    """Alarms, the policy that is kept, and whether the loop goes on."""
+    """Alarms, the policy that is kept, and whether the loop goes on (as things are now: `run_loop` asks again)."""
     policies = (this.store.result(this.round, "evaluate") or {})["policies"]
     evidence = "held_out" if "held_out" in policies["sft"] else "proxy"
     seen = {number: policies[f"round-{number}"][evidence] for number in range(this.round + 1)}
@@ -223,18 +223,22 @@ def decide(this: Context) -> Result:
     raised = alarms(
         *(_policy(policies[name], evidence) for name in ("sft", before, f"round-{this.round}")), length_bias_z=bias
     )
+    kept_folder = str(this.loop.folder(best) / "ppo")
+    why = why_to_stop(this, best)
+    return {"kept": best, "policy": kept_folder, "previous": this.current, "alarms": raised, "stop": why}
+
+
+def why_to_stop(this: Context, best: int) -> str | None:
+    """Why the loop ends after this round, after which `best` is kept, by the recipe as it is now; None: it goes on."""
     stop = this.loop.settings.stop
-    kept = [int((this.store.result(r, "decide") or {})["kept"]) for r in range(this.round)] + [best]
-    why = reason_to_stop(
-        kept,
+    return reason_to_stop(
+        [int((this.store.result(r, "decide") or {})["kept"]) for r in range(this.round)] + [best],
         patience=stop.patience,
-        kl=policies[f"round-{this.round}"]["kl_to_sft"],
+        kl=(this.store.result(this.round, "evaluate") or {})["policies"][f"round-{this.round}"]["kl_to_sft"],
         kl_limit=stop.kl,
         labels=this.store.counts().get("human", 0),
         label_limit=stop.human_labels,
     )
-    kept_folder = str(this.loop.folder(best) / "ppo")
-    return {"kept": best, "policy": kept_folder, "previous": this.current, "alarms": raised, "stop": why}
 
 
 STEPS: dict[str, Callable[[Context], Result]] = {

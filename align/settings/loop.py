@@ -17,7 +17,7 @@ class Collect(Settings):
     sft: Interval = 0  # of the SFT policy
     temperatures: Annotated[tuple[Positive, ...], Field(min_length=1)] = (1.0,)  # taken in turn, answer by answer
     best_worst: bool = True  # pair the best answer with the worst, by the ensemble
-    random_pairs: Interval = 1  # further pairs of a prompt, by chance
+    random_pairs: Count = 1  # further pairs of a prompt, by chance: in round 0 there are no others
     batch_size: Count = 32
 
 
