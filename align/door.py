@@ -68,7 +68,7 @@ def _naming(recipe: Recipe, name: str) -> Iterator[None]:
 
 def _check_stage(settings: StageSettings, made: dict[str, StageSettings]) -> str:
     """`made` maps the folders that earlier stages of the pipeline will have made to these."""
-    _check_model(settings)
+    check_model(settings)
     if isinstance(settings, PpoSettings):
         check_rewards(settings.rewards, "rewards")
     if isinstance(settings, EvaluateSettings):
@@ -104,7 +104,12 @@ def _is_on_hub(name: str) -> bool:
     return looks_like_hub_id(name) and not Path(name).parent.is_dir()
 
 
-def _check_model(settings: StageSettings) -> None:
+def check_model(settings: StageSettings) -> None:
+    """Its base, chat template and tuning method, and whether they go together.
+
+    Raises:
+        BadInput: with the key, the reason and the cure.
+    """
     model, (key, method) = settings.model, _method(settings)
     folder = Path(model.base)
     cure = "give a folder that save_pretrained wrote"

@@ -78,7 +78,7 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
         BadInput: with the key, the file and the cure.
     """
     path, values, where = read_recipe(name, overrides)
-    if "num_rounds" in values or "evaluation" in values:
+    if not {"stage", "stages"} & set(values) and {"num_rounds", "evaluation"} & set(values):
         raise BadInput(f"{path} is a recipe of a loop; start it with: align loop {path}")
     if "stages" not in values:
         return Recipe(path, {path.stem: _validated(values, where, prefix="")}, is_pipeline=False)

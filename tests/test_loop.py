@@ -12,7 +12,8 @@ from align.artifact import read_manifest
 from align.errors import BadInput
 from align.feedback import schema
 from align.feedback.queue import Answer, Queue
-from align.feedback.store import Store
+from align.feedback.store import NewLabel, Store
+from align.loop.merging import _votes
 from align.loop.rounds import load_loop
 from align.loop.run import run_loop
 from align.loop.steps import STEPS
@@ -185,6 +186,20 @@ def test_people_are_waited_for(base, data, tmp_path, capsys):
     store.close()
 
 
+def test_soft_labels_from_elsewhere_stay_soft_and_a_cut_off_gate_is_done_anew(tmp_path):
+    store = Store(tmp_path / "store.db", create=True)
+    (prompt,) = store.add_prompts([("p", {})], "train")
+    a, b = store.add_candidates(0, "current", {}, [(prompt, 0, "one"), (prompt, 1, "two")])
+    (pair,) = store.add_comparisons(0, [(prompt, a, b, "imported")])
+    person = store.add_annotator("imported")
+    store.add_labels([NewLabel(pair, "human", "b", "imported-1", annotator_id=person, probability=0.4)])
+    assert _votes(store) == {pair: 0.4}
+    store.add_labels([NewLabel(pair, "reward", "a", "reward-0-1", probability=0.9)])
+    store.drop_machine_labels(0)
+    assert store.counts() == {"human": 1}
+    store.close()
+
+
 def test_another_recipe_in_the_same_folder_is_refused(finished, base, data):
     _, folder = finished
     with pytest.raises(BadInput, match="holds a loop of another recipe"):
@@ -218,6 +233,9 @@ def test_two_loops_cannot_share_a_store(finished, base, data, tmp_path):
         ({"sft": "runs/none"}, "runs/none is not there"),
         ({"judge": {"use": "server"}}, "needs `url`"),
         ({"rounds": 3}, "`rounds` is unknown"),
+        ({"ensemble": {"method": {"kind": "qlora"}}}, "in `ensemble`.*needs `model.load_in: nf4`"),
+        ({"ppo": {"critic": {"from": "nowhere"}}}, "`ppo.critic.from`.*nowhere is not there"),
+        ({"annotators": {"use": "x.py:gold", "num_annotators": 1}}, "`route.overlap` asks two people"),
         ({"collect": {"random_pairs": 0}}, "`collect.random_pairs`.* must be 1 or more"),
     ],
 )

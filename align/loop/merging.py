@@ -4,13 +4,12 @@ import math
 from collections import defaultdict
 from collections.abc import Sequence
 
-from align.feedback.exchange import Labelled, write_preferences
+from align.feedback.exchange import Labelled, labelled, write_preferences
 from align.feedback.gate import (
     accept_threshold,
     confidence_and_agreement,
     length_bias,
     machine_weight,
-    soft_label,
     target_level,
 )
 from align.feedback.store import NewLabel, Pair, Store, prompt_hash
@@ -48,12 +47,7 @@ def merge_labels(loop: Loop, store: Store, round_: int) -> dict[str, float]:
 
 def _votes(store: Store) -> dict[int, float]:
     """People's probability that a is better, of every pair that they have judged."""
-    said: dict[int, list[str]] = defaultdict(list)
-    for label in store.labels(sources=("human",)):
-        if not label.is_reask:
-            said[label.comparison_id].append(label.outcome)
-    soft = {key: soft_label(outcomes)[0] for key, outcomes in sorted(said.items())}
-    return {key: probability for key, probability in soft.items() if probability is not None}
+    return {each.pair.id: each.probability for each in labelled(store) if each.source == "human"}
 
 
 def _of_people(store: Store, round_: int) -> dict[str, float]:
@@ -89,6 +83,7 @@ def _gate(
     from align.maths.calibration import expected_calibration_error, fit_temperature
 
     gate, round_ = loop.settings.gate, pairs[0].round if pairs else 0
+    store.drop_machine_labels(round_)  # of a merge that was cut off: people may have said more since
     margins = {pair.id: sum(pair.margins) / len(pair.margins) for pair in pairs if pair.margins}
     audit = [pair for pair in pairs if pair.reason == "audit" and pair.id in votes and pair.id in margins]
     figures = {"audited": float(len(audit))} | _corrections(pairs, margins, votes)

@@ -5,8 +5,8 @@ import json
 import time
 from pathlib import Path
 
-from align.artifact import MANIFEST, state_of, write_json
-from align.door import check_recipe
+from align.artifact import MANIFEST, check_parent, state_of, write_json
+from align.door import check_model, check_recipe
 from align.errors import BadInput
 from align.feedback.database import LOOP
 from align.feedback.store import Store
@@ -105,8 +105,21 @@ def check_loop(loop: Loop) -> None:
     for name, data in (("prompts", loop.settings.prompts), ("evaluation", loop.settings.evaluation.prompts)):
         stages[name] = reads.model_copy(update={"prompts": data, "output": str(loop.out / f".{name}")})
     check_recipe(Recipe(loop.path, stages, is_pipeline=True))
+    _check_sections(loop)
     _check_functions(loop)
     _check_output(loop)
+
+
+def _check_sections(loop: Loop) -> None:
+    """What would fail only after people have labelled: tuning methods, and a critic that the recipe names."""
+    ppo = loop.ppo(0, loop.sft_folder)
+    for section, settings in (("ensemble", loop.reward(0)), ("ppo", ppo)):
+        try:
+            check_model(settings)
+        except BadInput as error:
+            raise BadInput(f"{loop.path}: in `{section}`: {error}") from error
+    if "critic" in loop.settings.ppo and ppo.critic.path is not None:
+        check_parent(ppo.critic.path, ("reward",), f"{loop.path}: `ppo.critic.from`")
 
 
 def _check_functions(loop: Loop) -> None:

@@ -57,6 +57,11 @@ class Context:
         return str(self.before("decide").get("policy", self.loop.sft_folder))
 
     @property
+    def start_name(self) -> str:
+        """The name of that policy among those that are evaluated."""
+        return f"round-{self.before('decide')['kept']}" if self.round else "sft"
+
+    @property
     def previous(self) -> str:
         """The one before it."""
         return str(self.before("decide").get("previous", self.loop.sft_folder))
@@ -202,7 +207,7 @@ def evaluate(this: Context) -> Result:
     own = metrics["policies"][f"round-{this.round}"]
     values = {f"policy_{name.replace('kl_to_sft', 'kl')}": value for name, value in own.items()}
     for row in metrics["compare"]:
-        if row["incumbent"] in ("sft", f"round-{this.round - 1}"):
+        if row["incumbent"] in ("sft", this.start_name):
             versus = "sft" if row["incumbent"] == "sft" else "previous"
             values |= {
                 f"win_rate_{versus}{end}": row[key]
@@ -218,7 +223,7 @@ def decide(this: Context) -> Result:
     evidence = "held_out" if "held_out" in policies["sft"] else "proxy"
     seen = {number: policies[f"round-{number}"][evidence] for number in range(this.round + 1)}
     best = best_round(seen)
-    before = f"round-{this.round - 1}" if this.round else "sft"
+    before = this.start_name
     bias = this.store.metrics().get(this.round, {}).get("length_bias_z", 0.0)
     raised = alarms(
         *(_policy(policies[name], evidence) for name in ("sft", before, f"round-{this.round}")), length_bias_z=bias

@@ -107,3 +107,11 @@ class LoopSettings(Settings):
     penalty: NonNegative = 0.5  # of their variance, with `mean`
     evaluation: Evaluation
     stop: Stop = Stop()
+
+    @model_validator(mode="after")
+    def _overlap_has_two_people(self) -> "LoopSettings":
+        if isinstance(self.annotators, Simulated) and self.annotators.num_annotators < 2 and self.route.overlap > 0:
+            raise ValueError(
+                "`route.overlap` asks two people about a pair: set it to 0, or `annotators.num_annotators: 2`"
+            )
+        return self
