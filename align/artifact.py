@@ -12,7 +12,7 @@ import json
 import os
 import platform
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -38,10 +38,15 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def write_json(path: Path, values: Any) -> None:
-    """Writes JSON atomically."""
+def write_json(path: Path, values: Any, *, private: bool = False) -> None:
+    """Writes JSON atomically; `private`: for its owner alone."""
     text = json.dumps(values, indent=2, ensure_ascii=False, default=str) + "\n"
-    write_text(path, text)
+
+    def write(temporary: Path) -> None:
+        temporary.touch(mode=0o600 if private else 0o666)
+        temporary.write_text(text, encoding="utf-8")
+
+    write_atomically(path, write)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -51,6 +56,26 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
     write_atomically(path, write)
+
+
+def write_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> int:
+    """Writes a JSONL file atomically, a row as it comes; returns how many."""
+    count = 0
+
+    def write(temporary: Path) -> None:
+        nonlocal count
+        with temporary.open("w", encoding="utf-8", errors="backslashreplace") as file:  # half a pair: its escape
+            for row in rows:
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+                count += 1
+
+    write_atomically(path, write)
+    return count
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The rows of a JSONL file of ours. (Not by `splitlines`, which cuts a text at U+2028 too.)"""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
 
 
 @contextmanager

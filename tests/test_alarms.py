@@ -18,7 +18,8 @@ def test_nothing_is_said_of_a_sound_round():
 @pytest.mark.parametrize(
     ("change", "word"),
     [
-        ({"proxy": 1.0, "held_out": -0.1}, "over-optimisation"),
+        ({"proxy": 1.0, "held_out": 0.2}, "over-optimisation"),
+        ({"held_out": -0.1}, "worse than SFT"),
         ({"length": 31.0}, "length drift"),
         ({"length": 13.0}, "length drift"),
         ({"entropy": 0.32}, "entropy drop"),
@@ -26,7 +27,8 @@ def test_nothing_is_said_of_a_sound_round():
     ],
 )
 def test_each_alarm_rings_for_its_own_reason(change, word):
-    (said,) = alarms(SFT, SFT, replace(SFT, **change))
+    before = replace(SFT, held_out=0.5)
+    (said,) = alarms(SFT, before, replace(SFT, **{"held_out": 0.5} | change))
     assert word in said
 
 

@@ -1,21 +1,20 @@
 """The stages of a round that are the loop's own: collect, score, ensemble; and what PPO is paid by an ensemble."""
 
 import json
+import math
 
 import pytest
 import torch
 
-from align.artifact import read_manifest
+from align.artifact import read_lines, read_manifest, write_lines
 from align.models.roles import Bases
 from align.rewards import build_rewards
 from align.rewards.learned import ensemble_members
 from align.settings import STAGES, CollectSettings, Reward, ScoreSettings
+from align.stages.order import row_order
 from align.stages.score import answers_of, draw_pairs, prompt_embeddings
+from align.track import read_metrics
 from tests import tiny
-
-
-def lines(path):
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def collect(base, data, runs, out, **changes):
@@ -32,7 +31,28 @@ def collect(base, data, runs, out, **changes):
     }
     settings = CollectSettings(**values | changes)
     tiny.run(settings)
-    return lines(out / "candidates.jsonl")
+    return read_lines(out / "candidates.jsonl")
+
+
+def test_lines_are_read_as_they_were_written(tmp_path):
+    rows = [{"text": "one\u2028line\x85 of\ntwo"}, {"text": "ü", "n": 1}]
+    assert write_lines(tmp_path / "rows.jsonl", iter(rows)) == 2
+    assert read_lines(tmp_path / "rows.jsonl") == rows
+
+
+def test_a_step_counts_as_much_as_its_pairs_weigh(base, data, tmp_path):
+    rows = [row | {"weight": 4.0 if i % 3 == 0 else 0.25} for i, row in enumerate(read_lines(data / "pairs.jsonl"))]
+    write_lines(tmp_path / "pairs.jsonl", rows)
+    values = tiny.recipe("reward", base, data, tmp_path / "reward", center_rewards_coefficient=0.0)
+    settings = STAGES["reward"](**values | {"data": {"train": str(tmp_path / "pairs.jsonl")}})
+    tiny.run(settings)
+    first = [rows[i]["weight"] for i in row_order(len(rows), 4, 0, settings.seed)]
+    mean = sum(row["weight"] for row in rows) / len(rows)
+    assert sum(first) / 4 != pytest.approx(mean)
+    # a new head gives 0 to all: the pair loss is log 2
+    assert read_metrics(tmp_path / "reward")[0]["loss"] == pytest.approx(
+        math.log(2) * sum(first) / (4 * mean), rel=1e-5
+    )
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +126,7 @@ def test_scores_and_pairs(base, made):
         random_pairs=1,
     )
     tiny.run(settings)
-    answers, pairs = lines(folder / "score" / "answers.jsonl"), lines(folder / "score" / "pairs.jsonl")
+    answers, pairs = read_lines(folder / "score" / "answers.jsonl"), read_lines(folder / "score" / "pairs.jsonl")
     assert [row["text"] for row in answers] == [row["text"] for row in rows]
     assert {pair["pairing"] for pair in pairs} == {"best_worst", "random"}
     for pair in pairs:

@@ -69,7 +69,7 @@ def test_accuracy_of_merged_labels(judged, shares, human_share, accuracy):
         gold, margin = judged[to.key]
         probability: float | None = float(margin > 0.0)
         if to.reason != "machine":
-            probability, _ = soft_label([person.label(gold, 0.0, person.rng(to.key, seed=0))])
+            probability = soft_label([person.label(gold, 0.0, person.rng(to.key, seed=0))])
             num_human += 1
         right += probability == float(gold > 0.0)
     assert num_human == human_share * NUM_ITEMS
@@ -110,7 +110,7 @@ class Machines:
         routed = route(items, 2 * num_audit, Shares(audit=0.5, disagreement=0.0, uncertainty=0.5), seed=seed)
         self.audit = [to.key for to in routed if to.reason == "audit"]
         person = Annotator("ada")
-        labels = {key: soft_label([person.label(gold[key], 0.0, person.rng(key, seed=seed))])[0] for key in self.audit}
+        labels = {key: soft_label([person.label(gold[key], 0.0, person.rng(key, seed=seed))]) for key in self.audit}
         self.people = {key: label for key, label in labels.items() if label is not None}
 
     def confidence_and_agreement_with(self, answers) -> tuple[float, float]:

@@ -22,33 +22,29 @@ from tests import oracles
 
 
 @pytest.mark.parametrize(
-    "outcomes, expected",
+    "votes, expected",
     [
-        (["a"], (1.0, False)),
-        (["b"], (0.0, False)),
-        (["tie"], (0.5, False)),
-        (["both_bad"], (0.5, True)),
-        (["a", "a", "b"], (2 / 3, False)),
-        (["a", "tie"], (0.75, False)),
-        (["a", "both_bad"], (0.75, True)),  # half of the votes
-        (["a", "a", "both_bad"], (2.5 / 3, False)),
-        (["both_bad", "skip", "skip"], (0.5, True)),  # a skip is no vote
-        (["skip", "b"], (0.0, False)),
-        (["skip", "skip"], (None, False)),
-        ([], (None, False)),
+        (["a"], 1.0),
+        (["b"], 0.0),
+        (["tie"], 0.5),
+        (["both_bad"], 0.5),
+        (["a", "a", "b"], 2 / 3),
+        (["a", "tie"], 0.75),
+        (["a", "both_bad"], 0.75),
+        ([0.25], 0.25),  # a vote that is a probability
+        (["a", 0.5], 0.75),
     ],
 )
-def test_votes_by_hand(outcomes, expected):
-    assert soft_label(outcomes) == expected
-    assert soft_label(outcomes[::-1]) == expected
-    turned = [{"a": "b", "b": "a"}.get(outcome, outcome) for outcome in outcomes]
-    probability, is_both_bad = expected
-    assert soft_label(turned) == (None if probability is None else pytest.approx(1.0 - probability), is_both_bad)
+def test_votes_by_hand(votes, expected):
+    assert soft_label(votes) == soft_label(votes[::-1]) == pytest.approx(expected)
+    turned = [{"a": "b", "b": "a"}.get(vote, vote) if isinstance(vote, str) else 1.0 - vote for vote in votes]
+    assert soft_label(turned) == pytest.approx(1.0 - expected)
 
 
-def test_an_unknown_outcome_is_refused():
-    with pytest.raises(ValueError, match="withdrawn"):
-        soft_label(["a", "withdrawn"])
+@pytest.mark.parametrize("votes", [["a", "withdrawn"], ["skip"], []])
+def test_what_is_no_vote_is_refused(votes):
+    with pytest.raises(ValueError, match="none of a, b, tie, both_bad"):
+        soft_label(votes)
 
 
 @pytest.mark.parametrize(

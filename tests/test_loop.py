@@ -8,15 +8,16 @@ import pytest
 import yaml
 from sqlalchemy import select
 
-from align.artifact import read_manifest
+from align.artifact import read_lines, read_manifest
 from align.errors import BadInput
 from align.feedback import schema
+from align.feedback.exchange import import_run, people_say
 from align.feedback.queue import Answer, Queue
 from align.feedback.store import NewLabel, Store
-from align.loop.merging import _votes
+from align.loop.merging import _is_held_out
 from align.loop.rounds import load_loop
 from align.loop.run import run_loop
-from align.loop.steps import STEPS
+from align.loop.steps import STEPS, Context
 from align.stages import checkpoint
 from tests import tiny
 
@@ -51,7 +52,7 @@ def recipe(base, data, folder, **changes):
         "sft": {"method": {"r": 4}, "data": {"train": str(data / "sft.jsonl")}, "max_length": 64, "packing": False, "train": train},
         "prompts": {"train": str(folder / "train.jsonl")},
         "sampling": {"max_new_tokens": 8},
-        "collect": {"prompts_per_round": 8, "num_generations": 4, "random_pairs": 2},
+        "collect": {"prompts_per_round": 8, "num_generations": 4, "temperatures": [0.7, 1.0], "random_pairs": 2},
         "route": {"kickstart": 12, "budget": 8, "audit": 0.5, "disagreement": 0.0, "uncertainty": 0.5, "overlap": 0.25, "reasks": 0.2},
         "annotators": {"use": f"{folder}/world.py:gold", "noise": 0.1},
         "gate": {"level": 0.0, "delta": 1.0, "min_audit": 2, "held_out": 0.3},
@@ -62,10 +63,6 @@ def recipe(base, data, folder, **changes):
     path = folder / "loop.yaml"
     path.write_text(yaml.safe_dump(values | changes))
     return str(path)
-
-
-def lines(path):
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def in_process(settings, path: Path):
@@ -80,10 +77,12 @@ def state(loop, folder):
     with store.reading() as session:
         for table in schema.Base.metadata.sorted_tables:
             columns = [c for c in table.columns if c.name not in ("created", "finished", "token_hash", "expires")]
-            rows = session.execute(select(*columns)).all()
-            found[table.name] = json.loads(json.dumps(sorted(map(repr, rows))).replace(str(folder), "."))
+            rows = session.execute(select(*columns)).all()  # as tuples: a row's own repr cuts long texts
+            found[table.name] = json.loads(
+                json.dumps(sorted(repr(tuple(row)) for row in rows)).replace(str(folder), ".")
+            )
     store.close()
-    del found["facts"]  # a hash of the recipe, which names the folder
+    del found["facts"]  # each loop has a mark of its own
     for file in sorted((folder / "loop").rglob("*.safetensors")):
         found[str(file.relative_to(folder))] = hashlib.sha256(file.read_bytes()).hexdigest()
     return found
@@ -114,14 +113,41 @@ def test_every_step_of_every_round_is_done_once(finished):
     store.close()
 
 
+def test_what_the_machine_says_of_a_pair_is_of_its_sides(finished):
+    loop, _ = finished
+    store = Store(loop.store)
+    scores = {c.id: c.scores for c in store.candidates(1)}
+    pairs = store.pairs(1)
+    assert any(pair.margins[0] < 0 for pair in pairs) and any(pair.margins[0] > 0 for pair in pairs)
+    for pair in pairs:
+        assert pair.margins == pytest.approx([a - b for a, b in zip(scores[pair.a_id], scores[pair.b_id], strict=True)])
+    for label in store.labels(sources=("reward",)):
+        pair = next(each for each in pairs if each.id == label.comparison_id)
+        assert (label.outcome == "a") == (sum(pair.margins) > 0) == (label.probability > 0.5)
+        assert not _is_held_out(pair, loop.settings.gate.held_out) and pair.route == "machine"
+    store.close()
+
+
+def test_the_held_out_model_is_no_member_and_a_round_begins_where_the_best_ended(finished, tmp_path):
+    loop, _ = finished
+    members = {loop.reward(1).seed + number for number in range(2)}
+    assert loop.held_out(1).seed not in members
+    store = Store(tmp_path / "store.db", create=True)
+    assert Context(loop, store, 0, in_process).start_name == "sft"
+    store.finish(0, "decide", {"kept": 0})
+    store.finish(1, "decide", {"kept": 0})
+    assert Context(loop, store, 2, in_process).start_name == "round-0"
+    store.close()
+
+
 def test_round_0_is_peoples_alone_and_held_out_prompts_are_never_trained_on(finished):
     loop, _ = finished
-    rows = [lines(loop.folder(number) / "pairs.jsonl") for number in range(2)]
+    rows = [read_lines(loop.folder(number) / "pairs.jsonl") for number in range(2)]
     assert {row["source"] for row in rows[0]} == {"human"}
     assert {row["source"] for row in rows[1]} == {"human", "reward"}
     weights = {source: sum(r["weight"] for r in rows[1] if r["source"] == source) for source in ("human", "reward")}
     assert weights["reward"] <= 4 * weights["human"] + 1e-9
-    held_out = lines(loop.folder(1) / "held-out-pairs.jsonl")
+    held_out = read_lines(loop.folder(1) / "held-out-pairs.jsonl")
     assert held_out and not {str(r["prompt"]) for r in held_out} & {str(r["prompt"]) for r in rows[1]}
     manifest = read_manifest(loop.folder(1) / "ppo")
     assert manifest["recipe"]["reference"]["from"] == loop.sft_folder
@@ -172,7 +198,7 @@ def test_killed_at_every_boundary_and_inside_every_stage_it_ends_the_same(finish
 def test_people_are_waited_for(base, data, tmp_path, capsys):
     loop = load_loop(recipe(base, data, tmp_path, annotators="people", num_rounds=1))
     assert run_loop(loop, in_process) == 0
-    assert "labels are wanted of people: align label" in capsys.readouterr().out
+    assert "pairs go to two): align label" in capsys.readouterr().out
     store = Store(loop.store)
     queue = Queue(store)
     people = [store.add_annotator(name) for name in ("one", "two")]
@@ -193,7 +219,7 @@ def test_soft_labels_from_elsewhere_stay_soft_and_a_cut_off_gate_is_done_anew(tm
     (pair,) = store.add_comparisons(0, [(prompt, a, b, "imported")])
     person = store.add_annotator("imported")
     store.add_labels([NewLabel(pair, "human", "b", "imported-1", annotator_id=person, probability=0.4)])
-    assert _votes(store) == {pair: 0.4}
+    assert people_say(store) == {pair: 0.4}
     store.add_labels([NewLabel(pair, "reward", "a", "reward-0-1", probability=0.9)])
     store.drop_machine_labels(0)
     assert store.counts() == {"human": 1}
@@ -248,5 +274,27 @@ def test_bad_recipes_are_refused_in_one_line(changes, said, base, data, tmp_path
 def test_a_prompt_to_evaluate_on_is_never_trained_on(base, data, tmp_path):
     path = recipe(base, data, tmp_path)
     (tmp_path / "unseen.jsonl").write_text((tmp_path / "train.jsonl").read_text().splitlines()[0] + "\n")
-    with pytest.raises(BadInput, match="`train` and in `evaluation`"):
+    with pytest.raises(BadInput, match="in `prompts` and in `evaluation.prompts`"):
         run_loop(load_loop(path), in_process)
+    assert not (tmp_path / "loop").exists()
+
+
+def test_labels_from_elsewhere_begin_a_loop(base, data, tmp_path):
+    loop = load_loop(recipe(base, data, tmp_path))
+    pairs = tmp_path / "pairs.jsonl"
+    answer = {"role": "assistant"}
+    row = {
+        "prompt": [{"role": "user", "content": "give"}],
+        "chosen": [answer | {"content": "a cup"}],
+        "rejected": [answer | {"content": "bad"}],
+    }
+    pairs.write_text(json.dumps(row) + "\n")
+    import_run(str(loop.out), pairs)
+    stopped = lambda settings, path: (143, "")  # noqa: E731
+    assert run_loop(loop, stopped) == 143
+    store = Store(loop.store)
+    assert (
+        len(people_say(store)) == 1 and store.fact("loop") == json.loads((loop.out / "loop.json").read_text())["loop"]
+    )
+    assert (loop.out / "loop.json").stat().st_mode & 0o077 == 0
+    store.close()

@@ -92,7 +92,6 @@ def test_a_prompt_is_never_on_both_sides(store):
     with pytest.raises(BadInput):
         store.add_prompts([(tuple(MESSAGES), {"other": "columns"})], "train")
     assert len(store.prompts(split="evaluation")) == 2 and not store.prompts(split="train")
-    assert store.prompts([]) == {}
 
 
 def test_the_same_pair_in_another_round_is_another(store):
@@ -308,25 +307,12 @@ def test_urls_that_lead_nowhere(wrong):
 @pytest.mark.parametrize("name", ["a b.db", "what?.db", "100%25.db", "#1.db", "ü.db"])
 def test_any_name_of_a_file_will_do(tmp_path, name):
     store = Store(tmp_path / "deep" / name, create=True)
-    store.checkpoint()
     assert (tmp_path / "deep" / name).stat().st_size > 0 and name in str(store)
     store.close()
     Store(f"{tmp_path}/deep/{name}").close()
 
 
 # ------------------------------------------------------------------------------------------------------------ on SQLite
-
-
-def test_after_a_checkpoint_the_file_alone_is_the_store(tmp_path):
-    store = Store(tmp_path / "store.db", create=True)
-    ids = fill(store, 3)
-    store.checkpoint()
-    (tmp_path / "copy.db").write_bytes((tmp_path / "store.db").read_bytes())
-    store.fact("after", "still writes")
-    copy = Store(tmp_path / "copy.db")
-    assert [pair.id for pair in copy.pairs()] == ids
-    copy.close()
-    store.close()
 
 
 KILLED = """

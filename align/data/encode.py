@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
-from align.data.conversations import Message
+from align.data.conversations import Message, Text
 from align.data.formats import Demonstration, Preference, Prompt
 from align.errors import BadInput
 
@@ -72,6 +72,15 @@ def encode_pair(tokenizer: PreTrainedTokenizerBase, preference: Preference, max_
     if len(prompt_ids) + max(len(chosen_ids), len(rejected_ids)) > max_length:
         return None
     return EncodedPair(tuple(prompt_ids), tuple(chosen_ids), tuple(rejected_ids))
+
+
+def encode_completion(
+    tokenizer: PreTrainedTokenizerBase, prompt: Text, text: str, where: str
+) -> tuple[list[int], list[int]]:
+    """Ids of a prompt, and of `text` as an answer to it, with the end that answers have in training."""
+    answer: Any = text if isinstance(prompt, str) else ({"role": "assistant", "content": text},)
+    source: Any = prompt if isinstance(prompt, str) else tuple(prompt)
+    return _encode_answer(tokenizer, Preference(source, answer, answer, 1.0, 1.0, 0.0, where), is_chosen=True)
 
 
 def decode_completion(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:

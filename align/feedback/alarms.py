@@ -28,6 +28,8 @@ def alarms(sft: Policy, previous: Policy, current: Policy, *, length_bias_z: flo
             f"over-optimisation: the reward rose ({previous.proxy:.2f} to {current.proxy:.2f}) while the held-out "
             f"reward fell ({previous.held_out:.2f} to {current.held_out:.2f})"
         )
+    if current.held_out < sft.held_out:
+        found.append(f"worse than SFT by the held-out reward: {current.held_out:.2f}, against {sft.held_out:.2f}")
     ratio = current.length / max(sft.length, 1e-9)
     if not 1 / LENGTH_DRIFT <= ratio <= LENGTH_DRIFT:
         found.append(f"length drift: {current.length:.0f} tokens an answer, against {sft.length:.0f} after SFT")

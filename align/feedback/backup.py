@@ -16,7 +16,7 @@ from sqlalchemy import select
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import aliased
 
-from align.artifact import write_atomically
+from align.artifact import write_lines
 from align.data import Row, read_rows
 from align.errors import BadInput
 from align.feedback.schema import Annotator, Candidate, Comparison, Label, Prompt
@@ -41,24 +41,6 @@ class Moved:
     taken: int
     known: int = 0
     left_out: int = 0
-
-
-def write_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> int:
-    """Writes a JSONL file atomically, a row as it comes; returns how many."""
-    count = 0
-
-    def write(temporary: Path) -> None:
-        nonlocal count
-        with temporary.open("w", encoding="utf-8") as file:
-            for row in rows:
-                text = json.dumps(row, ensure_ascii=False).encode(
-                    "utf-8", "backslashreplace"
-                )  # half a pair: its escape
-                file.write(text.decode() + "\n")
-                count += 1
-
-    write_atomically(path, write)
-    return count
 
 
 def export_labels(store: Store, path: str | Path) -> Moved:

@@ -4,14 +4,14 @@ import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean
 from typing import Any, Literal
 
+from align.artifact import write_lines
 from align.data import Preference, parse, read_rows
 from align.errors import BadInput
-from align.feedback.backup import Moved, export_labels, import_labels, looks_like_labels, write_lines
+from align.feedback.backup import Moved, export_labels, import_labels, looks_like_labels
 from align.feedback.database import store_of
-from align.feedback.gate import A_IS_BETTER
+from align.feedback.gate import soft_label
 from align.feedback.store import NewLabel, Pair, Store, storable
 from align.settings import Source
 
@@ -35,18 +35,23 @@ def labelled(store: Store, round_: int | None = None) -> list[Labelled]:
     Several people's probability is the mean of theirs (a label's own, or 1, 0 and 1/2 for a, b and the undecided).
     Repetitions, which say how far a person agrees with themselves, and skips do not count.
     """
-    votes: dict[int, dict[str, list[float]]] = {}
+    votes: dict[int, dict[str, list[str | float]]] = {}
     for label in store.labels(round_=round_):
         if label.outcome != "skip" and not label.is_reask:
-            said = A_IS_BETTER[label.outcome] if label.probability is None else label.probability
+            said = label.outcome if label.probability is None else label.probability
             votes.setdefault(label.comparison_id, {}).setdefault(label.source, []).append(said)
     found = []
     for pair in store.pairs(round_):
         by_source = votes.get(pair.id, {})
         source = next((name for name in ("human", "judge", "reward", "gold") if name in by_source), None)
         if source is not None:
-            found.append(Labelled(pair, fmean(by_source[source]), source=source))
+            found.append(Labelled(pair, soft_label(by_source[source]), source=source))
     return found
+
+
+def people_say(store: Store) -> dict[int, float]:
+    """People's probability that a is better, of each pair that they have judged, by its id."""
+    return {each.pair.id: each.probability for each in labelled(store) if each.source == "human"}
 
 
 # --------------------------------------------------------------------------------------------- TRL's preference format

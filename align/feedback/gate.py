@@ -12,23 +12,17 @@ Outcome = Literal["a", "b", "tie", "both_bad", "skip"]
 A_IS_BETTER = {"a": 1.0, "b": 0.0, "tie": 0.5, "both_bad": 0.5}
 
 
-def soft_label(outcomes: Sequence[str]) -> tuple[float | None, bool]:
-    """One item's answers -> (probability that A is better, whether both are bad).
-
-    The probability is the share of votes, ties and both-bad a half each way; skips are dropped, and without a vote it
-    is None. Both are bad where at least half of the votes say so: such a pair still trains a reward model, but neither
-    answer should be imitated or stand as a best of n.
+def soft_label(votes: Sequence[str | float]) -> float:
+    """The probability that A is better, of one item's votes: their mean, where a tie and both-bad are half each way and
+    a vote may be a probability itself.
 
     Raises:
-        ValueError: an outcome is none of a, b, tie, both_bad and skip.
+        ValueError: there is none, or one is none of a, b, tie, both_bad (a skip is no vote).
     """
-    votes = [outcome for outcome in outcomes if outcome != "skip"]
-    unknown = set(votes) - set(A_IS_BETTER)
-    if unknown:
-        raise ValueError(f"unknown outcomes {sorted(unknown)}; there are {', '.join(A_IS_BETTER)} and skip")
-    if not votes:
-        return None, False
-    return sum(A_IS_BETTER[vote] for vote in votes) / len(votes), 2 * votes.count("both_bad") >= len(votes)
+    unknown = {vote for vote in votes if isinstance(vote, str)} - set(A_IS_BETTER)
+    if unknown or not votes:
+        raise ValueError(f"votes {sorted(unknown)} are none of {', '.join(A_IS_BETTER)}")
+    return sum(A_IS_BETTER[vote] if isinstance(vote, str) else vote for vote in votes) / len(votes)
 
 
 def confidence_and_agreement(machine_probability: float, human_probability: float) -> tuple[float, float]:

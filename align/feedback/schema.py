@@ -100,7 +100,7 @@ class Candidate(Base):
     draw: Mapped[int]  # the number of this answer among those of the prompt
     sampling: Mapped[dict[str, Any]]
     text: Mapped[str]
-    scores: Mapped[list[float] | None]  # of each member of the ensemble, normalised
+    scores: Mapped[list[float] | None]  # by each member of the ensemble: a difference of two is a logit
 
 
 class Comparison(Base):

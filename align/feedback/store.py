@@ -208,13 +208,12 @@ class Store:
             found = session.scalars(select(Candidate).where(Candidate.round == round_).order_by(Candidate.id))
             return _detached(session, found)
 
-    def prompts(self, ids: Iterable[int] | None = None, *, split: str | None = None) -> dict[int, dict[str, Any]]:
-        """id -> {"prompt": ..., "columns": ...}."""
+    def prompts(self, *, split: str | None = None) -> dict[int, dict[str, Any]]:
+        """id -> {"prompt": ..., "columns": ...}, by id."""
         query = select(Prompt).order_by(Prompt.id)
         query = query if split is None else query.where(Prompt.split == split)
-        wanted = None if ids is None else set(ids)
         with self.reading() as session:
-            return {p.id: p.content for p in session.scalars(query) if wanted is None or p.id in wanted}
+            return {p.id: p.content for p in session.scalars(query)}
 
     def add_comparisons(self, round_: int, rows: Iterable[tuple[int, int, int, str]]) -> list[int]:
         """Ids of pairs (prompt id, one candidate, another, pairing) of a round, in their order; a pair is one pair in
@@ -317,15 +316,6 @@ class Store:
         with self.reading() as session:
             rows = session.execute(select(found.c.source, func.count()).group_by(found.c.source))
             return {row[0]: row[1] for row in rows}
-
-    def checkpoint(self) -> None:
-        """Moves SQLite's write-ahead log into the file itself, so that the file alone is the whole store."""
-        if self.engine.dialect.name == "sqlite":
-            connection = self.engine.raw_connection()
-            try:  # outside of any transaction
-                connection.cursor().execute("PRAGMA wal_checkpoint(TRUNCATE)").close()
-            finally:
-                connection.close()
 
 
 def _check_file(file: Path, create: bool) -> None:

@@ -4,7 +4,7 @@ import math
 from collections import defaultdict
 from collections.abc import Sequence
 
-from align.feedback.exchange import Labelled, labelled, write_preferences
+from align.feedback.exchange import Labelled, people_say, write_preferences
 from align.feedback.gate import (
     accept_threshold,
     confidence_and_agreement,
@@ -23,14 +23,16 @@ def merge_labels(loop: Loop, store: Store, round_: int) -> dict[str, float]:
     """Gates the round's machine labels into the store, writes pairs.jsonl and held-out-pairs.jsonl of the round's
     folder, and returns figures."""
     pairs = {pair.id: pair for pair in store.pairs()}
-    votes = _votes(store)
-    figures = _of_people(store, round_)
-    if round_ > 0:
-        figures |= _gate(loop, store, [pair for pair in pairs.values() if pair.round == round_], votes, figures)
-    machine = {x.comparison_id: float(x.probability or 0.0) for x in store.labels(sources=("reward", "judge"))}
+    votes = people_say(store)
+    figures = _of_people(store)
     is_held_out = {key: _is_held_out(pair, loop.settings.gate.held_out) for key, pair in pairs.items()}
+    if round_ > 0:
+        store.drop_machine_labels(round_)  # of a merge that was cut off: people may have said more since
+        taught_pairs = [pair for key, pair in pairs.items() if pair.round == round_ and not is_held_out[key]]
+        figures |= _gate(loop, store, taught_pairs, votes, figures)
+    machine = {x.comparison_id: float(x.probability or 0.0) for x in store.labels(sources=("reward",))}
     taught = {key: p for key, p in votes.items() if not is_held_out[key]}
-    accepted = {key: p for key, p in machine.items() if not is_held_out[key] and key not in votes}
+    accepted = {key: p for key, p in machine.items() if key not in votes}
     weight = machine_weight(len(taught), len(accepted), cap=loop.settings.gate.max_machine_ratio)
     rows = [Labelled(pairs[key], p) for key, p in taught.items()]
     rows += [Labelled(pairs[key], p, weight, "reward") for key, p in accepted.items()]
@@ -39,18 +41,13 @@ def merge_labels(loop: Loop, store: Store, round_: int) -> dict[str, float]:
     held_out = [Labelled(pairs[key], p) for key, p in votes.items() if is_held_out[key]]
     if held_out:
         write_preferences(loop.folder(round_) / "held-out-pairs.jsonl", held_out)
-    figures |= {"human_pairs": len(votes), "machine_pairs": len(machine), "machine_weight": weight}
+    figures |= {"human_pairs": len(votes), "machine_pairs": len(accepted), "machine_weight": weight}
     if isinstance(loop.settings.annotators, Simulated):
-        figures |= _by_gold(loop.settings.annotators, [pairs[k] for k in (*votes, *machine)], votes, machine, round_)
+        figures |= _by_gold(loop.settings.annotators, [pairs[k] for k in (*votes, *accepted)], votes, accepted)
     return figures
 
 
-def _votes(store: Store) -> dict[int, float]:
-    """People's probability that a is better, of every pair that they have judged."""
-    return {each.pair.id: each.probability for each in labelled(store) if each.source == "human"}
-
-
-def _of_people(store: Store, round_: int) -> dict[str, float]:
+def _of_people(store: Store) -> dict[str, float]:
     """Agreement with each other (all rounds), with themselves, and how often the left side wins."""
     labels = [label for label in store.labels(sources=("human",)) if label.outcome != "skip"]
     units: dict[int, list[str]] = defaultdict(list)
@@ -77,13 +74,13 @@ def _of_people(store: Store, round_: int) -> dict[str, float]:
 def _gate(
     loop: Loop, store: Store, pairs: list[Pair], votes: dict[int, float], people: dict[str, float]
 ) -> dict[str, float]:
-    """Calibrates the ensemble on the audit, finds the threshold, and appends what passes to the store."""
+    """Calibrates the ensemble on the audit, finds the threshold, and appends what passes to the store. Only of prompts
+    that are not held out: what is evaluated by has no part in what is taught."""
     import torch
 
     from align.maths.calibration import expected_calibration_error, fit_temperature
 
-    gate, round_ = loop.settings.gate, pairs[0].round if pairs else 0
-    store.drop_machine_labels(round_)  # of a merge that was cut off: people may have said more since
+    gate = loop.settings.gate
     margins = {pair.id: sum(pair.margins) / len(pair.margins) for pair in pairs if pair.margins}
     audit = [pair for pair in pairs if pair.reason == "audit" and pair.id in votes and pair.id in margins]
     figures = {"audited": float(len(audit))} | _corrections(pairs, margins, votes)
@@ -109,7 +106,7 @@ def _gate(
             pair.id,
             "reward",
             "a" if probability[pair.id] > 0.5 else "b",
-            f"reward-{round_}-{pair.id}",
+            f"reward-{pair.id}",
             probability=probability[pair.id],
         )
         for pair in passed
@@ -153,7 +150,7 @@ def _corrections(pairs: list[Pair], margins: dict[int, float], votes: dict[int, 
 
 
 def _by_gold(
-    simulated: Simulated, pairs: list[Pair], votes: dict[int, float], machine: dict[int, float], round_: int
+    simulated: Simulated, pairs: list[Pair], votes: dict[int, float], machine: dict[int, float]
 ) -> dict[str, float]:
     """How many labels are right by the gold score that only simulated annotators have."""
     gold = gold_scores(simulated, pairs)
@@ -162,11 +159,10 @@ def _by_gold(
         judged = [(p, *gold[key]) for key, p in said.items() if p != 0.5 and gold[key][0] != gold[key][1]]
         return sum((p > 0.5) == (a > b) for p, a, b in judged) / len(judged) if judged else math.nan
 
-    machines = {key: p for key, p in machine.items() if key not in votes}
     found = {
         "gold_human": accuracy(votes),
-        "gold_machine": accuracy(machines),
-        "gold_merged": accuracy(machines | votes),
+        "gold_machine": accuracy(machine),
+        "gold_merged": accuracy(machine | votes),
     }
     return {name: value for name, value in found.items() if math.isfinite(value)}
 

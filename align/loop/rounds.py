@@ -23,23 +23,11 @@ from align.settings import (
 )
 from align.settings.loop import LoopSettings
 
-OURS = {  # keys of a section's stage that the loop itself sets
-    "sft": ("stage", "output", *SHARED_KEYS),
-    "ensemble": ("stage", "output", "data", *SHARED_KEYS),
-    "ppo": (
-        "stage",
-        "output",
-        "policy",
-        "reference",
-        "rewards",
-        "prompts",
-        "sampling",
-        "max_prompt_length",
-        *SHARED_KEYS,
-    ),
+OURS = {  # keys of a section's stage that the loop itself sets, beside those that every stage has
+    "sft": (),
+    "ensemble": ("data",),
+    "ppo": ("policy", "reference", "rewards", "prompts", "sampling", "max_prompt_length"),
 }
-
-
 Stage = TypeVar("Stage", bound=StageSettings)
 
 
@@ -104,9 +92,13 @@ class Loop:
         return self._stage(EnsembleSettings, self.folder(round_) / "reward", values, round_)
 
     def held_out(self, round_: int) -> RewardSettings:
+        """Told apart from the members by its seed too: an equal start would make equal mistakes."""
         values = self.settings.ensemble | {"data": _pairs(self.folder(round_), "held-out-pairs")}
         values.pop("num_members", None)
-        return self._stage(RewardSettings, self.folder(round_) / "heldout", values, round_)
+        seed = self.reward(round_).seed + self.reward(round_).num_members
+        return self._stage(RewardSettings, self.folder(round_) / "heldout", values, round_).model_copy(
+            update={"seed": seed}
+        )
 
     def ppo(self, round_: int, current: str) -> PpoSettings:
         critic = {"from": str(member_folders(self.folder(round_) / "reward", 1)[0])}
@@ -175,7 +167,7 @@ def load_loop(name: str, overrides: Sequence[str] = ()) -> Loop:
     for section, keys in OURS.items():
         own: Mapping[str, Any] = getattr(loop.settings, section)
         for key in own:
-            if key in keys:
+            if key in ("stage", "output", *SHARED_KEYS, *keys):
                 raise BadInput(f"`{section}.{key}`{where(section)} is the loop's to set; leave it out")
     if set(loop.settings.sft) > {"from"} and "from" in loop.settings.sft:
         raise BadInput(f"`sft`{where('sft')}: give `from`, or the keys of an SFT stage, not both")

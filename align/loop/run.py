@@ -1,8 +1,8 @@
 """Runs a loop's rounds, step by step, from where it stopped."""
 
-import hashlib
 import json
 import time
+import uuid
 from pathlib import Path
 
 from align.artifact import MANIFEST, check_parent, state_of, write_json
@@ -12,14 +12,15 @@ from align.feedback.database import LOOP
 from align.feedback.store import Store
 from align.launch import plan, start
 from align.loop.rounds import Loop
-from align.loop.steps import STEPS, Context, Halt, Start, add_prompts, why_to_stop
+from align.loop.steps import STEPS, Context, Halt, Start, prompts_of, why_to_stop
 from align.recipe import Recipe
 from align.report.loop_page import report
 from align.rewards import check_rewards
 from align.settings import Reward, StageSettings
 from align.settings.loop import Simulated
 
-NOT_PART_OF_A_LOOP = {"launch", "track", "num_rounds", "stop"}  # keys that may change while it stands still
+MAY_CHANGE = {"launch", "track", "num_rounds", "stop"}  # while a loop stands still
+MARK = "loop"  # of a loop, in loop.json and in the store
 
 
 def run_loop(loop: Loop, start_stage: Start | None = None) -> int:
@@ -28,7 +29,7 @@ def run_loop(loop: Loop, start_stage: Start | None = None) -> int:
     Raises:
         BadInput: something is wrong with the recipe, or the output holds another loop; nothing was started.
     """
-    check_loop(loop)
+    prompts = check_loop(loop)
     if start_stage is None:
         launch = plan(loop.settings.launch)
 
@@ -36,17 +37,15 @@ def run_loop(loop: Loop, start_stage: Start | None = None) -> int:
             return start(launch, settings, path)
 
         print(f"{loop.settings.num_rounds} rounds in {loop.out}, {launch.description}", flush=True)
-    loop.out.mkdir(parents=True, exist_ok=True)
-    write_json(loop.out / LOOP, _values(loop))
-    store = Store(loop.store, create=True)
+    store = _open(loop)
     try:
-        _check_store(loop, store)
+        for split, rows in prompts.items():
+            store.add_prompts(rows, split)
         sft = loop.sft()
         if sft is not None and state_of(sft) != "finished":
             code, _ = start_stage(sft, Path(f"{sft.output}.yaml"))
             if code:
                 return code
-        add_prompts(loop, store)
         for number in range(loop.settings.num_rounds):
             this = Context(loop, store, number, start_stage)
             _round(this)
@@ -63,6 +62,32 @@ def run_loop(loop: Loop, start_stage: Start | None = None) -> int:
         return halt.code
     finally:
         store.close()
+
+
+def _open(loop: Loop) -> Store:
+    """The loop's store. It and loop.json carry one mark, by which each knows the other as its own.
+
+    Raises:
+        BadInput: the store cannot be opened, or is another loop's, whose rounds would be taken for this one's.
+    """
+    mark = _written(loop).get(MARK) or uuid.uuid4().hex
+    store = Store(loop.store, create=True)
+    try:
+        if store.fact(MARK) not in (None, mark):
+            raise BadInput(f"{loop.path}: `store`: {store} belongs to another loop; name a database of its own")
+        loop.out.mkdir(parents=True, exist_ok=True)
+        write_json(loop.out / LOOP, {MARK: mark} | _values(loop), private=True)  # a database's URL may hold a password
+        store.fact(MARK, mark)
+        return store
+    except BaseException:
+        store.close()
+        raise
+
+
+def _written(loop: Loop) -> dict:
+    """What loop.json says; nothing where the loop has not begun."""
+    file = loop.out / LOOP
+    return dict(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else {}
 
 
 def _round(this: Context) -> None:
@@ -90,8 +115,8 @@ def _told(name: str, result: dict) -> str:
     return "".join(f"{key} {value:.3g}, " for key, value in list(shown.items())[:6])
 
 
-def check_loop(loop: Loop) -> None:
-    """Everything that can be wrong with a loop before it runs.
+def check_loop(loop: Loop) -> dict:
+    """Everything that can be wrong with a loop before it runs; returns its prompts (`prompts_of`).
 
     Raises:
         BadInput: with the recipe's file, the key and the cure.
@@ -108,6 +133,7 @@ def check_loop(loop: Loop) -> None:
     _check_sections(loop)
     _check_functions(loop)
     _check_output(loop)
+    return prompts_of(loop)
 
 
 def _check_sections(loop: Loop) -> None:
@@ -137,27 +163,19 @@ def _check_functions(loop: Loop) -> None:
 
 def _check_output(loop: Loop) -> None:
     """The folder is new, or this loop's."""
-    file = loop.out / LOOP
-    if file.is_file():
-        before, now = json.loads(file.read_text(encoding="utf-8")), _values(loop)
-        changed = [key for key in now if key not in NOT_PART_OF_A_LOOP and before.get(key) != now[key]]
+    before, now = _written(loop), _values(loop)
+    if before:
+        # a key that this version has and that one had not is no change
+        changed = [key for key in now if key in before and key not in MAY_CHANGE and before[key] != now[key]]
         if changed:
             raise BadInput(
                 f"{loop.path}: `output`: {loop.out} holds a loop of another recipe (`{changed[0]}` differs); choose "
-                "another output, or delete that folder"
+                "another output"
             )
     elif loop.out.is_file() or (loop.out.is_dir() and any(not _may_be_there(p.name) for p in loop.out.iterdir())):
         raise BadInput(f"{loop.path}: `output`: {loop.out} holds files that are no loop; choose another folder")
     if (loop.out / MANIFEST).is_file():
         raise BadInput(f"{loop.path}: `output`: {loop.out} is a run's folder; choose another")
-
-
-def _check_store(loop: Loop, store: Store) -> None:
-    """A store is one loop's: another's rounds would be taken for its own."""
-    values = {key: value for key, value in _values(loop).items() if key not in NOT_PART_OF_A_LOOP}
-    digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
-    if store.fact("loop", digest) != digest:
-        raise BadInput(f"{loop.path}: `store`: {store} belongs to another loop; name a database of its own")
 
 
 def _may_be_there(name: str) -> bool:

@@ -1,6 +1,5 @@
 """The steps of a round. Each can be cut off anywhere and done again: what it writes, it writes once or the same."""
 
-import json
 import math
 import random
 from collections import defaultdict
@@ -9,18 +8,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from align.artifact import read_manifest, state_of, write_text
+from align.artifact import read_lines, read_manifest, state_of, write_lines
 from align.data import load
 from align.errors import BadInput
 from align.feedback.alarms import Policy, alarms, best_round, reason_to_stop
 from align.feedback.annotators import Annotator
 from align.feedback.queue import Queue, shown_order
 from align.feedback.routing import Item, Shares, kickstart, overlap, reasks, route
-from align.feedback.store import NewLabel, Pair, Store
-from align.loop.merging import merge_labels
+from align.feedback.store import NewLabel, Pair, Store, prompt_hash
+from align.loop.merging import gold_scores, merge_labels
 from align.loop.rounds import Loop
 from align.settings import StageSettings
 from align.settings.loop import Simulated
+from align.wording import one_line
 
 Start = Callable[[StageSettings, Path], tuple[int, str]]
 Result = dict[str, Any]
@@ -83,15 +83,14 @@ def collect(this: Context) -> Result:
     settings, rows = this.loop.settings, this.store.prompts(split="train")
     count = min(settings.collect.prompts_per_round, len(rows))
     ids = _of_round(sorted(rows), count, this.round, settings.seed)
-    lines = [json.dumps({"prompt": rows[i]["prompt"]} | rows[i]["columns"], ensure_ascii=False) + "\n" for i in ids]
     this.folder.mkdir(parents=True, exist_ok=True)
-    write_text(this.folder / "prompts.jsonl", "".join(lines))
+    write_lines(this.folder / "prompts.jsonl", ({"prompt": rows[i]["prompt"]} | rows[i]["columns"] for i in ids))
     manifest = this.run(this.loop.collect(this.round, this.current, this.previous))
-    by_prompt = {json.dumps(rows[i]["prompt"], sort_keys=True): i for i in ids}
+    by_prompt = {prompt_hash(rows[i]["prompt"]): i for i in ids}
     groups: dict[tuple[str, float], list[tuple[int, int, str]]] = defaultdict(list)
-    for row in _lines(this.folder / "collect" / "candidates.jsonl"):
-        prompt_id = by_prompt[json.dumps(row["prompt"], sort_keys=True)]
-        groups[row["policy"], row["temperature"]].append((prompt_id, row["draw"], row["text"]))
+    for row in read_lines(this.folder / "collect" / "candidates.jsonl"):
+        answer = by_prompt[prompt_hash(row["prompt"])], row["draw"], row["text"]
+        groups[row["policy"], row["temperature"]].append(answer)
     for (policy, temperature), answers in groups.items():
         sampling = settings.sampling.model_dump() | {"temperature": temperature}
         this.store.add_candidates(this.round, policy, sampling, answers)
@@ -101,11 +100,10 @@ def collect(this: Context) -> Result:
 def score(this: Context) -> Result:
     """What ensemble and judge say; the pairs of this round."""
     manifest = this.run(this.loop.score(this.round))
-    rows, pairs = (_lines(this.folder / "score" / name) for name in ("answers.jsonl", "pairs.jsonl"))
-    ids = this.store.prompts(split="train")
-    by_prompt = {json.dumps(ids[i]["prompt"], sort_keys=True): i for i in ids}
+    rows, pairs = (read_lines(this.folder / "score" / name) for name in ("answers.jsonl", "pairs.jsonl"))
+    by_prompt = {prompt_hash(row["prompt"]): key for key, row in this.store.prompts(split="train").items()}
     known = {(c.prompt_id, c.policy, c.draw): c.id for c in this.store.candidates(this.round)}
-    prompts = [by_prompt[json.dumps(row["prompt"], sort_keys=True)] for row in rows]
+    prompts = [by_prompt[prompt_hash(row["prompt"])] for row in rows]
     candidates = [known[p, row["policy"], row["draw"]] for p, row in zip(prompts, rows, strict=True)]
     if rows and rows[0]["scores"]:
         this.store.set_scores({c: row["scores"] for c, row in zip(candidates, rows, strict=True)})
@@ -121,7 +119,7 @@ def score(this: Context) -> Result:
             "judge_probability": _turned(pair.get("judge_probability"), is_turned),
         }
     this.store.set_comparisons(said)
-    this.store.set_metrics(this.round, {key: manifest["metrics"][key] for key in manifest["metrics"]})
+    this.store.set_metrics(this.round, manifest["metrics"])
     return {"pairs": len(pairs)}
 
 
@@ -134,7 +132,7 @@ def route_pairs(this: Context) -> Result:
         routed = kickstart([pair.id for pair in pairs], r.kickstart, seed=seed)
     else:
         embeddings = _embeddings(this, pairs)
-        items = [Item(pair.id, _uncertainty(pair), _disagreement(pair), embeddings.get(pair.id)) for pair in pairs]
+        items = [Item(pair.id, _uncertainty(pair), _disagreement(pair), embeddings[pair.id]) for pair in pairs]
         routed = route(items, r.budget, Shares(r.audit, r.disagreement, r.uncertainty), seed=seed)
     people = [item.key for item in routed if item.reason != "machine"]
     twice, again = set(overlap(people, r.overlap, seed=seed)), set(reasks(people, r.reasks, seed=seed))
@@ -167,11 +165,8 @@ def label(this: Context) -> Result:
         _simulate(this, simulated)
     progress = Queue(this.store).progress()
     if progress.done < progress.wanted:
-        raise Halt(
-            0,
-            f"{progress.wanted - progress.done} labels are wanted of people: align label {this.loop.out}\n"
-            f"Then go on with: align loop {this.loop.path}",
-        )
+        wanted = f"{progress.wanted - progress.done} labels are wanted of people{_of_two(this)}"
+        raise Halt(0, f"{wanted}: align label {this.loop.out}\nThen go on with: align loop {this.loop.path}")
     return {"human": this.store.counts(this.round).get("human", 0)}
 
 
@@ -221,16 +216,17 @@ def decide(this: Context) -> Result:
     """Alarms, the policy that is kept, and whether the loop goes on (as things are now: `run_loop` asks again)."""
     policies = (this.store.result(this.round, "evaluate") or {})["policies"]
     evidence = "held_out" if "held_out" in policies["sft"] else "proxy"
-    seen = {number: policies[f"round-{number}"][evidence] for number in range(this.round + 1)}
-    best = best_round(seen)
-    before = this.start_name
+    best = best_round({number: policies[f"round-{number}"][evidence] for number in range(this.round + 1)})
     bias = this.store.metrics().get(this.round, {}).get("length_bias_z", 0.0)
-    raised = alarms(
-        *(_policy(policies[name], evidence) for name in ("sft", before, f"round-{this.round}")), length_bias_z=bias
-    )
-    kept_folder = str(this.loop.folder(best) / "ppo")
-    why = why_to_stop(this, best)
-    return {"kept": best, "policy": kept_folder, "previous": this.current, "alarms": raised, "stop": why}
+    names = ("sft", this.start_name, f"round-{this.round}")
+    raised = alarms(*(_policy(policies[name], evidence) for name in names), length_bias_z=bias)
+    return {
+        "kept": best,
+        "policy": str(this.loop.folder(best) / "ppo"),
+        "previous": this.current,
+        "alarms": raised,
+        "stop": why_to_stop(this, best),
+    }
 
 
 def why_to_stop(this: Context, best: int) -> str | None:
@@ -260,14 +256,27 @@ STEPS: dict[str, Callable[[Context], Result]] = {
 }
 
 
-def add_prompts(loop: Loop, store: Store) -> None:
-    """The recipe's prompts, and those to evaluate on; one that is in both is refused."""
-    for data, split in ((loop.settings.prompts, "train"), (loop.settings.evaluation.prompts, "evaluation")):
+def prompts_of(loop: Loop) -> dict[str, list[tuple[Any, Mapping[str, Any]]]]:
+    """The recipe's prompts with their columns, by the side that they are on.
+
+    Raises:
+        BadInput: a side has none, or a prompt is on both.
+    """
+    found: dict[str, list[tuple[Any, Mapping[str, Any]]]] = {}
+    for split, key, data in (
+        ("evaluation", "evaluation.prompts", loop.settings.evaluation.prompts),
+        ("train", "prompts", loop.settings.prompts),
+    ):
         loaded = load(data, "prompts")
-        rows = [(_plain(row.prompt), row.columns) for row in (*loaded.train, *loaded.validation)]
-        if not rows:
-            raise BadInput(f"`{'prompts' if split == 'train' else 'evaluation.prompts'}` holds no prompt")
-        store.add_prompts(rows, split)
+        found[split] = [(_plain(row.prompt), row.columns) for row in (*loaded.train, *loaded.validation)]
+        if not found[split]:
+            raise BadInput(f"{loop.path}: `{key}` holds no prompt")
+    held = {prompt_hash(prompt) for prompt, _ in found["evaluation"]}
+    both = next((prompt for prompt, _ in found["train"] if prompt_hash(prompt) in held), None)
+    if both is not None:
+        text = one_line(both if isinstance(both, str) else both[-1]["content"], 60)
+        raise BadInput(f"{loop.path}: a prompt is in `prompts` and in `evaluation.prompts`: {text}; drop one")
+    return found
 
 
 # ------------------------------------------------------------------------------------------------------- their parts
@@ -275,10 +284,6 @@ def add_prompts(loop: Loop, store: Store) -> None:
 
 def _plain(prompt: Any) -> Any:
     return prompt if isinstance(prompt, str) else [dict(message) for message in prompt]
-
-
-def _lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def _of_round(ids: list[int], count: int, round_: int, seed: int) -> list[int]:
@@ -313,16 +318,12 @@ def _disagreement(pair: Pair) -> float:
 
 
 def _embeddings(this: Context, pairs: list[Pair]) -> dict[int, list[float]]:
-    by_prompt: dict[str, list[float]] = {}
-    rows = _lines(this.folder / "score" / "answers.jsonl")
-    for pair in _lines(this.folder / "score" / "pairs.jsonl"):
-        by_prompt[json.dumps(rows[pair["a"]]["prompt"], sort_keys=True)] = pair["embedding"]
-    return {pair.id: by_prompt[json.dumps(pair.prompt, sort_keys=True)] for pair in pairs}
+    rows, scored = (read_lines(this.folder / "score" / name) for name in ("answers.jsonl", "pairs.jsonl"))
+    by_prompt = {prompt_hash(rows[pair["a"]]["prompt"]): pair["embedding"] for pair in scored}
+    return {pair.id: by_prompt[prompt_hash(pair.prompt)] for pair in pairs}
 
 
 def _simulate(this: Context, simulated: Simulated) -> None:
-    from align.loop.merging import gold_scores
-
     pairs = this.store.pairs(this.round, route="human")
     gold = gold_scores(simulated, pairs)
     people = [
@@ -347,6 +348,12 @@ def _simulate(this: Context, simulated: Simulated) -> None:
                 )
             )
     this.store.add_labels(labels)
+
+
+def _of_two(this: Context) -> str:
+    """That one person alone cannot finish, where that is so."""
+    count = sum(pair.wanted > 1 for pair in this.store.pairs(this.round, route="human"))
+    return f" ({count} pairs go to two)" if count else ""
 
 
 def _has_held_out(this: Context) -> bool:

@@ -12,7 +12,7 @@ from typing import Any
 from align.artifact import MANIFEST, read_manifest
 from align.errors import BadInput
 from align.feedback.database import LOOP, store_of
-from align.feedback.gate import soft_label
+from align.feedback.exchange import people_say
 from align.feedback.queue import Progress, Queue
 from align.feedback.schema import Label
 from align.feedback.store import Pair, Store
@@ -34,6 +34,7 @@ class Facts:
     metrics: Mapping[int, Mapping[str, float]]
     pairs: tuple[Pair, ...]
     labels: tuple[Label, ...]  # that stand
+    votes: Mapping[int, float]  # people's probability that a is better, of each pair that they have judged
     progress: Progress  # of people
     is_simulated: bool
 
@@ -77,16 +78,6 @@ class Facts:
     def verdict(self) -> Found:
         """What was decided last."""
         return self.result(max((r for r in self.rounds if self.result(r, "decide")), default=-1), "decide")
-
-    @cached_property
-    def votes(self) -> dict[int, float]:
-        """People's probability that a is better, of each pair that they have judged."""
-        said: dict[int, list[str]] = defaultdict(list)
-        for label in self.labels:
-            if label.source == "human" and not label.is_reask:
-                said[label.comparison_id].append(label.outcome)
-        soft = {key: soft_label(outcomes)[0] for key, outcomes in said.items()}
-        return {key: value for key, value in soft.items() if value is not None}
 
     @cached_property
     def machine(self) -> dict[int, float]:
@@ -135,6 +126,7 @@ def read(folder: Path) -> Facts:
             store.metrics(),
             tuple(store.pairs()),
             tuple(store.labels()),
+            people_say(store),
             Queue(store).progress(),
             any(person.is_simulated for person in store.annotators()),
         )

@@ -1,13 +1,12 @@
 """Tables for the terminal. What a model wrote is shown as plain text: no markup, no control characters."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 from rich.text import Text
 
-from align.artifact import write_text
+from align.artifact import read_lines, write_lines
 from align.wording import safe
 
 SHOWN = 160  # characters of a text in a cell
@@ -45,10 +44,8 @@ def sample_table(rows: list[dict[str, Any]]) -> Table:
 def save_samples(folder: Path, iteration: int, rows: list[dict[str, Any]]) -> None:
     """Adds `rows` to samples.jsonl, in place of any from this iteration or later (a resumed run comes here again)."""
     path = folder / "samples.jsonl"
-    before = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
-    kept = [row for row in before if row["iteration"] < iteration] + rows
-    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept)
-    write_text(path, text)
+    before = read_lines(path) if path.is_file() else []
+    write_lines(path, [row for row in before if row["iteration"] < iteration] + rows)
 
 
 def result_table(title: str, columns: list[str], rows: list[list[str]]) -> Table:

@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 from align.artifact import read_manifest
 from align.data import looks_like_hub_id
 from align.data.conversations import Text
-from align.data.encode import encode_pair
+from align.data.encode import encode_completion, encode_pair
 from align.data.formats import Preference, Prompt
 from align.errors import BadInput
 from align.plugins import is_reference
@@ -280,25 +280,12 @@ def _by_function(settings: JudgeSettings, bases: "Bases") -> Compare:
     def compare(questions: Sequence[Question]) -> tuple[list[Verdict], int]:
         if not questions:
             return [], 0
-        prompts: list[Prompt] = []
-        pairs = []
-        for number, q in enumerate(questions, 1):
-            prompt = q.prompt if isinstance(q.prompt, str) else tuple(q.prompt)
-            a, b = (t if isinstance(prompt, str) else ({"role": "assistant", "content": t},) for t in (q.a, q.b))
-            row = Preference(prompt, a, b, 1.0, 1.0, 0.0, f"question {number}")  # type: ignore[arg-type]
-            pair = encode_pair(tokenizer, row, UNLIMITED)
-            assert pair is not None
-            pairs.append(pair)
-            prompts.append(Prompt(prompt, dict(q.columns), row.where))
-        scores = scorer(
-            Answers(
-                prompts * 2,
-                [pair.prompt_ids for pair in pairs] * 2,
-                [q.a for q in questions] + [q.b for q in questions],
-                [pair.chosen_ids for pair in pairs] + [pair.rejected_ids for pair in pairs],
-            )
-        )
-        differences = [a - b for a, b in zip(scores[: len(pairs)], scores[len(pairs) :], strict=True)]
+        answers = [(q, text) for text in ("a", "b") for q in questions]
+        prompts = [Prompt(q.prompt, dict(q.columns), "`judge`") for q, _ in answers]
+        texts = [str(getattr(q, name)) for q, name in answers]
+        encoded = [encode_completion(tokenizer, p.prompt, t, p.where) for p, t in zip(prompts, texts, strict=True)]
+        scores = scorer(Answers(prompts, [ids for ids, _ in encoded], texts, [ids for _, ids in encoded]))
+        differences = [a - b for a, b in zip(scores[: len(questions)], scores[len(questions) :], strict=True)]
         return [Verdict(0.5 if math.isnan(d) else _sigmoid(d / settings.scale), False) for d in differences], 0
 
     return compare

@@ -7,9 +7,8 @@ import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from align.artifact import MANIFEST, read_manifest
-from align.data import Message, encode_pair
+from align.data import encode_completion
 from align.data.collate import pad_right
-from align.data.formats import Preference
 from align.errors import BadInput
 from align.maths.ensembles import conservative
 from align.models.budget import reading_tokens
@@ -20,7 +19,6 @@ from align.rewards.mix import Answers, Scorer
 from align.settings import EnsembleReward, LearnedReward
 
 MIN_STD = 1e-6  # of the score on the reference samples
-UNLIMITED = 1 << 30  # tokens: answers are as long as they were sampled
 
 
 def learned(settings: LearnedReward, bases: Bases) -> Scorer:
@@ -127,11 +125,9 @@ def _retokenised(answers: Answers, tokenizer: Any) -> tuple[list[Ids], list[Ids]
             prompts.append(list(tokenizer(source + text)["input_ids"]))
             replies.append(())
             continue
-        reply = (Message(role="assistant", content=text),)
-        pair = encode_pair(tokenizer, Preference(source, reply, reply, 1.0, 1.0, 0.0, prompt.where), UNLIMITED)
-        assert pair is not None
-        prompts.append(pair.prompt_ids)
-        replies.append(pair.chosen_ids)
+        prompt_ids, reply_ids = encode_completion(tokenizer, source, text, prompt.where)
+        prompts.append(prompt_ids)
+        replies.append(reply_ids)
     return prompts, replies
 
 

@@ -1,5 +1,6 @@
 """What a recipe may say. Light on purpose (pydantic only), so that a recipe is refused before anything heavy loads."""
 
+from align.settings.feedback import CollectSettings, EnsembleSettings, JudgeSettings, ScoreSettings
 from align.settings.fields import Settings
 from align.settings.methods import (
     METHODS,
@@ -17,14 +18,10 @@ from align.settings.methods import (
     Prefix,
 )
 from align.settings.stages import (
-    STAGES,
-    CollectSettings,
     Critic,
     Data,
     EnsembleReward,
-    EnsembleSettings,
     EvaluateSettings,
-    JudgeSettings,
     LearnedReward,
     Model,
     PairCheck,
@@ -34,13 +31,25 @@ from align.settings.stages import (
     Reward,
     RewardSettings,
     Sampling,
-    ScoreSettings,
     SftSettings,
     Source,
     StageSettings,
     Track,
     Training,
 )
+
+STAGES: dict[str, type[StageSettings]] = {
+    cls.kind: cls
+    for cls in (
+        SftSettings,
+        RewardSettings,
+        PpoSettings,
+        EvaluateSettings,
+        EnsembleSettings,
+        CollectSettings,
+        ScoreSettings,
+    )
+}
 
 __all__ = [
     "METHODS",

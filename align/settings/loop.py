@@ -4,8 +4,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
+from align.settings.feedback import JudgeSettings
 from align.settings.fields import Count, Fraction, Interval, NonNegative, Positive, Settings
-from align.settings.stages import Data, JudgeSettings, Model, Reward, Sampling, Track
+from align.settings.stages import Data, Model, Reward, Sampling, Track
 
 
 class Collect(Settings):

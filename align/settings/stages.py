@@ -144,13 +144,6 @@ class RewardSettings(StageSettings):
         return sections
 
 
-class EnsembleSettings(RewardSettings):
-    """Several reward models on the same pairs, each with a seed and an order of its own, in `<output>/member-<k>`."""
-
-    kind: ClassVar[str] = "ensemble"
-    num_members: Annotated[int, Field(ge=2)] = 4
-
-
 class Reward(BaseModel):
     """One term of the reward. `use: learned`, `ensemble` or `file.py:function`; its siblings are its arguments."""
 
@@ -368,64 +361,6 @@ class EvaluateSettings(StageSettings):
         return sections
 
 
-class CollectSettings(StageSettings):
-    """Several answers to each prompt from several policies, in candidates.jsonl."""
-
-    kind: ClassVar[str] = "collect"
-    policies: Annotated[dict[str, str | None], Field(min_length=1)]  # name -> run folder; null: the base
-    prompts: Data
-    num_generations: dict[str, Count] = Field(default_factory=dict)  # of each policy; those not named give 4
-    temperatures: Annotated[tuple[Positive, ...], Field(min_length=1)] = (1.0,)  # taken in turn, answer by answer
-    max_prompt_length: Count = 512
-    batch_size: Count = 32  # answers in the making at a time
-    sampling: Sampling = Sampling()
-
-    def parents(self) -> Parents:
-        return {f"policies.{name}": (path, ("sft", "ppo")) for name, path in self.policies.items() if path}
-
-    def data_sections(self) -> dict[str, tuple[str, Data]]:
-        return {"prompts": ("prompts", self.prompts)}
-
-
-class JudgeSettings(Settings):
-    """Who compares two answers. `model`: a model's log-probabilities of A and B, averaged over both orders."""
-
-    use: str = "model"  # model | server | file.py:function, a reward in TRL's signature
-    model: str | None = None  # a folder or Hub id (None: the stage's base); of a server: its name there
-    url: str | None = None  # of `use: server`: such as http://127.0.0.1:8000/v1
-    api_key_env: str | None = None  # the environment variable that holds the server's key
-    question: str | None = None  # a Jinja file with {{prompt}}, {{a}}, {{b}}; None: ours
-    scale: Positive = 1.0  # of `file.py:function`: P(a is better) = sigmoid((score a - score b) / scale)
-    max_retries: Interval = 4
-    timeout: Positive = 60.0  # seconds
-    cost_per_million_tokens: NonNegative = 0.0  # for the report: of prompt and answer together
-    arguments: dict[str, Any] = Field(default_factory=dict)  # of `file.py:function`
-
-    @model_validator(mode="after")
-    def _server_has_an_address(self) -> "JudgeSettings":
-        if self.use == "server" and not (self.url and self.model):
-            raise ValueError(
-                "`use: server` needs `url` (such as http://127.0.0.1:8000/v1) and the `model`'s name there"
-            )
-        return self
-
-
-class ScoreSettings(StageSettings):
-    """What an ensemble, and a judge, say of candidates: scores of each, pairs of them, and who is better."""
-
-    kind: ClassVar[str] = "score"
-    candidates: str  # a collect run
-    ensemble: str | None = None  # None: nothing has been learned yet, and pairs are drawn by chance
-    judge: JudgeSettings | None = None
-    best_worst: bool = True  # pair the best answer with the worst, by the ensemble
-    random_pairs: Interval = 1  # further pairs of each prompt, by chance
-    max_batch_tokens: Count | None = None
-
-    def parents(self) -> Parents:
-        found: Parents = {"candidates": (self.candidates, ("collect",))}
-        return found | ({} if self.ensemble is None else {"ensemble": (self.ensemble, ("ensemble",))})
-
-
 def learned_parents(key: str, rewards: tuple[Reward, ...], *, names: tuple[str, ...] = ()) -> Parents:
     """The runs among `rewards`; `*` stands for a transformers sequence classifier, which has no manifest."""
     kinds = {"learned": ("reward", "*"), "ensemble": ("ensemble",)}
@@ -435,17 +370,3 @@ def learned_parents(key: str, rewards: tuple[Reward, ...], *, names: tuple[str, 
         for place, reward in zip(places, rewards, strict=True)
         if reward.use in kinds
     }
-
-
-STAGES: dict[str, type[StageSettings]] = {
-    cls.kind: cls
-    for cls in (
-        SftSettings,
-        RewardSettings,
-        PpoSettings,
-        EvaluateSettings,
-        EnsembleSettings,
-        CollectSettings,
-        ScoreSettings,
-    )
-}

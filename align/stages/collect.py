@@ -4,12 +4,11 @@ Writes candidates.jsonl: prompt, columns, policy, draw (the number of the answer
 whether it ended. An answer is a function of seed, policy's name, prompt's position and draw.
 """
 
-import json
 import zlib
 from pathlib import Path
 from typing import Any
 
-from align.artifact import begin, finish, write_text
+from align.artifact import begin, finish, write_lines
 from align.data import decode_completion, encode_prompt, end_token_ids, load
 from align.errors import BadInput
 from align.models.roles import Bases, Role
@@ -45,6 +44,7 @@ def run(settings: CollectSettings, worker: Worker) -> None:
         for number, (name, folder) in enumerate(settings.policies.items(), 1):
             role = bases.role(folder)
             for draw in range(settings.num_generations.get(name, NUM_GENERATIONS)):
+                worker.stop_if_asked(lambda: None)  # there is nothing to save: the same answers are drawn again
                 mine = [kept[i] for i in worker.mine(len(kept))]
                 for i, answer in zip(mine, _answers(role, bases, name, draw, mine, prompts, settings), strict=True):
                     found[i, name, draw] = {"prompt": rows[i].prompt, "columns": rows[i].columns} | answer
@@ -54,8 +54,7 @@ def run(settings: CollectSettings, worker: Worker) -> None:
             whole = {key: value for part in parts for key, value in part.items()}
             order = {name: at for at, name in enumerate(settings.policies)}
             lines = [whole[key] for key in sorted(whole, key=lambda key: (key[0], order[key[1]], key[2]))]
-            text = "".join(json.dumps(line, ensure_ascii=False, default=dict) + "\n" for line in lines)
-            write_text(Path(settings.output) / CANDIDATES, text)
+            write_lines(Path(settings.output) / CANDIDATES, lines)
             finish(settings.output, metrics={"answers": len(lines), "prompts": len(kept)})
     finally:
         tracker.close()

@@ -26,7 +26,7 @@ from align.models.roles import Bases, Role
 from align.models.saving import save_role
 from align.models.scoring import branch_scores, score_sequences
 from align.report.curves import reward_curves
-from align.settings import Data, RewardSettings
+from align.settings import Data, RewardSettings, Training
 from align.stages import checkpoint
 from align.stages.costs import Costs, adapter_bytes, kl_to_base
 from align.stages.learner import Learner, available
@@ -62,6 +62,7 @@ def run(settings: RewardSettings, worker: Worker) -> None:
     validation, _ = encode_pairs(tokenizer, loaded.validation, settings.max_length)
     if not train:
         raise BadInput(f"`data`: no pair is left to train on; {said}")
+    mean_weight = sum(pair.preference.weight for pair in train) / len(train)
     reference = _reference_sequences(settings, tokenizer, train)  # read now: bad ones must not cost a training run
     role = bases.role(None, method=settings.method, trainable=True, head=True)
     if settings.train.gradient_checkpointing:
@@ -69,20 +70,7 @@ def run(settings: RewardSettings, worker: Worker) -> None:
     t = settings.train
     rows_a_step = t.per_device_train_batch_size * t.gradient_accumulation_steps * worker.num_processes
     num_steps = steps_of(len(train), rows_a_step, t.num_train_epochs, t.max_steps)
-    learner = Learner(
-        "reward model",
-        [p for _, p in role.trained()],
-        worker,
-        learning_rate=t.learning_rate,
-        schedule=t.lr_scheduler_type,
-        num_steps=num_steps,
-        num_warmup_steps=math.ceil(t.warmup_ratio * num_steps),
-        max_grad_norm=t.max_grad_norm,
-        weight_decay=t.weight_decay,
-        betas=(t.adam_beta1, t.adam_beta2),
-        epsilon=t.adam_epsilon,
-        optim=t.optim,
-    )
+    learner = _learner(role, t, num_steps, worker)
     if worker.is_main:
         begin(settings, bases.main.fingerprint)
     worker.wait()
@@ -115,7 +103,7 @@ def run(settings: RewardSettings, worker: Worker) -> None:
             for step in range(start + 1, num_steps + 1):
                 rows = row_order(len(train), rows_a_step, step - 1, settings.seed)
                 costs.begin_step()
-                metrics = train_step(role, [train[i] for i in rows], learner, settings, worker, costs)
+                metrics = train_step(role, [train[i] for i in rows], mean_weight, learner, settings, worker, costs)
                 costs.end_step()
                 if step == 1 and metrics["grad_norm"] == 0.0:
                     raise RunFailed(
@@ -134,6 +122,23 @@ def run(settings: RewardSettings, worker: Worker) -> None:
         tracker.close()
 
 
+def _learner(role: Role, t: Training, num_steps: int, worker: Worker) -> Learner:
+    return Learner(
+        "reward model",
+        [p for _, p in role.trained()],
+        worker,
+        learning_rate=t.learning_rate,
+        schedule=t.lr_scheduler_type,
+        num_steps=num_steps,
+        num_warmup_steps=math.ceil(t.warmup_ratio * num_steps),
+        max_grad_norm=t.max_grad_norm,
+        weight_decay=t.weight_decay,
+        betas=(t.adam_beta1, t.adam_beta2),
+        epsilon=t.adam_epsilon,
+        optim=t.optim,
+    )
+
+
 def encode_pairs(tokenizer: Any, preferences: Sequence[Preference], max_length: int) -> tuple[list[Pair], str]:
     """The pairs that fit in `max_length` tokens, and a sentence on those that do not."""
     pairs = []
@@ -145,11 +150,20 @@ def encode_pairs(tokenizer: Any, preferences: Sequence[Preference], max_length: 
 
 
 def train_step(
-    role: Role, pairs: list[Pair], learner: Learner, settings: RewardSettings, worker: Worker, costs: Costs
+    role: Role,
+    pairs: list[Pair],
+    mean_weight: float,
+    learner: Learner,
+    settings: RewardSettings,
+    worker: Worker,
+    costs: Costs,
 ) -> dict[str, float]:
-    """One optimiser step on `pairs` (of all processes). Returns loss, accuracy, margin and gradient norm."""
+    """One optimiser step on `pairs` (of all processes). Returns loss, accuracy, margin and gradient norm.
+
+    The loss is divided by what so many pairs weigh on average over the data (`mean_weight` a pair), not by what these
+    weigh: else a step of light pairs alone would count as much as one of heavy ones.
+    """
     role.train()
-    total_weight = sum(pair.preference.weight for pair in pairs)
     mine = [pairs[i] for i in worker.mine(len(pairs))]
     trees, budget = [pair.tree for pair in mine], training_tokens(role.causal, settings.train.max_batch_tokens)
     costs.tokens += sum(tree.num_tokens for tree in trees)
@@ -160,17 +174,14 @@ def train_step(
         numbers = torch.tensor(
             [[p.preference.probability, p.preference.weight, p.preference.margin] for p in batch], device=worker.device
         ).T
-        loss = (
-            pair_loss(
-                chosen,
-                rejected,
-                probability=numbers[0],
-                weight=numbers[1],
-                margin=numbers[2],
-                centring=settings.center_rewards_coefficient,
-            )
-            / total_weight
-        )
+        loss = pair_loss(
+            chosen,
+            rejected,
+            probability=numbers[0],
+            weight=numbers[1],
+            margin=numbers[2],
+            centring=settings.center_rewards_coefficient,
+        ) / (len(pairs) * mean_weight)
         loss.backward()
         sums += torch.stack([loss, (chosen > rejected).sum(), (chosen - rejected).sum()]).detach().double()
     role.eval()

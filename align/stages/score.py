@@ -13,13 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from align.artifact import begin, finish, write_text
-from align.data import Prompt, encode_pair, encode_prompt
-from align.data.formats import Preference
+from align.artifact import begin, finish, read_lines, write_lines
+from align.data import Prompt, encode_completion
 from align.models.budget import reading_tokens
 from align.models.layout import parts_of
 from align.models.roles import Bases, Role
-from align.rewards.learned import UNLIMITED, ensemble_members
+from align.rewards.learned import ensemble_members
 from align.rewards.mix import Answers
 from align.settings import ScoreSettings
 from align.stages.collect import CANDIDATES
@@ -49,10 +48,9 @@ def _score(settings: ScoreSettings, bases: Bases, tracker: Tracker) -> None:
     scores = _member_scores(settings, answers, bases)  # (N, K), K = 0 without an ensemble
     drawn = draw_pairs(rows, scores.mean(1) if scores.shape[1] else None, settings)
     pairs: list[dict[str, Any]] = [{"a": a, "b": b, "pairing": pairing} for a, b, pairing in drawn]
-    for pair in pairs:
-        pair["margins"] = (scores[pair["a"]] - scores[pair["b"]]).tolist() or None
     embeddings = prompt_embeddings(bases.role(None), answers, settings.max_batch_tokens)
     for pair in pairs:
+        pair["margins"] = (scores[pair["a"]] - scores[pair["b"]]).tolist() or None
         pair["embedding"] = [round(x, 5) for x in embeddings[pair["a"]].tolist()]
     metrics: dict[str, float] = {"answers": len(rows), "pairs": len(pairs)}
     if settings.judge is not None:
@@ -68,36 +66,19 @@ def _score(settings: ScoreSettings, bases: Bases, tracker: Tracker) -> None:
         metrics |= {"judge_tokens": judge.tokens, "judge_cost": judge.cost}
         metrics["judge_flips"] = sum(pair["judge_flipped"] for pair in pairs) / max(len(pairs), 1)
     folder = Path(settings.output)
-    _write_lines(folder / ANSWERS, [row | {"scores": s} for row, s in zip(rows, scores.tolist(), strict=True)])
-    _write_lines(folder / PAIRS, pairs)
+    write_lines(folder / ANSWERS, [row | {"scores": s} for row, s in zip(rows, scores.tolist(), strict=True)])
+    write_lines(folder / PAIRS, pairs)
     tracker.log(1, {"pairs": len(pairs)})
     finish(folder, metrics=metrics)
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The rows of a JSONL file of ours."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
-def _write_lines(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def answers_of(rows: Sequence[dict[str, Any]], bases: Bases) -> Answers:
     """Candidates as what rewards score; tokens are those of the text in the chat template."""
     tokenizer = bases.main.tokenizer
     prompts = [Prompt(row["prompt"], row["columns"], f"answer {number}") for number, row in enumerate(rows, 1)]
-    prompt_ids: list[list[int]] = []
-    ids: list[list[int]] = []
-    for prompt, row in zip(prompts, rows, strict=True):
-        reply: Any = row["text"]
-        if not isinstance(prompt.prompt, str):
-            reply = [{"role": "assistant", "content": row["text"]}]
-        pair = encode_pair(tokenizer, Preference(prompt.prompt, reply, reply, 1.0, 1.0, 0.0, prompt.where), UNLIMITED)
-        assert pair is not None
-        prompt_ids.append(list(pair.prompt_ids) or encode_prompt(tokenizer, prompt))
-        ids.append(list(pair.chosen_ids))
-    return Answers(prompts, prompt_ids, [row["text"] for row in rows], ids)
+    texts = [row["text"] for row in rows]
+    encoded = [encode_completion(tokenizer, p.prompt, text, p.where) for p, text in zip(prompts, texts, strict=True)]
+    return Answers(prompts, [ids for ids, _ in encoded], texts, [ids for _, ids in encoded])
 
 
 def _member_scores(settings: ScoreSettings, answers: Answers, bases: Bases) -> Tensor:
@@ -118,9 +99,8 @@ def draw_pairs(
     pairs = []
     for key, group in groups.items():
         rng = random.Random(f"pairs {settings.seed} {key}")
-        distinct = sorted(
-            {rows[i]["text"]: i for i in reversed(group) if rows[i]["text"].strip()}.values()
-        )  # the first of equal texts
+        first_of = {rows[i]["text"]: i for i in reversed(group) if rows[i]["text"].strip()}
+        distinct = sorted(first_of.values())
         others = [(a, b) for at, a in enumerate(distinct) for b in distinct[at + 1 :]]
         if scores is not None and settings.best_worst and others:
             ranked = sorted(distinct, key=lambda i: (float(scores[i]), i))
