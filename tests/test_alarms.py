@@ -6,7 +6,7 @@ from statistics import fmean
 
 import pytest
 
-from align.feedback.alarms import Policy, alarms, best_round, reason_to_stop
+from align.feedback.alarms import Policy, alarms, best_policy, reason_to_stop
 
 SFT = Policy(proxy=0.0, held_out=0.0, length=20.0, entropy=1.0, spread=0.1)
 
@@ -37,19 +37,26 @@ def test_length_bias_rings_above_three_deviations():
     assert "length bias" in alarms(SFT, SFT, SFT, length_bias_z=3.1)[0]
 
 
-def test_the_best_round_is_kept_and_of_equals_the_earlier():
-    assert best_round({0: 0.2, 1: 0.7, 2: 0.7, 3: 0.1}) == 1
+def test_people_who_prefer_sft_ring():
+    assert alarms(SFT, SFT, SFT, people_at_most=0.5) == []
+    assert "people prefer SFT's answers" in alarms(SFT, SFT, SFT, people_at_most=0.49)[0]
+
+
+def test_the_best_policy_is_kept_and_of_equals_the_earlier():
+    assert best_policy({"sft": 0.2, "round-0": 0.7, "round-1": 0.7, "round-2": 0.1}) == "round-0"
+    assert best_policy({"sft": 0.7, "round-0": 0.6, "round-1": 0.7}) == "sft"
 
 
 @pytest.mark.parametrize(
     ("kept", "patience", "kl", "labels", "said"),
     [
-        ([0, 1, 2], 2, 1.0, 0, None),
-        ([0, 0], 2, 1.0, 0, None),
-        ([0, 0, 0], 2, 1.0, 0, "no better policy in 2 rounds"),
-        ([0, 0, 0], 0, 1.0, 0, None),
-        ([0], 2, 11.0, 0, "11.0 nats from SFT"),
-        ([0], 2, 1.0, 500, "500 labels"),
+        (["sft", "round-0", "round-1"], 2, 1.0, 0, None),
+        (["sft", "round-0", "round-0"], 2, 1.0, 0, None),
+        (["sft", "round-0", "round-0", "round-0"], 2, 1.0, 0, "no better policy in 2 rounds"),
+        (["sft", "sft", "sft"], 2, 1.0, 0, "no better policy in 2 rounds"),
+        (["sft", "round-0", "round-0", "round-0"], 0, 1.0, 0, None),
+        (["sft", "round-0"], 2, 11.0, 0, "11.0 nats from SFT"),
+        (["sft", "round-0"], 2, 1.0, 500, "500 labels"),
     ],
 )
 def test_when_a_loop_ends(kept, patience, kl, labels, said):
@@ -80,5 +87,5 @@ def test_over_optimisation_is_seen_and_the_better_policy_kept():
     assert golds[1] > golds[0] and golds[3] < max(golds) - 0.3
     said = [alarms(rounds[0][0], rounds[i - 1][0], rounds[i][0]) for i in range(1, 4)]
     assert said[0] == [] and any("over-optimisation" in line for line in said[2])
-    kept = best_round({i: policy.held_out for i, (policy, _) in enumerate(rounds)})
+    kept = int(best_policy({str(i): policy.held_out for i, (policy, _) in enumerate(rounds)}))
     assert kept < 3 and golds[kept] > golds[3] + 0.3 and golds[kept] >= max(golds) - 0.1

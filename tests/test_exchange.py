@@ -203,7 +203,13 @@ def test_preferences_come_in_once(store, tmp_path):
             0,
         )
     assert [a.name for a in store.annotators()] == ["imported"]
-    assert store.prompts(split="train")[labelled(store)[0].pair.prompt_id]["prompt"] == "one"
+    # what a round draws from is the recipe's alone; it brings the columns of a prompt that was there before
+    assert not store.prompts(split="train")
+    assert store.prompts(split="imported")[labelled(store)[0].pair.prompt_id]["prompt"] == "one"
+    (number,) = store.add_prompts([("one", {"answer": 1})], "train")
+    assert store.prompts(split="train") == {number: {"prompt": "one", "columns": {"answer": 1}}}
+    assert import_preferences(store, path) == Moved(0, known=5, left_out=1)
+    assert store.prompts(split="train") == {number: {"prompt": "one", "columns": {"answer": 1}}}
     queue = Queue(store)
     assert queue.next(store.add_annotator("Ada"), count=9) == []  # nobody is asked what is known
     assert (queue.progress().done, queue.progress().wanted) == (0, 0)
@@ -338,7 +344,7 @@ def test_labels_that_contradict_the_store(store, other, tmp_path):
     with pytest.raises(BadInput, match="another answer in the place"):
         import_labels(other, path)
     assert other.counts() == {}
-    for change, why in (({"align_labels": 2}, "version"), ({"a": {}}, "`a` lacks"), ({"comparison": 3}, "lacks")):
+    for change, why in (({"align_labels": 1}, "version"), ({"a": {}}, "`a` lacks"), ({"comparison": 3}, "lacks")):
         with pytest.raises(BadInput, match=why):
             import_labels(other, write(tmp_path / "wrong.jsonl", [rows[0] | change]))
     del rows[0]["seconds"]

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from filelock import FileLock
 from sqlalchemy import select
 
 from align.artifact import read_lines, read_manifest
@@ -13,11 +14,12 @@ from align.errors import BadInput
 from align.feedback import schema
 from align.feedback.exchange import import_run, people_say
 from align.feedback.queue import Answer, Queue
-from align.feedback.store import NewLabel, Store
+from align.feedback.store import NewLabel, Store, prompt_hash
+from align.loop.context import Context
 from align.loop.merging import _is_held_out
 from align.loop.rounds import load_loop
 from align.loop.run import run_loop
-from align.loop.steps import STEPS, Context
+from align.loop.steps import STEPS
 from align.stages import checkpoint
 from tests import tiny
 
@@ -37,6 +39,11 @@ def recipe(base, data, folder, **changes):
     seen = list({json.dumps(row["prompt"]): row for row in rows}.values())
     for name, part in (("train", seen[:-3]), ("unseen", seen[-3:])):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
+    unseen = [row["prompt"] if isinstance(row["prompt"], str) else row["prompt"][-1]["content"] for row in seen[-3:]]
+    shown = [
+        line for line in (data / "sft.jsonl").read_text().splitlines(True) if not any(text in line for text in unseen)
+    ]
+    (folder / "sft.jsonl").write_text("".join(shown))
     train = {
         "learning_rate": 3e-3,
         "per_device_train_batch_size": 8,
@@ -49,7 +56,7 @@ def recipe(base, data, folder, **changes):
         "model": {"base": str(base)},
         "launch": "cpu",
         "num_rounds": 2,
-        "sft": {"method": {"r": 4}, "data": {"train": str(data / "sft.jsonl")}, "max_length": 64, "packing": False, "train": train},
+        "sft": {"method": {"r": 4}, "data": {"train": str(folder / "sft.jsonl")}, "max_length": 64, "packing": False, "train": train},
         "prompts": {"train": str(folder / "train.jsonl")},
         "sampling": {"max_new_tokens": 8},
         "collect": {"prompts_per_round": 8, "num_generations": 4, "temperatures": [0.7, 1.0], "random_pairs": 2},
@@ -58,7 +65,7 @@ def recipe(base, data, folder, **changes):
         "gate": {"level": 0.0, "delta": 1.0, "min_audit": 2, "held_out": 0.3},
         "ensemble": {"num_members": 2, "method": {"r": 4}, "max_length": 64, "train": train},
         "ppo": {"ppo": {"num_iterations": 2, "prompts_per_iteration": 4, "learning_rate": 1e-3, "eval_steps": 0, "save_steps": 1}},
-        "evaluation": {"prompts": {"train": str(folder / "unseen.jsonl")}, "judge": [{"use": f"{folder}/world.py:gold"}]},
+        "evaluation": {"prompts": {"train": str(folder / "unseen.jsonl")}, "judge": [{"use": f"{folder}/world.py:gold"}], "people_prompts": 2},
     }  # fmt: skip
     path = folder / "loop.yaml"
     path.write_text(yaml.safe_dump(values | changes))
@@ -108,8 +115,8 @@ def test_every_step_of_every_round_is_done_once(finished):
     assert counts["human"] >= 20 and counts["reward"] > 0
     verdict = store.result(1, "decide")
     policies = store.result(1, "evaluate")["policies"]
-    best = max((0, 1), key=lambda n: policies[f"round-{n}"]["held_out"])
-    assert verdict["kept"] == best and read_manifest(verdict["policy"])["kind"] == "ppo"
+    best = max(policies, key=lambda name: policies[name]["held_out"])
+    assert verdict["kept"] == best and read_manifest(verdict["policy"])["kind"] == ("sft" if best == "sft" else "ppo")
     store.close()
 
 
@@ -117,7 +124,7 @@ def test_what_the_machine_says_of_a_pair_is_of_its_sides(finished):
     loop, _ = finished
     store = Store(loop.store)
     scores = {c.id: c.scores for c in store.candidates(1)}
-    pairs = store.pairs(1)
+    pairs = [pair for pair in store.pairs(1) if pair.pairing != "evaluation"]
     assert any(pair.margins[0] < 0 for pair in pairs) and any(pair.margins[0] > 0 for pair in pairs)
     for pair in pairs:
         assert pair.margins == pytest.approx([a - b for a, b in zip(scores[pair.a_id], scores[pair.b_id], strict=True)])
@@ -134,10 +141,74 @@ def test_the_held_out_model_is_no_member_and_a_round_begins_where_the_best_ended
     assert loop.held_out(1).seed not in members
     store = Store(tmp_path / "store.db", create=True)
     assert Context(loop, store, 0, in_process).start_name == "sft"
-    store.finish(0, "decide", {"kept": 0})
-    store.finish(1, "decide", {"kept": 0})
+    store.finish(0, "decide", {"kept": "round-0"})
+    store.finish(1, "decide", {"kept": "round-0"})
     assert Context(loop, store, 2, in_process).start_name == "round-0"
     store.close()
+
+
+def test_people_compare_policies_and_their_votes_train_nothing(finished):
+    loop, _ = finished
+    store = Store(loop.store)
+    pairs = {pair.id: pair for pair in store.pairs(1) if pair.pairing == "evaluation"}
+    assert pairs and not pairs.keys() & people_say(store).keys()
+    texts = {prompt_hash(pair.prompt) for pair in pairs.values()}
+    assert not texts & {prompt_hash(row["prompt"]) for row in read_lines(loop.folder(1) / "pairs.jsonl")}
+    rows = {prompt_hash(r["prompt"]): r for r in read_lines(loop.folder(1) / "evaluate" / "samples.jsonl")}
+    said = {label.comparison_id: label.outcome for label in store.labels() if label.comparison_id in pairs}
+    for row in store.result(1, "vote")["compare"]:
+        won = []
+        for key, pair in pairs.items():
+            mine, theirs = (
+                rows[prompt_hash(pair.prompt)][row[side]]["response"] for side in ("challenger", "incumbent")
+            )
+            if {pair.a, pair.b} == {mine, theirs}:
+                won.append({"a": pair.a == mine, "b": pair.b == mine}.get(said[key], 0.5))
+        won += [0.5] * (row["prompts"] - len(won))  # who said the same was not asked about
+        assert row["prompts"] == 2 and row["win_rate"] == pytest.approx(sum(won) / 2)
+        versus = "sft" if row["incumbent"] == "sft" else "previous"
+        assert store.metrics()[1][f"people_win_rate_{versus}"] == row["win_rate"]
+    store.close()
+
+
+def test_a_label_that_the_ensemble_had_contradicted_gets_a_second_look(base, data, tmp_path):
+    route = {"kickstart": 12, "budget": 8, "audit": 0.25, "disagreement": 0.0, "uncertainty": 0.5, "recheck": 0.25}
+    people = {"use": f"{tmp_path}/world.py:gold", "noise": 0.5}
+    loop = load_loop(
+        recipe(
+            base, data, tmp_path, num_rounds=3, route=route | {"overlap": 0.0}, annotators=people, stop={"patience": 0}
+        )
+    )
+    assert run_loop(loop, in_process) == 0
+    store = Store(loop.store)
+    again = [pair for pair in store.pairs() if pair.rechecked is not None]
+    assert store.result(2, "route")["recheck"] == len(again) == 2 and "recheck" not in store.result(1, "route")
+    for pair in again:
+        labels = [
+            label for label in store.labels(sources=("human",)) if label.comparison_id == pair.id and not label.is_reask
+        ]
+        first, second = labels
+        assert (pair.round, pair.rechecked, pair.wanted) == (1, 2, 2) and first.annotator_id != second.annotator_id
+        assert (sum(pair.margins) > 0) != (first.outcome == "a") and first.outcome in ("a", "b")
+        assert people_say(store)[pair.id] == sum({"a": 1.0, "b": 0.0}.get(x.outcome, 0.5) for x in labels) / 2
+    # doubtful pairs, which nobody drew at random, say nothing of how far people agree
+    assert "agreement" not in store.metrics()[2] and "recheck_overturned" in store.metrics()[2]
+    store.close()
+
+
+def test_only_one_at_a_time(finished, tmp_path):
+    loop, _ = finished
+    with FileLock(loop.out / ".lock"), pytest.raises(BadInput, match="another `align loop` is at work"):
+        run_loop(loop, in_process)
+
+
+def test_a_round_s_critic_begins_as_its_reward_model_unless_the_recipe_says_otherwise(base, data, tmp_path):
+    loop = load_loop(recipe(base, data, tmp_path, ppo={"critic": {"warmup_iterations": 2}}))
+    critic = loop.ppo(1, "policy").critic
+    assert (critic.kind, critic.path, critic.warmup_iterations) == ("adapter", f"{loop.folder(1)}/reward/member-0", 2)
+    for own in ({"kind": "trunk"}, {"from": None}, {"from": "runs/reward", "warmup_iterations": 1}):
+        critic = load_loop(recipe(base, data, tmp_path, ppo={"critic": own})).ppo(1, "policy").critic
+        assert critic.path == own.get("from") and critic.kind == own.get("kind", "adapter")
 
 
 def test_round_0_is_peoples_alone_and_held_out_prompts_are_never_trained_on(finished):
@@ -151,7 +222,9 @@ def test_round_0_is_peoples_alone_and_held_out_prompts_are_never_trained_on(fini
     assert held_out and not {str(r["prompt"]) for r in held_out} & {str(r["prompt"]) for r in rows[1]}
     manifest = read_manifest(loop.folder(1) / "ppo")
     assert manifest["recipe"]["reference"]["from"] == loop.sft_folder
-    assert manifest["recipe"]["policy"]["from"] == str(loop.folder(0) / "ppo")
+    store = Store(loop.store)
+    assert manifest["recipe"]["policy"]["from"] == store.result(0, "decide")["policy"]
+    store.close()
 
 
 def test_killed_at_every_boundary_and_inside_every_stage_it_ends_the_same(finished, base, data, tmp_path, monkeypatch):
@@ -195,20 +268,31 @@ def test_killed_at_every_boundary_and_inside_every_stage_it_ends_the_same(finish
     assert state(loop, tmp_path) == state(*finished)
 
 
-def test_people_are_waited_for(base, data, tmp_path, capsys):
-    loop = load_loop(recipe(base, data, tmp_path, annotators="people", num_rounds=1))
-    assert run_loop(loop, in_process) == 0
-    assert "pairs go to two): align label" in capsys.readouterr().out
-    store = Store(loop.store)
+def answer_all(store, outcome):
+    """Two people answer what they are asked until nothing is left."""
     queue = Queue(store)
     people = [store.add_annotator(name) for name in ("one", "two")]
     while any(tasks := [queue.next(person) for person in people]):
         for person, found in zip(people, tasks, strict=True):
             for task in found:
                 key = f"{person}-{task.pair.id}-{task.is_reask}"
-                queue.submit(person, Answer(task.pair.id, "a", f"key-{key}", is_reask=task.is_reask))
+                queue.submit(person, Answer(task.pair.id, outcome, f"key-{key}", is_reask=task.is_reask))
+
+
+def test_people_are_waited_for(base, data, tmp_path, capsys):
+    loop = load_loop(recipe(base, data, tmp_path, annotators="people", num_rounds=1))
     assert run_loop(loop, in_process) == 0
-    assert store.result(0, "decide")["kept"] == 0
+    assert "pairs go to two): align label" in capsys.readouterr().out
+    store = Store(loop.store)
+    answer_all(store, "a")
+    assert run_loop(loop, in_process) == 0
+    said = capsys.readouterr().out
+    assert "labels are wanted of people: align label" in said and "kept:" not in said  # of two policies' answers
+    answer_all(store, "both_bad")
+    assert run_loop(loop, in_process) == 0
+    (row,) = store.result(0, "vote")["compare"]
+    assert (row["challenger"], row["incumbent"], row["win_rate"], row["prompts"]) == ("round-0", "sft", 0.5, 2)
+    assert store.result(0, "decide")["kept"] in ("sft", "round-0")
     store.close()
 
 
@@ -275,6 +359,18 @@ def test_a_prompt_to_evaluate_on_is_never_trained_on(base, data, tmp_path):
     path = recipe(base, data, tmp_path)
     (tmp_path / "unseen.jsonl").write_text((tmp_path / "train.jsonl").read_text().splitlines()[0] + "\n")
     with pytest.raises(BadInput, match="in `prompts` and in `evaluation.prompts`"):
+        run_loop(load_loop(path), in_process)
+    assert not (tmp_path / "loop").exists()
+
+
+def test_nor_is_a_demonstration_of_it(base, data, tmp_path):
+    path = recipe(base, data, tmp_path)
+    asked = [{"role": "user", "content": "what is a kettle?"}]
+    (tmp_path / "unseen.jsonl").write_text(json.dumps({"prompt": asked}) + "\n")
+    shown = {"messages": [*asked, {"role": "assistant", "content": "a pot"}]}
+    with open(tmp_path / "sft.jsonl", "a") as file:
+        file.write(json.dumps(shown) + "\n")
+    with pytest.raises(BadInput, match="in `sft.data` and in `evaluation.prompts`"):
         run_loop(load_loop(path), in_process)
     assert not (tmp_path / "loop").exists()
 

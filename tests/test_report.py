@@ -156,7 +156,7 @@ def fill_step(store, folder, r, step, prompts, person, words, rng, judge):
     if step == "decide":
         raised = ["entropy drop: 0.27 nats a token, against 0.58 after SFT"] if r == 1 else []
         result = {
-            "kept": min(r, 1),
+            "kept": f"round-{min(r, 1)}",
             "policy": f"loop/round-{min(r, 1)}/ppo",
             "alarms": raised,
             "stop": "no better policy in 2 rounds" if r == 2 else None,

@@ -54,6 +54,22 @@ def test_what_disagreement_lacks_goes_to_uncertainty():
     assert Counter(to.reason for to in routed) == {"disagreement": 1, "uncertainty": 19, "machine": 80}
 
 
+def test_labels_that_a_machine_contradicts_are_looked_at_again():
+    labelled = [Item(10_000 + n, 0.0, 0.1 * n) for n in range(6)]  # the first is not contradicted
+    shares = Shares(audit=0.2, disagreement=0.2, uncertainty=0.4, recheck=0.2)
+    routed = route(some_items(), 20, shares, seed=0, labelled=labelled)
+    counts = {"audit": 4, "disagreement": 4, "uncertainty": 8, "recheck": 4, "machine": 84}
+    assert Counter(to.reason for to in routed) == counts and keys_of(routed, "recheck") == {
+        10_002,
+        10_003,
+        10_004,
+        10_005,
+    }
+    routed = route(some_items(), 20, shares, seed=0, labelled=labelled[:2])
+    assert Counter(to.reason for to in routed) == counts | {"recheck": 1, "uncertainty": 11, "machine": 81}
+    assert sum(to.reason != "machine" for to in route(some_items(), 20, shares, seed=0)) == 20
+
+
 @pytest.mark.parametrize("budget", [1, 3, 7, 99, 100, 1000])
 @pytest.mark.parametrize("shares", [THIRDS, Shares(0.5, 0.5, 0.0), Shares(1.0, 0.0, 0.0), Shares(0.0, 0.0, 1.0)])
 def test_the_budget_is_spent_and_never_overdrawn(budget, shares):

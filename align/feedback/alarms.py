@@ -20,8 +20,13 @@ class Policy:
     spread: float = 0.0  # variance of the ensemble's members, mean over answers
 
 
-def alarms(sft: Policy, previous: Policy, current: Policy, *, length_bias_z: float = 0.0) -> list[str]:
-    """Sentences on what looks wrong; none where nothing does. All three were scored by the same models."""
+def alarms(
+    sft: Policy, previous: Policy, current: Policy, *, length_bias_z: float = 0.0, people_at_most: float = 1.0
+) -> list[str]:
+    """Sentences on what looks wrong; none where nothing does. All three were scored by the same models.
+
+    `people_at_most` is the upper end of the interval of the win rate that people gave the current one against SFT.
+    """
     found = []
     if current.proxy > previous.proxy and current.held_out < previous.held_out:
         found.append(
@@ -30,6 +35,8 @@ def alarms(sft: Policy, previous: Policy, current: Policy, *, length_bias_z: flo
         )
     if current.held_out < sft.held_out:
         found.append(f"worse than SFT by the held-out reward: {current.held_out:.2f}, against {sft.held_out:.2f}")
+    if people_at_most < 0.5:
+        found.append(f"people prefer SFT's answers: the policy wins at most {people_at_most:.0%} of their votes")
     ratio = current.length / max(sft.length, 1e-9)
     if not 1 / LENGTH_DRIFT <= ratio <= LENGTH_DRIFT:
         found.append(f"length drift: {current.length:.0f} tokens an answer, against {sft.length:.0f} after SFT")
@@ -44,15 +51,16 @@ def alarms(sft: Policy, previous: Policy, current: Policy, *, length_bias_z: flo
     return found
 
 
-def best_round(evidence: Mapping[int, float]) -> int:
-    """The round whose policy scores best by held-out evidence; of equals the earlier."""
-    return max(sorted(evidence), key=lambda number: evidence[number])
+def best_policy(evidence: Mapping[str, float]) -> str:
+    """The policy that scores best by held-out evidence; of equals the one that is named first."""
+    return max(evidence, key=lambda name: evidence[name])
 
 
 def reason_to_stop(
-    kept: Sequence[int], *, patience: int, kl: float, kl_limit: float | None, labels: int, label_limit: int | None
+    kept: Sequence[str], *, patience: int, kl: float, kl_limit: float | None, labels: int, label_limit: int | None
 ) -> str | None:
-    """Why the loop ends here, or None. `kept` is the round that was best after each round so far."""
+    """Why the loop ends here, or None. `kept` is the best policy before the first round and after each so far; `kl` is
+    that of the last of them."""
     if patience and len(kept) > patience and len(set(kept[-patience - 1 :])) == 1:
         return f"no better policy in {patience} rounds"
     if kl_limit is not None and kl > kl_limit:

@@ -24,12 +24,12 @@ from align.feedback.store import NewLabel, Store, chunks
 from align.settings import Source
 
 MARK = "align_labels"  # the first field of a line: the version of this format
-VERSION = 1
+VERSION = 2
 OF_LABEL = ("source", "outcome", "probability", "strength", "shown_order", "seconds", "comment", "is_reask")
 OF_CANDIDATE = ("id", "text", "round", "policy", "draw", "sampling", "scores")
 OF_COMPARISON = (
     *("id", "round", "pairing", "margins", "judge_probability", "judge_flipped"),
-    *("route", "reason", "propensity", "wanted", "reasked", "position"),
+    *("route", "reason", "propensity", "wanted", "reasked", "rechecked", "position"),
 )
 SET = OF_COMPARISON[3:]  # what is set after a comparison was added
 

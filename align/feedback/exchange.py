@@ -12,10 +12,10 @@ from align.errors import BadInput
 from align.feedback.backup import Moved, export_labels, import_labels, looks_like_labels
 from align.feedback.database import store_of
 from align.feedback.gate import soft_label
+from align.feedback.schema import EVALUATION, IMPORTED
 from align.feedback.store import NewLabel, Pair, Store, storable
 from align.settings import Source
 
-IMPORTED = "imported"  # the policy, the reason and the annotator of what comes from a file
 MACHINES = ("reward", "judge")
 
 
@@ -29,8 +29,9 @@ class Labelled:
     source: str = "human"
 
 
-def labelled(store: Store, round_: int | None = None) -> list[Labelled]:
+def labelled(store: Store, round_: int | None = None, *, of_evaluation: bool = False) -> list[Labelled]:
     """The pairs that have a label that stands, by id: people's where there are any, else the machine's, else gold.
+    Those that policies are evaluated by, which nothing may be trained on, are kept apart.
 
     Several people's probability is the mean of theirs (a label's own, or 1, 0 and 1/2 for a, b and the undecided).
     Repetitions, which say how far a person agrees with themselves, and skips do not count.
@@ -42,16 +43,17 @@ def labelled(store: Store, round_: int | None = None) -> list[Labelled]:
             votes.setdefault(label.comparison_id, {}).setdefault(label.source, []).append(said)
     found = []
     for pair in store.pairs(round_):
-        by_source = votes.get(pair.id, {})
+        by_source = votes.get(pair.id, {}) if (pair.pairing == EVALUATION) == of_evaluation else {}
         source = next((name for name in ("human", "judge", "reward", "gold") if name in by_source), None)
         if source is not None:
             found.append(Labelled(pair, soft_label(by_source[source]), source=source))
     return found
 
 
-def people_say(store: Store) -> dict[int, float]:
+def people_say(store: Store, *, of_evaluation: bool = False) -> dict[int, float]:
     """People's probability that a is better, of each pair that they have judged, by its id."""
-    return {each.pair.id: each.probability for each in labelled(store) if each.source == "human"}
+    found = labelled(store, of_evaluation=of_evaluation)
+    return {each.pair.id: each.probability for each in found if each.source == "human"}
 
 
 # --------------------------------------------------------------------------------------------- TRL's preference format
@@ -104,7 +106,7 @@ def import_preferences(store: Store, path: str | Path, *, limit: int | None = No
             num_left_out += 1
             continue
         rows.append((_content(preference.prompt), *_answers(preference), preference.probability))
-    prompts = store.add_prompts([(prompt, {}) for prompt, _, _, _ in rows], "train")
+    prompts = store.add_prompts([(prompt, {}) for prompt, _, _, _ in rows], IMPORTED)
     pairs = [(prompt, chosen, rejected) for prompt, (_, chosen, rejected, _) in zip(prompts, rows, strict=True)]
     # in an order that tells nothing: else a would be the chosen one in every pair
     drawn = _draw(store, [(prompt, text) for prompt, *texts in pairs for text in sorted(texts, key=_mixed)])

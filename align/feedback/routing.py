@@ -10,7 +10,7 @@ import torch
 
 from align.maths.acquisition import spread
 
-Reason = Literal["audit", "disagreement", "uncertainty", "kickstart", "machine"]
+Reason = Literal["audit", "recheck", "disagreement", "uncertainty", "kickstart", "machine"]
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,8 @@ class Item:
     """A pair of answers that the machine has judged.
 
     `uncertainty` is any score that is higher where the machine is less sure (`bald`, or minus its |margin|);
-    `disagreement` is how far two machines contradict each other, 0 where they do not.
+    `disagreement` is how far two machines contradict each other, or a machine and the label that a person has given; 0
+    where they do not.
     """
 
     key: int
@@ -29,16 +30,19 @@ class Item:
 
 @dataclass(frozen=True)
 class Shares:
-    """How people's time is divided; the three sum to 1."""
+    """How people's time is divided; the four sum to 1."""
 
     audit: float
     disagreement: float
     uncertainty: float
+    recheck: float = 0.0
 
     def __post_init__(self) -> None:
-        shares = (self.audit, self.disagreement, self.uncertainty)
+        shares = (self.audit, self.disagreement, self.uncertainty, self.recheck)
         if min(shares) < 0.0 or not math.isclose(sum(shares), 1.0, abs_tol=1e-6):
-            raise ValueError(f"shares {shares} of audit, disagreement and uncertainty must be 0 or more and sum to 1")
+            raise ValueError(
+                f"shares {shares} of audit, disagreement, uncertainty and recheck must be 0 or more and sum to 1"
+            )
 
 
 @dataclass(frozen=True)
@@ -56,12 +60,16 @@ class Routed:
     propensity: float
 
 
-def route(items: Sequence[Item], budget: int, shares: Shares, *, seed: int) -> list[Routed]:
+def route(
+    items: Sequence[Item], budget: int, shares: Shares, *, seed: int, labelled: Sequence[Item] = ()
+) -> list[Routed]:
     """Routes `budget` items to people and the others to the machine, in order of key, whatever the order of `items`.
 
     The audit comes first, uniformly from all items; of what it leaves, the largest disagreements (above 0), then the
     most uncertain, spread by embedding where every item has one. Disagreements that are too few leave their share to
-    uncertainty, which is never short: every item has some. Ties go to the lower key.
+    uncertainty, which is never short: every item has some. Of `labelled`, which people have judged before, those with
+    the largest disagreements are given to people once more ("recheck"); the others are not routed. Ties go to the
+    lower key.
 
     Raises:
         ValueError: two items have the same key.
@@ -73,14 +81,19 @@ def route(items: Sequence[Item], budget: int, shares: Shares, *, seed: int) -> l
 
     reasons: dict[int, Reason] = {}
     reasons |= dict.fromkeys(_draw([item.key for item in ordered], num_audit, seed, "audit"), "audit")
-    disputed = [item for item in ordered if item.disagreement > 0.0 and item.key not in reasons]
-    disputed = sorted(disputed, key=lambda item: -item.disagreement)[:num_disputed]
-    reasons |= dict.fromkeys((item.key for item in disputed), "disagreement")
+    again = _most_disputed(labelled, min(round(budget * shares.recheck), budget - num_audit - num_disputed))
+    reasons |= dict.fromkeys(again, "recheck")
+    reasons |= dict.fromkeys(_most_disputed([i for i in ordered if i.key not in reasons], num_disputed), "disagreement")
     left = [item for item in ordered if item.key not in reasons]
     reasons |= dict.fromkeys(_most_uncertain(left, budget - len(reasons)), "uncertainty")
 
-    routed = [(item.key, reasons.get(item.key, "machine")) for item in ordered]
+    routed = [(key, reasons.get(key, "machine")) for key in sorted([*again, *(item.key for item in ordered)])]
     return [Routed(key, reason, num_audit / len(ordered) if reason == "audit" else 1.0) for key, reason in routed]
+
+
+def _most_disputed(items: Iterable[Item], count: int) -> list[int]:
+    disputed = sorted((item for item in items if item.disagreement > 0.0), key=lambda i: (-i.disagreement, i.key))
+    return [item.key for item in disputed[:count]]
 
 
 def _most_uncertain(items: list[Item], count: int) -> list[int]:

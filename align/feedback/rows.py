@@ -37,6 +37,7 @@ class Pair:
     propensity: float | None
     wanted: int
     reasked: bool
+    rechecked: int | None
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,11 @@ from sqlalchemy import CheckConstraint, DateTime, Float, ForeignKey, Index, Stri
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 from sqlalchemy.types import TypeDecorator
 
-VERSION = 1  # of these tables
+VERSION = 2  # of these tables
 OUTCOMES = ("a", "b", "tie", "both_bad", "skip")  # what a person may say of a pair
 WITHDRAWN = "withdrawn"  # what an undo appends
+IMPORTED = "imported"  # the policy, pairing, reason and annotator of what comes from a file
+EVALUATION = "evaluation"  # the pairing and the reason of pairs that no label of trains on
 SOURCES = ("human", "reward", "judge", "gold")
 # spelt alike in indices and queries: SQLite takes a partial index for nothing else
 OF_PEOPLE = text("route = 'human'")
@@ -79,7 +81,8 @@ class Metric(Base):
 
 
 class Prompt(Base):
-    """A prompt, known by the hash of its content; `split` is `train` or `evaluation`, and never both."""
+    """A prompt, known by the hash of its content; `split` is `train` or `evaluation`, and never both. Labels from a
+    file bring `imported` ones, which rounds do not draw from; the recipe makes them `train` where it has them too."""
 
     __tablename__ = "prompts"
     id: Mapped[int] = mapped_column(primary_key=True)
@@ -119,16 +122,17 @@ class Comparison(Base):
     prompt_id: Mapped[int] = mapped_column(ForeignKey("prompts.id"))
     a_id: Mapped[int] = mapped_column(ForeignKey("candidates.id"))
     b_id: Mapped[int] = mapped_column(ForeignKey("candidates.id"))
-    pairing: Mapped[str] = mapped_column(String(16))  # best_worst | random | imported
+    pairing: Mapped[str] = mapped_column(String(16))  # best_worst | random | imported | evaluation
     margins: Mapped[list[float] | None]  # ensemble members' logits that a is better
     judge_probability: Mapped[float | None] = mapped_column(Float)  # of a, averaged over both orders
     judge_flipped: Mapped[bool | None]  # its answer depends on the order
     route: Mapped[str | None] = mapped_column(String(16))  # human | machine; None: not routed yet
-    reason: Mapped[str | None] = mapped_column(String(16))  # kickstart | audit | disagreement | uncertainty | machine
+    reason: Mapped[str | None] = mapped_column(String(16))  # a Reason, imported or evaluation
     propensity: Mapped[float | None] = mapped_column(Float)
     wanted: Mapped[int] = mapped_column(default=0)  # people to ask; 2 and more: overlap
     answered: Mapped[int] = mapped_column(default=0)  # people whose label stands: `Store.recount` keeps it
     reasked: Mapped[bool] = mapped_column(default=False)  # the same person is asked again, without being told
+    rechecked: Mapped[int | None]  # the round that gave it to a second person, since the machine contradicted the first
     position: Mapped[int] = mapped_column(default=0)  # in the queue; shuffled, so that it tells nothing
 
 

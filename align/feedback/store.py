@@ -31,6 +31,7 @@ from align.feedback.rows import (
     storable,
 )
 from align.feedback.schema import (
+    IMPORTED,
     OUTCOMES,
     SOURCES,
     VERSION,
@@ -159,7 +160,8 @@ class Store:
     # ------------------------------------------------------------------------------------ prompts, answers and pairs
 
     def add_prompts(self, rows: Iterable[tuple[Any, Mapping[str, Any]]], split: str) -> list[int]:
-        """Ids of prompts (content, columns), in their order; one that is there already keeps its id.
+        """Ids of prompts (content, columns), in their order; one that is there already keeps its id. An `imported` one
+        is `train` as soon as it is given as such, with the columns that it then has.
 
         Raises:
             BadInput: a prompt is on the other side already: what is evaluated on is never trained on.
@@ -173,7 +175,9 @@ class Store:
                     found = Prompt(hash=digest, split=split, content={"prompt": prompt, "columns": dict(columns)})
                     session.add(found)
                     session.flush()
-                elif found.split != split:
+                elif found.split == IMPORTED and split == "train":
+                    found.split, found.content = split, {"prompt": prompt, "columns": dict(columns)}
+                elif found.split != split and (found.split, split) != ("train", IMPORTED):
                     raise BadInput(f"a prompt is in `{found.split}` and in `{split}`: {one_line(prompt, 60)}; drop one")
                 ids.append(found.id)
         return ids

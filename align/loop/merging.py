@@ -48,17 +48,23 @@ def merge_labels(loop: Loop, store: Store, round_: int) -> dict[str, float]:
 
 
 def _of_people(store: Store) -> dict[str, float]:
-    """Agreement with each other (all rounds), with themselves, and how often the left side wins."""
+    """Agreement with each other (all rounds), with themselves, and how often the left side wins.
+
+    Pairs that were rechecked are no measure of agreement: they were chosen for being doubtful.
+    """
     labels = [label for label in store.labels(sources=("human",)) if label.outcome != "skip"]
+    rechecked = {pair.id for pair in store.pairs(route="human") if pair.rechecked is not None}
     units: dict[int, list[str]] = defaultdict(list)
+    doubted: dict[int, list[str]] = defaultdict(list)
     first: dict[tuple[int, int | None], str] = {}
     for label in labels:
         if not label.is_reask:
-            units[label.comparison_id].append(label.outcome)
+            (doubted if label.comparison_id in rechecked else units)[label.comparison_id].append(label.outcome)
             first[label.comparison_id, label.annotator_id] = label.outcome
     again = [x for x in labels if x.is_reask and (x.comparison_id, x.annotator_id) in first]
     said = [first[x.comparison_id, x.annotator_id] for x in again]
     twice = [unit[:2] for unit in units.values() if len(unit) > 1]
+    second = [said[0] != said[1] for said in doubted.values() if len(said) > 1]
     sides = ["left" if x.outcome == x.shown_order[0] else "right" for x in labels if x.outcome in ("a", "b")]
     figures = {
         "agreement": pair_agreement(units.values()),
@@ -67,6 +73,7 @@ def _of_people(store: Store) -> dict[str, float]:
         "self_consistency": self_consistency(said, [x.outcome for x in again]) if again else math.nan,
         "left_rate": left_rate(sides) if sides else math.nan,
         "human_labels": float(len(labels)),
+        "recheck_overturned": sum(second) / len(second) if second else math.nan,
     }
     return {name: value for name, value in figures.items() if math.isfinite(value)}
 

@@ -28,6 +28,7 @@ OURS = {  # keys of a section's stage that the loop itself sets, beside those th
     "ensemble": ("data",),
     "ppo": ("policy", "reference", "rewards", "prompts", "sampling", "max_prompt_length"),
 }
+SFT = "sft"  # the fixed policy's name among those that are evaluated; the others are round-<number>
 Stage = TypeVar("Stage", bound=StageSettings)
 
 
@@ -101,9 +102,12 @@ class Loop:
         )
 
     def ppo(self, round_: int, current: str) -> PpoSettings:
-        critic = {"from": str(member_folders(self.folder(round_) / "reward", 1)[0])}
-        values = {"critic": critic} | self.settings.ppo | self._sampled()
+        values = self.settings.ppo | self._sampled()
+        critic = values.get("critic", {})
+        if isinstance(critic, dict) and not {"kind", "from"} & critic.keys():
+            critic = critic | {"from": str(member_folders(self.folder(round_) / "reward", 1)[0])}
         values |= {
+            "critic": critic,
             "policy": {"from": current},
             "reference": {"from": self.sft_folder},
             "rewards": [self.proxy(round_)],
@@ -122,17 +126,22 @@ class Loop:
         held_out = {"use": "learned", "from": str(self.folder(round_) / "heldout")}
         spread = {"use": "ensemble", "from": str(self.folder(round_) / "reward"), "how": "variance"}
         beside = {"proxy": self.proxy(round_), "spread": spread} | ({"held_out": held_out} if has_held_out else {})
-        names = [f"round-{number}" for number in range(round_ + 1)]
+        policies = self.policies(round_)
+        *earlier, last = policies
         values = self._sampled() | {
-            "policies": {"sft": self.sft_folder} | {name: str(self.folder(r) / "ppo") for r, name in enumerate(names)},
-            "compare": [(names[-1], "sft")] + [(names[-1], name) for name in names[:-1]],
-            "reference": "sft",
+            "policies": policies,
+            "compare": [(last, name) for name in earlier],
+            "reference": SFT,
             "judge": e.judge or ([held_out] if has_held_out else [self.proxy(round_)]),
             "beside": beside,
             "prompts": e.prompts,
             "max_prompts": e.max_prompts,
         }
         return self._stage(EvaluateSettings, self.folder(round_) / "evaluate", values)  # the same draws every round
+
+    def policies(self, round_: int) -> dict[str, str]:
+        """Name -> folder: SFT's, then each round's until this one."""
+        return {SFT: self.sft_folder} | {f"round-{r}": str(self.folder(r) / "ppo") for r in range(round_ + 1)}
 
     def _sampled(self) -> dict[str, Any]:
         return {"sampling": self.settings.sampling, "max_prompt_length": self.settings.max_prompt_length}

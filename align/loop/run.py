@@ -3,7 +3,11 @@
 import json
 import time
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 from align.artifact import MANIFEST, check_parent, state_of, write_json
 from align.door import check_model, check_recipe
@@ -11,8 +15,9 @@ from align.errors import BadInput
 from align.feedback.database import LOOP
 from align.feedback.store import Store
 from align.launch import plan, start
+from align.loop.context import Context, Halt, Start
 from align.loop.rounds import Loop
-from align.loop.steps import STEPS, Context, Halt, Start, prompts_of, why_to_stop
+from align.loop.steps import STEPS, Prompts, prompts_of, why_to_stop
 from align.recipe import Recipe
 from align.report.loop_page import report
 from align.rewards import check_rewards
@@ -21,6 +26,7 @@ from align.settings.loop import Simulated
 
 MAY_CHANGE = {"launch", "track", "num_rounds", "stop"}  # while a loop stands still
 MARK = "loop"  # of a loop, in loop.json and in the store
+LOCK = ".lock"
 
 
 def run_loop(loop: Loop, start_stage: Start | None = None) -> int:
@@ -37,6 +43,26 @@ def run_loop(loop: Loop, start_stage: Start | None = None) -> int:
             return start(launch, settings, path)
 
         print(f"{loop.settings.num_rounds} rounds in {loop.out}, {launch.description}", flush=True)
+    loop.out.mkdir(parents=True, exist_ok=True)
+    with _alone(loop.out):
+        return _run(loop, prompts, start_stage)
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """While this holds, no other process runs the loop of this folder; a lock ends with its process, however that ends.
+
+    Raises:
+        BadInput: another does.
+    """
+    try:
+        with FileLock(folder / LOCK, blocking=False):
+            yield
+    except Timeout:
+        raise BadInput(f"`output`: another `align loop` is at work in {folder}; wait for it, or stop it") from None
+
+
+def _run(loop: Loop, prompts: Prompts, start_stage: Start) -> int:
     store = _open(loop)
     try:
         for split, rows in prompts.items():
@@ -53,7 +79,7 @@ def run_loop(loop: Loop, start_stage: Start | None = None) -> int:
             if why := why_to_stop(this, verdict["kept"]):  # not the stored reason: the recipe may allow more now
                 print(f"ends after round {number}: {why}", flush=True)
                 break
-        print(f"kept: round {verdict['kept']}, {verdict['policy']}", flush=True)
+        print(f"kept: {verdict['kept']}, {verdict['policy']}", flush=True)
         print(report(loop.out), flush=True)
         return 0
     except Halt as halt:
@@ -75,7 +101,6 @@ def _open(loop: Loop) -> Store:
     try:
         if store.fact(MARK) not in (None, mark):
             raise BadInput(f"{loop.path}: `store`: {store} belongs to another loop; name a database of its own")
-        loop.out.mkdir(parents=True, exist_ok=True)
         write_json(loop.out / LOOP, {MARK: mark} | _values(loop), private=True)  # a database's URL may hold a password
         store.fact(MARK, mark)
         return store
@@ -103,19 +128,19 @@ def _round(this: Context) -> None:
 
 def _told(name: str, result: dict) -> str:
     """A step's result in a line."""
-    if name == "evaluate":
+    if "compare" in result:
         return "".join(
             f"{row['win_rate']:.1%} against {row['incumbent']} ({row['low']:.1%} to {row['high']:.1%}), "
             for row in result["compare"]
         )
     if name == "decide":
         raised = "".join(f"{alarm}; " for alarm in result["alarms"])
-        return f"keeps round {result['kept']}; {'ALARM: ' + raised if raised else ''}"
+        return f"keeps {result['kept']}; {'ALARM: ' + raised if raised else ''}"
     shown = {k: v for k, v in result.items() if isinstance(v, (int, float))}
     return "".join(f"{key} {value:.3g}, " for key, value in list(shown.items())[:6])
 
 
-def check_loop(loop: Loop) -> dict:
+def check_loop(loop: Loop) -> Prompts:
     """Everything that can be wrong with a loop before it runs; returns its prompts (`prompts_of`).
 
     Raises:
@@ -144,7 +169,7 @@ def _check_sections(loop: Loop) -> None:
             check_model(settings)
         except BadInput as error:
             raise BadInput(f"{loop.path}: in `{section}`: {error}") from error
-    if "critic" in loop.settings.ppo and ppo.critic.path is not None:
+    if "from" in loop.settings.ppo.get("critic", {}) and ppo.critic.path is not None:
         check_parent(ppo.critic.path, ("reward",), f"{loop.path}: `ppo.critic.from`")
 
 
@@ -180,7 +205,7 @@ def _check_output(loop: Loop) -> None:
 
 def _may_be_there(name: str) -> bool:
     """What may be in a loop's folder before it runs: its SFT run, and a store that labels were brought into."""
-    return name == "sft" or name.startswith("store.db")
+    return name in ("sft", LOCK) or name.startswith("store.db")
 
 
 def _values(loop: Loop) -> dict:

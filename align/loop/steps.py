@@ -3,77 +3,23 @@
 import math
 import random
 from collections import defaultdict
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from align.artifact import read_lines, read_manifest, state_of, write_lines
+from align.artifact import read_lines, state_of, write_lines
 from align.data import load
 from align.errors import BadInput
-from align.feedback.alarms import Policy, alarms, best_round, reason_to_stop
-from align.feedback.annotators import Annotator
-from align.feedback.queue import Queue, shown_order
+from align.feedback.alarms import Policy, alarms, best_policy, reason_to_stop
+from align.feedback.exchange import people_say
 from align.feedback.routing import Item, Shares, kickstart, overlap, reasks, route
-from align.feedback.store import NewLabel, Pair, Store, prompt_hash
-from align.loop.merging import gold_scores, merge_labels
-from align.loop.rounds import Loop
-from align.settings import StageSettings
-from align.settings.loop import Simulated
+from align.feedback.store import Pair, prompt_hash
+from align.loop.context import Context, Result
+from align.loop.merging import merge_labels
+from align.loop.people import ask, duels, won
+from align.loop.rounds import SFT, Loop
 from align.wording import one_line
 
-Start = Callable[[StageSettings, Path], tuple[int, str]]
-Result = dict[str, Any]
-
-
-class Halt(Exception):
-    """The loop goes no further now: a stage stopped or failed, or people have labels to give."""
-
-    def __init__(self, code: int, reason: str = ""):
-        super().__init__(reason)
-        self.code = code
-
-
-@dataclass(frozen=True)
-class Context:
-    """A loop under way, in one of its rounds."""
-
-    loop: Loop
-    store: Store
-    round: int
-    start: Start
-
-    @property
-    def folder(self) -> Path:
-        return self.loop.folder(self.round)
-
-    def before(self, step: str) -> Result:
-        """The result of a step of the round before."""
-        return self.store.result(self.round - 1, step) or {}
-
-    @property
-    def current(self) -> str:
-        """The policy that this round collects from and goes on with: the best so far."""
-        return str(self.before("decide").get("policy", self.loop.sft_folder))
-
-    @property
-    def start_name(self) -> str:
-        """The name of that policy among those that are evaluated."""
-        return f"round-{self.before('decide')['kept']}" if self.round else "sft"
-
-    @property
-    def previous(self) -> str:
-        """The one before it."""
-        return str(self.before("decide").get("previous", self.loop.sft_folder))
-
-    def run(self, settings: StageSettings) -> dict[str, Any]:
-        """Runs a stage unless it is finished; its manifest."""
-        if state_of(settings) != "finished":
-            code, reason = self.start(settings, Path(f"{settings.output}.yaml"))
-            if code:
-                raise Halt(code, reason)
-        return read_manifest(settings.output)
-
+Prompts = dict[str, list[tuple[Any, Mapping[str, Any]]]]  # side -> prompts with their columns
 
 # ------------------------------------------------------------------------------------------------------------- steps
 
@@ -133,12 +79,16 @@ def route_pairs(this: Context) -> Result:
     else:
         embeddings = _embeddings(this, pairs)
         items = [Item(pair.id, _uncertainty(pair), _disagreement(pair), embeddings[pair.id]) for pair in pairs]
-        routed = route(items, r.budget, Shares(r.audit, r.disagreement, r.uncertainty), seed=seed)
-    people = [item.key for item in routed if item.reason != "machine"]
-    twice, again = set(overlap(people, r.overlap, seed=seed)), set(reasks(people, r.reasks, seed=seed))
+        shares = Shares(r.audit, r.disagreement, r.uncertainty, r.recheck)
+        routed = route(items, r.budget, shares, seed=seed, labelled=_contradicted(this))
+    again = {item.key: {"wanted": 2, "rechecked": this.round} for item in routed if item.reason == "recheck"}
+    new = [item for item in routed if item.key not in again]
+    people = [item.key for item in new if item.reason != "machine"]
+    twice, reasked = set(overlap(people, r.overlap, seed=seed)), set(reasks(people, r.reasks, seed=seed))
     places = list(range(len(people)))
     random.Random(f"places {seed}").shuffle(places)  # so that the place in the queue says nothing of the reason
     position = dict(zip(people, places, strict=True))
+    this.store.set_comparisons(again)
     this.store.set_comparisons(
         {
             item.key: {
@@ -146,10 +96,10 @@ def route_pairs(this: Context) -> Result:
                 "reason": item.reason,
                 "propensity": item.propensity,
                 "wanted": (2 if item.key in twice else 1) if item.key in position else 0,
-                "reasked": item.key in again,
+                "reasked": item.key in reasked,
                 "position": position.get(item.key, 0),
             }
-            for item in routed
+            for item in new
         }
     )
     counts: dict[str, int] = defaultdict(int)
@@ -160,13 +110,7 @@ def route_pairs(this: Context) -> Result:
 
 def label(this: Context) -> Result:
     """People's answers: simulated ones at once, real ones when they are all in."""
-    simulated = this.loop.settings.annotators
-    if isinstance(simulated, Simulated):
-        _simulate(this, simulated)
-    progress = Queue(this.store).progress()
-    if progress.done < progress.wanted:
-        wanted = f"{progress.wanted - progress.done} labels are wanted of people{_of_two(this)}"
-        raise Halt(0, f"{wanted}: align label {this.loop.out}\nThen go on with: align loop {this.loop.path}")
+    ask(this)
     return {"human": this.store.counts(this.round).get("human", 0)}
 
 
@@ -201,41 +145,50 @@ def evaluate(this: Context) -> Result:
     metrics = this.run(this.loop.evaluate(this.round, _has_held_out(this)))["metrics"]
     own = metrics["policies"][f"round-{this.round}"]
     values = {f"policy_{name.replace('kl_to_sft', 'kl')}": value for name, value in own.items()}
-    for row in metrics["compare"]:
-        if row["incumbent"] in ("sft", this.start_name):
-            versus = "sft" if row["incumbent"] == "sft" else "previous"
-            values |= {
-                f"win_rate_{versus}{end}": row[key]
-                for key, end in (("win_rate", ""), ("low", "_low"), ("high", "_high"))
-            }
-    this.store.set_metrics(this.round, values)
+    this.store.set_metrics(this.round, values | _win_rates(this, metrics["compare"]))
     return {"policies": metrics["policies"], "compare": metrics["compare"]}
+
+
+def vote(this: Context) -> Result:
+    """People's blind choice between this round's answers and SFT's, and those of the policy that it began from."""
+    if not this.loop.settings.evaluation.people_prompts:
+        return {}
+    asked = duels(this, list(dict.fromkeys((SFT, this.start_name))))
+    ask(this)
+    compare = won(this, asked)
+    this.store.set_metrics(this.round, _win_rates(this, compare, "people_"))
+    return {"compare": compare}
 
 
 def decide(this: Context) -> Result:
     """Alarms, the policy that is kept, and whether the loop goes on (as things are now: `run_loop` asks again)."""
     policies = (this.store.result(this.round, "evaluate") or {})["policies"]
-    evidence = "held_out" if "held_out" in policies["sft"] else "proxy"
-    best = best_round({number: policies[f"round-{number}"][evidence] for number in range(this.round + 1)})
+    evidence = "held_out" if "held_out" in policies[SFT] else "proxy"
+    best = best_policy({name: figures[evidence] for name, figures in policies.items()})
     bias = this.store.metrics().get(this.round, {}).get("length_bias_z", 0.0)
-    names = ("sft", this.start_name, f"round-{this.round}")
-    raised = alarms(*(_policy(policies[name], evidence) for name in names), length_bias_z=bias)
+    names = (SFT, this.start_name, f"round-{this.round}")
+    votes = (this.store.result(this.round, "vote") or {}).get("compare", [])
+    raised = alarms(
+        *(_policy(policies[name], evidence) for name in names),
+        length_bias_z=bias,
+        people_at_most=next((row["high"] for row in votes if row["incumbent"] == SFT), 1.0),
+    )
     return {
         "kept": best,
-        "policy": str(this.loop.folder(best) / "ppo"),
+        "policy": this.loop.policies(this.round)[best],
         "previous": this.current,
         "alarms": raised,
         "stop": why_to_stop(this, best),
     }
 
 
-def why_to_stop(this: Context, best: int) -> str | None:
+def why_to_stop(this: Context, best: str) -> str | None:
     """Why the loop ends after this round, after which `best` is kept, by the recipe as it is now; None: it goes on."""
     stop = this.loop.settings.stop
     return reason_to_stop(
-        [int((this.store.result(r, "decide") or {})["kept"]) for r in range(this.round)] + [best],
+        [SFT] + [(this.store.result(r, "decide") or {})["kept"] for r in range(this.round)] + [best],
         patience=stop.patience,
-        kl=(this.store.result(this.round, "evaluate") or {})["policies"][f"round-{this.round}"]["kl_to_sft"],
+        kl=(this.store.result(this.round, "evaluate") or {})["policies"][best]["kl_to_sft"],
         kl_limit=stop.kl,
         labels=this.store.counts().get("human", 0),
         label_limit=stop.human_labels,
@@ -252,17 +205,18 @@ STEPS: dict[str, Callable[[Context], Result]] = {
     "heldout": held_out,
     "ppo": ppo,
     "evaluate": evaluate,
+    "vote": vote,
     "decide": decide,
 }
 
 
-def prompts_of(loop: Loop) -> dict[str, list[tuple[Any, Mapping[str, Any]]]]:
+def prompts_of(loop: Loop) -> Prompts:
     """The recipe's prompts with their columns, by the side that they are on.
 
     Raises:
-        BadInput: a side has none, or a prompt is on both.
+        BadInput: a side has none, or a prompt that is evaluated on is trained on.
     """
-    found: dict[str, list[tuple[Any, Mapping[str, Any]]]] = {}
+    found: Prompts = {}
     for split, key, data in (
         ("evaluation", "evaluation.prompts", loop.settings.evaluation.prompts),
         ("train", "prompts", loop.settings.prompts),
@@ -272,11 +226,22 @@ def prompts_of(loop: Loop) -> dict[str, list[tuple[Any, Mapping[str, Any]]]]:
         if not found[split]:
             raise BadInput(f"{loop.path}: `{key}` holds no prompt")
     held = {prompt_hash(prompt) for prompt, _ in found["evaluation"]}
-    both = next((prompt for prompt, _ in found["train"] if prompt_hash(prompt) in held), None)
-    if both is not None:
-        text = one_line(both if isinstance(both, str) else both[-1]["content"], 60)
-        raise BadInput(f"{loop.path}: a prompt is in `prompts` and in `evaluation.prompts`: {text}; drop one")
+    trained = [("prompts", prompt) for prompt, _ in found["train"]] + [("sft.data", p) for p in _demonstrated(loop)]
+    for key, prompt in trained:
+        if prompt_hash(prompt) in held:
+            text = one_line(prompt if isinstance(prompt, str) else prompt[-1]["content"], 60)
+            raise BadInput(f"{loop.path}: a prompt is in `{key}` and in `evaluation.prompts`: {text}; drop one")
     return found
+
+
+def _demonstrated(loop: Loop) -> list[Any]:
+    """The prompts of an SFT stage that has yet to run."""
+    sft = loop.sft()
+    return (
+        []
+        if sft is None or state_of(sft) == "finished"
+        else [_plain(r.prompt) for r in load(sft.data, "demonstrations").train]
+    )
 
 
 # ------------------------------------------------------------------------------------------------------- their parts
@@ -308,13 +273,32 @@ def _uncertainty(pair: Pair) -> float:
     return float(bald(torch.sigmoid(torch.tensor(pair.margins, dtype=torch.float64))[:, None])[0])
 
 
+def _contradicted(this: Context) -> list[Item]:
+    """Pairs on which one person has contradicted the ensemble of their round, which had not seen the label."""
+    said = people_say(this.store)
+    found = []
+    for pair in this.store.pairs(route="human"):
+        is_open = pair.wanted == 1 or pair.rechecked == this.round  # so: a step that is done again finds them again
+        if pair.round < this.round and pair.margins and pair.id in said and is_open:
+            probability = _ensemble_says(pair.margins)
+            gap = abs(said[pair.id] - probability)
+            is_contradicted = said[pair.id] != 0.5 and (said[pair.id] > 0.5) != (probability > 0.5)
+            found.append(Item(pair.id, 0.0, gap if is_contradicted else 0.0))
+    return found
+
+
+def _ensemble_says(margins: Sequence[float]) -> float:
+    """The probability that a is better, by the mean of the members' margins."""
+    return 1.0 / (1.0 + math.exp(-max(-60.0, min(60.0, sum(margins) / len(margins)))))
+
+
 def _disagreement(pair: Pair) -> float:
     """How far judge and ensemble are apart where they take different sides, or the judge is unsure of its own."""
     if pair.judge_probability is None or pair.margins is None:
         return 0.0
-    mean = sum(pair.margins) / len(pair.margins)
-    gap = abs(pair.judge_probability - 1.0 / (1.0 + math.exp(-mean)))
-    return gap if pair.judge_flipped or (mean > 0) != (pair.judge_probability > 0.5) else 0.0
+    probability = _ensemble_says(pair.margins)
+    gap = abs(pair.judge_probability - probability)
+    return gap if pair.judge_flipped or (probability > 0.5) != (pair.judge_probability > 0.5) else 0.0
 
 
 def _embeddings(this: Context, pairs: list[Pair]) -> dict[int, list[float]]:
@@ -323,37 +307,14 @@ def _embeddings(this: Context, pairs: list[Pair]) -> dict[int, list[float]]:
     return {pair.id: by_prompt[prompt_hash(pair.prompt)] for pair in pairs}
 
 
-def _simulate(this: Context, simulated: Simulated) -> None:
-    pairs = this.store.pairs(this.round, route="human")
-    gold = gold_scores(simulated, pairs)
-    people = [
-        Annotator(f"simulated-{k}", simulated.noise, simulated.tie_margin, simulated.length_bias, simulated.temperature)
-        for k in range(1, simulated.num_annotators + 1)
-    ]
-    ids = {person.name: this.store.add_annotator(person.name, is_simulated=True) for person in people}
-    labels = []
-    for pair in pairs:
-        asked = [(people[(pair.id + k) % len(people)], 0) for k in range(pair.wanted)]
-        asked += [(people[pair.id % len(people)], 1)] if pair.reasked else []
-        for person, ask in asked:
-            outcome = person.label(
-                *gold[pair.id],
-                person.rng(pair.id, seed=this.loop.settings.seed, ask=ask),
-                length_difference=len(pair.a) - len(pair.b),
-            )
-            key, order = f"{person.name}-{pair.id}-{ask}", shown_order(pair.id, ids[person.name], bool(ask))
-            labels.append(
-                NewLabel(
-                    pair.id, "human", outcome, key, annotator_id=ids[person.name], shown_order=order, is_reask=bool(ask)
-                )
-            )
-    this.store.add_labels(labels)
-
-
-def _of_two(this: Context) -> str:
-    """That one person alone cannot finish, where that is so."""
-    count = sum(pair.wanted > 1 for pair in this.store.pairs(this.round, route="human"))
-    return f" ({count} pairs go to two)" if count else ""
+def _win_rates(this: Context, compare: list[Result], by: str = "") -> dict[str, float]:
+    """A round's win rates as metrics: against SFT, and against the policy that it began from."""
+    found: dict[str, float] = {}
+    for row in compare:
+        if row["incumbent"] in (SFT, this.start_name):
+            name = f"{by}win_rate_{'sft' if row['incumbent'] == SFT else 'previous'}"
+            found |= {name: row["win_rate"], f"{name}_low": row["low"], f"{name}_high": row["high"]}
+    return found
 
 
 def _has_held_out(this: Context) -> bool:

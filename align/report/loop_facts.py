@@ -19,7 +19,7 @@ from align.feedback.store import Pair, Store
 from align.report.page import read_rows
 from align.wording import one_line
 
-STEPS = ("collect", "score", "route", "label", "merge", "reward", "heldout", "ppo", "evaluate", "decide")
+STEPS = ("collect", "score", "route", "label", "merge", "reward", "heldout", "ppo", "evaluate", "vote", "decide")
 MACHINES = ("reward", "judge")
 Found = dict[str, Any]
 

@@ -37,6 +37,7 @@ REASONS = {
     "audit": ("people: audit", SAND),
     "disagreement": ("people: disagreement", "#f0c39a"),
     "uncertainty": ("people: uncertainty", "#f7e0cb"),
+    "evaluation": ("people: evaluation", "#fbeee2"),
     "accepted": ("machine: accepted", INK),
     "left out": ("machine: left out", PALE),
     "not asked": ("not asked", "#e2e8f0"),
@@ -56,7 +57,9 @@ def sections(facts: Facts) -> list[Section]:
         Section(
             "What a label found",
             "How often people contradicted the ensemble, by the reason for which they were asked. The audit is drawn "
-            "at random: it is what any label would find, and a reason that finds more is worth its budget.",
+            "at random: it is what any label would find, and a reason that finds more is worth its budget. A label "
+            "that the ensemble contradicted may be given to a second person: the last column is how often they, too, "
+            "say otherwise.",
             tables=_filled(_corrections(facts)),
         ),
         _believed(facts),
@@ -140,6 +143,7 @@ def _corrections(facts: Facts) -> Table:
         "audit (random)": ("corrected_audit", percent),
         "uncertainty": ("corrected_uncertainty", percent),
         "disagreement": ("corrected_disagreement", percent),
+        "a second person, another's label": ("recheck_overturned", percent),
     }
     return by_round("People contradict the ensemble", _columns(facts, names), facts.rounds)
 

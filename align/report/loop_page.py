@@ -5,6 +5,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from align.feedback.schema import EVALUATION
 from align.report import loop_labels, stage_page
 from align.report.curves import ACCENT, INK, PALE
 from align.report.loop_facts import LOOP, STEPS, Facts, Found, read
@@ -32,6 +33,12 @@ from align.report.tables import plain
 from align.track import read_metrics
 
 NUM_SAMPLES = 6
+VERSUS = {  # metrics of a round -> whom its policy is compared with, and who says so
+    "win_rate_sft": "SFT",
+    "win_rate_previous": "the best before",
+    "people_win_rate_sft": "SFT, people say",
+    "people_win_rate_previous": "the best before, people say",
+}
 
 
 def report(folder: str | Path) -> Path:
@@ -88,20 +95,25 @@ def headline(facts: Facts) -> str:
 def _kept(facts: Facts) -> str:
     if "kept" not in facts.verdict:
         return "No policy has been decided on yet."
-    kept = int(facts.verdict["kept"])
-    own = next((row for row in facts.result(kept, "evaluate").get("compare", []) if row["incumbent"] == "sft"), None)
+    kept = str(facts.verdict["kept"])
+    if kept == "sft":
+        return "SFT's policy is kept: no round's is better by held-out evidence."
+    round_ = int(kept.removeprefix("round-"))
+    own = next((row for row in facts.result(round_, "evaluate").get("compare", []) if row["incumbent"] == "sft"), None)
     if own is None:
-        return f"The policy of round {kept} is kept."
-    nats = facts.policies.get(f"round-{kept}", {}).get("kl_to_sft", math.nan)
+        return f"The policy of round {round_} is kept."
+    nats = facts.policies.get(kept, {}).get("kl_to_sft", math.nan)
     return (
-        f"The policy of round {kept} is kept: by the {facts.judge} score it beats SFT on {percent(own['win_rate'])} of "
-        f"{number(own['prompts'])} unseen prompts (95 % interval {percent(own['low'])} to {percent(own['high'])}), at "
-        f"{nats:.2f} nats from it."
+        f"The policy of round {round_} is kept: by the {facts.judge} score it beats SFT on "
+        f"{percent(own['win_rate'])} of {number(own['prompts'])} unseen prompts (95 % interval {percent(own['low'])} "
+        f"to {percent(own['high'])}), at {nats:.2f} nats from it."
     )
 
 
 def _labelled(facts: Facts) -> str:
-    given = sum(label.source == "human" for label in facts.labels)
+    judging = {pair.id for pair in facts.pairs if pair.pairing == EVALUATION}
+    by_people = [label.comparison_id in judging for label in facts.labels if label.source == "human"]
+    given, votes = by_people.count(False), by_people.count(True)
     if not given:
         return "Nobody has labelled a pair yet."
     people, machine = len(facts.votes), len(facts.machine.keys() - facts.votes.keys())
@@ -114,6 +126,7 @@ def _labelled(facts: Facts) -> str:
             if machine
             else "the machine none yet."
         )
+        + (f" {number(votes)} votes more compared policies, and train nothing." if votes else "")
     )
 
 
@@ -172,7 +185,7 @@ def _told(facts: Facts, key: str) -> str:
 
 
 def _against_kl(facts: Facts, key: str) -> Any:
-    kept = f"round-{facts.verdict.get('kept')}"
+    kept = facts.verdict.get("kept")
 
     def draw(axis: Any) -> None:
         # an estimate of a KL may fall below 0
@@ -192,13 +205,13 @@ def _against_kl(facts: Facts, key: str) -> Any:
 
 def _rates(facts: Facts, versus: str) -> list[tuple[int, float, float, float]]:
     """Round, win rate and its interval."""
-    value, low, high = (f"win_rate_{versus}{end}" for end in ("", "_low", "_high"))
+    value, low, high = (f"{versus}{end}" for end in ("", "_low", "_high"))
     found = [(r, facts.metric(r, value), facts.metric(r, low), facts.metric(r, high)) for r in facts.rounds]
     return [row for row in found if all(map(math.isfinite, row))]
 
 
 def _won(facts: Facts) -> tuple[Picture, ...]:
-    sides = {"SFT": _rates(facts, "sft"), "the round before": _rates(facts, "previous")}
+    sides = {name: _rates(facts, key) for key, name in VERSUS.items()}
     if not any(sides.values()):
         return ()
     told = "; ".join(
@@ -234,7 +247,7 @@ def _policy_table(facts: Facts) -> Table:
         "distinct-2": "distinct_2",
         "spread": "spread",
     }
-    kept = f"round-{facts.verdict.get('kept')}"
+    kept = facts.verdict.get("kept")
     rows = [
         (f"{name} (kept)" if name == kept else name, *(decimal(figures.get(key)) for key in columns.values()))
         for name, figures in facts.policies.items()
@@ -245,7 +258,7 @@ def _policy_table(facts: Facts) -> Table:
 
 def _win_table(facts: Facts) -> tuple[Table, ...]:
     rows = []
-    for versus, name in (("sft", "SFT"), ("previous", "the round before")):
+    for versus, name in VERSUS.items():
         rows += [
             (f"{r}", name, percent(v), f"{percent(lo)} to {percent(hi)}") for r, v, lo, hi in _rates(facts, versus)
         ]

@@ -213,7 +213,7 @@ def with_intervals(
         shift = 0.08 * (place - (len(series) - 1) / 2)
         values = [value for value, _, _ in points]
         reach = [[max(0.0, v - low) for v, low, _ in points], [max(0.0, high - v) for v, _, high in points]]
-        colour = COLOURS[1 - place % 2]
+        colour = (ACCENT, INK, *COLOURS[2:])[place % len(COLOURS)]
         moved = [x + shift for x in xs]
         axis.errorbar(moved, values, yerr=reach, fmt="o", color=colour, markersize=5, capsize=3, label=name)
 

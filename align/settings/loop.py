@@ -30,14 +30,17 @@ class Route(Settings):
     audit: Fraction = 0.3  # of the budget, drawn uniformly: the only unbiased slice
     disagreement: Fraction = 0.2  # where judge and ensemble take different sides
     uncertainty: Fraction = 0.5  # where the members contradict each other, spread over prompts
+    recheck: Fraction = 0.0  # one person's labels of earlier rounds that the ensemble of then contradicts most
     overlap: Fraction = 0.1  # of people's pairs, given to a second person
     reasks: Fraction = 0.05  # of people's pairs, shown to the same person again without a word
 
     @model_validator(mode="after")
     def _shares_are_all(self) -> "Route":
-        total = self.audit + self.disagreement + self.uncertainty
+        total = self.audit + self.disagreement + self.uncertainty + self.recheck
         if abs(total - 1.0) > 1e-6:
-            raise ValueError(f"`audit`, `disagreement` and `uncertainty` are shares of one budget and sum to {total:g}")
+            raise ValueError(
+                f"`audit`, `disagreement`, `uncertainty` and `recheck` are shares of one budget and sum to {total:g}"
+            )
         return self
 
 
@@ -67,7 +70,7 @@ class Stop(Settings):
     """When the loop ends before its last round."""
 
     patience: Interval = 2  # rounds without a better policy by held-out evidence; 0: never
-    kl: Positive | None = None  # sequence KL to the SFT policy (nats)
+    kl: Positive | None = None  # sequence KL of the policy that is kept to the SFT policy (nats)
     human_labels: Count | None = None  # people's labels in all
 
 
@@ -77,6 +80,7 @@ class Evaluation(Settings):
     prompts: Data
     max_prompts: Count = 256
     judge: tuple[Reward, ...] = ()  # such as a gold score; none: the held-out reward model
+    people_prompts: Interval = 0  # on which people, too, compare each round's answer with SFT's and the best one's
 
 
 def _as_run(value: Any) -> Any:
@@ -110,9 +114,11 @@ class LoopSettings(Settings):
     stop: Stop = Stop()
 
     @model_validator(mode="after")
-    def _overlap_has_two_people(self) -> "LoopSettings":
-        if isinstance(self.annotators, Simulated) and self.annotators.num_annotators < 2 and self.route.overlap > 0:
-            raise ValueError(
-                "`route.overlap` asks two people about a pair: set it to 0, or `annotators.num_annotators: 2`"
-            )
+    def _pairs_for_two_have_two_people(self) -> "LoopSettings":
+        for name in ("overlap", "recheck"):
+            is_asked = getattr(self.route, name) > 0
+            if is_asked and isinstance(self.annotators, Simulated) and self.annotators.num_annotators < 2:
+                raise ValueError(
+                    f"`route.{name}` asks two people about a pair: set it to 0, or `annotators.num_annotators: 2`"
+                )
         return self

@@ -64,6 +64,7 @@ def run(settings: EvaluateSettings, worker: Worker) -> None:
     try:
         judged = {}
         for number, (name, folder) in enumerate(settings.policies.items(), 1):
+            worker.stop_if_asked(lambda: None)  # there is nothing to save: the same answers are drawn again
             judged[name] = _judge(bases.role(folder), reference, rows, judge, beside, bases, settings, worker)
             found = judged[name]
             tracker.log(number, {"policy": name, "score": _mean(found.scores), "kl": _mean(found.kl)})

@@ -26,26 +26,28 @@ from align.track import Tracker
 from align.worker import Worker
 
 ANSWERS, PAIRS = "answers.jsonl", "pairs.jsonl"
+AT_ONCE = 64  # pairs that the judge is asked between two looks at signals
 EMBEDDING_SIZE = 32  # numbers of a prompt's embedding that are kept, by a fixed random projection
 
 
 def run(settings: ScoreSettings, worker: Worker) -> None:
-    """Scores, pairs, and asks the judge. One process does it: it is short beside sampling and training."""
+    """Scores, pairs, and asks the judge. The processes share the scoring; the judge is asked by one."""
     bases = Bases(settings.model, worker.device)
     if worker.is_main:
         begin(settings, bases.main.fingerprint)
-        tracker = Tracker(settings, total=1, start=0, shown=("pairs",), is_main=True)
-        try:
-            _score(settings, bases, tracker)
-        finally:
-            tracker.close()
+    worker.wait()
+    tracker = Tracker(settings, total=1, start=0, shown=("pairs",), is_main=worker.is_main)
+    try:
+        _score(settings, bases, tracker, worker)
+    finally:
+        tracker.close()
     worker.wait()
 
 
-def _score(settings: ScoreSettings, bases: Bases, tracker: Tracker) -> None:
+def _score(settings: ScoreSettings, bases: Bases, tracker: Tracker, worker: Worker) -> None:
     rows = read_lines(Path(settings.candidates) / CANDIDATES)
     answers = answers_of(rows, bases)
-    scores = _member_scores(settings, answers, bases)  # (N, K), K = 0 without an ensemble
+    scores = _member_scores(settings, answers, bases, worker)  # (N, K), K = 0 without an ensemble
     drawn = draw_pairs(rows, scores.mean(1) if scores.shape[1] else None, settings)
     pairs: list[dict[str, Any]] = [{"a": a, "b": b, "pairing": pairing} for a, b, pairing in drawn]
     embeddings = prompt_embeddings(bases.role(None), answers, settings.max_batch_tokens)
@@ -56,15 +58,23 @@ def _score(settings: ScoreSettings, bases: Bases, tracker: Tracker) -> None:
     if settings.judge is not None:
         from align.rewards.judge import Question, build_judge
 
-        judge = build_judge(settings.judge, bases, cache=Path(settings.output) / "judge.jsonl")
+        cache = Path(settings.output) / "judge.jsonl"
+        judge = build_judge(settings.judge, bases, cache=cache) if worker.is_main else None
         questions = [
             Question(rows[p["a"]]["prompt"], rows[p["a"]]["text"], rows[p["b"]]["text"], rows[p["a"]]["columns"])
             for p in pairs
         ]
-        for pair, verdict in zip(pairs, judge(questions), strict=True):
-            pair |= {"judge_probability": verdict.probability, "judge_flipped": verdict.is_flipped}
-        metrics |= {"judge_tokens": judge.tokens, "judge_cost": judge.cost}
-        metrics["judge_flips"] = sum(pair["judge_flipped"] for pair in pairs) / max(len(pairs), 1)
+        for start in range(0, len(pairs), AT_ONCE):
+            worker.stop_if_asked(lambda: None)
+            if judge is not None:
+                part = slice(start, start + AT_ONCE)
+                for pair, verdict in zip(pairs[part], judge(questions[part]), strict=True):
+                    pair |= {"judge_probability": verdict.probability, "judge_flipped": verdict.is_flipped}
+        if judge is not None:
+            metrics |= {"judge_tokens": judge.tokens, "judge_cost": judge.cost}
+            metrics["judge_flips"] = sum(pair["judge_flipped"] for pair in pairs) / max(len(pairs), 1)
+    if not worker.is_main:
+        return
     folder = Path(settings.output)
     write_lines(folder / ANSWERS, [row | {"scores": s} for row, s in zip(rows, scores.tolist(), strict=True)])
     write_lines(folder / PAIRS, pairs)
@@ -81,11 +91,24 @@ def answers_of(rows: Sequence[dict[str, Any]], bases: Bases) -> Answers:
     return Answers(prompts, [ids for ids, _ in encoded], texts, [ids for _, ids in encoded])
 
 
-def _member_scores(settings: ScoreSettings, answers: Answers, bases: Bases) -> Tensor:
+def _member_scores(settings: ScoreSettings, answers: Answers, bases: Bases, worker: Worker) -> Tensor:
     if settings.ensemble is None:
         return torch.zeros(len(answers.texts), 0, dtype=torch.float64)
     members = ensemble_members(settings.ensemble, bases, normalize=False, max_batch_tokens=settings.max_batch_tokens)
-    return torch.tensor([member(answers) for member in members], dtype=torch.float64).T
+    mine = list(worker.mine(len(answers.texts)))
+    own = Answers(
+        [answers.prompts[i] for i in mine],
+        [answers.prompt_ids[i] for i in mine],
+        [answers.texts[i] for i in mine],
+        [answers.ids[i] for i in mine],
+    )
+    found = []
+    for member in members:
+        worker.stop_if_asked(lambda: None)  # there is nothing to save: the same scores are found again
+        found.append(member(own))
+    parts = worker.gather_objects(found)
+    whole = [[parts[i % len(parts)][k][i // len(parts)] for i in range(len(answers.texts))] for k in range(len(found))]
+    return torch.tensor(whole, dtype=torch.float64).T
 
 
 def draw_pairs(

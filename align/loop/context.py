@@ -1,0 +1,63 @@
+"""A loop under way: where its steps stand, and how they run a stage."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from align.artifact import read_manifest, state_of
+from align.feedback.store import Store
+from align.loop.rounds import SFT, Loop
+from align.settings import StageSettings
+
+Start = Callable[[StageSettings, Path], tuple[int, str]]
+Result = dict[str, Any]  # of a step
+
+
+class Halt(Exception):
+    """The loop goes no further now: a stage stopped or failed, or people have labels to give."""
+
+    def __init__(self, code: int, reason: str = ""):
+        super().__init__(reason)
+        self.code = code
+
+
+@dataclass(frozen=True)
+class Context:
+    """A loop under way, in one of its rounds."""
+
+    loop: Loop
+    store: Store
+    round: int
+    start: Start
+
+    @property
+    def folder(self) -> Path:
+        return self.loop.folder(self.round)
+
+    def before(self, step: str) -> Result:
+        """The result of a step of the round before."""
+        return self.store.result(self.round - 1, step) or {}
+
+    @property
+    def current(self) -> str:
+        """The policy that this round collects from and goes on with: the best so far."""
+        return str(self.before("decide").get("policy", self.loop.sft_folder))
+
+    @property
+    def start_name(self) -> str:
+        """The name of that policy among those that are evaluated."""
+        return str(self.before("decide").get("kept", SFT))
+
+    @property
+    def previous(self) -> str:
+        """The one before it."""
+        return str(self.before("decide").get("previous", self.loop.sft_folder))
+
+    def run(self, settings: StageSettings) -> dict[str, Any]:
+        """Runs a stage unless it is finished; its manifest."""
+        if state_of(settings) != "finished":
+            code, reason = self.start(settings, Path(f"{settings.output}.yaml"))
+            if code:
+                raise Halt(code, reason)
+        return read_manifest(settings.output)

@@ -1,0 +1,127 @@
+"""What people are asked: pairs that train, and policies' answers to compare. Simulated people answer at once."""
+
+import random
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from align.artifact import read_lines
+from align.feedback.annotators import Annotator
+from align.feedback.exchange import people_say
+from align.feedback.queue import Queue, shown_order
+from align.feedback.schema import EVALUATION
+from align.feedback.store import NewLabel, prompt_hash
+from align.loop.context import Context, Halt, Result
+from align.loop.merging import gold_scores
+from align.maths.calibration import wilson_interval
+from align.settings.loop import Simulated
+
+
+def ask(this: Context) -> None:
+    """Until people have answered all that they were asked.
+
+    Raises:
+        Halt: labels are missing, which real people have to give.
+    """
+    simulated = this.loop.settings.annotators
+    if isinstance(simulated, Simulated):
+        _simulate(this, simulated)
+    progress = Queue(this.store).progress()
+    if progress.done < progress.wanted:
+        wanted = f"{progress.wanted - progress.done} labels are wanted of people{_of_two(this)}"
+        raise Halt(0, f"{wanted}: align label {this.loop.out}\nThen go on with: align loop {this.loop.path}")
+
+
+def _simulate(this: Context, simulated: Simulated) -> None:
+    """Answers to all pairs; those that are there already stay."""
+    pairs = [pair for pair in this.store.pairs(route="human") if pair.wanted]
+    gold = gold_scores(simulated, pairs)
+    people = [
+        Annotator(f"simulated-{k}", simulated.noise, simulated.tie_margin, simulated.length_bias, simulated.temperature)
+        for k in range(1, simulated.num_annotators + 1)
+    ]
+    ids = {person.name: this.store.add_annotator(person.name, is_simulated=True) for person in people}
+    labels = []
+    for pair in pairs:
+        asked = [(people[(pair.id + k) % len(people)], 0) for k in range(pair.wanted)]
+        asked += [(people[pair.id % len(people)], 1)] if pair.reasked else []
+        for person, time in asked:
+            outcome = person.label(
+                *gold[pair.id],
+                person.rng(pair.id, seed=this.loop.settings.seed, ask=time),
+                length_difference=len(pair.a) - len(pair.b),
+            )
+            key, order = f"{person.name}-{pair.id}-{time}", shown_order(pair.id, ids[person.name], bool(time))
+            given = NewLabel(pair.id, "human", outcome, key, annotator_id=ids[person.name])
+            labels.append(replace(given, shown_order=order, is_reask=bool(time)))
+    this.store.add_labels(labels)
+
+
+def _of_two(this: Context) -> str:
+    """That one person alone cannot finish, where that is so."""
+    labels = this.store.labels(sources=("human",))
+    answers = Counter(label.comparison_id for label in labels if not label.is_reask)
+    count = sum(pair.wanted > 1 and answers[pair.id] < pair.wanted for pair in this.store.pairs(route="human"))
+    return f" ({count} pairs go to two)" if count else ""
+
+
+@dataclass(frozen=True)
+class Duel:
+    """This round's answer to an evaluation prompt against the `incumbent`'s; no pair where both say the same."""
+
+    incumbent: str
+    pair: int | None
+    is_a: bool = True  # whether this round's is the pair's a
+
+
+def duels(this: Context, incumbents: Sequence[str]) -> list[Duel]:
+    """Puts `evaluation.people_prompts` answers of this round beside those of each incumbent, for people to compare."""
+    settings, own = this.loop.settings, f"round-{this.round}"
+    rows = read_lines(this.folder / "evaluate" / "samples.jsonl")
+    rng = random.Random(f"duels {settings.seed}")  # the same prompts in every round
+    rows = [rows[i] for i in sorted(rng.sample(range(len(rows)), min(settings.evaluation.people_prompts, len(rows))))]
+    known = {prompt_hash(row["prompt"]): key for key, row in this.store.prompts(split="evaluation").items()}
+    prompts = [known[prompt_hash(row["prompt"])] for row in rows]
+    texts = {name: [row[name]["response"] for row in rows] for name in (*incumbents, own)}
+    sampling = settings.sampling.model_dump()
+    ids = {
+        name: this.store.add_candidates(
+            this.round, name, sampling, [(key, 0, text) for key, text in zip(prompts, said, strict=True)]
+        )
+        for name, said in texts.items()
+    }
+    found = []
+    for name in incumbents:
+        differ = [at for at in range(len(rows)) if texts[name][at] != texts[own][at]]
+        asked = [(prompts[at], ids[name][at], ids[own][at], EVALUATION) for at in differ]
+        pairs = dict(zip(differ, this.store.add_comparisons(this.round, asked), strict=True))
+        found += [Duel(name, pairs.get(at), ids[own][at] < ids[name][at]) for at in range(len(rows))]
+    _queue(this, sorted({duel.pair for duel in found if duel.pair is not None}))
+    return found
+
+
+def _queue(this: Context, pairs: list[int]) -> None:
+    """In an order that does not tell the incumbents apart."""
+    places = list(range(len(pairs)))
+    random.Random(f"duels {this.loop.settings.seed + this.round}").shuffle(places)
+    asked = {"route": "human", "reason": EVALUATION, "propensity": 1.0, "wanted": 1}
+    this.store.set_comparisons({pair: asked | {"position": at} for pair, at in zip(pairs, places, strict=True)})
+
+
+def won(this: Context, asked: Sequence[Duel]) -> list[Result]:
+    """Win rates of this round's policy by people's votes. Equal answers and undecided people count a half, skips not.
+
+    The interval is Wilson's at 95 %.
+    """
+    said = people_say(this.store, of_evaluation=True)
+    found: list[Result] = []
+    for name in dict.fromkeys(duel.incumbent for duel in asked):
+        mine = [duel for duel in asked if duel.incumbent == name]
+        votes = [said[d.pair] if d.is_a else 1.0 - said[d.pair] for d in mine if d.pair is not None and d.pair in said]
+        votes += [0.5 for duel in mine if duel.pair is None]
+        if votes:
+            rate = sum(votes) / len(votes)
+            low, high = wilson_interval(rate, len(votes))
+            row = {"challenger": f"round-{this.round}", "incumbent": name, "win_rate": rate, "low": low, "high": high}
+            found.append(row | {"prompts": len(votes)})
+    return found
