@@ -291,7 +291,8 @@ def test_all_labels_survive_a_round_trip(store, other, tmp_path):
     assert import_labels(other, first) == Moved(0, known=12)
     assert import_labels(store, first) == Moved(0, known=12)
     export_labels(other, second)
-    assert without_ids(second) == without_ids(first)
+    # what rounds draw from is said by a loop's recipe, not by labels that are brought in
+    assert without_ids(second) == [row | {"split": "imported"} for row in without_ids(first)]
     assert [(r.probability, r.source) for r in labelled(other)] == [(r.probability, r.source) for r in labelled(store)]
     assert sum(answered(other).values()) == 7
 
@@ -334,6 +335,17 @@ def test_many_corrections_come_back(store, other, tmp_path):
     answered(other)
 
 
+def test_labels_of_the_first_version_are_read(store, other, tmp_path):
+    labelled_store(store)
+    export_labels(store, tmp_path / "labels.jsonl")
+    rows = read(tmp_path / "labels.jsonl")
+    for row in rows:
+        assert row["comparison"].pop("rechecked") is None
+    assert import_labels(other, write(tmp_path / "first.jsonl", [row | {"align_labels": 1} for row in rows])) == Moved(
+        12
+    )
+
+
 def test_labels_that_contradict_the_store(store, other, tmp_path):
     labelled_store(store)
     path = tmp_path / "labels.jsonl"
@@ -344,7 +356,7 @@ def test_labels_that_contradict_the_store(store, other, tmp_path):
     with pytest.raises(BadInput, match="another answer in the place"):
         import_labels(other, path)
     assert other.counts() == {}
-    for change, why in (({"align_labels": 1}, "version"), ({"a": {}}, "`a` lacks"), ({"comparison": 3}, "lacks")):
+    for change, why in (({"align_labels": 3}, "version"), ({"a": {}}, "`a` lacks"), ({"comparison": 3}, "lacks")):
         with pytest.raises(BadInput, match=why):
             import_labels(other, write(tmp_path / "wrong.jsonl", [rows[0] | change]))
     del rows[0]["seconds"]

@@ -130,6 +130,7 @@ def test_the_level_follows_people_down_to_a_floor():
     assert target_level(0.9, 0.05, 0.7) == pytest.approx(0.85)
     assert target_level(0.72, 0.05, 0.7) == 0.7
     assert target_level(math.nan, 0.05, 0.7) == 0.7
+    assert target_level(0.9, None, 0.7) == 0.7
 
 
 def test_machine_labels_weigh_at_most_the_cap_together_and_one_each():

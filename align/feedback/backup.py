@@ -19,12 +19,13 @@ from sqlalchemy.orm import aliased
 from align.artifact import write_lines
 from align.data import Row, read_rows
 from align.errors import BadInput
-from align.feedback.schema import Annotator, Candidate, Comparison, Label, Prompt
+from align.feedback.schema import IMPORTED, Annotator, Candidate, Comparison, Label, Prompt
 from align.feedback.store import NewLabel, Store, chunks
 from align.settings import Source
 
 MARK = "align_labels"  # the first field of a line: the version of this format
 VERSION = 2
+READABLE = (1, VERSION)  # the first had no `rechecked`
 OF_LABEL = ("source", "outcome", "probability", "strength", "shown_order", "seconds", "comment", "is_reask")
 OF_CANDIDATE = ("id", "text", "round", "policy", "draw", "sampling", "scores")
 OF_COMPARISON = (
@@ -128,12 +129,12 @@ def import_labels(store: Store, path: str | Path) -> Moved:
 def _check(row: Row) -> None:
     values = row.values
     cure = "; give a file that `align feedback export --format labels` wrote"
-    if values.get(MARK) != VERSION:
+    if values.get(MARK) not in READABLE:
         raise BadInput(f"{row.where}: not a label of version {VERSION} (`{MARK}`){cure}")
     needed = {
         "": {"key", "annotator", "is_simulated", "created", "supersedes", "split", "prompt", "columns", *OF_LABEL}
     }
-    needed |= {"a": set(OF_CANDIDATE), "b": set(OF_CANDIDATE), "comparison": set(OF_COMPARISON)}
+    needed |= {"a": set(OF_CANDIDATE), "b": set(OF_CANDIDATE), "comparison": set(OF_COMPARISON) - {"rechecked"}}
     for part, names in needed.items():
         inner = values.get(part) if part else values
         missing = sorted(names - set(inner)) if isinstance(inner, dict) else ["all"]
@@ -146,6 +147,7 @@ def _add_prompts(store: Store, rows: list[Row]) -> dict[str, int]:
     found: dict[str, int] = {}
     for split, group in groupby(rows, key=lambda row: row.values["split"]):
         contents = {json.dumps(row.values["prompt"]): (row.values["prompt"], row.values["columns"]) for row in group}
+        split = IMPORTED if split == "train" else split  # a loop draws from its recipe's prompts, which it adds itself
         found |= dict(zip(contents, store.add_prompts(contents.values(), split), strict=True))
     return found
 
@@ -201,7 +203,7 @@ def _add_comparisons(
 
 
 def _columns(values: Mapping[str, Any], is_turned: bool) -> dict[str, Any]:
-    columns = {name: values[name] for name in SET}
+    columns = {name: values.get(name) for name in SET}
     if is_turned:
         columns["margins"] = None if values["margins"] is None else [-margin for margin in values["margins"]]
         columns["judge_probability"] = _turned(values["judge_probability"])

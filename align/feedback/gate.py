@@ -75,12 +75,12 @@ def accept_threshold(
     return best
 
 
-def target_level(human_agreement: float, delta: float, level: float) -> float:
+def target_level(human_agreement: float, delta: float | None, level: float) -> float:
     """The agreement that the machine must reach: people's own with each other less `delta`, and never below `level`.
 
-    Where people's is unknown (NaN, nothing was labelled twice) it is `level`.
+    Where people's is unknown (NaN, nothing was labelled twice), or does not count (`delta` is None), it is `level`.
     """
-    return level if math.isnan(human_agreement) else max(human_agreement - delta, level)
+    return level if delta is None or math.isnan(human_agreement) else max(human_agreement - delta, level)
 
 
 def machine_weight(human_weight: float, num_machine: int, *, cap: float = 4.0) -> float:

@@ -12,7 +12,7 @@ VERSION = 2  # of these tables
 OUTCOMES = ("a", "b", "tie", "both_bad", "skip")  # what a person may say of a pair
 WITHDRAWN = "withdrawn"  # what an undo appends
 IMPORTED = "imported"  # the policy, pairing, reason and annotator of what comes from a file
-EVALUATION = "evaluation"  # the pairing and the reason of pairs that no label of trains on
+EVALUATION = "evaluation"  # the pairing and reason of pairs that compare policies, whose labels train nothing
 SOURCES = ("human", "reward", "judge", "gold")
 # spelt alike in indices and queries: SQLite takes a partial index for nothing else
 OF_PEOPLE = text("route = 'human'")
@@ -99,7 +99,9 @@ class Candidate(Base):
     id: Mapped[int] = mapped_column(primary_key=True)
     prompt_id: Mapped[int] = mapped_column(ForeignKey("prompts.id"))
     round: Mapped[int]
-    policy: Mapped[str] = mapped_column(String(64))  # current | previous | sft | a name of the user's
+    policy: Mapped[str] = mapped_column(
+        String(64)
+    )  # current | previous | sft | imported | round-<n>, in a vote | a name of the user's
     draw: Mapped[int]  # the number of this answer among those of the prompt
     sampling: Mapped[dict[str, Any]]
     text: Mapped[str]

@@ -178,7 +178,9 @@ class Store:
                 elif found.split == IMPORTED and split == "train":
                     found.split, found.content = split, {"prompt": prompt, "columns": dict(columns)}
                 elif found.split != split and (found.split, split) != ("train", IMPORTED):
-                    raise BadInput(f"a prompt is in `{found.split}` and in `{split}`: {one_line(prompt, 60)}; drop one")
+                    cure = f"drop it from `{split if found.split == IMPORTED else found.split}`"
+                    where = f"in `{found.split}` and in `{split}`"
+                    raise BadInput(f"a prompt is {where}: {one_line(prompt, 60)}; {cure}")
                 ids.append(found.id)
         return ids
 

@@ -12,6 +12,7 @@ from align.feedback.gate import (
     machine_weight,
     target_level,
 )
+from align.feedback.schema import EVALUATION
 from align.feedback.store import NewLabel, Pair, Store, prompt_hash
 from align.loop.rounds import Loop
 from align.maths.agreement import cohen_kappa, krippendorff_alpha, left_rate, pair_agreement, self_consistency
@@ -25,20 +26,20 @@ def merge_labels(loop: Loop, store: Store, round_: int) -> dict[str, float]:
     pairs = {pair.id: pair for pair in store.pairs()}
     votes = people_say(store)
     figures = _of_people(store)
-    is_held_out = {key: _is_held_out(pair, loop.settings.gate.held_out) for key, pair in pairs.items()}
+    held = {key: is_held_out(pair, loop.settings.gate.held_out) for key, pair in pairs.items()}
     if round_ > 0:
         store.drop_machine_labels(round_)  # of a merge that was cut off: people may have said more since
-        taught_pairs = [pair for key, pair in pairs.items() if pair.round == round_ and not is_held_out[key]]
+        taught_pairs = [pair for key, pair in pairs.items() if pair.round == round_ and not held[key]]
         figures |= _gate(loop, store, taught_pairs, votes, figures)
     machine = {x.comparison_id: float(x.probability or 0.0) for x in store.labels(sources=("reward",))}
-    taught = {key: p for key, p in votes.items() if not is_held_out[key]}
+    taught = {key: p for key, p in votes.items() if not held[key]}
     accepted = {key: p for key, p in machine.items() if key not in votes}
     weight = machine_weight(len(taught), len(accepted), cap=loop.settings.gate.max_machine_ratio)
     rows = [Labelled(pairs[key], p) for key, p in taught.items()]
     rows += [Labelled(pairs[key], p, weight, "reward") for key, p in accepted.items()]
     loop.folder(round_).mkdir(parents=True, exist_ok=True)
     write_preferences(loop.folder(round_) / "pairs.jsonl", rows)
-    held_out = [Labelled(pairs[key], p) for key, p in votes.items() if is_held_out[key]]
+    held_out = [Labelled(pairs[key], p) for key, p in votes.items() if held[key]]
     if held_out:
         write_preferences(loop.folder(round_) / "held-out-pairs.jsonl", held_out)
     figures |= {"human_pairs": len(votes), "machine_pairs": len(accepted), "machine_weight": weight}
@@ -52,8 +53,9 @@ def _of_people(store: Store) -> dict[str, float]:
 
     Pairs that were rechecked are no measure of agreement: they were chosen for being doubtful.
     """
-    labels = [label for label in store.labels(sources=("human",)) if label.outcome != "skip"]
-    rechecked = {pair.id for pair in store.pairs(route="human") if pair.rechecked is not None}
+    pairs = {pair.id: pair for pair in store.pairs(route="human") if pair.pairing != EVALUATION}
+    labels = [x for x in store.labels(sources=("human",)) if x.outcome != "skip" and x.comparison_id in pairs]
+    rechecked = {key for key, pair in pairs.items() if pair.rechecked is not None}
     units: dict[int, list[str]] = defaultdict(list)
     doubted: dict[int, list[str]] = defaultdict(list)
     first: dict[tuple[int, int | None], str] = {}
@@ -64,7 +66,7 @@ def _of_people(store: Store) -> dict[str, float]:
     again = [x for x in labels if x.is_reask and (x.comparison_id, x.annotator_id) in first]
     said = [first[x.comparison_id, x.annotator_id] for x in again]
     twice = [unit[:2] for unit in units.values() if len(unit) > 1]
-    second = [said[0] != said[1] for said in doubted.values() if len(said) > 1]
+    second = [{*said[:2]} == {"a", "b"} for said in doubted.values() if len(said) > 1]
     sides = ["left" if x.outcome == x.shown_order[0] else "right" for x in labels if x.outcome in ("a", "b")]
     figures = {
         "agreement": pair_agreement(units.values()),
@@ -186,6 +188,6 @@ def gold_scores(simulated: Simulated, pairs: Sequence[Pair]) -> dict[int, tuple[
     return {pair.id: (x, y) for pair, x, y in zip(pairs, a, b, strict=True)}
 
 
-def _is_held_out(pair: Pair, share: float) -> bool:
+def is_held_out(pair: Pair, share: float) -> bool:
     """By the prompt alone, so that a prompt's labels are always on one side."""
     return int(prompt_hash(pair.prompt)[:8], 16) / 2**32 < share

@@ -3,7 +3,7 @@
 import random
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from align.artifact import read_lines
 from align.feedback.annotators import Annotator
@@ -34,26 +34,31 @@ def ask(this: Context) -> None:
 
 def _simulate(this: Context, simulated: Simulated) -> None:
     """Answers to all pairs; those that are there already stay."""
-    pairs = [pair for pair in this.store.pairs(route="human") if pair.wanted]
-    gold = gold_scores(simulated, pairs)
     people = [
         Annotator(f"simulated-{k}", simulated.noise, simulated.tie_margin, simulated.length_bias, simulated.temperature)
         for k in range(1, simulated.num_annotators + 1)
     ]
     ids = {person.name: this.store.add_annotator(person.name, is_simulated=True) for person in people}
+    there = {label.key for label in this.store.labels(sources=("human",))}
+    asked = []
+    for pair in this.store.pairs(route="human"):
+        of_pair = [(people[(pair.id + k) % len(people)], 0) for k in range(pair.wanted)]
+        of_pair += [(people[pair.id % len(people)], 1)] if pair.reasked else []
+        named = [(pair, person, time, f"{person.name}-{pair.id}-{time}") for person, time in of_pair]
+        asked += [each for each in named if each[-1] not in there]
+    gold = gold_scores(simulated, [pair for pair, *_ in asked])
     labels = []
-    for pair in pairs:
-        asked = [(people[(pair.id + k) % len(people)], 0) for k in range(pair.wanted)]
-        asked += [(people[pair.id % len(people)], 1)] if pair.reasked else []
-        for person, time in asked:
-            outcome = person.label(
-                *gold[pair.id],
-                person.rng(pair.id, seed=this.loop.settings.seed, ask=time),
-                length_difference=len(pair.a) - len(pair.b),
-            )
-            key, order = f"{person.name}-{pair.id}-{time}", shown_order(pair.id, ids[person.name], bool(time))
-            given = NewLabel(pair.id, "human", outcome, key, annotator_id=ids[person.name])
-            labels.append(replace(given, shown_order=order, is_reask=bool(time)))
+    for pair, person, time, key in asked:
+        outcome = person.label(
+            *gold[pair.id],
+            person.rng(pair.id, seed=this.loop.settings.seed, ask=time),
+            length_difference=len(pair.a) - len(pair.b),
+        )
+        order = shown_order(pair.id, ids[person.name], bool(time))
+        given = NewLabel(
+            pair.id, "human", outcome, key, annotator_id=ids[person.name], shown_order=order, is_reask=bool(time)
+        )
+        labels.append(given)
     this.store.add_labels(labels)
 
 
@@ -62,7 +67,7 @@ def _of_two(this: Context) -> str:
     labels = this.store.labels(sources=("human",))
     answers = Counter(label.comparison_id for label in labels if not label.is_reask)
     count = sum(pair.wanted > 1 and answers[pair.id] < pair.wanted for pair in this.store.pairs(route="human"))
-    return f" ({count} pairs go to two)" if count else ""
+    return f" ({count} pairs go to two people each)" if count else ""
 
 
 @dataclass(frozen=True)
@@ -77,7 +82,8 @@ class Duel:
 def duels(this: Context, incumbents: Sequence[str]) -> list[Duel]:
     """Puts `evaluation.people_prompts` answers of this round beside those of each incumbent, for people to compare."""
     settings, own = this.loop.settings, f"round-{this.round}"
-    rows = read_lines(this.folder / "evaluate" / "samples.jsonl")
+    sampled = read_lines(this.folder / "evaluate" / "samples.jsonl")
+    rows = list({prompt_hash(row["prompt"]): row for row in sampled}.values())  # each prompt once
     rng = random.Random(f"duels {settings.seed}")  # the same prompts in every round
     rows = [rows[i] for i in sorted(rng.sample(range(len(rows)), min(settings.evaluation.people_prompts, len(rows))))]
     known = {prompt_hash(row["prompt"]): key for key, row in this.store.prompts(split="evaluation").items()}

@@ -55,11 +55,15 @@ def _alone(folder: Path) -> Iterator[None]:
     Raises:
         BadInput: another does.
     """
+    lock = FileLock(folder / LOCK)
     try:
-        with FileLock(folder / LOCK, blocking=False):
-            yield
+        lock.acquire(blocking=False)
     except Timeout:
         raise BadInput(f"`output`: another `align loop` is at work in {folder}; wait for it, or stop it") from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _run(loop: Loop, prompts: Prompts, start_stage: Start) -> int:
@@ -76,7 +80,7 @@ def _run(loop: Loop, prompts: Prompts, start_stage: Start) -> int:
             this = Context(loop, store, number, start_stage)
             _round(this)
             verdict = store.result(number, "decide") or {}
-            if why := why_to_stop(this, verdict["kept"]):  # not the stored reason: the recipe may allow more now
+            if why := why_to_stop(this, verdict):  # not the stored reason: the recipe may allow more now
                 print(f"ends after round {number}: {why}", flush=True)
                 break
         print(f"kept: {verdict['kept']}, {verdict['policy']}", flush=True)

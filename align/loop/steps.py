@@ -12,9 +12,10 @@ from align.errors import BadInput
 from align.feedback.alarms import Policy, alarms, best_policy, reason_to_stop
 from align.feedback.exchange import people_say
 from align.feedback.routing import Item, Shares, kickstart, overlap, reasks, route
+from align.feedback.schema import EVALUATION, IMPORTED
 from align.feedback.store import Pair, prompt_hash
 from align.loop.context import Context, Result
-from align.loop.merging import merge_labels
+from align.loop.merging import is_held_out, merge_labels
 from align.loop.people import ask, duels, won
 from align.loop.rounds import SFT, Loop
 from align.wording import one_line
@@ -72,7 +73,7 @@ def score(this: Context) -> Result:
 def route_pairs(this: Context) -> Result:
     """Who labels what. In round 0 people, by chance: there is no machine yet that could be unsure."""
     r = this.loop.settings.route
-    pairs = [pair for pair in this.store.pairs(this.round) if pair.pairing != "imported"]  # those have their labels
+    pairs = [p for p in this.store.pairs(this.round) if p.pairing not in (IMPORTED, EVALUATION)]  # people's already
     seed = this.loop.settings.seed + this.round
     if this.round == 0:
         routed = kickstart([pair.id for pair in pairs], r.kickstart, seed=seed)
@@ -88,9 +89,9 @@ def route_pairs(this: Context) -> Result:
     places = list(range(len(people)))
     random.Random(f"places {seed}").shuffle(places)  # so that the place in the queue says nothing of the reason
     position = dict(zip(people, places, strict=True))
-    this.store.set_comparisons(again)
     this.store.set_comparisons(
-        {
+        again
+        | {
             item.key: {
                 "route": "human" if item.key in position else "machine",
                 "reason": item.reason,
@@ -173,24 +174,25 @@ def decide(this: Context) -> Result:
         length_bias_z=bias,
         people_at_most=next((row["high"] for row in votes if row["incumbent"] == SFT), 1.0),
     )
-    return {
+    decided = {
         "kept": best,
         "policy": this.loop.policies(this.round)[best],
         "previous": this.current,
         "alarms": raised,
-        "stop": why_to_stop(this, best),
+        "human_labels": this.store.counts().get("human", 0),
     }
+    return decided | {"stop": why_to_stop(this, decided)}
 
 
-def why_to_stop(this: Context, best: str) -> str | None:
-    """Why the loop ends after this round, after which `best` is kept, by the recipe as it is now; None: it goes on."""
-    stop = this.loop.settings.stop
+def why_to_stop(this: Context, decided: Result) -> str | None:
+    """Why the loop ends after this round, by what was decided then and the recipe as it is now; None: it goes on."""
+    stop, best = this.loop.settings.stop, decided["kept"]
     return reason_to_stop(
         [SFT] + [(this.store.result(r, "decide") or {})["kept"] for r in range(this.round)] + [best],
         patience=stop.patience,
         kl=(this.store.result(this.round, "evaluate") or {})["policies"][best]["kl_to_sft"],
         kl_limit=stop.kl,
-        labels=this.store.counts().get("human", 0),
+        labels=decided["human_labels"],
         label_limit=stop.human_labels,
     )
 
@@ -274,16 +276,21 @@ def _uncertainty(pair: Pair) -> float:
 
 
 def _contradicted(this: Context) -> list[Item]:
-    """Pairs on which one person has contradicted the ensemble of their round, which had not seen the label."""
-    said = people_say(this.store)
+    """Pairs of earlier rounds on which one person contradicted the ensemble of then, which had not seen the label.
+
+    None of the audit and none that is held out: what the machine is measured by is not corrected towards it.
+    """
+    pairs = this.store.pairs(route="human")
+    if before := [pair.id for pair in pairs if pair.rechecked == this.round]:
+        return [Item(key, 0.0, 1.0) for key in before]  # the step was cut off; labels may have come since
+    said, share = people_say(this.store), this.loop.settings.gate.held_out
     found = []
-    for pair in this.store.pairs(route="human"):
-        is_open = pair.wanted == 1 or pair.rechecked == this.round  # so: a step that is done again finds them again
-        if pair.round < this.round and pair.margins and pair.id in said and is_open:
+    for pair in pairs:
+        is_open = pair.round < this.round and pair.wanted == 1 and pair.id in said and said[pair.id] != 0.5
+        if is_open and pair.margins and pair.reason != "audit" and not is_held_out(pair, share):
             probability = _ensemble_says(pair.margins)
-            gap = abs(said[pair.id] - probability)
-            is_contradicted = said[pair.id] != 0.5 and (said[pair.id] > 0.5) != (probability > 0.5)
-            found.append(Item(pair.id, 0.0, gap if is_contradicted else 0.0))
+            is_contradicted = (said[pair.id] > 0.5) != (probability > 0.5)
+            found.append(Item(pair.id, 0.0, abs(said[pair.id] - probability) if is_contradicted else 0.0))
     return found
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from itertools import pairwise
 from typing import Any
 
+from align.feedback.schema import EVALUATION
 from align.maths.calibration import expected_calibration_error, reliability_bins, wilson_interval
 from align.report.curves import ACCENT, INK, PALE
 from align.report.loop_facts import Facts
@@ -51,15 +52,14 @@ def sections(facts: Facts) -> list[Section]:
         Section(
             "How far people agree",
             "With each other on the pairs that two were given, with themselves on those they were asked again; over "
-            "all rounds so far. Alpha and kappa: 1 is perfect, 0 is chance. The left side should win half of the time.",
+            "all rounds so far. Alpha and kappa: 1 is perfect, 0 is chance. The left side should win half of the time. "
+            "Rechecked: labels that the ensemble had contradicted, and how often a second person did so too.",
             tables=_filled(_agreement(facts)),
         ),
         Section(
             "What a label found",
             "How often people contradicted the ensemble, by the reason for which they were asked. The audit is drawn "
-            "at random: it is what any label would find, and a reason that finds more is worth its budget. A label "
-            "that the ensemble contradicted may be given to a second person: the last column is how often they, too, "
-            "say otherwise.",
+            "at random: it is what any label would find, and a reason that finds more is worth its budget.",
             tables=_filled(_corrections(facts)),
         ),
         _believed(facts),
@@ -101,7 +101,7 @@ def routing(facts: Facts) -> Section:
     given = Counter(of_round[x.comparison_id] for x in facts.labels if x.source == "human")
     columns: dict[str, Any] = {
         "answers": lambda r: number(facts.metric(r, "answers")),
-        "pairs": lambda r: number(sum(counts[r].values())) if r in counts else NONE,
+        "pairs": lambda r: number(counts[r].total() - counts[r][EVALUATION]) if r in counts else NONE,
     }
     columns |= {REASONS.get(w, (w,))[0]: lambda r, w=w: number(counts[r][w]) if r in counts else NONE for w in used}
     columns |= {
@@ -134,6 +134,7 @@ def _agreement(facts: Facts) -> Table:
         "same answer as another": ("agreement", percent),
         "same answer again": ("self_consistency", percent),
         "left side wins": ("left_rate", percent),
+        "overturned when rechecked": ("recheck_overturned", percent),
     }
     return by_round("Agreement after each round", _columns(facts, names), facts.rounds)
 
@@ -143,7 +144,6 @@ def _corrections(facts: Facts) -> Table:
         "audit (random)": ("corrected_audit", percent),
         "uncertainty": ("corrected_uncertainty", percent),
         "disagreement": ("corrected_disagreement", percent),
-        "a second person, another's label": ("recheck_overturned", percent),
     }
     return by_round("People contradict the ensemble", _columns(facts, names), facts.rounds)
 

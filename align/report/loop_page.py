@@ -97,7 +97,7 @@ def _kept(facts: Facts) -> str:
         return "No policy has been decided on yet."
     kept = str(facts.verdict["kept"])
     if kept == "sft":
-        return "SFT's policy is kept: no round's is better by held-out evidence."
+        return "SFT's policy is kept: no round's scored higher."
     round_ = int(kept.removeprefix("round-"))
     own = next((row for row in facts.result(round_, "evaluate").get("compare", []) if row["incumbent"] == "sft"), None)
     if own is None:
@@ -141,7 +141,7 @@ def _ended(facts: Facts) -> str:
     at = facts.under_way()
     if at is not None:
         waits = max(facts.progress.wanted - facts.progress.done, 0)
-        missing = f", where {number(waits)} labels are wanted of people" if at[1] == "label" and waits else ""
+        missing = f", where {number(waits)} labels are wanted of people" if at[1] in ("label", "vote") and waits else ""
         if at[1] not in STEPS:
             return "It is under way: its SFT stage comes first."
         step = f"{at[1]} ({STEPS.index(at[1]) + 1} of {len(STEPS)})"

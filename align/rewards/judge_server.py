@@ -77,6 +77,7 @@ class Server:
         self._opener = urllib.request.build_opener(_NoRedirect)
         self._has_logprobs = True
         self._counted: set[str] = set()
+        self._names_letters = False
 
     def ask(self, texts: list[str]) -> tuple[list[float], int]:
         """P(A) of each question, and the tokens of those that were not asked for before; equal questions run once.
@@ -99,10 +100,12 @@ class Server:
         new = set(keys) - self._counted
         self._counted |= new
         replies = self._cache.replies
-        if len(new) >= ENOUGH and all(replies[key].probability == 0.5 for key in new):
+        self._names_letters |= any(replies[key].probability != 0.5 for key in new)
+        if len(self._counted) >= ENOUGH and not self._names_letters:
             raise RunFailed(
-                f"`judge`: none of {len(new)} replies of {self.model} names A or B; it may think before it answers "
-                f"(a reply has {MAX_TOKENS} tokens): name another model, or give a `question` that asks for one letter"
+                f"`judge`: none of {len(self._counted)} replies of {self.model} names A or B; it may think before it "
+                f"answers (a reply has {MAX_TOKENS} tokens): name another model, or give a `question` that asks for "
+                "one letter"
             )
         return [replies[key].probability for key in keys], sum(replies[key].tokens for key in new)
 

@@ -58,8 +58,8 @@ class Simulated(Settings):
 class Gate(Settings):
     """When a machine's label is taken, and what it weighs."""
 
-    delta: Fraction = 0.05  # how far below people's agreement with each other a machine's with people may be
-    level: Fraction = 0.7  # and never below this
+    delta: Fraction | None = 0.05  # how far below people's agreement with each other a machine's with people may be
+    level: Fraction = 0.7  # and never below this; with `delta: null` this alone counts, whatever people's is
     z: Positive = 1.96  # of Wilson's bound
     max_machine_ratio: Positive = 4.0  # weight of machine labels against people's, at most
     min_audit: Count = 20  # audited pairs that temperature and threshold are found on; with fewer nothing passes

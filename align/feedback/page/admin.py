@@ -27,9 +27,11 @@ def summary(queue: Queue) -> dict[str, Any]:
         by_person[names.get(label.annotator_id or 0, "?")].append(label)
     people = [_habits(name, own) for name, own in sorted(by_person.items())]
     first = [label for label in labels if not label.is_reask and label.outcome != "skip"]
+    doubtful = {pair.id for pair in queue.store.pairs(route="human") if pair.rechecked is not None}
     given: dict[int, list[str]] = defaultdict(list)
     for label in first:
-        given[label.comparison_id].append(label.outcome)
+        if label.comparison_id not in doubtful:  # chosen for being so, they are no measure of agreement
+            given[label.comparison_id].append(label.outcome)
     before = {(label.comparison_id, label.annotator_id): label.outcome for label in first}
     again = [
         (before[key], label.outcome)
