@@ -12,6 +12,7 @@ from sqlalchemy import select
 from align.artifact import read_lines, read_manifest, write_lines
 from align.errors import BadInput
 from align.feedback import schema
+from align.feedback.alarms import policy_to_keep
 from align.feedback.exchange import import_run, people_say
 from align.feedback.queue import Answer, Queue
 from align.feedback.store import NewLabel, Store, prompt_hash
@@ -117,8 +118,10 @@ def test_every_step_of_every_round_is_done_once(finished):
     assert counts["human"] >= 20 and counts["reward"] > 0
     verdict = store.result(1, "decide")
     policies = store.result(1, "evaluate")["policies"]
-    best = max(policies, key=lambda name: policies[name]["held_out"])
-    assert verdict["kept"] == best and read_manifest(verdict["policy"])["kind"] == ("sft" if best == "sft" else "ppo")
+    assert verdict["leads"] == max(policies, key=lambda name: policies[name]["held_out"])
+    rows = read_lines(loop.folder(1) / "evaluate" / "samples.jsonl")
+    assert verdict["kept"] == policy_to_keep({name: [row[name]["held_out"] for row in rows] for name in policies})
+    assert read_manifest(verdict["policy"])["kind"] == ("sft" if verdict["kept"] == "sft" else "ppo")
     store.close()
 
 

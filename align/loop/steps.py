@@ -9,7 +9,7 @@ from typing import Any
 from align.artifact import read_lines, state_of, write_lines
 from align.data import load
 from align.errors import BadInput
-from align.feedback.alarms import Policy, alarms, best_policy, reason_to_stop
+from align.feedback.alarms import Policy, alarms, leader, policy_to_keep, reason_to_stop
 from align.feedback.exchange import people_say
 from align.feedback.routing import Item, Shares, kickstart, overlap, reasks, route
 from align.feedback.schema import EVALUATION, IMPORTED
@@ -165,18 +165,21 @@ def decide(this: Context) -> Result:
     """Alarms, the policy that is kept, and whether the loop goes on (as things are now: `run_loop` asks again)."""
     policies = (this.store.result(this.round, "evaluate") or {})["policies"]
     evidence = "held_out" if "held_out" in policies[SFT] else "proxy"
-    best = best_policy({name: figures[evidence] for name, figures in policies.items()})
+    rows = read_lines(this.folder / "evaluate" / "samples.jsonl")
+    scores = {name: tuple(row[name][evidence] for row in rows) for name in this.loop.policies(this.round)}
+    kept = policy_to_keep(scores)
     bias = this.store.metrics().get(this.round, {}).get("length_bias_z", 0.0)
     names = (SFT, this.start_name, f"round-{this.round}")
     votes = (this.store.result(this.round, "vote") or {}).get("compare", [])
     raised = alarms(
-        *(_policy(policies[name], evidence) for name in names),
+        *(_policy(policies[name], scores[name]) for name in names),
         length_bias_z=bias,
         people_at_most=next((row["high"] for row in votes if row["incumbent"] == SFT), 1.0),
     )
     decided = {
-        "kept": best,
-        "policy": this.loop.policies(this.round)[best],
+        "kept": kept,
+        "leads": leader(scores),
+        "policy": this.loop.policies(this.round)[kept],
         "previous": this.current,
         "alarms": raised,
         "human_labels": this.store.counts().get("human", 0),
@@ -186,11 +189,11 @@ def decide(this: Context) -> Result:
 
 def why_to_stop(this: Context, decided: Result) -> str | None:
     """Why the loop ends after this round, by what was decided then and the recipe as it is now; None: it goes on."""
-    stop, best = this.loop.settings.stop, decided["kept"]
+    stop, before = this.loop.settings.stop, [this.store.result(r, "decide") or {} for r in range(this.round)]
     return reason_to_stop(
-        [SFT] + [(this.store.result(r, "decide") or {})["kept"] for r in range(this.round)] + [best],
+        [SFT, *(each["leads"] for each in (*before, decided))],
         patience=stop.patience,
-        kl=(this.store.result(this.round, "evaluate") or {})["policies"][best]["kl_to_sft"],
+        kl=(this.store.result(this.round, "evaluate") or {})["policies"][decided["kept"]]["kl_to_sft"],
         kl_limit=stop.kl,
         labels=decided["human_labels"],
         label_limit=stop.human_labels,
@@ -328,10 +331,10 @@ def _has_held_out(this: Context) -> bool:
     return (this.folder / "held-out-pairs.jsonl").is_file()
 
 
-def _policy(figures: Mapping[str, float], evidence: str) -> Policy:
+def _policy(figures: Mapping[str, float], held_out: tuple[float, ...]) -> Policy:
     return Policy(
         proxy=figures["proxy"],
-        held_out=figures[evidence],
+        held_out=held_out,
         length=figures["response_length"],
         entropy=figures["entropy"],
         spread=figures.get("spread", 0.0),

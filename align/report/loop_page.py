@@ -97,7 +97,7 @@ def _kept(facts: Facts) -> str:
         return "No policy has been decided on yet."
     kept = str(facts.verdict["kept"])
     if kept == "sft":
-        return "SFT's policy is kept: no round's scored higher."
+        return "SFT's policy is kept: every round's is below it."
     round_ = int(kept.removeprefix("round-"))
     own = next((row for row in facts.result(round_, "evaluate").get("compare", []) if row["incumbent"] == "sft"), None)
     if own is None:
