@@ -114,7 +114,9 @@ def test_without_a_point_above_the_line_there_is_no_knee(quality):
     assert "there is no knee between them" in advice(two)
     one = compared(made("a"), made("b", 3.0, 2000.0))
     assert set(choice(one).values()) == {"a"}
-    assert advice(one).startswith("a (eval_loss 2, 1,000 MiB, 100 s) has both the best quality and the least memory.")
+    assert advice(one).startswith(
+        "a (eval_loss 2.000, 1,000 MiB, 100 s) has both the best quality and the least memory."
+    )
 
 
 def test_ties_are_decided_as_written():
@@ -126,9 +128,9 @@ def test_ties_are_decided_as_written():
 def test_the_advice_names_each_with_its_figures_and_its_distance():
     text = advice(usual())
     assert "\n" not in text
-    assert "For the best quality: lora (eval_loss 2.09, 1,850 MiB, 450 s)." in text
-    assert "For the least memory: qlora (eval_loss 2.11, 900 MiB, 800 s), 0.02 worse than lora." in text
-    assert "Second in quality is full (eval_loss 2.1, 4,100 MiB, 610 s), 0.01 worse than lora." in text
+    assert "For the best quality: lora (eval_loss 2.090, 1,850 MiB, 450 s)." in text
+    assert "For the least memory: qlora (eval_loss 2.110, 900 MiB, 800 s), 0.02 worse than lora." in text
+    assert "Second in quality is full (eval_loss 2.100, 4,100 MiB, 610 s), 0.01 worse than lora." in text
     assert "sweep" not in text and "diverged" not in text
 
 

@@ -130,7 +130,7 @@ def advice(comparison: Comparison, noise: float | None = None) -> str:
     best, least, knee = order[0], min(order, key=lambda r: _known(r.peak_mib)), _knee(comparison)
 
     def figures(r: Result) -> str:
-        return f"{plain(r.method)} ({name} {r.quality:.4g}, {r.peak_mib:,.0f} MiB, {r.seconds:,.0f} s)"
+        return f"{plain(r.method)} ({name} {r.quality:#.4g}, {r.peak_mib:,.0f} MiB, {r.seconds:,.0f} s)"
 
     def behind(r: Result) -> str:
         gap = abs(r.quality - best.quality)
@@ -166,7 +166,7 @@ def _about_the_sweeps(results: Sequence[Result]) -> list[str]:
     return said
 
 
-_digits, _whole = "{:.4g}".format, "{:,.0f}".format
+_digits, _whole = "{:#.4g}".format, "{:,.0f}".format
 
 
 def _rate(value: float) -> str:
