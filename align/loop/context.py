@@ -41,7 +41,7 @@ class Context:
 
     @property
     def current(self) -> str:
-        """The policy that this round collects from and goes on with: the best so far."""
+        """The policy that this round collects from and goes on with: the one that was kept."""
         return str(self.before("decide").get("policy", self.loop.sft_folder))
 
     @property
