@@ -147,7 +147,7 @@ def state_of(settings: StageSettings) -> str:
         raise BadInput(f"`output`: {folder} holds files that are no run of align; choose another folder")
     manifest = _at("`output`", lambda: read_manifest(folder))
     before, now = dict(manifest.get("recipe", {})), recipe_of(settings)
-    changed = _differences(before, now)
+    changed = differences(before, now)
     if changed:
         key, was, becomes = changed[0]
         raise BadInput(
@@ -179,10 +179,11 @@ def _hash_of_manifest(folder: str) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()[:16] if path.is_file() else "none"
 
 
-def _differences(before: Any, now: Any, key: str = "") -> list[tuple[str, Any, Any]]:
+def differences(before: Any, now: Any, key: str = "") -> list[tuple[str, Any, Any]]:
+    """Key, value before, and value now, wherever two recipes differ; a key that one of them lacks is null there."""
     if isinstance(before, dict) and isinstance(now, dict):
         names = [*before, *(name for name in now if name not in before)]
-        return [d for n in names for d in _differences(before.get(n), now.get(n), f"{key}.{n}".lstrip("."))]
+        return [d for n in names for d in differences(before.get(n), now.get(n), f"{key}.{n}".lstrip("."))]
     return [] if before == now else [(key, before, now)]
 
 

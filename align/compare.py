@@ -69,7 +69,8 @@ class Trial:
     method: str
     rate: float
     settings: StageSettings
-    quality: float  # NaN: it diverged
+    quality: float  # NaN: it failed or diverged
+    has_failed: bool
 
 
 def order_of(
@@ -194,8 +195,16 @@ def compare(order: Order) -> int:
     total = sum(len(order.rates[name]) for name in able)
     print(f"{len(able)} methods, {total} runs in {order.out}, {launch.description}", flush=True)
     for name in able:
-        steps = order.steps or _steps_in(order, name, launch)
-        swept = []
+        swept: list[Trial] = []
+        steps = order.steps
+        if steps is None:
+            pilot = _trial(order, launch, name, order.rates[name][0], PILOT_STEPS, "pilot")
+            if isinstance(pilot, int):
+                return pilot
+            if pilot.has_failed:
+                best.append((pilot, swept))
+                continue
+            steps = _steps_in(order, pilot)
         for rate in order.rates[name]:
             trial = _trial(order, launch, name, rate, order.sweep_steps or steps)
             if isinstance(trial, int):
@@ -259,9 +268,12 @@ def _refusals(order: Order) -> tuple[list[tuple[str, str]], list[str]]:
     return refused, able
 
 
-def _trial(order: Order, launch: LaunchPlan, method: str, rate: float, steps: int) -> Trial | int:
+def _trial(
+    order: Order, launch: LaunchPlan, method: str, rate: float, steps: int, ending: str | None = None
+) -> Trial | int:
     """Runs it if it is not finished; an exit code only where a signal stopped it."""
-    name = f"{_file_name(method)}-{rate:g}" + (f"-{steps}" if order.sweep_steps is not None else "")
+    ending = ending or f"{rate:g}" + (f"-{steps}" if order.sweep_steps is not None else "")
+    name = f"{_file_name(method)}-{ending}"
     settings = _settings(order, method, rate, steps, name)
     failed, recipe = order.out / f"{name}.failed.json", recipe_of(settings)
     has_failed = failed.is_file() and json.loads(failed.read_text(encoding="utf-8"))["recipe"] == recipe
@@ -272,10 +284,10 @@ def _trial(order: Order, launch: LaunchPlan, method: str, rate: float, steps: in
         if code in STOPPED:
             return code
         if code:
-            print(f"  {method} at {rate:g} failed: {reason} (delete {failed} to try again)", flush=True)
+            print(f"  {name} failed: {reason} (delete {failed} to try again)", flush=True)
             write_json(failed, {"exit_code": code, "reason": reason, "recipe": recipe})
             has_failed = True
-    return Trial(method, rate, settings, math.nan if has_failed else _quality(settings))
+    return Trial(method, rate, settings, math.nan if has_failed else _quality(settings), has_failed)
 
 
 def _file_name(method: str) -> str:
@@ -309,16 +321,10 @@ def _best(order: Order, trials: list[Trial]) -> Trial:
     return max(trials, key=lambda t: (math.isfinite(t.quality), sign * t.quality if math.isfinite(t.quality) else 0))
 
 
-def _steps_in(order: Order, method: str, launch: LaunchPlan) -> int:
+def _steps_in(order: Order, pilot: Trial) -> int:
     """As many steps as the method makes in the budget's minutes, by a pilot of a few."""
     assert order.minutes is not None
-    name = f"{_file_name(method)}-pilot"
-    settings = _settings(order, method, order.rates[method][0], PILOT_STEPS, name)
-    if state_of(settings) != "finished":
-        code, reason = _start(order, launch, settings, name)
-        if code:
-            raise BadInput(f"{name}: {reason}")
-    seconds = float(read_manifest(settings.output)["cost"]["seconds_per_step"])
+    seconds = float(read_manifest(pilot.settings.output)["cost"]["seconds_per_step"])
     return max(1, int(60 * order.minutes / max(seconds, 1e-3)))
 
 
@@ -362,6 +368,7 @@ def _gold(order: Order, launch: LaunchPlan, trials: list[Trial]) -> dict[str, fl
         values = json.loads(judge.model_dump_json(by_alias=True)) | {
             "policies": policies,
             "compare": [],
+            "pairwise_judge": None,
             "reference": None,
             "reward": None,
             "output": str(order.out / f"judged-{load_in}"),

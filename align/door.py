@@ -10,6 +10,7 @@ from align.data import load, looks_like_hub_id
 from align.errors import BadInput
 from align.recipe import Recipe
 from align.rewards import check_reward, check_rewards
+from align.rewards.judge import check_judge
 from align.settings import (
     PEFT_METHODS_IN_4_BITS,
     AnyMethod,
@@ -75,9 +76,9 @@ def _check_stage(settings: StageSettings, made: dict[str, StageSettings]) -> str
         check_rewards(settings.judge, "judge")
         for name, reward in settings.beside.items():
             check_reward(reward, f"beside.{name}")
+        if settings.pairwise_judge is not None:
+            check_judge(settings.pairwise_judge, "pairwise_judge")
     if isinstance(settings, ScoreSettings) and settings.judge is not None:
-        from align.rewards.judge import check_judge
-
         check_judge(settings.judge, "judge")
     for key, (folder, kinds) in settings.parents().items():
         if _same(folder) == _same(settings.output):

@@ -401,6 +401,8 @@ REWARDS = [
     ppo("a file that says much", {"rewards.1.use": "bad.py:f"}, "`rewards[1]`: bad.py:1", "RuntimeError: a b", files={"bad.py": "raise RuntimeError('a\\n b ' * 400)\n"}),
     ppo("a file that is not Python", {"rewards.1.use": "bad.py:f"}, "`rewards[1]`: bad.py:3", "SyntaxError", files={"bad.py": "x = 1\n\ndef f(:\n    pass\n"}),
     evaluate("a judge", {"judge.0.use": "fns.py:brevty"}, "`judge[0]`: fns.py has no `brevty`", "`brevity`?"),
+    evaluate("a pairwise judge", {"pairwise_judge": {"use": "modle"}}, "`pairwise_judge.use: modle` is none of", "did you mean `model`?"),
+    evaluate("a pairwise judge of nothing", {"pairwise_judge": {"use": "model"}, "compare": []}, "`pairwise_judge` judges the pairs of `compare`", "name some"),
 ]  # fmt: skip
 
 PARENTS = [

@@ -165,7 +165,7 @@ def test_reward_models_are_compared_by_accuracy_and_what_fails_is_told(recipe, s
     assert math.isnan(by_name["prefix"].quality) and math.isnan(by_name["prefix"].sweep[0][1])
     assert by_name["ia3"].others.keys() == {"eval_ece", "eval_loss"}
     assert read_manifest(by_name["qlora"].folder)["recipe"]["model"]["load_in"] == "nf4"
-    assert "prefix at 0.1 failed: the gradient is nan" in capsys.readouterr().out
+    assert "prefix-0.1 failed: the gradient is nan" in capsys.readouterr().out
     assert json.loads((asked.out / "prefix-0.1.failed.json").read_text())["exit_code"] == 1
     assert compare(asked) == 0
     assert "prefix-0.1 failed before, and is passed over" in capsys.readouterr().out
@@ -187,6 +187,25 @@ def test_minutes_are_turned_into_steps_by_a_pilot(recipe, started):
     (result,) = read(asked.out).results
     pace = read_manifest(asked.out / "ia3-pilot")["cost"]["seconds_per_step"]
     assert read_manifest(result.folder)["recipe"]["train"]["max_steps"] == max(1, int(0.12 / pace))
+
+
+def test_a_pilot_that_fails_is_its_methods_failure_and_one_that_is_stopped_stops_all(
+    recipe, started, monkeypatch, capsys
+):
+    asked = order(recipe("sft"), methods="prefix,ia3", rates=["ia3=1e-2", "prefix=1e-1"], budget="0.002m")
+    start, codes = module._start, {"prefix-pilot": 143}
+
+    def failing(order, launch, settings, name):
+        return (codes[name], "out of memory") if name in codes else start(order, launch, settings, name)
+
+    monkeypatch.setattr(module, "_start", failing)
+    assert compare(asked) == 143 and not started
+    codes["prefix-pilot"] = 1
+    assert compare(asked) == 0
+    prefix, ia3 = read(asked.out).results
+    assert math.isnan(prefix.quality) and not prefix.sweep and math.isfinite(ia3.quality)
+    assert "prefix-pilot failed: out of memory" in capsys.readouterr().out
+    assert [name for name in started if name.startswith("prefix")] == []
 
 
 def test_the_recipes_own_judge_scores_the_policies(recipe, started, base, data, tmp_path):

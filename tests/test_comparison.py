@@ -151,12 +151,12 @@ def test_the_advice_names_ends_of_sweeps_and_what_diverged():
     text = advice(compared(*results))
     assert "at the top of the sweep for high (3e-4): try a higher one" in text
     assert "at the bottom of the sweep for low (3e-4): try a lower one" in text
-    assert "Every learning rate diverged for lost: try lower ones." in text
+    assert "No run of lost succeeded: each failed or diverged; try lower rates." in text
 
 
 def test_when_all_diverged_the_advice_says_so(tmp_path):
     lost = compared(made("a", NAN), made("b", NAN))
-    assert advice(lost) == "Every learning rate of every method diverged: try lower ones."
+    assert advice(lost) == "No run of any method succeeded: each failed or diverged; try lower rates."
     assert set(choice(lost).values()) == {None}
     nothing = compared()
     assert advice(nothing) == "No method could be run."

@@ -141,13 +141,14 @@ def test_ours_is_the_question_where_none_is_given(bases):
 
 
 def test_a_model_that_cannot_tell_the_letters_apart_is_refused(base):
-    with pytest.raises(BadInput, match="makes A and B the same token"):
-        build_judge(JudgeSettings(), Bases(Model(base=str(base)), torch.device("cpu")), cache=None)
+    bases = Bases(Model(base=str(base)), torch.device("cpu"))
+    with pytest.raises(BadInput, match="^`pairwise_judge`: the model's tokenizer makes A and B the same token"):
+        build_judge(JudgeSettings(), bases, cache=None, key="pairwise_judge")
 
 
 def test_a_question_that_the_model_cannot_hold_is_refused(bases, settings):
-    with pytest.raises(BadInput, match="a question has .* tokens, and the model takes 128"):
-        build_judge(settings, bases, cache=None)([Question(ASKED, "red " * 200, "blue")])
+    with pytest.raises(BadInput, match="^`pairwise_judge`: a question has .* tokens, and the model takes 128"):
+        build_judge(settings, bases, cache=None, key="pairwise_judge")([Question(ASKED, "red " * 200, "blue")])
 
 
 def test_letters_follow_the_text_or_what_the_template_opens_answers_with(bases):

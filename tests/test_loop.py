@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 from filelock import FileLock
-from sqlalchemy import select
+from sqlalchemy import func, select
 
 from align.artifact import read_lines, read_manifest, write_lines
 from align.errors import BadInput
@@ -68,7 +68,7 @@ def recipe(base, data, folder, **changes):
         "gate": {"level": 0.0, "delta": 1.0, "min_audit": 2, "held_out": 0.3},
         "ensemble": {"num_members": 2, "method": {"r": 4}, "max_length": 64, "train": train},
         "ppo": {"ppo": {"num_iterations": 2, "prompts_per_iteration": 4, "learning_rate": 1e-3, "eval_steps": 0, "save_steps": 1}},
-        "evaluation": {"prompts": {"train": str(folder / "unseen.jsonl")}, "judge": [{"use": f"{folder}/world.py:gold"}], "people_prompts": 2},
+        "evaluation": {"prompts": {"train": str(folder / "unseen.jsonl")}, "judge": [{"use": f"{folder}/world.py:gold"}], "pairwise_judge": {"use": f"{folder}/world.py:gold"}, "people_prompts": 2},
     }  # fmt: skip
     path = folder / "loop.yaml"
     path.write_text(yaml.safe_dump(values | changes))
@@ -152,6 +152,14 @@ def test_the_held_out_model_is_no_member_and_a_round_begins_where_the_best_ended
     store.close()
 
 
+def test_the_pairwise_judge_says_who_wins(finished):
+    loop, _ = finished
+    store = Store(loop.store)
+    own = store.metrics()[1]
+    assert own["judge_win_rate_sft"] == own["win_rate_sft"]  # here it is the gold score's own difference
+    store.close()
+
+
 def test_people_compare_policies_and_their_votes_train_nothing(finished):
     loop, _ = finished
     store = Store(loop.store)
@@ -196,6 +204,16 @@ def test_a_label_that_the_ensemble_had_contradicted_gets_a_second_look(base, dat
         assert (pair.round, pair.rechecked, pair.wanted) == (1, 2, 2) and first.annotator_id != second.annotator_id
         assert (sum(pair.margins) > 0) != (first.outcome == "a") and first.outcome in ("a", "b")
         assert people_say(store)[pair.id] == sum({"a": 1.0, "b": 0.0}.get(x.outcome, 0.5) for x in labels) / 2
+    with store.reading() as session:  # in the queue, they stand between the others
+        asked = select(schema.Comparison.rechecked, schema.Comparison.position).where(
+            schema.Comparison.route == "human",
+            schema.Comparison.pairing != "evaluation",
+            func.coalesce(schema.Comparison.rechecked, schema.Comparison.round) == 2,
+        )
+        places = session.execute(asked.order_by(schema.Comparison.position)).all()
+    assert [place for _, place in places] == list(range(len(places)))
+    first_ones = [rechecked for rechecked, _ in places[: len(again)]]
+    assert first_ones.count(2) < len(again) < len(places)
     # doubtful pairs, which nobody drew at random, say nothing of how far people agree
     assert "agreement" not in store.metrics()[2] and "recheck_overturned" in store.metrics()[2]
     store.close()
@@ -355,10 +373,32 @@ def test_soft_labels_from_elsewhere_stay_soft_and_a_cut_off_gate_is_done_anew(tm
 
 
 def test_another_recipe_in_the_same_folder_is_refused(finished, base, data):
-    _, folder = finished
-    with pytest.raises(BadInput, match="holds a loop of another recipe"):
+    loop, folder = finished
+    with pytest.raises(BadInput, match=r"holds a loop of another recipe \(`penalty` was 0.5, is 0.1\)"):
         run_loop(load_loop(recipe(base, data, folder, penalty=0.1)), in_process)
+    with pytest.raises(BadInput, match=r"another recipe \(`store` differs\)"):  # which may hold a password
+        run_loop(load_loop(recipe(base, data, folder, store="postgresql://me:secret@localhost/labels")), in_process)
+    own = loop.settings.ensemble
+    ensemble = own | {"train": own["train"] | {"max_batch_tokens": None}}
+    with pytest.raises(BadInput, match=r"another recipe \(`ensemble` was "):  # null is not the same as nothing
+        run_loop(load_loop(recipe(base, data, folder, ensemble=ensemble)), in_process)
     recipe(base, data, folder)
+
+
+def test_a_loop_of_an_earlier_version_goes_on_and_one_that_says_what_is_unknown_does_not(finished):
+    loop, folder = finished
+    written = folder / "loop" / "loop.json"
+    text = written.read_text()
+    try:
+        values = json.loads(text)
+        del values["evaluation"]["max_prompts"], values["gate"]["z"]  # as if these keys had been added since
+        written.write_text(json.dumps(values))
+        assert run_loop(loop, lambda *_: pytest.fail("a stage was started again")) == 0
+        written.write_text(json.dumps(values | {"gates": 3}))
+        with pytest.raises(BadInput, match=r"holds a loop whose recipe this version does not take .*`gates`"):
+            run_loop(loop, in_process)
+    finally:
+        written.write_text(text)
 
 
 def test_a_stop_is_of_the_recipe_as_it_is_now(finished, base, data, capsys):

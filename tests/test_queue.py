@@ -134,12 +134,13 @@ def test_a_late_answer_is_taken_only_while_the_pair_is_wanted(store, queue):
     assert answered(store) == {pairs[0]: 1, pairs[1]: 1, pairs[2]: 0}
 
 
-def test_another_round_comes_after_the_oldest(store, queue):
+def test_pairs_come_by_their_place_whatever_round_they_are_of(store, queue):
     first, (me, *_) = fill(store, 2), people(store, 1)
     second = fill(store, 2, round_=1)
-    assert ids(queue.next(me, count=4)) == first + second
+    by_place = [first[0], second[0], first[1], second[1]]
+    assert ids(queue.next(me, count=2)) == by_place[:2] and ids(queue.next(me, count=4)) == by_place
     store.set_comparisons({first[0]: {"route": "machine"}})
-    assert ids(queue.next(me, count=4)) == first[1:] + second  # what goes to the machine is in front of nobody
+    assert ids(queue.next(me, count=4)) == by_place[1:]  # what goes to the machine is in front of nobody
     with pytest.raises(Refused, match="no such pair"):
         queue.submit(me, say(first[0]))
 

@@ -5,6 +5,7 @@ import math
 import random
 import re
 from collections import Counter
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from typer.testing import CliRunner
 
 from align.cli import app
 from align.errors import BadInput
+from align.feedback.schema import Label
 from align.feedback.store import NewLabel, Store
 from align.loop.steps import STEPS
 from align.report import loop_facts, loop_labels, loop_page
@@ -366,6 +368,19 @@ def test_the_funnel_loses_no_pair(loop, page):
     store.close()
 
 
+def test_what_was_rechecked_counts_in_the_round_that_asked_for_it(loop):
+    facts = loop_facts.read(loop)
+    pair = next(each for each in facts.pairs if each.round == 1 and each.route == "human")
+    pairs = tuple(replace(each, rechecked=2) if each is pair else each for each in facts.pairs)
+    again = Label(comparison_id=pair.id, source="human", outcome="a", is_reask=True)
+    second = Label(comparison_id=pair.id, source="human", outcome="a", is_reask=False)
+    rechecked = replace(facts, pairs=pairs, labels=(*facts.labels, again, second))
+    before, after = loop_labels.people_gave(facts), loop_labels.people_gave(rechecked)
+    assert after == before + Counter({1: 1, 2: 1})  # the same person again, and somebody else
+    before, after = loop_labels.funnel(facts), loop_labels.funnel(rechecked)
+    assert after == before | {2: before[2] + Counter(recheck=1)}
+
+
 def test_bins_of_margins_are_counted_as_by_hand(loop):
     facts = loop_facts.read(loop)
     bins = loop_labels.margin_bins(facts)
@@ -508,6 +523,7 @@ def test_a_run_of_any_kind_with_hostile_words(tmp_path):
 
 def test_an_evaluation_and_an_ensemble(tmp_path):
     metrics = evaluated(1, True) | {"seconds": 12.5, "reward": {"accuracy": 0.9}}
+    metrics["compare_by_judge"] = [row | {"win_rate": 0.6123} for row in metrics["compare"]]
     for kind, own in (("evaluate", metrics), ("ensemble", {"eval_loss": 0.5})):
         folder = tmp_path / kind
         folder.mkdir()
@@ -519,6 +535,7 @@ def test_an_evaluation_and_an_ensemble(tmp_path):
         )
     page = Read(report(tmp_path / "evaluate"))
     assert "round-1 beats sft on 82.6 % of 256 prompts (95 % interval 77.6 % to 86.6 %)" in page.words
+    assert "by the pairwise judge, round-1 beats sft on 61.2 % of 256 prompts" in page.words
     assert [row["policy"] for row in page.tables["Policies"]] == ["sft", "round-0", "round-1"]
     page = Read(report(tmp_path / "ensemble"))
     assert_inert(page, num_tags=50)

@@ -2,6 +2,7 @@
 
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +13,9 @@ from align.data.formats import Prompt
 from align.errors import BadInput
 from align.models.roles import Bases
 from align.rewards import Answers, build_rewards
+from align.rewards.judge import combined
 from align.settings import EvaluateSettings, Model, Reward
+from align.stages.evaluate import Judged, judge_metrics
 from tests import tiny
 
 QUESTION = ({"role": "user", "content": "please give me a red cup"},)
@@ -113,6 +116,7 @@ def test_a_process_without_rows_asks_nobody(bases, tmp_path):
 def test_evaluate_compares_policies_on_unseen_prompts(base, data, runs, tmp_path):
     (tmp_path / "judge.py").write_text(
         "def thanks(completions, **kw):\n    return [float('thanks' in c[0]['content']) for c in completions]\n"
+        "def brief(completions, **kw):\n    return [-float(len(c[0]['content'])) for c in completions]\n"
     )
     values = {
         "stage": "evaluate",
@@ -122,6 +126,7 @@ def test_evaluate_compares_policies_on_unseen_prompts(base, data, runs, tmp_path
         "compare": [["sft", "base"], ["same", "sft"]],
         "reference": "sft",
         "judge": [{"use": f"{tmp_path}/judge.py:thanks"}],
+        "pairwise_judge": {"use": f"{tmp_path}/judge.py:brief"},
         "reward": {"from": str(runs / "reward"), "data": {"train": str(data / "pairs.jsonl")}},
         "prompts": {"train": str(data / "prompts.jsonl"), "validation_split": 0.2},
         "sampling": {"max_new_tokens": 6},
@@ -137,4 +142,38 @@ def test_evaluate_compares_policies_on_unseen_prompts(base, data, runs, tmp_path
     rows = [json.loads(line) for line in (tmp_path / "evaluate" / "samples.jsonl").read_text().splitlines()]
     thanked = [float("thanks" in row["sft"]["response"]) for row in rows]
     assert results["policies"]["sft"]["score"] == pytest.approx(sum(thanked) / len(thanked))
-    assert (tmp_path / "evaluate" / "results.md").read_text().startswith("| policy |")
+    lengths = [[len(row[name]["response"]) for name in ("sft", "base")] for row in rows]
+    briefer = [0.5 if own == other else float(own < other) for own, other in lengths]
+    against_base, against_itself = results["compare_by_judge"]
+    assert against_base["win_rate"] == pytest.approx(sum(briefer) / len(briefer)) and against_base["prompts"] == 5
+    assert against_itself["win_rate"] == 0.5 and results["judge_flips"] == 0.0
+    told = (tmp_path / "evaluate" / "results.md").read_text()
+    assert told.startswith("| policy |") and "- by the pairwise judge, sft beats base on " in told
+
+
+def test_an_answer_wins_only_what_it_wins_in_both_orders():
+    asked = []
+
+    class Judge:
+        """Says P(the first is better) by what is shown first."""
+
+        tokens, cost = 7, 0.5
+
+        def __call__(self, questions):
+            asked.extend(question.prompt for question in questions)
+            first = {"good": 0.9, "bad": 0.2, "even": 0.5, "other": 0.2, "one": 0.7, "two": 0.6}
+            return [combined(first[q.a], first[q.b]) for q in questions]
+
+    def answered(*texts):
+        return Judged(list(texts), [0.0] * 4, [0.0] * 4, [1] * 4, [True] * 4, [0.0] * 4, [{}] * 4)
+
+    judged = {"new": answered("good", "even", "one", "same"), "old": answered("bad", "other", "two", "same")}
+    settings = SimpleNamespace(compare=[("new", "old"), ("old", "new"), ("new", "old")])
+    rows = [(Prompt(f"prompt {i}", {}, "here"), [1]) for i in range(4)]
+    worker = SimpleNamespace(stop_if_asked=lambda save: None)
+    found = judge_metrics(Judge(), judged, rows, settings, worker)
+    # a win; a win in one order only; a verdict that turns; the same words, which nobody is asked about
+    assert [row["win_rate"] for row in found["compare_by_judge"]] == [2.5 / 4, 1.5 / 4, 2.5 / 4]
+    assert asked == 3 * ["prompt 0", "prompt 1", "prompt 2"]
+    assert found["judge_flips"] == pytest.approx(1 / 3) and (found["judge_tokens"], found["judge_cost"]) == (7, 0.5)
+    assert judge_metrics(None, judged, rows, settings, worker) == {}  # a process that does not ask

@@ -34,7 +34,7 @@ HELD = (
     select(Lease.comparison_id, Lease.is_reask)
     .join(Comparison, Comparison.id == Lease.comparison_id)
     .where(Lease.annotator_id == _ME, Lease.expires > _MOMENT, Comparison.route == "human")
-    .order_by(Comparison.round, Comparison.position, Comparison.id)
+    .order_by(Comparison.position, Comparison.id)
     .with_hint(Lease, "INDEXED BY held", "sqlite")
 )
 _LEASED_TO_OTHERS = (
@@ -69,7 +69,7 @@ UNANSWERED = (
         Comparison.answered + _LEASED_TO_OTHERS < Comparison.wanted,
         ~answers_of_people().where(Label.comparison_id == Comparison.id, Label.annotator_id == _ME).exists(),
     )
-    .order_by(Comparison.round, Comparison.position, Comparison.id)
+    .order_by(Comparison.position, Comparison.id)
     .limit(bindparam("count"))
     .with_hint(Comparison, "INDEXED BY queue", "sqlite")  # else all of the route are read and sorted
 )

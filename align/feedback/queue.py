@@ -254,7 +254,7 @@ class Queue:
     def _unanswered(
         self, connection: Connection, annotator_id: int, count: int, moment: datetime
     ) -> list[tuple[int, bool]]:
-        """Pairs that still want people, this one not among those who have answered. The oldest round first."""
+        """Pairs that still want people, this one not among those who have answered, by place."""
         values = {"me": annotator_id, "moment": moment, "count": count}
         return [(comparison, False) for comparison in connection.scalars(queries.UNANSWERED, values)]
 

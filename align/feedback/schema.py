@@ -115,7 +115,7 @@ class Comparison(Base):
     __table_args__ = (
         UniqueConstraint("round", "a_id", "b_id"),
         CheckConstraint("a_id < b_id", name="canonical"),
-        Index("queue", "round", "position", "id", sqlite_where=WANTS_PEOPLE, postgresql_where=WANTS_PEOPLE),
+        Index("queue", "position", "id", sqlite_where=WANTS_PEOPLE, postgresql_where=WANTS_PEOPLE),
         Index("progress", "wanted", "answered", sqlite_where=OF_PEOPLE, postgresql_where=OF_PEOPLE),
         Index("asked_again", "id", sqlite_where=text("reasked"), postgresql_where=text("reasked")),
     )

@@ -13,7 +13,7 @@ from align.feedback.schema import EVALUATION
 from align.feedback.store import NewLabel, prompt_hash
 from align.loop.context import Context, Halt, Result
 from align.loop.merging import gold_scores
-from align.maths.calibration import wilson_interval
+from align.maths.calibration import comparison
 from align.settings.loop import Simulated
 
 
@@ -115,10 +115,7 @@ def _queue(this: Context, pairs: list[int]) -> None:
 
 
 def won(this: Context, asked: Sequence[Duel]) -> list[Result]:
-    """Win rates of this round's policy by people's votes. Equal answers and undecided people count a half, skips not.
-
-    The interval is Wilson's at 95 %.
-    """
+    """Win rates of this round's policy by people's votes: equal answers and who is undecided count ½, skips not."""
     said = people_say(this.store, of_evaluation=True)
     found: list[Result] = []
     for name in dict.fromkeys(duel.incumbent for duel in asked):
@@ -126,8 +123,5 @@ def won(this: Context, asked: Sequence[Duel]) -> list[Result]:
         votes = [said[d.pair] if d.is_a else 1.0 - said[d.pair] for d in mine if d.pair is not None and d.pair in said]
         votes += [0.5 for duel in mine if duel.pair is None]
         if votes:
-            rate = sum(votes) / len(votes)
-            low, high = wilson_interval(rate, len(votes))
-            row = {"challenger": f"round-{this.round}", "incumbent": name, "win_rate": rate, "low": low, "high": high}
-            found.append(row | {"prompts": len(votes)})
+            found.append(comparison(f"round-{this.round}", name, sum(votes) / len(votes), len(votes)))
     return found

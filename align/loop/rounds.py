@@ -133,6 +133,7 @@ class Loop:
             "compare": [(last, name) for name in earlier],
             "reference": SFT,
             "judge": e.judge or ([held_out] if has_held_out else [self.proxy(round_)]),
+            "pairwise_judge": e.pairwise_judge,
             "beside": beside,
             "prompts": e.prompts,
             "max_prompts": e.max_prompts,

@@ -8,8 +8,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from filelock import FileLock, Timeout
+from pydantic import ValidationError
 
-from align.artifact import MANIFEST, check_parent, state_of, write_json
+from align.artifact import MANIFEST, check_parent, differences, state_of, write_json
 from align.door import check_model, check_recipe
 from align.errors import BadInput
 from align.feedback.database import LOOP
@@ -18,11 +19,13 @@ from align.launch import plan, start
 from align.loop.context import Context, Halt, Start
 from align.loop.rounds import Loop
 from align.loop.steps import STEPS, Prompts, prompts_of, why_to_stop
-from align.recipe import Recipe
+from align.recipe import Recipe, first_error
 from align.report.loop_page import report
 from align.rewards import check_rewards
+from align.rewards.judge import check_judge
 from align.settings import Reward, StageSettings
-from align.settings.loop import Simulated
+from align.settings.loop import LoopSettings, Simulated
+from align.wording import brief
 
 MAY_CHANGE = {"launch", "track", "num_rounds", "stop"}  # while a loop stands still
 MARK = "loop"  # of a loop, in loop.json and in the store
@@ -105,7 +108,8 @@ def _open(loop: Loop) -> Store:
     try:
         if store.fact(MARK) not in (None, mark):
             raise BadInput(f"{loop.path}: `store`: {store} belongs to another loop; name a database of its own")
-        write_json(loop.out / LOOP, {MARK: mark} | _values(loop), private=True)  # a database's URL may hold a password
+        # private: a database's URL may hold a password
+        write_json(loop.out / LOOP, {MARK: mark} | _values(loop.settings), private=True)
         store.fact(MARK, mark)
         return store
     except BaseException:
@@ -133,15 +137,19 @@ def _round(this: Context) -> None:
 def _told(name: str, result: dict) -> str:
     """A step's result in a line."""
     if "compare" in result:
-        return "".join(
-            f"{row['win_rate']:.1%} against {row['incumbent']} ({row['low']:.1%} to {row['high']:.1%}), "
-            for row in result["compare"]
-        )
+        by_judge = result.get("compare_by_judge", [])
+        return _won(result["compare"]) + (f"by the judge {_won(by_judge)}" if by_judge else "")
     if name == "decide":
         raised = "".join(f"{alarm}; " for alarm in result["alarms"])
         return f"keeps {result['kept']}; {'ALARM: ' + raised if raised else ''}"
     shown = {k: v for k, v in result.items() if isinstance(v, (int, float))}
     return "".join(f"{key} {value:.3g}, " for key, value in list(shown.items())[:6])
+
+
+def _won(compare: list[dict]) -> str:
+    return "".join(
+        f"{row['win_rate']:.1%} against {row['incumbent']} ({row['low']:.1%} to {row['high']:.1%}), " for row in compare
+    )
 
 
 def check_loop(loop: Loop) -> Prompts:
@@ -182,25 +190,29 @@ def _check_functions(loop: Loop) -> None:
         check_rewards(loop.settings.evaluation.judge, "evaluation.judge")
         if isinstance(loop.settings.annotators, Simulated):
             check_rewards([Reward(use=loop.settings.annotators.use)], "annotators")
-        if loop.settings.judge is not None:
-            from align.rewards.judge import check_judge
-
-            check_judge(loop.settings.judge, "judge")
+        for key, judge in (
+            ("judge", loop.settings.judge),
+            ("evaluation.pairwise_judge", loop.settings.evaluation.pairwise_judge),
+        ):
+            if judge is not None:
+                check_judge(judge, key)
     except BadInput as error:
         raise BadInput(f"{loop.path}: {error}") from error
 
 
 def _check_output(loop: Loop) -> None:
     """The folder is new, or this loop's."""
-    before, now = _written(loop), _values(loop)
-    if before:
-        # a key that this version has and that one had not is no change
-        changed = [key for key in now if key in before and key not in MAY_CHANGE and before[key] != now[key]]
-        if changed:
-            raise BadInput(
-                f"{loop.path}: `output`: {loop.out} holds a loop of another recipe (`{changed[0]}` differs); choose "
-                "another output"
-            )
+    if written := _written(loop):
+        before, now = _values(_as_read_now(loop, written)), _values(loop.settings)
+        for section in now:
+            if section not in MAY_CHANGE and before[section] != now[section]:
+                found = differences(before[section], now[section], section)  # none: a key that is null, or left out
+                key, was, becomes = found[0] if found else (section, before[section], now[section])
+                how = "differs" if key == "store" else f"was {brief(was)}, is {brief(becomes)}"  # a password
+                raise BadInput(
+                    f"{loop.path}: `output`: {loop.out} holds a loop of another recipe (`{key}` {how}); choose another "
+                    "output"
+                )
     elif loop.out.is_file() or (loop.out.is_dir() and any(not _may_be_there(p.name) for p in loop.out.iterdir())):
         raise BadInput(f"{loop.path}: `output`: {loop.out} holds files that are no loop; choose another folder")
     if (loop.out / MANIFEST).is_file():
@@ -212,6 +224,17 @@ def _may_be_there(name: str) -> bool:
     return name in ("sft", LOCK) or name.startswith("store.db")
 
 
-def _values(loop: Loop) -> dict:
-    """The loop's recipe as JSON values."""
-    return dict(json.loads(loop.settings.model_dump_json(by_alias=True)))
+def _as_read_now(loop: Loop, written: dict) -> LoopSettings:
+    """A recipe that was written by this version, or by an earlier one, which knew fewer keys."""
+    try:
+        return LoopSettings.model_validate({key: value for key, value in written.items() if key != MARK})
+    except ValidationError as error:
+        raise BadInput(
+            f"{loop.path}: `output`: {loop.out} holds a loop whose recipe this version does not take "
+            f"({first_error(error, LoopSettings, '')}); choose another output"
+        ) from error
+
+
+def _values(settings: LoopSettings) -> dict:
+    """A loop's recipe as JSON values."""
+    return dict(json.loads(settings.model_dump_json(by_alias=True)))

@@ -82,15 +82,15 @@ def route_pairs(this: Context) -> Result:
         items = [Item(pair.id, _uncertainty(pair), _disagreement(pair), embeddings[pair.id]) for pair in pairs]
         shares = Shares(r.audit, r.disagreement, r.uncertainty, r.recheck)
         routed = route(items, r.budget, shares, seed=seed, labelled=_contradicted(this))
-    again = {item.key: {"wanted": 2, "rechecked": this.round} for item in routed if item.reason == "recheck"}
-    new = [item for item in routed if item.key not in again]
+    again = [item.key for item in routed if item.reason == "recheck"]
+    new = [item for item in routed if item.reason != "recheck"]
     people = [item.key for item in new if item.reason != "machine"]
     twice, reasked = set(overlap(people, r.overlap, seed=seed)), set(reasks(people, r.reasks, seed=seed))
-    places = list(range(len(people)))
+    places = list(range(len(people) + len(again)))
     random.Random(f"places {seed}").shuffle(places)  # so that the place in the queue says nothing of the reason
-    position = dict(zip(people, places, strict=True))
+    position = dict(zip([*people, *again], places, strict=True))
     this.store.set_comparisons(
-        again
+        {key: {"wanted": 2, "rechecked": this.round, "position": position[key]} for key in again}
         | {
             item.key: {
                 "route": "human" if item.key in position else "machine",
@@ -146,8 +146,11 @@ def evaluate(this: Context) -> Result:
     metrics = this.run(this.loop.evaluate(this.round, _has_held_out(this)))["metrics"]
     own = metrics["policies"][f"round-{this.round}"]
     values = {f"policy_{name.replace('kl_to_sft', 'kl')}": value for name, value in own.items()}
-    this.store.set_metrics(this.round, values | _win_rates(this, metrics["compare"]))
-    return {"policies": metrics["policies"], "compare": metrics["compare"]}
+    by_judge = metrics.get("compare_by_judge", [])
+    rates = _win_rates(this, metrics["compare"]) | _win_rates(this, by_judge, "judge_")
+    took = {f"evaluation_{name}": metrics[name] for name in ("judge_tokens", "judge_cost") if name in metrics}
+    this.store.set_metrics(this.round, values | rates | took)
+    return {"policies": metrics["policies"], "compare": metrics["compare"], "compare_by_judge": by_judge}
 
 
 def vote(this: Context) -> Result:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -82,3 +83,16 @@ def win_rate(challenger: Sequence[float], incumbent: Sequence[float], *, tie: fl
         raise ValueError(f"{len(challenger)} and {len(incumbent)} scores cannot be compared one by one")
     wins = [0.5 if abs(a - b) <= tie else float(a > b) for a, b in zip(challenger, incumbent, strict=True)]
     return sum(wins) / len(wins)
+
+
+def comparison(challenger: str, incumbent: str, rate: float, count: int) -> dict[str, Any]:
+    """What is reported of a win rate over `count` prompts: names, rate, and Wilson's interval at 95 %."""
+    low, high = wilson_interval(rate, count)
+    return {
+        "challenger": challenger,
+        "incumbent": incumbent,
+        "win_rate": rate,
+        "low": low,
+        "high": high,
+        "prompts": count,
+    }

@@ -34,7 +34,7 @@ LEGEND = "M, T: on the Pareto front against memory, time. KL: to the base, nats 
 class Result:
     method: str
     learning_rate: Number  # the best of the sweep
-    quality: Number  # NaN: every rate diverged
+    quality: Number  # NaN: every run failed or diverged
     peak_mib: Number
     seconds: Number
     tokens_per_second: Number
@@ -42,7 +42,7 @@ class Result:
     adapter_bytes: int
     kl_to_base: Number  # nats a token on an unrelated text: forgetting
     others: dict[str, Number]
-    sweep: tuple[tuple[Number, Number], ...]  # (learning rate, quality), NaN: diverged
+    sweep: tuple[tuple[Number, Number], ...]  # (learning rate, quality), NaN: failed or diverged
     folder: str
 
 
@@ -78,7 +78,7 @@ def ranked(results: Iterable[Result], lower_is_better: bool) -> list[Result]:
 def front(results: Iterable[Result], cost: Cost, lower_is_better: bool) -> list[Result]:
     """The Pareto front of quality against `cost`, cheapest first.
 
-    No other result is as good in both and better in one; of results that are equal in both all stay. One that diverged,
+    No other result is as good in both and better in one; of results that are equal in both all stay. One that failed,
     or whose cost is not known, is never on it.
     """
     sign = 1 if lower_is_better else -1
@@ -125,7 +125,7 @@ def advice(comparison: Comparison, noise: float | None = None) -> str:
     lower, name = comparison.lower_is_better, plain(comparison.quality_name)
     order = ranked(comparison.results, lower)
     if not order:
-        why = "Every learning rate of every method diverged: try lower ones."
+        why = "No run of any method succeeded: each failed or diverged; try lower rates."
         return why if comparison.results else "No method could be run."
     best, least, knee = order[0], min(order, key=lambda r: _known(r.peak_mib)), _knee(comparison)
 
@@ -162,7 +162,7 @@ def _about_the_sweeps(results: Sequence[Result]) -> list[str]:
         if names := ", ".join(f"{plain(r.method)} ({_rate(r.learning_rate)})" for r in at_end):
             said.append(f"The best learning rate is at the {place} of the sweep for {names}: try a {wanted} one too.")
     if names := ", ".join(plain(r.method) for r in results if not math.isfinite(r.quality)):
-        said.append(f"Every learning rate diverged for {names}: try lower ones.")
+        said.append(f"No run of {names} succeeded: each failed or diverged; try lower rates.")
     return said
 
 
@@ -205,7 +205,7 @@ def _columns(comparison: Comparison) -> list[Column]:
         Column("method", [plain(r.method, 40) for r in results], set()),
         Column("front", marks, set()),
         column("rate", [r.learning_rate for r in results], _rate, None),
-        quality._replace(cells=["diverged" if cell == "-" else cell for cell in quality.cells]),
+        quality._replace(cells=["failed" if cell == "-" else cell for cell in quality.cells]),
         column("trained", [r.trainable_parameters for r in results], _count, True),
         column("adapter", [r.adapter_bytes for r in results], _size, True),
         column("peak MiB", [r.peak_mib for r in results], _whole, True),
@@ -265,7 +265,7 @@ def _trade_off(axis: Any, comparison: Comparison, cost: Cost) -> Names:
 
 
 def _sweeps(axis: Any, comparison: Comparison) -> Names:
-    """Quality against the learning rate, each method named at its best; a cross at the foot: diverged.
+    """Quality against the learning rate, each method named at its best; a cross at the foot: failed or diverged.
 
     What is far worse than the worst method at its best leaves the picture, or one bad rate would flatten the others.
     """
@@ -287,7 +287,7 @@ def _sweeps(axis: Any, comparison: Comparison) -> Names:
     axis.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
     axis.xaxis.set_major_formatter(lambda rate, _: _rate(rate))
     axis.xaxis.set_minor_formatter(NullFormatter())
-    _dress(axis, "learning rates tried", "learning rate (x: diverged)", comparison)
+    _dress(axis, "learning rates tried", "learning rate (x: failed)", comparison)
     return names
 
 

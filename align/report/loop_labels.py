@@ -38,6 +38,7 @@ REASONS = {
     "audit": ("people: audit", SAND),
     "disagreement": ("people: disagreement", "#f0c39a"),
     "uncertainty": ("people: uncertainty", "#f7e0cb"),
+    "recheck": ("people: recheck", "#c9b8a8"),
     "evaluation": ("people: evaluation", "#fbeee2"),
     "accepted": ("machine: accepted", INK),
     "left out": ("machine: left out", PALE),
@@ -67,11 +68,28 @@ def sections(facts: Facts) -> list[Section]:
 
 
 def funnel(facts: Facts) -> dict[int, Counter[str]]:
-    """round -> how many pairs went where."""
+    """round -> how many pairs went where; what was rechecked counts in both rounds that people saw it in."""
     found: dict[int, Counter[str]] = {r: Counter() for r in facts.rounds}
     for pair in facts.pairs:
         where = str(pair.reason) if pair.route == "human" else "accepted" if pair.id in facts.machine else "left out"
         found.setdefault(pair.round, Counter())[where if pair.route else "not asked"] += 1
+        if pair.rechecked is not None:
+            found.setdefault(pair.rechecked, Counter())["recheck"] += 1
+    return found
+
+
+def people_gave(facts: Facts) -> Counter[int]:
+    """round -> labels that people gave for it; the second one of a rechecked pair is for the round that asked."""
+    pairs = {pair.id: pair for pair in facts.pairs}
+    found, answered = Counter[int](), set[int]()
+    for label in facts.labels:
+        if label.source != "human":
+            continue
+        pair = pairs[label.comparison_id]
+        is_second = pair.id in answered and not label.is_reask
+        found[pair.round if pair.rechecked is None or not is_second else pair.rechecked] += 1
+        if not label.is_reask:
+            answered.add(pair.id)
     return found
 
 
@@ -97,11 +115,12 @@ def routing(facts: Facts) -> Section:
         f"round {r}: " + ", ".join(f"{number(count[w])} {REASONS.get(w, (w,))[0]}" for w in used if count[w])
         for r, count in counts.items()
     )
-    of_round = {pair.id: pair.round for pair in facts.pairs}
-    given = Counter(of_round[x.comparison_id] for x in facts.labels if x.source == "human")
+    given = people_gave(facts)
     columns: dict[str, Any] = {
         "answers": lambda r: number(facts.metric(r, "answers")),
-        "pairs": lambda r: number(counts[r].total() - counts[r][EVALUATION]) if r in counts else NONE,
+        "pairs": lambda r: (
+            number(counts[r].total() - counts[r][EVALUATION] - counts[r]["recheck"]) if r in counts else NONE
+        ),
     }
     columns |= {REASONS.get(w, (w,))[0]: lambda r, w=w: number(counts[r][w]) if r in counts else NONE for w in used}
     columns |= {
@@ -109,13 +128,20 @@ def routing(facts: Facts) -> Section:
             number(given[r]) if r in counts else NONE
         ),
         "weight of a machine label": lambda r: number(facts.metric(r, "machine_weight")),
-        "judge's tokens": lambda r: number(facts.metric(r, "judge_tokens")),
-        "judge's cost": lambda r: number(facts.metric(r, "judge_cost")),
+        "judge's tokens": lambda r: number(_of_both(facts, r, "judge_tokens")),
+        "judge's cost": lambda r: number(_of_both(facts, r, "judge_cost")),
         "judge's flips": lambda r: percent(facts.metric(r, "judge_flips")),
     }
     pictures = (picture("funnel", "Where the pairs of each round went", told, draw),) if counts else ()
     tables = (by_round("Routing and budget", columns, facts.rounds),) if counts else ()
     return Section("Who labelled what", "", pictures, tables)
+
+
+def _of_both(facts: Facts, round_: int, name: str) -> float:
+    """What the judge of the pairs and the one of the evaluation took together."""
+    found = [facts.metric(round_, key) for key in (name, f"evaluation_{name}")]
+    known = [value for value in found if math.isfinite(value)]
+    return sum(known) if known else math.nan
 
 
 def _columns(facts: Facts, names: Mapping[str, tuple[str, Callable[[Any], str]]]) -> dict[str, Callable[[int], str]]:

@@ -36,6 +36,8 @@ NUM_SAMPLES = 6
 VERSUS = {  # metrics of a round -> whom its policy is compared with, and who says so
     "win_rate_sft": "SFT",
     "win_rate_previous": "the best before",
+    "judge_win_rate_sft": "SFT, the judge says",
+    "judge_win_rate_previous": "the best before, the judge says",
     "people_win_rate_sft": "SFT, people say",
     "people_win_rate_previous": "the best before, people say",
 }

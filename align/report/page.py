@@ -6,7 +6,7 @@ import json
 import math
 import re
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -100,6 +100,19 @@ def decimal(value: Any) -> str:
 
 def percent(value: float | None) -> str:
     return NONE if value is None or not math.isfinite(value) else f"{value:.1%}".replace("%", " %")
+
+
+def won(row: Mapping[str, Any]) -> str:
+    """Who beats whom, of a row that `align.maths.calibration.comparison` made."""
+    return (
+        f"{plain(row['challenger'], 40)} beats {plain(row['incumbent'], 40)} on {percent(row['win_rate'])} of "
+        f"{number(row['prompts'])} prompts (95 % interval {percent(row['low'])} to {percent(row['high'])})"
+    )
+
+
+def won_by_judge(row: Mapping[str, Any]) -> str:
+    """The same of the pairwise judge's verdicts."""
+    return f"by the pairwise judge, {won(row)}"
 
 
 def texts(value: Any, limit: int = LIMIT) -> str:

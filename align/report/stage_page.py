@@ -16,6 +16,7 @@ from align.report.page import (
     Table,
     answer,
     decimal,
+    legend,
     lines_of,
     number,
     percent,
@@ -25,6 +26,8 @@ from align.report.page import (
     table,
     texts,
     with_intervals,
+    won,
+    won_by_judge,
 )
 from align.report.tables import plain
 from align.track import read_metrics
@@ -127,15 +130,8 @@ def _headline(kind: str, state: str, metrics: Found, rows: list[Found]) -> str:
             f"score {number(first['score'])} in the first iteration and {number(last['score'])} in the last, "
             f"{number(last.get('kl'))} nats from the reference"
         )
-    told += [_won(row) for row in metrics.get("compare", [])] if kind == "evaluate" else []
+    told += _wins(metrics) if kind == "evaluate" else []
     return f"The run is {state}" + (f": {'; '.join(told)}." if told else ".")
-
-
-def _won(row: Found) -> str:
-    return (
-        f"{plain(row['challenger'], 40)} beats {plain(row['incumbent'], 40)} on {percent(row['win_rate'])} of "
-        f"{number(row['prompts'])} prompts (95 % interval {percent(row['low'])} to {percent(row['high'])})"
-    )
 
 
 # ------------------------------------------------------------------------------------------------------------ figures
@@ -191,27 +187,35 @@ def _told(name: str, values: Sequence[float]) -> str:
     return f"{plain(name, 60)} from {number(values[0])} to {number(values[-1])}"
 
 
+def _wins(metrics: Found) -> list[str]:
+    by_judge = metrics.get("compare_by_judge") or []
+    return [*map(won, metrics.get("compare") or []), *map(won_by_judge, by_judge)]
+
+
 def _results(metrics: Found) -> Section:
     """What an evaluation found: the policies' figures, and who beats whom."""
-    policies, compared = _dict(metrics.get("policies")), list(metrics.get("compare") or [])
+    policies, wins = _dict(metrics.get("policies")), _wins(metrics)
     keys = list(dict.fromkeys(key for figures in policies.values() for key in figures))
     rows = [(name, *(decimal(figures.get(key)) for key in keys)) for name, figures in policies.items()]
-    pairs = [f"{plain(row['challenger'], 18)}\nagainst {plain(row['incumbent'], 18)}" for row in compared]
+    judges = {"by score": metrics.get("compare") or [], "by the pairwise judge": metrics.get("compare_by_judge") or []}
+    drawn = {name: compared for name, compared in judges.items() if compared}
 
     def draw(axis: Any) -> None:
-        points = [(row["win_rate"], row["low"], row["high"]) for row in compared]
-        with_intervals(axis, [("", range(len(points)), points)])
+        pairs = [f"{plain(row['challenger'], 18)}\nagainst {plain(row['incumbent'], 18)}" for row in drawn["by score"]]
+        points = [(name, [(r["win_rate"], r["low"], r["high"]) for r in compared]) for name, compared in drawn.items()]
+        with_intervals(axis, [(name, range(len(of_judge)), of_judge) for name, of_judge in points])
         axis.axhline(0.5, color="#94a3b8", linewidth=1, linestyle="--")
         axis.set_xticks(range(len(pairs)), pairs, fontsize=7)
         axis.set_xlim(-0.6, len(pairs) - 0.4)
         for label in axis.get_xticklabels():
             label.set_parse_math(False)
         percent_axis(axis)
+        if len(drawn) > 1:
+            legend(axis)
 
-    won = tuple(_won(row) for row in compared)
-    pictures = (picture("won", "Win rates", "; ".join(won), draw),) if won else ()
+    pictures = (picture("won", "Win rates", "; ".join(wins), draw),) if drawn else ()
     told = table("Policies", ("policy", *map(_name, keys)), rows)
-    return Section("Results", ". ".join(won) + "." if won else "", pictures, _filled(told))
+    return Section("Results", ". ".join(wins) + "." if wins else "", pictures, _filled(told))
 
 
 def _figures(manifest: Found, metrics: Found) -> Table:

@@ -70,10 +70,14 @@ class Question:
 
 @dataclass(frozen=True)
 class Verdict:
-    """The probability in [0, 1] that a is better, over both orders; flipped: whichever is shown first (second) wins."""
+    """The probability in [0, 1] that a is better, over both orders; flipped: whichever is shown first (second) wins.
+
+    `win` is 1 where a is better in both orders, 0 where b is, else 1/2 (Zheng et al. 2023).
+    """
 
     probability: float
     is_flipped: bool
+    win: float
 
 
 Compare = Callable[[Sequence[Question]], tuple[list[Verdict], int]]  # verdicts, and the tokens that they took
@@ -87,7 +91,7 @@ class Judge:
     would have had in one go.
     """
 
-    def __init__(self, compare: Compare, *, cost_per_million_tokens: float = 0.0):
+    def __init__(self, compare: Compare, *, cost_per_million_tokens: float):
         self._compare, self._price = compare, cost_per_million_tokens
         self.tokens = 0
 
@@ -124,38 +128,42 @@ def check_judge(settings: JudgeSettings, key: str) -> None:
         _check_model(settings.model, f"{key}.model")
 
 
-def build_judge(settings: JudgeSettings, bases: "Bases", *, cache: Path | None) -> Judge:
-    """The judge that the recipe names; a model is loaded unless it is in memory already.
+def build_judge(settings: JudgeSettings, bases: "Bases", *, cache: Path | None, key: str = "judge") -> Judge:
+    """The judge that the recipe names under `key`; a model is loaded unless it is in memory already.
 
     `cache`: a JSONL file in which a server's answers are kept, so that a run that goes on asks nothing twice.
 
     Raises:
         BadInput: the model cannot be loaded, or cannot tell A from B; the key's environment variable is not set.
     """
-    kind = _kind(settings, "judge")
-    if kind == "function":
-        return Judge(_by_function(settings, bases))
-    if kind == "server":
-        from align.rewards.judge_server import Server
+    return Judge(_compare_of(settings, bases, cache, key), cost_per_million_tokens=settings.cost_per_million_tokens)
 
-        server = Server(
-            str(settings.url),
-            str(settings.model),
-            api_key=_api_key(settings.api_key_env, "judge.api_key_env"),
-            cache=cache,
-            max_retries=settings.max_retries,
-            timeout=settings.timeout,
-        )
-        compare = _in_both_orders(server.ask, settings.question)
-    else:
-        compare = _by_model(settings, bases)
-    return Judge(compare, cost_per_million_tokens=settings.cost_per_million_tokens)
+
+def _compare_of(settings: JudgeSettings, bases: "Bases", cache: Path | None, key: str) -> Compare:
+    kind = _kind(settings, key)
+    if kind == "function":
+        return _by_function(settings, bases, key)
+    if kind == "model":
+        return _by_model(settings, bases, key)
+    from align.rewards.judge_server import Server
+
+    server = Server(
+        str(settings.url),
+        str(settings.model),
+        api_key=_api_key(settings.api_key_env, f"{key}.api_key_env"),
+        cache=cache,
+        max_retries=settings.max_retries,
+        timeout=settings.timeout,
+        key=key,
+    )
+    return _in_both_orders(server.ask, settings.question, key)
 
 
 def combined(a_first: float, b_first: float) -> Verdict:
     """P(the one shown first is better), once with a first and once with b first -> the verdict on a."""
     is_flipped = (a_first - 0.5) * (b_first - 0.5) > 0.0  # an even 0.5 contradicts nothing
-    return Verdict((a_first + (1.0 - b_first)) / 2.0, is_flipped)
+    win = 1.0 if b_first < 0.5 < a_first else 0.0 if a_first < 0.5 < b_first else 0.5
+    return Verdict((a_first + (1.0 - b_first)) / 2.0, is_flipped, win)
 
 
 def as_text(prompt: Text) -> str:
@@ -167,13 +175,14 @@ def as_text(prompt: Text) -> str:
     return "\n\n".join(f"{message['role'].capitalize()}: {message['content']}" for message in prompt)
 
 
-def _in_both_orders(ask: Ask, question: str | None, *, ending: str = "") -> Compare:
-    template = _template(question, "judge")
+def _in_both_orders(ask: Ask, question: str | None, key: str, *, ending: str = "") -> Compare:
+    template = _template(question, key)
 
     def compare(questions: Sequence[Question]) -> tuple[list[Verdict], int]:
         texts = []
         for q in questions:
-            texts += [_rendered(template, as_text(q.prompt), *pair) + ending for pair in ((q.a, q.b), (q.b, q.a))]
+            for pair in ((q.a, q.b), (q.b, q.a)):
+                texts.append(_rendered(template, as_text(q.prompt), *pair, f"`{key}.question`") + ending)
         first, tokens = ask(texts)  # (2N,): a first, b first, ...
         return [combined(*pair) for pair in zip(first[::2], first[1::2], strict=True)], tokens
 
@@ -183,14 +192,14 @@ def _in_both_orders(ask: Ask, question: str | None, *, ending: str = "") -> Comp
 # ------------------------------------------------------------------------------------------------------------- a model
 
 
-def _by_model(settings: JudgeSettings, bases: "Bases") -> Compare:
+def _by_model(settings: JudgeSettings, bases: "Bases", key: str) -> Compare:
     """A model's P(A) over P(A) + P(B) as its next token: softmax over the two alone."""
     import torch
 
     from align.models.budget import reading_tokens
     from align.models.layout import Ids, parts_of
 
-    role, tokenizer = _role(settings.model, bases)
+    role, tokenizer = _role(settings.model, bases, key)
     is_chat = tokenizer.chat_template is not None
     most = getattr(role.causal.config.get_text_config(), "max_position_embeddings", None)
 
@@ -199,9 +208,9 @@ def _by_model(settings: JudgeSettings, bases: "Bases") -> Compare:
         prefixes: list[Ids] = []
         letters: list[tuple[int, int]] = []
         for text in texts:
-            ids, pair = letter_ids(tokenizer, text)
+            ids, pair = letter_ids(tokenizer, text, key)
             if most is not None and len(ids) > most:
-                raise BadInput(f"`judge`: a question has {len(ids)} tokens, and the model takes {most}; name another")
+                raise BadInput(f"`{key}`: a question has {len(ids)} tokens, and the model takes {most}; name another")
             prefixes.append(ids)
             letters.append(pair)
         margins = torch.zeros(len(texts), dtype=torch.float64)
@@ -214,11 +223,11 @@ def _by_model(settings: JudgeSettings, bases: "Bases") -> Compare:
             margins[part.rows] = a - b
         return torch.sigmoid(margins).tolist(), sum(map(len, prefixes))
 
-    letter_ids(tokenizer, "A or B?")  # so that a tokenizer that cannot tell them apart is refused before any work
-    return _in_both_orders(ask, settings.question, ending="" if is_chat or settings.question is not None else CUE)
+    letter_ids(tokenizer, "A or B?", key)  # so that a tokenizer that cannot tell them apart is refused before any work
+    return _in_both_orders(ask, settings.question, key, ending="" if is_chat or settings.question is not None else CUE)
 
 
-def letter_ids(tokenizer: Any, text: str) -> tuple[list[int], tuple[int, int]]:
+def letter_ids(tokenizer: Any, text: str, key: str = "judge") -> tuple[list[int], tuple[int, int]]:
     """The ids that the question is read as, and those of the letters A and B that may come next.
 
     Over a chat template the letter opens the assistant's turn as the template writes it, with what it puts before
@@ -229,21 +238,21 @@ def letter_ids(tokenizer: Any, text: str) -> tuple[list[int], tuple[int, int]]:
     """
     if tokenizer.chat_template is None:
         space = "" if text[-1:].isspace() else " "
-        row = Preference(text, f"{space}A", f"{space}B", 1.0, 1.0, 0.0, "`judge`")
+        row = Preference(text, f"{space}A", f"{space}B", 1.0, 1.0, 0.0, f"`{key}`")
     else:
         a, b = (({"role": "assistant", "content": letter},) for letter in "AB")
-        row = Preference(({"role": "user", "content": text},), a, b, 1.0, 1.0, 0.0, "`judge`")  # type: ignore[arg-type]
+        row = Preference(({"role": "user", "content": text},), a, b, 1.0, 1.0, 0.0, f"`{key}`")  # type: ignore[arg-type]
     pair = encode_pair(tokenizer, row, UNLIMITED)
     assert pair is not None
     for at, (a_id, b_id) in enumerate(zip(pair.chosen_ids, pair.rejected_ids, strict=False)):
         if a_id != b_id:
             return [*pair.prompt_ids, *pair.chosen_ids[:at]], (a_id, b_id)
     raise BadInput(
-        "`judge`: the model's tokenizer makes A and B the same token, so it cannot choose; name another model"
+        f"`{key}`: the model's tokenizer makes A and B the same token, so it cannot choose; name another model"
     )
 
 
-def _role(model: str | None, bases: "Bases") -> tuple[Any, Any]:
+def _role(model: str | None, bases: "Bases", key: str) -> tuple[Any, Any]:
     """The judge's role and tokenizer: the stage's base, one of our runs, or any other model."""
     try:
         role = bases.role(model)
@@ -253,7 +262,7 @@ def _role(model: str | None, bases: "Bases") -> tuple[Any, Any]:
     except BadInput as error:
         if model is None:
             raise
-        raise BadInput(f"`judge.model`: {str(error).removeprefix('`model.base`: ')}") from error
+        raise BadInput(f"`{key}.model`: {str(error).removeprefix('`model.base`: ')}") from error
     return role, base.tokenizer
 
 
@@ -272,7 +281,7 @@ def _check_model(model: str, key: str) -> None:
 # ---------------------------------------------------------------------------------------------------------- a function
 
 
-def _by_function(settings: JudgeSettings, bases: "Bases") -> Compare:
+def _by_function(settings: JudgeSettings, bases: "Bases", key: str) -> Compare:
     """sigmoid of the difference of two rewards; one that does not apply to either answer says 1/2."""
     scorer = build_rewards([_reward(settings)], bases).terms[0][2]
     tokenizer = bases.main.tokenizer
@@ -281,14 +290,19 @@ def _by_function(settings: JudgeSettings, bases: "Bases") -> Compare:
         if not questions:
             return [], 0
         answers = [(q, text) for text in ("a", "b") for q in questions]
-        prompts = [Prompt(q.prompt, dict(q.columns), "`judge`") for q, _ in answers]
+        prompts = [Prompt(q.prompt, dict(q.columns), f"`{key}`") for q, _ in answers]
         texts = [str(getattr(q, name)) for q, name in answers]
         encoded = [encode_completion(tokenizer, p.prompt, t, p.where) for p, t in zip(prompts, texts, strict=True)]
         scores = scorer(Answers(prompts, [ids for ids, _ in encoded], texts, [ids for _, ids in encoded]))
         differences = [a - b for a, b in zip(scores[: len(questions)], scores[len(questions) :], strict=True)]
-        return [Verdict(0.5 if math.isnan(d) else _sigmoid(d / settings.scale), False) for d in differences], 0
+        return [_by_difference(0.0 if math.isnan(d) else d, settings.scale) for d in differences], 0
 
     return compare
+
+
+def _by_difference(difference: float, scale: float) -> Verdict:
+    win = 0.5 if difference == 0.0 else float(difference > 0.0)
+    return Verdict(_sigmoid(difference / scale), False, win)
 
 
 def _sigmoid(x: float) -> float:
@@ -347,7 +361,7 @@ def _template(question: str | None, key: str) -> Any:
     return template
 
 
-def _rendered(template: Any, prompt: str, a: str, b: str, where: str = "`judge.question`") -> str:
+def _rendered(template: Any, prompt: str, a: str, b: str, where: str) -> str:
     try:
         return str(template.render(prompt=prompt, a=a, b=b))
     except Exception as error:  # the user's template may raise anything

@@ -69,11 +69,19 @@ class Server:
     """
 
     def __init__(
-        self, url: str, model: str, *, api_key: str | None, cache: Path | None, max_retries: int, timeout: float
+        self,
+        url: str,
+        model: str,
+        *,
+        api_key: str | None,
+        cache: Path | None,
+        max_retries: int,
+        timeout: float,
+        key: str = "judge",
     ):
         self.endpoint = url.rstrip("/").removesuffix("/chat/completions") + "/chat/completions"
         self.model, self.max_retries, self.timeout = model, max_retries, timeout
-        self._api_key, self._cache = api_key, Cache(cache)
+        self._api_key, self._cache, self._name = api_key, Cache(cache), key
         self._opener = urllib.request.build_opener(_NoRedirect)
         self._has_logprobs = True
         self._counted: set[str] = set()
@@ -103,9 +111,9 @@ class Server:
         self._names_letters |= any(replies[key].probability != 0.5 for key in new)
         if len(self._counted) >= ENOUGH and not self._names_letters:
             raise RunFailed(
-                f"`judge`: none of {len(self._counted)} replies of {self.model} names A or B; it may think before it "
-                f"answers (a reply has {MAX_TOKENS} tokens): name another model, or give a `question` that asks for "
-                "one letter"
+                f"`{self._name}`: none of {len(self._counted)} replies of {self.model} names A or B; it may think "
+                f"before it answers (a reply has {MAX_TOKENS} tokens): name another model, or give a `question` that "
+                "asks for one letter"
             )
         return [replies[key].probability for key in keys], sum(replies[key].tokens for key in new)
 
@@ -177,14 +185,16 @@ class Server:
         if 300 <= status < 400:
             target = urlsplit(urljoin(self.endpoint, headers.get("Location", "")))
             where = self._clean(f"{target.scheme}://{target.netloc.rpartition('@')[2]}{target.path}")
-            return f"`judge.url`: {self.endpoint} redirects to {where}, and no key is carried there; name the right one"
+            cure = "no key is carried there; name the right one"
+            return f"`{self._name}.url`: {self.endpoint} redirects to {where}, and {cure}"
         if status in (401, 403):
-            cure = "set `judge.api_key_env`" if self._api_key is None else "correct what `judge.api_key_env` names"
-            return f"`judge`: {self.endpoint} lets nobody in with this key; {cure} ({said})"
+            variable = f"`{self._name}.api_key_env`"
+            cure = f"set {variable}" if self._api_key is None else f"correct what {variable} names"
+            return f"`{self._name}`: {self.endpoint} lets nobody in with this key; {cure} ({said})"
         if status == 404:
-            cure = "correct `judge.url` or `judge.model`"
-            return f"`judge`: {self.endpoint} is not there, or has no model {self.model}; {cure} ({said})"
-        return f"`judge`: {self.endpoint} refuses the request ({said})"
+            cure = f"correct `{self._name}.url` or `{self._name}.model`"
+            return f"`{self._name}`: {self.endpoint} is not there, or has no model {self.model}; {cure} ({said})"
+        return f"`{self._name}`: {self.endpoint} refuses the request ({said})"
 
     def _clean(self, text: str) -> str:
         """What a server says, on one line and without the key, should it repeat it."""

@@ -1,7 +1,8 @@
 """What a recipe may say. Light on purpose (pydantic only), so that a recipe is refused before anything heavy loads."""
 
-from align.settings.feedback import CollectSettings, EnsembleSettings, JudgeSettings, ScoreSettings
+from align.settings.feedback import CollectSettings, EnsembleSettings, ScoreSettings
 from align.settings.fields import Settings
+from align.settings.judge import JudgeSettings
 from align.settings.methods import (
     METHODS,
     PEFT_METHODS,

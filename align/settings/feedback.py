@@ -1,10 +1,11 @@
 """Stages of a round of the feedback loop: collect, score, and an ensemble of reward models."""
 
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, ClassVar
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
-from align.settings.fields import Count, Interval, NonNegative, Positive, Settings
+from align.settings.fields import Count, Interval, Positive
+from align.settings.judge import JudgeSettings
 from align.settings.stages import Data, Parents, RewardSettings, Sampling, StageSettings
 
 
@@ -32,29 +33,6 @@ class CollectSettings(StageSettings):
 
     def data_sections(self) -> dict[str, tuple[str, Data]]:
         return {"prompts": ("prompts", self.prompts)}
-
-
-class JudgeSettings(Settings):
-    """Who compares two answers. `model`: a model's log-probabilities of A and B, averaged over both orders."""
-
-    use: str = "model"  # model | server | file.py:function, a reward in TRL's signature
-    model: str | None = None  # a folder or Hub id (None: the stage's base); of a server: its name there
-    url: str | None = None  # of `use: server`: such as http://127.0.0.1:8000/v1
-    api_key_env: str | None = None  # the environment variable that holds the server's key
-    question: str | None = None  # a Jinja file with {{prompt}}, {{a}}, {{b}}; None: ours
-    scale: Positive = 1.0  # of `file.py:function`: P(a is better) = sigmoid((score a - score b) / scale)
-    max_retries: Interval = 4
-    timeout: Positive = 60.0  # seconds
-    cost_per_million_tokens: NonNegative = 0.0  # for the report: of prompt and answer together
-    arguments: dict[str, Any] = Field(default_factory=dict)  # of `file.py:function`
-
-    @model_validator(mode="after")
-    def _server_has_an_address(self) -> "JudgeSettings":
-        if self.use == "server" and not (self.url and self.model):
-            raise ValueError(
-                "`use: server` needs `url` (such as http://127.0.0.1:8000/v1) and the `model`'s name there"
-            )
-        return self
 
 
 class ScoreSettings(StageSettings):

@@ -4,8 +4,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from align.settings.feedback import JudgeSettings
 from align.settings.fields import Count, Fraction, Interval, NonNegative, Positive, Settings
+from align.settings.judge import JudgeSettings
 from align.settings.stages import Data, Model, Reward, Sampling, Track
 
 
@@ -80,6 +80,7 @@ class Evaluation(Settings):
     prompts: Data
     max_prompts: Count = 256
     judge: tuple[Reward, ...] = ()  # such as a gold score; none: the held-out reward model
+    pairwise_judge: JudgeSettings | None = None  # compares each round's answers with those of all before it
     people_prompts: Interval = 0  # on which people, too, compare each round's answer with SFT's and the best one's
 
 

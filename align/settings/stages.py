@@ -8,6 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from align.settings.fields import Count, Fraction, Interval, NonNegative, Positive, Settings
+from align.settings.judge import JudgeSettings
 from align.settings.methods import Lora, MethodOrLora
 from align.wording import did_you_mean
 
@@ -327,7 +328,8 @@ class EvaluateSettings(StageSettings):
 
     kind: ClassVar[str] = "evaluate"
     policies: Annotated[dict[str, str | None], Field(min_length=1)]  # name -> run folder; null: the base
-    compare: tuple[tuple[str, str], ...] = ()  # (challenger, incumbent)
+    compare: tuple[tuple[str, str], ...] = ()  # (challenger, incumbent), by the scores of `judge`
+    pairwise_judge: JudgeSettings | None = None  # says beside, of the same answers, which of the two is better
     reference: str | None = None  # the policy that KL is measured to
     judge: Annotated[tuple[Reward, ...], Field(min_length=1)]
     beside: dict[str, Reward] = Field(default_factory=dict)  # other scores, reported only
@@ -345,6 +347,8 @@ class EvaluateSettings(StageSettings):
             if name not in self.policies:
                 hint = did_you_mean(name, self.policies)
                 raise ValueError(f"`{key}` names `{name}`, none of the policies: {', '.join(self.policies)}{hint}")
+        if self.pairwise_judge is not None and not self.compare:
+            raise ValueError("`pairwise_judge` judges the pairs of `compare`, and there are none; name some")
         return self
 
     def parents(self) -> Parents:

@@ -1,4 +1,4 @@
-"""The evaluate stage: several policies answer the same unseen prompts, and a judge compares them.
+"""The evaluate stage: several policies answer the same unseen prompts, and scores compare them, and a pairwise judge.
 
 Writes results.json, results.md and samples.jsonl. Every policy draws with the same random numbers. A win rate counts
 ties as halves; its interval is Wilson's at 95 %.
@@ -14,15 +14,18 @@ import torch
 from align.artifact import begin, finish, write_json, write_text
 from align.data import decode_completion, encode_prompt, end_token_ids, load
 from align.errors import BadInput
-from align.maths.calibration import wilson_interval, win_rate
+from align.maths.calibration import comparison, win_rate
 from align.maths.kl import kl_estimate
 from align.models.roles import Bases, Role
+from align.report.page import percent, won, won_by_judge
 from align.report.tables import markdown_table, result_table, save_samples
 from align.rewards import Answers, RewardMix, build_rewards
+from align.rewards.judge import Judge, Question, build_judge
 from align.rollout.draw import uniforms
 from align.rollout.reading import read_all
 from align.rollout.sampling import sample
 from align.settings import EvaluateSettings
+from align.stages.judging import CACHE, ask
 from align.stages.reward import encode_pairs, evaluate_pairs
 from align.track import Tracker
 from align.worker import Worker
@@ -58,6 +61,10 @@ def run(settings: EvaluateSettings, worker: Worker) -> None:
         raise BadInput(f"`prompts`: none has at most {settings.max_prompt_length} tokens (`max_prompt_length`)")
     judge = build_rewards(settings.judge, bases)
     beside = {name: build_rewards([reward], bases) for name, reward in settings.beside.items()}
+    pairwise = None
+    if settings.pairwise_judge is not None and worker.is_main:
+        cache = Path(settings.output) / CACHE
+        pairwise = build_judge(settings.pairwise_judge, bases, cache=cache, key="pairwise_judge")
     reference_name = settings.reference or next(iter(settings.policies))
     reference = bases.role(settings.policies[reference_name])
     tracker = Tracker(settings, total=len(settings.policies), start=0, shown=("score", "kl"), is_main=worker.is_main)
@@ -69,6 +76,8 @@ def run(settings: EvaluateSettings, worker: Worker) -> None:
             found = judged[name]
             tracker.log(number, {"policy": name, "score": _mean(found.scores), "kl": _mean(found.kl)})
         metrics = _metrics(judged, settings, reference_name) | _pair_metrics(settings, bases, worker)
+        if settings.pairwise_judge is not None:
+            metrics |= judge_metrics(pairwise, judged, rows, settings, worker)
         metrics["seconds"] = time.perf_counter() - started
         if worker.is_main:
             _write(metrics, judged, rows, settings, tracker)
@@ -132,19 +141,32 @@ def _metrics(judged: dict[str, Judged], settings: EvaluateSettings, reference: s
     }
     compared = []
     for challenger, incumbent in settings.compare:
-        share, count = win_rate(judged[challenger].scores, judged[incumbent].scores), len(judged[challenger].scores)
-        low, high = wilson_interval(share, count)
-        compared.append(
-            {
-                "challenger": challenger,
-                "incumbent": incumbent,
-                "win_rate": share,
-                "low": low,
-                "high": high,
-                "prompts": count,
-            }
-        )
+        own, other = judged[challenger].scores, judged[incumbent].scores
+        compared.append(comparison(challenger, incumbent, win_rate(own, other), len(own)))
     return {"policies": policies, "compare": compared}
+
+
+def judge_metrics(
+    judge: Judge | None, judged: dict[str, Judged], rows: list, settings: EvaluateSettings, worker: Worker
+) -> dict:
+    """The same comparisons by the pairwise judge. An answer wins a prompt that it wins in both orders; a verdict that
+    turns with the order is a tie (Zheng et al. 2023), and equal answers are one without being asked about."""
+    asked = [
+        (pair, i) for pair in settings.compare for i in range(len(rows)) if len({judged[n].texts[i] for n in pair}) > 1
+    ]
+    questions = [
+        Question(rows[i][0].prompt, judged[new].texts[i], judged[old].texts[i], rows[i][0].columns)
+        for (new, old), i in asked
+    ]
+    verdicts, took = ask(judge, questions, worker)
+    if judge is None:
+        return {}
+    wins = dict(zip(asked, (verdict.win for verdict in verdicts), strict=True))
+    compared = [
+        comparison(*pair, sum(wins.get((pair, i), 0.5) for i in range(len(rows))) / len(rows), len(rows))
+        for pair in settings.compare
+    ]
+    return {"compare_by_judge": compared} | took
 
 
 def _pair_metrics(settings: EvaluateSettings, bases: Bases, worker: Worker) -> dict:
@@ -200,11 +222,11 @@ def _table(metrics: dict) -> tuple[list[str], list[list[str]], list[str]]:
         ]
         for name, m in metrics["policies"].items()
     ]
-    facts = [
-        f"{c['challenger']} beats {c['incumbent']} on {c['win_rate']:.1%} of {c['prompts']} prompts "
-        f"(95 % interval {c['low']:.1%} to {c['high']:.1%})"
-        for c in metrics["compare"]
-    ]
+    facts = [*map(won, metrics["compare"]), *map(won_by_judge, metrics.get("compare_by_judge", []))]
+    if metrics.get("judge_tokens"):  # a function is not asked in two orders
+        facts.append(
+            f"the pairwise judge's verdict turned with the order on {percent(metrics['judge_flips'])} of pairs"
+        )
     if "reward" in metrics:
         r = metrics["reward"]
         facts.append(f"reward model: accuracy {r['accuracy']:.3f}, ECE {r['ece']:.3f} on {r['pairs']} unseen pairs")

@@ -18,15 +18,16 @@ from align.data import Prompt, encode_completion
 from align.models.budget import reading_tokens
 from align.models.layout import parts_of
 from align.models.roles import Bases, Role
+from align.rewards.judge import Question, build_judge
 from align.rewards.learned import ensemble_members
 from align.rewards.mix import Answers
 from align.settings import ScoreSettings
 from align.stages.collect import CANDIDATES
+from align.stages.judging import CACHE, ask
 from align.track import Tracker
 from align.worker import Worker
 
 ANSWERS, PAIRS = "answers.jsonl", "pairs.jsonl"
-AT_ONCE = 64  # pairs that the judge is asked between two looks at signals
 EMBEDDING_SIZE = 32  # numbers of a prompt's embedding that are kept, by a fixed random projection
 
 
@@ -56,25 +57,18 @@ def _score(settings: ScoreSettings, bases: Bases, tracker: Tracker, worker: Work
         pair["embedding"] = [round(x, 5) for x in embeddings[pair["a"]].tolist()]
     metrics: dict[str, float] = {"answers": len(rows), "pairs": len(pairs)}
     if settings.judge is not None:
-        from align.rewards.judge import Question, build_judge
-
-        cache = Path(settings.output) / "judge.jsonl"
-        judge = build_judge(settings.judge, bases, cache=cache) if worker.is_main else None
+        judge = build_judge(settings.judge, bases, cache=Path(settings.output) / CACHE) if worker.is_main else None
         questions = [
             Question(rows[p["a"]]["prompt"], rows[p["a"]]["text"], rows[p["b"]]["text"], rows[p["a"]]["columns"])
             for p in pairs
         ]
-        for start in range(0, len(pairs), AT_ONCE):
-            worker.stop_if_asked(lambda: None)
-            if judge is not None:
-                part = slice(start, start + AT_ONCE)
-                for pair, verdict in zip(pairs[part], judge(questions[part]), strict=True):
-                    pair |= {"judge_probability": verdict.probability, "judge_flipped": verdict.is_flipped}
-        if judge is not None:
-            metrics |= {"judge_tokens": judge.tokens, "judge_cost": judge.cost}
-            metrics["judge_flips"] = sum(pair["judge_flipped"] for pair in pairs) / max(len(pairs), 1)
+        verdicts, took = ask(judge, questions, worker)
+        metrics |= took
     if not worker.is_main:
         return
+    if settings.judge is not None:
+        for pair, verdict in zip(pairs, verdicts, strict=True):
+            pair |= {"judge_probability": verdict.probability, "judge_flipped": verdict.is_flipped}
     folder = Path(settings.output)
     write_lines(folder / ANSWERS, [row | {"scores": s} for row, s in zip(rows, scores.tolist(), strict=True)])
     write_lines(folder / PAIRS, pairs)
