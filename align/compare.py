@@ -317,8 +317,15 @@ def _measured(settings: StageSettings) -> dict[str, float]:
 
 
 def _best(order: Order, trials: list[Trial]) -> Trial:
+    """The one of the best quality; of equal ones (a hundred pairs have few accuracies) the one of the lowest loss."""
     sign = -1 if QUALITY[order.stage.stage][1] else 1
-    return max(trials, key=lambda t: (math.isfinite(t.quality), sign * t.quality if math.isfinite(t.quality) else 0))
+
+    def rank(trial: Trial) -> tuple[bool, float, float]:
+        if not math.isfinite(trial.quality):
+            return False, 0.0, 0.0
+        return True, sign * trial.quality, -_measured(trial.settings).get("eval_loss", 0.0)
+
+    return max(trials, key=rank)
 
 
 def _steps_in(order: Order, pilot: Trial) -> int:

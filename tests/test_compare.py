@@ -171,6 +171,19 @@ def test_reward_models_are_compared_by_accuracy_and_what_fails_is_told(recipe, s
     assert "prefix-0.1 failed before, and is passed over" in capsys.readouterr().out
 
 
+def test_of_rates_that_are_equal_in_accuracy_the_one_of_the_lower_loss_is_taken(recipe, started, monkeypatch):
+    asked = order(recipe("reward"), methods="ia3", rates=["ia3=1e-3,1e-2,1e-1"], budget="2")
+    losses = {1e-3: 0.6, 1e-2: 0.4, 1e-1: 0.5}
+    monkeypatch.setattr(
+        module,
+        "_measured",
+        lambda settings: {"eval_accuracy": 0.75, "eval_ece": 0.1, "eval_loss": losses[settings.train.learning_rate]},
+    )
+    assert compare(asked) == 0
+    (result,) = read(asked.out).results
+    assert result.learning_rate == 1e-2 and result.others["eval_loss"] == 0.4
+
+
 def test_refused_methods_are_listed_with_the_reason(recipe, started, base, capsys):
     model = {"base": str(base), "load_in": "nf4"}
     asked = order(recipe("sft", model=model), methods="full,ia3", rates=["ia3=1e-2"], budget="2")
