@@ -110,9 +110,13 @@ def won(row: Mapping[str, Any]) -> str:
     )
 
 
-def won_by_judge(row: Mapping[str, Any]) -> str:
-    """The same of the pairwise judge's verdicts."""
-    return f"by the pairwise judge, {won(row)}"
+def wins(metrics: Mapping[str, Any]) -> list[str]:
+    """Who beats whom in an evaluation, by scores and by its pairwise judge, a sentence each."""
+    told = [won(row) for row in metrics.get("compare") or []]
+    told += [f"by the pairwise judge, {won(row)}" for row in metrics.get("compare_by_judge") or []]
+    if metrics.get("judge_tokens"):  # a function is not asked in two orders
+        told.append(f"the pairwise judge's verdict turned with the order on {percent(metrics['judge_flips'])} of pairs")
+    return told
 
 
 def texts(value: Any, limit: int = LIMIT) -> str:

@@ -26,8 +26,7 @@ from align.report.page import (
     table,
     texts,
     with_intervals,
-    won,
-    won_by_judge,
+    wins,
 )
 from align.report.tables import plain
 from align.track import read_metrics
@@ -130,7 +129,7 @@ def _headline(kind: str, state: str, metrics: Found, rows: list[Found]) -> str:
             f"score {number(first['score'])} in the first iteration and {number(last['score'])} in the last, "
             f"{number(last.get('kl'))} nats from the reference"
         )
-    told += _wins(metrics) if kind == "evaluate" else []
+    told += wins(metrics) if kind == "evaluate" else []
     return f"The run is {state}" + (f": {'; '.join(told)}." if told else ".")
 
 
@@ -187,14 +186,9 @@ def _told(name: str, values: Sequence[float]) -> str:
     return f"{plain(name, 60)} from {number(values[0])} to {number(values[-1])}"
 
 
-def _wins(metrics: Found) -> list[str]:
-    by_judge = metrics.get("compare_by_judge") or []
-    return [*map(won, metrics.get("compare") or []), *map(won_by_judge, by_judge)]
-
-
 def _results(metrics: Found) -> Section:
     """What an evaluation found: the policies' figures, and who beats whom."""
-    policies, wins = _dict(metrics.get("policies")), _wins(metrics)
+    policies, told = _dict(metrics.get("policies")), wins(metrics)
     keys = list(dict.fromkeys(key for figures in policies.values() for key in figures))
     rows = [(name, *(decimal(figures.get(key)) for key in keys)) for name, figures in policies.items()]
     judges = {"by score": metrics.get("compare") or [], "by the pairwise judge": metrics.get("compare_by_judge") or []}
@@ -213,9 +207,9 @@ def _results(metrics: Found) -> Section:
         if len(drawn) > 1:
             legend(axis)
 
-    pictures = (picture("won", "Win rates", "; ".join(wins), draw),) if drawn else ()
-    told = table("Policies", ("policy", *map(_name, keys)), rows)
-    return Section("Results", ". ".join(wins) + "." if wins else "", pictures, _filled(told))
+    pictures = (picture("won", "Win rates", "; ".join(told), draw),) if drawn else ()
+    figures = table("Policies", ("policy", *map(_name, keys)), rows)
+    return Section("Results", "; ".join(told) + "." if told else "", pictures, _filled(figures))
 
 
 def _figures(manifest: Found, metrics: Found) -> Table:

@@ -17,7 +17,7 @@ from align.errors import BadInput
 from align.maths.calibration import comparison, win_rate
 from align.maths.kl import kl_estimate
 from align.models.roles import Bases, Role
-from align.report.page import percent, won, won_by_judge
+from align.report.page import wins
 from align.report.tables import markdown_table, result_table, save_samples
 from align.rewards import Answers, RewardMix, build_rewards
 from align.rewards.judge import Judge, Question, build_judge
@@ -222,11 +222,7 @@ def _table(metrics: dict) -> tuple[list[str], list[list[str]], list[str]]:
         ]
         for name, m in metrics["policies"].items()
     ]
-    facts = [*map(won, metrics["compare"]), *map(won_by_judge, metrics.get("compare_by_judge", []))]
-    if metrics.get("judge_tokens"):  # a function is not asked in two orders
-        facts.append(
-            f"the pairwise judge's verdict turned with the order on {percent(metrics['judge_flips'])} of pairs"
-        )
+    facts = wins(metrics)
     if "reward" in metrics:
         r = metrics["reward"]
         facts.append(f"reward model: accuracy {r['accuracy']:.3f}, ECE {r['ece']:.3f} on {r['pairs']} unseen pairs")
