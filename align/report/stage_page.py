@@ -25,8 +25,8 @@ from align.report.page import (
     read_rows,
     table,
     texts,
-    with_intervals,
     wins,
+    with_intervals,
 )
 from align.report.tables import plain
 from align.track import read_metrics
