@@ -12,6 +12,7 @@ from align.errors import RunFailed
 from align.models.roles import Bases
 from align.settings import Model, Policy, Ppo
 from align.stages import ppo as stage
+from align.stages.costs import kl_to_base
 from align.stages.ppo_steps import end_penalty
 from align.track import read_metrics
 from align.worker import Worker
@@ -30,6 +31,13 @@ def settings(base, data, runs, output, *, ppo=None, **changes):
     from align.settings import PpoSettings
 
     return PpoSettings(**values)
+
+
+def assert_moved_as_told(base, folder):
+    """The manifest's KL to the base is that of the policy in the folder."""
+    bases = Bases(Model(base=str(base)), torch.device("cpu"))
+    told = read_manifest(folder)["cost"]["kl_to_base"]
+    assert told == pytest.approx(kl_to_base(bases.role(str(folder)), bases), rel=1e-4) and told > 0
 
 
 @pytest.fixture(scope="module")
@@ -181,6 +189,10 @@ def test_trl_rewards_run_unchanged_beside_others(base, data, runs, tmp_path):
     assert row["reward_think_format_reward"] == 0.0 and row["reward_maybe"] == 1.0 and abs(row["reward_learned"]) <= 0.5
 
 
+def test_the_manifest_tells_how_far_the_policy_has_moved_from_the_base(finished, base):
+    assert_moved_as_told(base, finished)
+
+
 def test_kl_budget_keeps_the_best_under_it(base, data, runs, tmp_path):
     change = {"learning_rate": 0.05, "kl_budget": 0.2, "num_iterations": 12, "eval_steps": 1, "kl_coef": 0.0}
     tiny.run(settings(base, data, runs, tmp_path / "ppo", ppo=change))
@@ -191,6 +203,7 @@ def test_kl_budget_keeps_the_best_under_it(base, data, runs, tmp_path):
     assert best["score"] == max(row["eval_score_penalised"] for row in allowed)
     assert best["iteration"] == next(row["step"] for row in allowed if row["eval_score_penalised"] == best["score"])
     assert not list((tmp_path / "ppo").glob("best-*")) and (tmp_path / "ppo" / "adapter_config.json").is_file()
+    assert_moved_as_told(base, tmp_path / "ppo")  # the policy that is kept, not the last one
 
 
 def test_a_ratio_off_one_stops_the_run(base, data, runs, tmp_path, monkeypatch):

@@ -31,7 +31,7 @@ from align.report.tables import sample_table, save_samples
 from align.rewards import build_rewards
 from align.settings import AnyMethod, Lora, Ppo, PpoSettings
 from align.stages import checkpoint
-from align.stages.costs import adapter_bytes
+from align.stages.costs import adapter_bytes, kl_to_base
 from align.stages.learner import Learner, available
 from align.stages.order import left_out, row_order
 from align.stages.ppo_steps import Cast, Experience, PromptRow, Scored, assess, figures, improve, sample_and_score
@@ -192,7 +192,7 @@ def cast_roles(settings: PpoSettings, worker: Worker) -> Cast:
             role.causal.gradient_checkpointing_enable({"use_reentrant": False})
     rewards = build_rewards(settings.rewards, bases)
     reference = bases.role(start if settings.reference is None else settings.reference.path)
-    return Cast(base, base_name, policy, reference, critic, rewards, end_token_ids(base.tokenizer))
+    return Cast(bases, base, base_name, policy, reference, critic, rewards, end_token_ids(base.tokenizer))
 
 
 def _critic(bases: Bases, settings: PpoSettings, policy_method: AnyMethod | None) -> Role:
@@ -273,7 +273,8 @@ def _evaluate(this: _Run, iteration: int) -> dict[str, float]:
     score, kl = float(experience.scores.mean()), float(experience.kl.sum(1).mean())  # with the penalty for no end
     budget, best = settings.ppo.kl_budget, progress["best"]
     if budget is not None and kl <= budget and (best is None or score > best["score"]):
-        progress["best"] = {"iteration": iteration, "score": score, "kl": kl}
+        moved = kl_to_base(this.cast.policy, this.cast.bases)
+        progress["best"] = {"iteration": iteration, "score": score, "kl": kl, "kl_to_base": moved}
         if this.worker.is_main:
             with folder_in_one_go(_best_folder(settings, iteration)) as folder:
                 save_role(Role(cast.policy.model), folder, base_name=cast.base_name)
@@ -358,13 +359,15 @@ def _finish(this: _Run) -> None:
             for file in _best_folder(settings, best["iteration"]).iterdir():
                 shutil.copy(file, folder / file.name)
             tracker.say(f"kept iteration {best['iteration']}: score {best['score']:.3f} at KL {best['kl']:.3g}")
+            moved = best["kl_to_base"]
         else:
+            moved = kl_to_base(cast.policy, cast.bases)
             save_role(Role(cast.policy.model), folder, base_name=cast.base_name)
         cast.base.tokenizer.save_pretrained(folder)
         ppo_curves(folder)
         finish(
             folder,
-            cost=_cost(folder, cast.policy),
+            cost=_cost(folder, cast.policy) | {"kl_to_base": moved},
             metrics={"iterations": progress["step"], "best": best, "kl_coef": progress["kl_coef"]},
         )
         checkpoint.clear(settings.output)

@@ -22,7 +22,7 @@ from align.maths.masking import masked_mean, whiten
 from align.models.base import Base
 from align.models.budget import training_tokens
 from align.models.layout import Tree, parts_of
-from align.models.roles import Role
+from align.models.roles import Bases, Role
 from align.phases import Phases
 from align.rewards import Answers, RewardMix
 from align.rollout.draw import uniforms
@@ -42,7 +42,8 @@ SUMMED = "policy_loss", "clipfrac", "approx_kl", "ratio_mean", "logratio_mean", 
 class Cast:
     """The roles of a PPO run and what they share."""
 
-    base: Base
+    bases: Bases
+    base: Base  # the policy's
     base_name: str
     policy: Role
     reference: Role
