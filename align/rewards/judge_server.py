@@ -77,7 +77,7 @@ class Server:
         cache: Path | None,
         max_retries: int,
         timeout: float,
-        key: str = "judge",
+        key: str,
     ):
         self.endpoint = url.rstrip("/").removesuffix("/chat/completions") + "/chat/completions"
         self.model, self.max_retries, self.timeout = model, max_retries, timeout

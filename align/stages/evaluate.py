@@ -161,9 +161,9 @@ def judge_metrics(
     verdicts, took = ask(judge, questions, worker)
     if judge is None:
         return {}
-    wins = dict(zip(asked, (verdict.win for verdict in verdicts), strict=True))
+    said = dict(zip(asked, (verdict.win for verdict in verdicts), strict=True))
     compared = [
-        comparison(*pair, sum(wins.get((pair, i), 0.5) for i in range(len(rows))) / len(rows), len(rows))
+        comparison(*pair, sum(said.get((pair, i), 0.5) for i in range(len(rows))) / len(rows), len(rows))
         for pair in settings.compare
     ]
     return {"compare_by_judge": compared} | took

@@ -359,7 +359,7 @@ def _finish(this: _Run) -> None:
             for file in _best_folder(settings, best["iteration"]).iterdir():
                 shutil.copy(file, folder / file.name)
             tracker.say(f"kept iteration {best['iteration']}: score {best['score']:.3f} at KL {best['kl']:.3g}")
-            moved = best["kl_to_base"]
+            moved = best.get("kl_to_base")  # a run that an earlier version began has none
         else:
             moved = kl_to_base(cast.policy, cast.bases)
             save_role(Role(cast.policy.model), folder, base_name=cast.base_name)
@@ -367,7 +367,7 @@ def _finish(this: _Run) -> None:
         ppo_curves(folder)
         finish(
             folder,
-            cost=_cost(folder, cast.policy) | {"kl_to_base": moved},
+            cost=_cost(folder, cast.policy) | ({} if moved is None else {"kl_to_base": moved}),
             metrics={"iterations": progress["step"], "best": best, "kl_coef": progress["kl_coef"]},
         )
         checkpoint.clear(settings.output)
