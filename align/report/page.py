@@ -102,7 +102,7 @@ def percent(value: float | None) -> str:
     return NONE if value is None or not math.isfinite(value) else f"{value:.1%}".replace("%", " %")
 
 
-def won(row: Mapping[str, Any]) -> str:
+def _won(row: Mapping[str, Any]) -> str:
     """Who beats whom, of a row that `align.maths.calibration.comparison` made."""
     return (
         f"{plain(row['challenger'], 40)} beats {plain(row['incumbent'], 40)} on {percent(row['win_rate'])} of "
@@ -112,8 +112,8 @@ def won(row: Mapping[str, Any]) -> str:
 
 def wins(metrics: Mapping[str, Any]) -> list[str]:
     """Who beats whom in an evaluation, by scores and by its pairwise judge, a sentence each."""
-    told = [won(row) for row in metrics.get("compare") or []]
-    told += [f"by the pairwise judge, {won(row)}" for row in metrics.get("compare_by_judge") or []]
+    told = [_won(row) for row in metrics.get("compare") or []]
+    told += [f"by the pairwise judge, {_won(row)}" for row in metrics.get("compare_by_judge") or []]
     if metrics.get("judge_tokens"):  # a function is not asked in two orders
         told.append(f"the pairwise judge's verdict turned with the order on {percent(metrics['judge_flips'])} of pairs")
     return told
