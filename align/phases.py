@@ -1,7 +1,8 @@
-"""Seconds and peak memory of the phases of a step (sample, score, update)."""
+"""Seconds and peak memory of the phases of a step (sample, score, update).
 
-import ctypes
-import os
+On a CPU the memory is the process's, which keeps what earlier phases have freed (`worker.keep_freed_memory`).
+"""
+
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,7 +10,6 @@ from pathlib import Path
 
 import torch
 
-LIBC = ctypes.CDLL(None) if os.name == "posix" else None
 CLEAR_REFS, STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
 
 
@@ -30,15 +30,8 @@ class Phases:
             torch.cuda.synchronize(self.device)
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
         self.peak_mib[name] = max(self.peak_mib.get(name, 0.0), self._peak())
-        self._give_back()
-
-    def _give_back(self) -> None:
-        """Returns what a phase has freed to the system: the next one's tensors are of other sizes, and the allocators
-        would keep the holes beside them."""
         if self.device.type == "cuda":
-            torch.cuda.empty_cache()
-        elif LIBC is not None and hasattr(LIBC, "malloc_trim"):  # glibc
-            LIBC.malloc_trim(0)
+            torch.cuda.empty_cache()  # the next phase's tensors are of other sizes: their holes would stay
 
     def _begin(self) -> None:
         if self.device.type == "cuda":

@@ -1,5 +1,6 @@
 """A process of a stage among its peers: which mode really runs, sums over processes, and stopping on a signal."""
 
+import ctypes
 import os
 import random
 import signal
@@ -12,6 +13,7 @@ from align.errors import BadInput
 if TYPE_CHECKING:
     from torch import Tensor
 
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # of <malloc.h>
 TERMINATED = 143
 INTERRUPTED = 130
 
@@ -44,6 +46,8 @@ class Worker:
                 "share whole; use `launch: cpu`, `gpu` or `ddp`"
             )
         self._check_mode()
+        if self.device.type == "cpu":
+            keep_freed_memory()
         self._signal = 0
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._ask_to_stop)
@@ -112,6 +116,20 @@ class Worker:
         """Until every process is here."""
         if self.num_processes > 1:
             self.accelerator.wait_for_everyone()
+
+
+def keep_freed_memory() -> None:
+    """Has glibc keep what a pass frees for the next one; elsewhere, does nothing.
+
+    By default it gives large blocks back to the kernel, and the activations of every pass are paged in anew, which
+    takes a tenth of a PPO iteration on two cores.
+    """
+    libc = ctypes.CDLL(None) if os.name == "posix" else None
+    if libc is not None and hasattr(libc, "mallopt"):
+        if not libc.mallopt(M_MMAP_THRESHOLD, 2**30):
+            libc.mallopt(M_MMAP_THRESHOLD, 2**25)  # the most that older versions take
+        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+        libc.mallopt(M_TOP_PAD, 2**26)
 
 
 def seed_everything(seed: int) -> None:

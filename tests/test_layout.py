@@ -1,6 +1,7 @@
 """Layouts against plain lists: where each token stands, whom it sees, and which rows share a pass."""
 
 import random
+from itertools import combinations, pairwise
 
 import pytest
 import torch
@@ -179,6 +180,32 @@ def test_passes_of_whole_trees_keep_to_the_budget(seed, is_flat):
             assert len(passes) == len(trees)
         if budget == 1000:
             assert len(passes) == 1
+
+
+@pytest.mark.parametrize("is_flat", [True, False])
+@pytest.mark.parametrize("seed", SEEDS)
+def test_passes_are_as_few_as_the_budget_allows_and_then_as_even_as_can_be(seed, is_flat):
+    trees = random_trees(seed) + random_trees(seed + 100)
+    order = sorted(range(len(trees)), key=lambda i: trees[i].num_tokens if is_flat else trees[i].width)
+
+    def cost(numbers) -> int:
+        rows = [len(trees[i].prefix) + len(branch) for i in numbers for branch in trees[i].branches]
+        return sum(trees[i].num_tokens for i in numbers) if is_flat else len(rows) * max(rows)
+
+    budget = max(2 * max(cost([i]) for i in order), cost(order) // 3)
+    for num_cuts in range(len(order)):  # every way to cut the sorted trees
+        ways = [(0, *cuts, len(order)) for cuts in combinations(range(1, len(order)), num_cuts)]
+        costs = [max(cost(order[a:b]) for a, b in pairwise(way)) for way in ways]
+        if min(costs) <= budget:
+            break
+    passes = passes_of(trees, max_tokens=budget, is_flat=is_flat)
+    assert len(passes) == num_cuts + 1
+    assert max(map(cost, passes)) == min(costs)
+
+
+def test_a_short_last_pass_is_shared_out():
+    trees = [Tree([1] * 64, [[2] * 32])] * 16
+    assert [len(numbers) for numbers in passes_of(trees, max_tokens=5 * 96, is_flat=True)] == [4, 4, 4, 4]
 
 
 @pytest.mark.parametrize("is_flat", [True, False])

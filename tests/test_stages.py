@@ -1,6 +1,11 @@
 """Each stage in this process on the tiny base: what it writes, what opens it, and what must not depend on batching."""
 
+import ctypes
+import json
+import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -164,6 +169,26 @@ def test_worker_alone_is_one_process():
     worker = Worker()
     assert worker.num_processes == 1 and list(worker.mine(3)) == [0, 1, 2]
     assert worker.gather_objects({"a": 1}) == [{"a": 1}] and worker.maximum(2.0) == 2.0
+
+
+ALLOCATING = """
+import resource, torch
+from align.worker import Worker
+Worker()
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    [torch.ones(6 * 2**20) for _ in range(12)]  # of 24 MiB, alive together as a pass's activations are
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+print([faults() for _ in range(4)])
+"""
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="not glibc")
+def test_a_process_on_the_cpu_keeps_freed_memory_for_the_next_pass():
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true"}
+    done = subprocess.run([sys.executable, "-c", ALLOCATING], capture_output=True, text=True, env=environment)
+    first, *others = json.loads(done.stdout)  # by default the second pages in as much as the first
+    assert sum(others) < first / 2
 
 
 def test_wandb_works_offline_without_an_account(base, data, tmp_path):

@@ -100,7 +100,7 @@ def tree_attention(spans: Sequence[Span], prefix: Prefix | None = None) -> Atten
                 if prefix is not None:
                     k, v = _after_prefix(prefix, module, k, v)
                 outputs.append(_causal(q, k, v, scaling).transpose(1, 2)[0])
-        return torch.cat(outputs)[None]  # (1, T, heads, D)
+        return (outputs[0] if len(outputs) == 1 else torch.cat(outputs))[None]  # (1, T, heads, D)
 
     return attend
 

@@ -4,7 +4,7 @@ adapter's dropout draws."""
 from transformers import PreTrainedModel
 
 ACTIVATIONS = {"cuda": 4 * 2**30}  # bytes kept for the backward pass, where the recipe does not say
-ACTIVATIONS_ELSEWHERE = 3 * 2**28
+ACTIVATIONS_ELSEWHERE = 2**30
 NUMBERS_A_LAYER = 24  # times the hidden size: what a layer keeps of a token (attention, gated MLP, norms)
 BYTES = 4  # a number: over 16-bit weights too, where adapters compute in float32
 BOUNDS = 256, 65_536

@@ -148,14 +148,30 @@ def parts_of(prefixes: Sequence[Ids], branches: Sequence[Ids], *, max_tokens: in
 def passes_of(trees: Sequence[Tree], *, max_tokens: int, is_flat: bool) -> list[list[int]]:
     """Numbers of the trees in each pass of at most `max_tokens` tokens, padding included; trees of like size together.
 
-    A tree that is larger has a pass of its own.
+    A tree that is larger has a pass of its own. There are as few passes as the budget allows, and they are as even as
+    that many can be: a short one at the end would take the time of a longer one, and fuller ones more memory.
     """
+    sizes = [(tree.num_tokens, tree.num_tokens) if is_flat else (tree.width, len(tree.branches)) for tree in trees]
+    order = sorted(range(len(trees)), key=lambda i: sizes[i][0])
+    passes = _filled(order, sizes, max_tokens, is_flat)
+    low, high = 1, max_tokens  # the least budget that makes no more passes lies in between
+    while low < high:
+        middle = (low + high) // 2
+        tried = _filled(order, sizes, middle, is_flat)
+        if len(tried) > len(passes):
+            low = middle + 1
+        else:
+            passes, high = tried, middle
+    return passes
+
+
+def _filled(order: list[int], sizes: list[tuple[int, int]], max_tokens: int, is_flat: bool) -> list[list[int]]:
+    """Passes filled in turn; sizes are (tokens, tokens) of a flat tree, (width, rows) of a padded one."""
     passes: list[list[int]] = []
     taken = 0  # tokens of the last pass; padded: its rows
-    for number in sorted(range(len(trees)), key=lambda i: trees[i].num_tokens if is_flat else trees[i].width):
-        tree = trees[number]
-        more = tree.num_tokens if is_flat else len(tree.branches)
-        if not passes or (taken + more) * (1 if is_flat else tree.width) > max_tokens:
+    for number in order:
+        width, more = sizes[number]
+        if not passes or (taken + more) * (1 if is_flat else width) > max_tokens:
             passes.append([])
             taken = 0
         passes[-1].append(number)
