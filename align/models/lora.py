@@ -29,7 +29,7 @@ class _Product(torch.autograd.Function):
         x, weight, a, b, inner = ctx.saved_tensors
         through = (slope @ b).mul_(ctx.scale)  # (M, r)
         into = (slope @ weight).addmm_(through, a) if ctx.needs_input_grad[0] else None
-        return into, None, None, through.T @ x, (slope.T @ inner).mul_(ctx.scale), None
+        return into, None, None, (x.T @ through).T, (slope.T @ inner).mul_(ctx.scale), None
 
 
 class FusedLinear(Linear):
