@@ -264,6 +264,18 @@ def test_only_one_at_a_time(finished, tmp_path):
         run_loop(loop, in_process)
 
 
+def test_a_store_that_cannot_be_opened_leaves_nothing_behind(base, data, tmp_path):
+    (tmp_path / "text.db").write_text("no database")
+    loop = load_loop(recipe(base, data, tmp_path, store=str(tmp_path / "text.db")))
+    with pytest.raises(BadInput, match="cannot be opened"):
+        run_loop(loop, in_process)
+    assert not loop.out.exists()
+    loop.out.mkdir()  # a folder that was there stays
+    with pytest.raises(BadInput, match="cannot be opened"):
+        run_loop(loop, in_process)
+    assert loop.out.is_dir()
+
+
 def test_a_round_s_critic_begins_as_its_reward_model_unless_the_recipe_says_otherwise(base, data, tmp_path):
     loop = load_loop(recipe(base, data, tmp_path, ppo={"critic": {"warmup_iterations": 2}}))
     critic = loop.ppo(1, "policy").critic

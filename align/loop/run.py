@@ -1,6 +1,8 @@
 """Runs a loop's rounds, step by step, from where it stopped."""
 
 import json
+import os
+import shutil
 import time
 import uuid
 from collections.abc import Iterator
@@ -46,7 +48,6 @@ def run_loop(loop: Loop, start_stage: Start | None = None) -> int:
             return start(launch, settings, path)
 
         print(f"{loop.settings.num_rounds} rounds in {loop.out}, {launch.description}", flush=True)
-    loop.out.mkdir(parents=True, exist_ok=True)
     with _alone(loop.out):
         return _run(loop, prompts, start_stage)
 
@@ -55,9 +56,13 @@ def run_loop(loop: Loop, start_stage: Start | None = None) -> int:
 def _alone(folder: Path) -> Iterator[None]:
     """While this holds, no other process runs the loop of this folder; a lock ends with its process, however that ends.
 
+    The folder is made where it is not there, and is gone again if nothing but the lock came into it.
+
     Raises:
         BadInput: another does.
     """
+    is_new = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / LOCK)
     try:
         lock.acquire(blocking=False)
@@ -66,6 +71,8 @@ def _alone(folder: Path) -> Iterator[None]:
     try:
         yield
     finally:
+        if is_new and os.listdir(folder) == [LOCK]:  # the store could not be opened: as if it had never begun
+            shutil.rmtree(folder)
         lock.release()
 
 
