@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import time
 import uuid
 from collections.abc import Iterator
@@ -72,7 +71,8 @@ def _alone(folder: Path) -> Iterator[None]:
         yield
     finally:
         if is_new and os.listdir(folder) == [LOCK]:  # the store could not be opened: as if it had never begun
-            shutil.rmtree(folder)
+            (folder / LOCK).unlink()
+            folder.rmdir()
         lock.release()
 
 
