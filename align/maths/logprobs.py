@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from align.maths.products import product
+
 
 def token_logprobs(logits: Tensor, tokens: Tensor, *, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
     """log p(token) and the entropy of p, where p = softmax(logits / temperature), in float32 or wider.
@@ -70,16 +72,15 @@ class _FrozenHead(torch.autograd.Function):
         slopes = torch.empty_like(states) if needs_slope else None
         for at in range(0, states.shape[0], chunk):
             rows = slice(at, at + chunk)
-            # (V, chunk): on a CPU this order is faster than (chunk, V), 85 against 60 GFLOP/s at 192 rows of 576
-            logits = (weight @ states[rows].T).to(wide).div_(temperature)
-            chosen = logits.gather(0, tokens[None, rows])
-            peak = logits.amax(0, keepdim=True)
+            logits = product(states[rows], weight).to(wide).div_(temperature)  # (chunk, V)
+            chosen = logits.gather(1, tokens[rows, None])
+            peak = logits.amax(1, keepdim=True)
             p = logits.sub_(peak).exp_()
-            total = p.sum(0, keepdim=True)
-            logprobs[rows] = (chosen - peak - total.log())[0]
-            is_likeliest[rows] = (chosen == peak)[0]
+            total = p.sum(1, keepdim=True)
+            logprobs[rows] = (chosen - peak - total.log())[:, 0]
+            is_likeliest[rows] = (chosen == peak)[:, 0]
             if slopes is not None:
-                mean = (p.div_(total).to(states.dtype).T @ weight).to(wide)  # (chunk, H)
+                mean = product(p.div_(total).to(states.dtype), weight.T).to(wide)  # (chunk, H)
                 slopes[rows] = ((weight[tokens[rows]] - mean) / temperature).to(states.dtype)
         ctx.save_for_backward(slopes)
         ctx.mark_non_differentiable(is_likeliest)

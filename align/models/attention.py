@@ -177,8 +177,9 @@ class Slots:
             keys[index, :, at], values[index, :, at] = key[0].transpose(0, 1), value[0].transpose(0, 1)
             heads = key.shape[1]  # query heads that share keys stand in one group
             grouped = query[0].transpose(0, 1).reshape(rows, heads, -1, query.shape[-1])  # (rows, kv heads, group, D)
+            seen = mask.expand(-1, -1, grouped.shape[2], -1)  # without it SDPA's slow way is taken
             out = F.scaled_dot_product_attention(
-                grouped, keys[:rows, :, :width], values[:rows, :, :width], attn_mask=mask, scale=scaling
+                grouped, keys[:rows, :, :width], values[:rows, :, :width], attn_mask=seen, scale=scaling
             )
             return out.reshape(1, rows, query.shape[1], -1)
 

@@ -8,9 +8,11 @@ adapters, 4-bit weights, an adapter in float32 over 16 bits) is left to PEFT's o
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from peft.tuners.lora.layer import Linear
 from torch import Tensor, nn
+
+from align.maths.products import product
+from align.models.linear import PlainLinear
 
 
 class _Product(torch.autograd.Function):
@@ -21,14 +23,14 @@ class _Product(torch.autograd.Function):
         inner = x @ a.T  # (M, r)
         ctx.save_for_backward(x, weight, a, b, inner)
         ctx.scale = scale
-        return F.linear(x, weight, bias).addmm_(inner, b.T, alpha=scale)
+        return product(x, weight, bias).addmm_(inner, b.T, alpha=scale)
 
     @staticmethod
     def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor | None, None, None, Tensor, Tensor, None]:
         (slope,) = slopes  # (M, O)
         x, weight, a, b, inner = ctx.saved_tensors
         through = (slope @ b).mul_(ctx.scale)  # (M, r)
-        into = (slope @ weight).addmm_(through, a) if ctx.needs_input_grad[0] else None
+        into = product(slope, weight.T).addmm_(through, a) if ctx.needs_input_grad[0] else None
         return into, None, None, (x.T @ through).T, (slope.T @ inner).mul_(ctx.scale), None
 
 
@@ -55,7 +57,7 @@ class FusedLinear(Linear):
         a, b, dropout = (each[names[0]] for each in (self.lora_A, self.lora_B, self.lora_dropout))
         is_dropping = self.training and getattr(dropout, "p", 0.0) > 0
         return (
-            type(base) is nn.Linear
+            type(base) in (nn.Linear, PlainLinear)
             and not base.weight.requires_grad
             and not is_dropping
             and a.bias is None
@@ -63,15 +65,17 @@ class FusedLinear(Linear):
             and base.weight.dtype == a.weight.dtype
         )
 
-    def merged_weight(self) -> nn.Parameter:
+    def merged_weight(self) -> Tensor:
         """W + s B A (O, I) of a plain layer, in one pass over memory."""
         (name,) = self.active_adapters
         a, b = cast(Tensor, self.lora_A[name].weight), cast(Tensor, self.lora_B[name].weight)
-        return nn.Parameter(torch.addmm(self.weight, b, a, alpha=self.scaling[name]), requires_grad=False)
+        return torch.addmm(self.weight, b, a, alpha=self.scaling[name])
 
 
 def fuse(model: nn.Module) -> None:
-    """Makes the plain LoRA layers of `model` fused ones; everything PEFT does with them stays as it is."""
+    """Gives the linear layers of `model`, PEFT's and torch's, ours; whatever else is done with them stays as it is."""
     for module in model.modules():
         if type(module) is Linear:
             module.__class__ = FusedLinear
+        elif type(module) is nn.Linear:
+            module.__class__ = PlainLinear

@@ -1,6 +1,7 @@
 """Base + adapter -> plain weights: in memory for sampling, and on disk by `align merge`."""
 
 import copy
+from collections import Counter
 from pathlib import Path
 from typing import Any, cast
 
@@ -9,16 +10,16 @@ from peft import PeftConfig, PeftModel
 from peft.tuners.ia3.layer import IA3Layer
 from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import Tensor, nn
+from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from align.artifact import folder_in_one_go, read_manifest
 from align.errors import BadInput
+from align.models.linear import PlainLinear, reading_layer
 from align.models.lora import FusedLinear
 from align.models.roles import Bases, Role
 from align.settings import Model
 
-NARROW = 64  # rows
 UNMERGEABLE = {
     "BOTTLENECK": "its layers are not linear, so that no matrix of the base can stand for them",
     "PREFIX_TUNING": "its keys and values are not weights of the base",
@@ -26,50 +27,42 @@ UNMERGEABLE = {
 PROBE = ("The answer to the question is", "Once upon a time there was a", "1 2 3 4 5 6 7 8", "Dear all, thank you for")
 
 
-class _Narrow(nn.Linear):
-    """A linear layer for a few rows at a time on a CPU.
-
-    W x^T is the faster order there than x W^T: 12 against 10 GB/s of weights at 16 rows, 19 against 12 at 8, 36 against
-    10 at 4 (W 1536 x 576, two cores).
-    """
-
-    def forward(self, input: Tensor) -> Tensor:
-        rows = input.reshape(-1, self.in_features)
-        if len(rows) == 1 or len(rows) > NARROW:
-            return super().forward(input)
-        product = (self.weight @ rows.T).T
-        return (product if self.bias is None else product + self.bias).reshape(*input.shape[:-1], self.out_features)
-
-
 @torch.no_grad()
-def merged_view(role: Role) -> Role:
-    """The role with its adapter merged into copies of the layers that it adapts; everything else is shared.
+def sampling_view(role: Role) -> Role:
+    """The role for many short passes on a CPU: its adapter merged, its linear layers copied in the order for few rows.
 
-    Sampling on a CPU takes many short steps, in which un-merged adapters cost a fifth. The copies are those of the
-    adapted layers, and are gone with the view. Only float32 weights are merged: in 16 bits the sum is rounded, and the
-    answers would come from another policy than the one that is trained.
+    Un-merged adapters would cost a fifth of a step; what the order is worth stands in `align.maths.products`. The
+    copies are gone with the view; everything else is shared. Only float32 weights are merged: in 16 bits the sum is
+    rounded, and the answers would come from another policy than the one that is trained.
     """
-    if not isinstance(role.model, PeftModel) or not role.is_exact or role.device.type != "cpu":
+    if not role.is_exact or role.device.type != "cpu":
         return role
-    layers = [layer for layer in role.model.modules() if isinstance(layer, BaseTunerLayer)]
-    if not layers or not all(isinstance(layer, (LoraLayer, IA3Layer)) for layer in layers):
-        return role  # nothing to merge, or nothing to gain
+    model: Any = role.causal
+    layers = [layer for layer in model.modules() if isinstance(layer, BaseTunerLayer)]
+    if not all(isinstance(layer, (LoraLayer, IA3Layer)) for layer in layers) or (role.has_adapter and not layers):
+        return role  # nothing to merge
     adapted = {id(p) for layer in layers for p in layer.get_base_layer().parameters()}  # IA3 scales biases too
-    uses = [id(p) for _, p in role.model.named_parameters(remove_duplicate=False)]
-    if any(uses.count(p) > 1 for p in adapted):  # a tied layer's adapter must not move its twin
+    uses = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
+    if any(uses[p] > 1 for p in adapted):  # a tied layer's adapter must not move its twin
         return role
-    memo: dict[int, Any] = {id(t): t for t in (*role.model.parameters(), *role.model.buffers()) if id(t) not in adapted}
-    plain: list[Any] = [layer for layer in layers if isinstance(layer, FusedLinear) and layer.is_plain]
-    merged: Any
-    if len(plain) == len(layers):
-        memo |= {id(layer.weight): layer.merged_weight() for layer in plain}
-        merged = cast(Any, copy.deepcopy(role.model, memo)).unload()
-    else:
-        merged = cast(Any, copy.deepcopy(role.model, memo)).merge_and_unload()
-    for module in merged.modules():
-        if type(module) is nn.Linear:
-            module.__class__ = _Narrow
-    return Role(merged, head=role.head)
+    if not all(isinstance(layer, FusedLinear) and layer.is_plain for layer in layers):
+        shared = {id(t): t for t in (*model.parameters(), *model.buffers()) if id(t) not in adapted}
+        model = cast(PeftModel, copy.deepcopy(role.model, shared)).merge_and_unload()
+    return Role(copy.deepcopy(model, _for_few_rows(model)), head=role.head)
+
+
+def _for_few_rows(model: nn.Module) -> dict[int, Any]:
+    """What a copy of the model takes as it is, or instead: its tensors, and reading layers for its linear ones."""
+    memo: dict[int, Any] = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    for module in model.modules():
+        if id(module) in memo:
+            continue
+        if isinstance(module, FusedLinear):
+            memo[id(module)] = reading_layer(module.merged_weight(), cast(Any, module.bias))
+            memo |= {id(part): part for part in module.modules() if part is not module}  # they are not its own layers
+        elif isinstance(module, PlainLinear):
+            memo[id(module)] = reading_layer(module.weight, module.bias)
+    return memo
 
 
 @torch.no_grad()

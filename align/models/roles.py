@@ -21,6 +21,7 @@ from align.maths.logprobs import chunked_choices, frozen_choices
 from align.models.attention import Prefix, flat_states, is_flat, prefix_length, tree_attention
 from align.models.base import Base, load_base, trunk_of
 from align.models.layout import Layout, Tree, flat_layout, padded_layout
+from align.models.linear import PlainLinear
 from align.models.lora import fuse
 from align.models.methods import inject, prefix_of, with_method
 from align.settings import AnyMethod, Full, Model
@@ -100,7 +101,7 @@ class Role(nn.Module):
     def choices(self, states: Tensor, tokens: Tensor, *, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
         """As `logprobs`, and whether each token is the likeliest: (N,) bool."""
         layer = self.causal.get_output_embeddings()
-        if type(layer) is nn.Linear and not layer.weight.requires_grad and layer.bias is None:
+        if type(layer) in (nn.Linear, PlainLinear) and not layer.weight.requires_grad and layer.bias is None:
             return frozen_choices(states, layer.weight, tokens, temperature=temperature)
         return chunked_choices(states, self.logits, tokens, temperature=temperature)
 
