@@ -16,7 +16,8 @@ whole. Peak memory is the process's high-water mark on a CPU, the allocator's on
 of the trunk's linear layers (no embeddings, adapters or attention scores) x tokens a pass, as much again for a
 backward pass, which needs gradients of its inputs only, and 2 x vocabulary x hidden x answer tokens, forward and
 backward, where logits are needed; a prompt's tokens count once, however many samples it has. The matrix rate is that of
-float32 x @ W.T, x (1024, hidden), W (intermediate, hidden): the median of what is measured after each of our runs.
+torch's float32 x @ W.T, x (1024, hidden), W (intermediate, hidden): the median of what is measured after each of our
+runs. Ours beside it is that of the products that our passes use.
 """
 
 import argparse
@@ -285,7 +286,8 @@ def critic_of(work: Values) -> str:
 def phase_figures(runs: list[Values], work: Values) -> Values:
     """Medians by phase over all iterations but each run's first."""
     rows = [row for run in runs for row in run["metrics"][1:] or run["metrics"]]
-    machine = runs[0]["machine"] | {"rate": median(run["machine"]["rate"] for run in runs)}
+    rates = {name: median(run["machine"][name] for run in runs) for name in ("rate", "own_rate")}
+    machine = runs[0]["machine"] | rates
     critic = critic_of(work)
     flops = useful_flops(work["prompts"], machine, critic, work["recipe"]["ppo"]["num_ppo_epochs"])
     phases: Values = {}
@@ -342,7 +344,8 @@ def show_phases(figures: Values) -> None:
         rows.append([name, f"{f['seconds']:.3f}", f"{f['tokens_per_second']:.0f}", f"{f['peak_mib']:.0f}", *flops])
     show("ours by phase", ["", "seconds", "tokens/s", "peak MiB", "useful GFLOP/s", "of matrix rate"], rows)
     m = figures["machine"]
-    console.print(f"matrix rate {m['rate'] / 1e9:.1f} GFLOP/s, float32 1024 x {m['hidden']} x {m['inner']}. {COUNTED}")
+    rates = f"{m['rate'] / 1e9:.1f} GFLOP/s, torch's own (ours {m['own_rate'] / 1e9:.1f})"
+    console.print(f"matrix rate {rates}, float32 1024 x {m['hidden']} x {m['inner']}. {COUNTED}")
 
 
 # --- subcommands -----------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-SMALL = 2**22  # multiplications in a product; under it, what oneDNN takes to prepare costs more than is won
+SMALL = 2**21  # multiplications in a product; under it, what oneDNN takes to prepare costs more than is won
 LARGE = 2**16  # numbers in a weight, from which packing it is worth its time
 ROWS = 16  # that weights are packed for; they serve any other number
 

@@ -20,7 +20,7 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float) -> Tensor:
-        inner = x @ a.T  # (M, r)
+        inner = product(x, a)  # (M, r)
         ctx.save_for_backward(x, weight, a, b, inner)
         ctx.scale = scale
         return product(x, weight, bias).addmm_(inner, b.T, alpha=scale)
@@ -29,9 +29,10 @@ class _Product(torch.autograd.Function):
     def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor | None, None, None, Tensor, Tensor, None]:
         (slope,) = slopes  # (M, O)
         x, weight, a, b, inner = ctx.saved_tensors
-        through = (slope @ b).mul_(ctx.scale)  # (M, r)
+        through = product(slope, b.T).mul_(ctx.scale)  # (M, r)
         into = product(slope, weight.T).addmm_(through, a) if ctx.needs_input_grad[0] else None
-        return into, None, None, (x.T @ through).T, (slope.T @ inner).mul_(ctx.scale), None
+        of_a, of_b = product(through.T, x.T), product(inner.T, slope.T).mul_(ctx.scale).T  # (r, I), (O, r)
+        return into, None, None, of_a, of_b, None
 
 
 class FusedLinear(Linear):
