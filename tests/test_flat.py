@@ -140,6 +140,7 @@ def check_states(role: Role, model: Any, trees: list[Tree]) -> None:
     assert float(before.std()) > 0.1  # there is something to be seen
     torch.testing.assert_close(states[layout.before], before, rtol=0, atol=1e-5)
     torch.testing.assert_close(states[layout.last], torch.stack([s[-1] for s in alone]), rtol=0, atol=1e-5)
+    torch.testing.assert_close(role.states(layout, layout.before), before, rtol=0, atol=1e-5)
 
 
 def test_states_in_trees_are_those_of_single_rows(flat):
@@ -153,6 +154,24 @@ def test_states_in_trees_are_those_of_single_rows(flat):
 def test_states_with_an_adapter_are_those_of_single_rows(flat):
     role, wrapped = flat.lora()
     check_states(role, wrapped, make_trees(2))
+
+
+@pytest.mark.parametrize("is_checkpointed", [False, True])
+def test_the_last_layer_does_no_more_than_is_asked(llama, is_checkpointed):
+    role, _ = llama.lora(Bases(llama.bases.settings, CPU))
+    if is_checkpointed:
+        role.causal.gradient_checkpointing_enable({"use_reentrant": False})
+        role.train()
+    layout, widths = role.layout(make_trees()), []
+    for layer in trunk_of(role.causal).layers:
+        layer.mlp.act_fn.register_forward_hook(lambda _, args, out: widths.append(out.shape[1]))
+    role.states(layout, layout.before)
+    whole, asked = layout.ids.shape[1], len(layout.before.unique())
+    assert len(layout.before) > asked and whole > asked
+    assert widths == [whole] * (len(widths) - 1) + [whole if is_checkpointed else asked] and len(widths) > 1
+    widths.clear()
+    role.states(layout)
+    assert set(widths) == {whole}
 
 
 def test_models_that_do_more_take_padded_rows_and_these_are_right(padded):
@@ -177,8 +196,9 @@ def test_padded_batches_of_a_flat_model_stay_right(flat):
                 torch.testing.assert_close(states[i][mask[i]], plain_states(flat.plain, row), rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("are_all_asked", [False, True])
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_gradients_are_those_of_one_row_at_a_time(flat, checkpointing):
+def test_gradients_are_those_of_one_row_at_a_time(flat, checkpointing, are_all_asked):
     role, wrapped = flat.lora(Bases(flat.bases.settings, CPU))  # a base of its own: it is made float64
     role.double(), wrapped.double()
     if checkpointing:
@@ -191,8 +211,12 @@ def test_gradients_are_those_of_one_row_at_a_time(flat, checkpointing):
         return (before.tanh() * pull[: len(before)]).mean() + (last.tanh() * pull[-len(last) :]).mean()
 
     layout = role.layout(trees)
-    states = role.states(layout)
-    loss_of(states[layout.before], states[layout.last]).backward()
+    if are_all_asked:
+        states = role.states(layout)
+        loss_of(states[layout.before], states[layout.last]).backward()
+    else:  # some positions are asked for several times: by branches of one prefix, and as the last of an empty one
+        states = role.states(layout, torch.cat([layout.before, layout.last]))
+        loss_of(states[: len(layout.before)], states[len(layout.before) :]).backward()
     rows = [([*tree.prefix, *branch], len(tree.prefix)) for tree in trees for branch in tree.branches]
     alone = [plain_states(wrapped, row) for row, _ in rows]
     before = torch.cat([s[cut - 1 : -1] for s, (_, cut) in zip(alone, rows, strict=True)])

@@ -19,10 +19,13 @@ ROWS = 16  # that weights are packed for; they serve any other number
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x W^T + bias, as `torch.nn.functional.linear` but without a gradient: x (M, I), weight (O, I) -> (M, O)."""
-    is_large = len(x) * weight.numel() >= SMALL
-    if is_large and _is_plain(x) and _is_plain(weight) and _is_onednn_right():
-        return _linear(x, weight, bias)
-    return F.linear(x, weight, bias)
+    return _linear(x, weight, bias) if is_for_onednn(x, weight) else F.linear(x, weight, bias)
+
+
+def is_for_onednn(x: Tensor, weight: Tensor) -> bool:
+    """Whether oneDNN is there, does such products, and is the faster one: x (..., I), weight (O, I)."""
+    is_large = x.numel() * weight.shape[0] >= SMALL
+    return is_large and _is_plain(x) and _is_plain(weight) and _is_onednn_right()
 
 
 def pack(weight: Tensor) -> Tensor | None:

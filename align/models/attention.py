@@ -5,7 +5,8 @@ Registered with transformers' attention interface, so that every architecture th
 after a trial: where the trial fails, passes are padded rows and sampling is transformers' `generate`.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from itertools import groupby, pairwise
 from typing import Any
 
@@ -58,11 +59,44 @@ def is_flat(model: PreTrainedModel) -> bool:
     return model.config._attn_implementation == NAME
 
 
-def flat_states(trunk: nn.Module, ids: Tensor, positions: Tensor, attend: Attend) -> Tensor:
-    """(T, H): final states of the one row `ids` (1, T) at `positions` (1, T), with `attend` in every layer."""
+def flat_states(trunk: nn.Module, ids: Tensor, positions: Tensor, attend: Attend, at: Tensor | None = None) -> Tensor:
+    """(T, H): final states of the one row `ids` (1, T) at `positions` (1, T), with `attend` in every layer; or those at
+    `at` (N,) alone, (N, H), for which the last layer computes no more than it must."""
     no_mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=ids.device)  # 4-D: transformers makes no mask of its own
-    output = trunk(input_ids=ids, position_ids=positions, attention_mask=no_mask, use_cache=False, attend=attend)
-    return output.last_hidden_state[0]
+    with nullcontext() if at is None else _last_mlp_only_at(trunk, at, ids.shape[1]):
+        output = trunk(input_ids=ids, position_ids=positions, attention_mask=no_mask, use_cache=False, attend=attend)
+    states = output.last_hidden_state[0]
+    return states if at is None else states[at]
+
+
+@contextmanager
+def _last_mlp_only_at(trunk: nn.Module, at: Tensor, num_positions: int) -> Iterator[None]:
+    """The last layer's MLP, three quarters of the layer, computes at `at` alone: nothing reads its other positions.
+
+    Architectures that do not call it `mlp` compute it whole, and so do checkpointed layers, which the backward pass
+    would compute once more, outside of this.
+    """
+    layers = [child for child in trunk.children() if isinstance(child, nn.ModuleList)]
+    layer = layers[-1][-1] if layers else None
+    mlp, read = getattr(layer, "mlp", None), at.unique()  # once each, or a gradient would count as often
+    if mlp is None or (torch.is_grad_enabled() and getattr(layer, "gradient_checkpointing", False)):
+        yield
+        return
+
+    def narrow(_: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
+        return (args[0][:, read],)
+
+    def widen(_: nn.Module, args: tuple[Tensor], output: Any) -> Any:
+        found, *others = output if isinstance(output, tuple) else (output,)
+        whole = found.new_zeros(1, num_positions, found.shape[-1]).index_copy(1, read, found)
+        return (whole, *others) if isinstance(output, tuple) else whole
+
+    hooks = mlp.register_forward_pre_hook(narrow), mlp.register_forward_hook(widen)
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def prefix_length(prefix: Prefix | None) -> int:
@@ -216,7 +250,7 @@ def use_flat_attention(model: PreTrainedModel, trunk: nn.Module) -> bool:
         trunk(input_ids=torch.tensor([row], device=model.device), use_cache=False).last_hidden_state[0]
         for row in ([*prefix, *first], [*prefix, *second])
     ]
-    expected = torch.cat([plain[1], plain[0], plain[1][len(prefix) :], plain[1][-1:]])
+    expected = torch.cat([plain[1], plain[0], plain[1][len(prefix) :], plain[0][-1:], plain[1][-1:]])
     try:
         model.set_attn_implementation(NAME)
         found = torch.cat(_trial(model, trunk, prefix, first, second))
@@ -240,13 +274,17 @@ def _depends_on_length(model: PreTrainedModel) -> bool:
 
 
 def _trial(model: PreTrainedModel, trunk: nn.Module, prefix: list[int], *branches: list[int]) -> list[Tensor]:
-    """States of a row alone, of a tree beside it, and of the row's last token drawn into a slot."""
+    """States of a row alone, of a tree beside it, of one token of that alone, and of the row's last token drawn into a
+    slot."""
     first, second = branches
     layout = flat_layout([Tree([*prefix, *second], [[]]), Tree(prefix, [first, second])], model.device)
-    together = flat_states(trunk, layout.ids, layout.positions, tree_attention(layout.spans))
+    together, alone = (
+        flat_states(trunk, layout.ids, layout.positions, tree_attention(layout.spans), at)
+        for at in (None, layout.last[1:2])
+    )
     slots = Slots(2, 16)
     start = flat_layout([Tree([*prefix, *second[:-1]], [[]])], model.device)
     flat_states(trunk, start.ids, start.positions, slots.fill(start.spans, [2]))
     slots.release([0])
     positions, attend = slots.step()
-    return [together, flat_states(trunk, torch.tensor([second[-1:]], device=model.device), positions, attend)]
+    return [together, alone, flat_states(trunk, torch.tensor([second[-1:]], device=model.device), positions, attend)]

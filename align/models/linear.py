@@ -1,36 +1,40 @@
-"""The linear layers of a role: torch's own, by the faster matrix product where their weights are frozen."""
+"""The linear layers of a role: torch's own, with the faster matrix product."""
 
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from align.maths.products import pack, packed_product, product
+from align.maths.products import is_for_onednn, pack, packed_product, product
 
 
-class _Frozen(torch.autograd.Function):
-    """y = x W^T + bias, W and its bias frozen: x (M, I), W (O, I) -> (M, O)."""
+class _Linear(torch.autograd.Function):
+    """y = x W^T + bias: x (M, I), W (O, I) -> (M, O)."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(weight)
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
         return product(x, weight, bias)
 
     @staticmethod
-    def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor, None, None]:
-        (weight,) = ctx.saved_tensors
-        return product(slopes[0], weight.T), None, None
+    def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        (slope,) = slopes  # (M, O)
+        x, weight = ctx.saved_tensors
+        of_x, of_weight, of_bias = ctx.needs_input_grad
+        return (
+            product(slope, weight.T) if of_x else None,
+            slope.T @ x if of_weight else None,
+            slope.sum(0) if of_bias else None,
+        )
 
 
 class PlainLinear(nn.Linear):
-    """torch's linear layer with `product` where it is frozen."""
+    """torch's linear layer, through oneDNN where that is for it."""
 
     def forward(self, input: Tensor) -> Tensor:
-        if self.weight.requires_grad or input.dtype != self.weight.dtype:
+        if not is_for_onednn(input, self.weight):
             return super().forward(input)
-        x = input.reshape(-1, self.in_features)
-        has_slope = torch.is_grad_enabled() and input.requires_grad
-        y = _Frozen.apply(x, self.weight, self.bias) if has_slope else product(x, self.weight, self.bias)
+        y = _Linear.apply(input.reshape(-1, self.in_features), self.weight, self.bias)
         return y.view(*input.shape[:-1], self.out_features)
 
 

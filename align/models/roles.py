@@ -82,13 +82,15 @@ class Role(nn.Module):
         """How this role's passes lay out `trees`."""
         return (flat_layout if self.is_flat else padded_layout)(trees, self.device)
 
-    def states(self, layout: Layout) -> Tensor:
-        """Final hidden states (rows * width, H), which the layout's `before` and `last` point into."""
+    def states(self, layout: Layout, at: Tensor | None = None) -> Tensor:
+        """Final hidden states at `at` (N,), which the layout's `before` and `last` are: (N, H); without it at all
+        positions, (rows * width, H)."""
         if layout.spans:
             prefix = self.prefix
             positions = layout.positions + prefix_length(prefix)
-            return flat_states(trunk_of(self.causal), layout.ids, positions, tree_attention(layout.spans, prefix))
-        return self.hidden(layout.ids, layout.mask).flatten(0, 1)
+            return flat_states(trunk_of(self.causal), layout.ids, positions, tree_attention(layout.spans, prefix), at)
+        states = self.hidden(layout.ids, layout.mask).flatten(0, 1)
+        return states if at is None else states[at]
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., H) -> (..., V)."""

@@ -13,7 +13,7 @@ from align.models.roles import Role
 def branch_scores(role: Role, trees: Sequence[Tree]) -> Tensor:
     """Scores (branches,): the head at each branch's last token, in the order of the trees; gradients if they are on."""
     layout = role.layout(trees)
-    return role.scalar(role.states(layout)[layout.last])
+    return role.scalar(role.states(layout, layout.last))
 
 
 @torch.no_grad()

@@ -217,7 +217,7 @@ def _by_model(settings: JudgeSettings, bases: "Bases", key: str) -> Compare:
         answers: list[Ids] = [()] * len(texts)  # all that is read is the state that predicts the letter
         for part in parts_of(prefixes, answers, max_tokens=reading_tokens(role.causal, None), is_flat=role.is_flat):
             layout = role.layout(part.trees)
-            states = role.states(layout)[layout.last]  # (n, H)
+            states = role.states(layout, layout.last)  # (n, H)
             tokens = torch.tensor([letters[i] for i in part.rows], device=states.device)  # (n, 2)
             a, b = (role.logprobs(states, tokens[:, side], temperature=1.0).double().cpu() for side in (0, 1))
             margins[part.rows] = a - b

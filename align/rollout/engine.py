@@ -67,7 +67,7 @@ def sample_flat(
             layout = flat_layout([Tree(prompts[rows[0]], [[]]) for rows in groups], role.device)
             attend = slots.fill(layout.spans, [len(rows) for rows in groups])
             new = [answers[row] for rows in groups for row in rows]
-            states = flat_states(trunk, layout.ids, layout.positions + before, attend)[layout.last]  # (groups, H)
+            states = flat_states(trunk, layout.ids, layout.positions + before, attend, layout.last)  # (groups, H)
             repeats = torch.tensor([len(rows) for rows in groups], device=role.device)
             take(states.repeat_interleave(repeats, 0), new)
             active += new

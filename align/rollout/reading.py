@@ -26,7 +26,7 @@ def read_all(
     budget = reading_tokens(role.causal, max_batch_tokens)
     for part in parts_of(rollouts.prompts, rollouts.answers, max_tokens=budget, is_flat=role.is_flat):
         layout = role.layout(part.trees)
-        states = role.states(layout)[layout.before]  # (N, H), at real tokens only: nothing else costs logits
+        states = role.states(layout, layout.before)  # (N, H), at real tokens only: nothing else costs logits
         columns = [torch.zeros(len(states)) for _ in range(3)]
         if entropies:
             columns[:2] = chunked_logprobs(states, role.logits, layout.tokens, temperature=temperature, chunk=256)

@@ -281,7 +281,7 @@ def _losses(
     )
     mask = torch.ones_like(returns, dtype=torch.bool)
     layout = cast.policy.layout(trees)
-    states = cast.policy.states(layout)[layout.before]  # (N, H)
+    states = cast.policy.states(layout, layout.before)  # (N, H)
     policy = ppo_policy_loss(
         cast.policy.logprobs(states, layout.tokens, temperature=settings.sampling.temperature),
         old_logprobs,
@@ -294,7 +294,7 @@ def _losses(
     if not cast.is_shared_trunk:  # two graphs, one after the other, so that only one is in memory
         (loss / max(num_tokens, 1)).backward()
         layout = cast.critic.layout(trees)
-        states, loss = cast.critic.states(layout)[layout.before], torch.zeros_like(loss)
+        states, loss = cast.critic.states(layout, layout.before), torch.zeros_like(loss)
     value_loss, clipped = ppo_value_loss(
         cast.critic.scalar(states), old_values, returns, mask, cliprange_value=ppo.cliprange_value
     )

@@ -139,5 +139,5 @@ def prompt_embeddings(role: Role, answers: Answers, max_batch_tokens: int | None
     budget = reading_tokens(role.causal, max_batch_tokens)
     for part in parts_of(answers.prompt_ids, empty, max_tokens=budget, is_flat=role.is_flat):
         layout = role.layout(part.trees)
-        found[part.rows] = role.states(layout)[layout.last].float().cpu() @ projection
+        found[part.rows] = role.states(layout, layout.last).float().cpu() @ projection
     return found - found.mean(0)

@@ -82,7 +82,7 @@ class Trainer(SFTTrainer):
             layout = self.role.layout([trees[i] for i in numbers])
             is_learnt = torch.tensor([label != NO_LOSS for i in numbers for label in rows[i][1][1:]], dtype=torch.bool)
             learnt = is_learnt.to(self.worker.device)
-            states = self.role.states(layout)[layout.before[learnt]]
+            states = self.role.states(layout, layout.before[learnt])
             yield self.role.choices(states, layout.tokens[learnt])
 
     def _note(self, mode: str, correct: Tensor, count: Tensor) -> None:
