@@ -23,6 +23,18 @@ PAGE = Path(__file__).resolve().parents[1] / "recipes" / "README.md"
 MARKS = ("<!-- methods -->", "<!-- /methods -->")
 
 
+@pytest.fixture(params=["torch", "oneDNN"])
+def both_products(request, monkeypatch):
+    """Both ways to a matrix product, small ones too."""
+    from align.maths import products
+
+    if request.param == "oneDNN":
+        if not products._is_onednn_right():
+            pytest.skip("no oneDNN in this torch or on this machine")
+        monkeypatch.setattr(products, "SMALL", 0)
+        monkeypatch.setattr(products, "LARGE", 0)
+
+
 @pytest.fixture(scope="session")
 def base(tmp_path_factory):
     """Folder of a random two-layer Llama with a chat template."""

@@ -9,11 +9,10 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from align.maths import products as maths_products
 from align.models.attention import Slots, flat_states, tree_attention
 from align.models.base import trunk_of
 from align.models.layout import Tree, flat_layout
-from align.models.merging import sampling_view
+from align.models.merging import merged_view
 from align.models.methods import with_method
 from align.models.roles import Bases, Role, new_head
 from align.models.scoring import score_sequences
@@ -87,16 +86,6 @@ def padded(request, tmp_path_factory) -> Case:
     return Case(tmp_path_factory.mktemp("padded"), request.param, *NOT_FLAT[request.param])
 
 
-@pytest.fixture(params=["as torch", "oneDNN"])
-def products(request, monkeypatch) -> None:
-    """Both ways of a matrix product, also for small ones."""
-    if request.param == "oneDNN":
-        if not maths_products._is_onednn_right():
-            pytest.skip("this torch or processor has no oneDNN")
-        monkeypatch.setattr(maths_products, "SMALL", 0)
-        monkeypatch.setattr(maths_products, "LARGE", 0)
-
-
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory) -> Case:
     return Case(tmp_path_factory.mktemp("llama"), "llama", "sdpa", GROUPED)
@@ -150,10 +139,18 @@ def test_states_in_trees_are_those_of_single_rows(flat):
     assert flat.role.layout(make_trees()).ids.shape[0] == 1
 
 
-@pytest.mark.usefixtures("products")
+@pytest.mark.usefixtures("both_products")
 def test_states_with_an_adapter_are_those_of_single_rows(flat):
     role, wrapped = flat.lora()
     check_states(role, wrapped, make_trees(2))
+
+
+def test_a_pass_in_which_nothing_is_read_has_a_gradient(llama):
+    role, _ = llama.lora(Bases(llama.bases.settings, CPU), target_modules="all-linear")
+    layout = role.layout([Tree([4, 5, 6], [[]]), Tree([7, 8], [[]])])
+    states = role.states(layout, layout.before)
+    assert states.shape == (0, 32)
+    states.sum().backward()
 
 
 @pytest.mark.parametrize("is_checkpointed", [False, True])
@@ -366,7 +363,7 @@ def test_answers_that_end_at_once(llama):
     assert none.answers == () and reading.logprobs.shape == (0, 0)
 
 
-@pytest.mark.usefixtures("products")
+@pytest.mark.usefixtures("both_products")
 @pytest.mark.parametrize(("is_adapted", "batch_size"), [(False, 20), (True, 2)])
 def test_the_reading_is_what_a_pass_over_the_answers_gives(flat, is_adapted, batch_size):
     role, plain = flat.lora() if is_adapted else (flat.role, flat.plain)
@@ -390,13 +387,13 @@ def test_the_reading_is_what_a_pass_over_the_answers_gives(flat, is_adapted, bat
             assert (series[i, n:] == 0).all()
 
 
-@pytest.mark.usefixtures("products")
+@pytest.mark.usefixtures("both_products")
 @pytest.mark.parametrize("settings", [{}, {"target_modules": "all-linear", "use_rslora": True}, {"use_dora": True}])
-def test_a_sampling_view_is_the_role_and_leaves_the_base_alone(flat, settings):
+def test_a_merged_view_is_the_role_and_leaves_the_base_alone(flat, settings):
     role, wrapped = flat.lora(**settings)
     own = {name: (tensor, tensor.clone()) for name, tensor in flat.bases.main.model.state_dict(keep_vars=True).items()}
     adapter = {name: p.clone() for name, p in role.named_parameters() if "lora_" in name}
-    merged = sampling_view(role)
+    merged = merged_view(role)
     assert not merged.has_adapter and merged.is_flat
     check_states(merged, wrapped, make_trees(3))
     with torch.no_grad():
@@ -414,14 +411,14 @@ def test_a_sampling_view_is_the_role_and_leaves_the_base_alone(flat, settings):
 
 
 @pytest.mark.filterwarnings("ignore:.*:UserWarning")
-def test_a_sampling_view_of_tied_layers_is_the_role(tmp_path):
+def test_a_merged_view_of_tied_layers_is_the_role(tmp_path):
     """The output layer is adapted and the embedding, which is the same tensor, is not."""
     case = Case(tmp_path, "gpt2", "sdpa", {"initializer_range": 0.15})
     role = case.bases.role(None, method=Lora(r=4, target_modules=("lm_head", "c_attn")), trainable=True)
     for name, p in role.named_parameters():
         if "lora_B" in name:
             p.data += torch.randn(p.shape, generator=torch.Generator().manual_seed(1)) * 0.1
-    merged = sampling_view(role)
+    merged = merged_view(role)
     with torch.no_grad():
         layout = role.layout(make_trees())
         expected, found = role.states(layout), merged.states(layout)

@@ -71,17 +71,18 @@ def flat_states(trunk: nn.Module, ids: Tensor, positions: Tensor, attend: Attend
 
 @contextmanager
 def _last_mlp_only_at(trunk: nn.Module, at: Tensor, num_positions: int) -> Iterator[None]:
-    """The last layer's MLP, three quarters of the layer, computes at `at` alone: nothing reads its other positions.
+    """The last layer's MLP, which is most of the layer, computes at `at` alone: nothing reads its other positions.
 
-    Architectures that do not call it `mlp` compute it whole, and so do checkpointed layers, which the backward pass
-    would compute once more, outside of this.
+    A layer that has no `mlp` is computed whole, and so is a checkpointed one, which the backward pass would compute
+    once more, outside of this.
     """
-    layers = [child for child in trunk.children() if isinstance(child, nn.ModuleList)]
-    layer = layers[-1][-1] if layers else None
-    mlp, read = getattr(layer, "mlp", None), at.unique()  # once each, or a gradient would count as often
+    lists = [child for child in trunk.children() if isinstance(child, nn.ModuleList) and len(child)]
+    layer = lists[-1][-1] if lists else None
+    mlp = getattr(layer, "mlp", None)
     if mlp is None or (torch.is_grad_enabled() and getattr(layer, "gradient_checkpointing", False)):
         yield
         return
+    read = at.unique()  # each once, or its gradient would count as often
 
     def narrow(_: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
         return (args[0][:, read],)

@@ -45,7 +45,8 @@ class FusedLinear(Linear):
         base = cast(nn.Linear, self.base_layer)
         a, b = self.lora_A[name].weight, self.lora_B[name].weight
         flat = x.reshape(-1, x.shape[-1])
-        return _Product.apply(flat, base.weight, base.bias, a, b, self.scaling[name]).view(*x.shape[:-1], -1)
+        y = _Product.apply(flat, base.weight, base.bias, a, b, self.scaling[name])
+        return cast(Tensor, y.view(*x.shape[:-1], base.out_features))
 
     @property
     def is_plain(self) -> bool:
@@ -58,7 +59,7 @@ class FusedLinear(Linear):
         a, b, dropout = (each[names[0]] for each in (self.lora_A, self.lora_B, self.lora_dropout))
         is_dropping = self.training and getattr(dropout, "p", 0.0) > 0
         return (
-            type(base) in (nn.Linear, PlainLinear)
+            type(base) is PlainLinear
             and not base.weight.requires_grad
             and not is_dropping
             and a.bias is None
@@ -74,7 +75,7 @@ class FusedLinear(Linear):
 
 
 def fuse(model: nn.Module) -> None:
-    """Gives the linear layers of `model`, PEFT's and torch's, ours; whatever else is done with them stays as it is."""
+    """Makes PEFT's LoRA layers and torch's linear ones in `model` ours; what others do with them stays as it is."""
     for module in model.modules():
         if type(module) is Linear:
             module.__class__ = FusedLinear

@@ -10,12 +10,11 @@ from peft import PeftConfig, PeftModel
 from peft.tuners.ia3.layer import IA3Layer
 from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from align.artifact import folder_in_one_go, read_manifest
 from align.errors import BadInput
-from align.models.linear import PlainLinear, reading_layer
+from align.models.linear import reading_layer
 from align.models.lora import FusedLinear
 from align.models.roles import Bases, Role
 from align.settings import Model
@@ -28,41 +27,30 @@ PROBE = ("The answer to the question is", "Once upon a time there was a", "1 2 3
 
 
 @torch.no_grad()
-def sampling_view(role: Role) -> Role:
-    """The role for many short passes on a CPU: its adapter merged, its linear layers copied in the order for few rows.
+def merged_view(role: Role) -> Role:
+    """The role with its adapter merged into copies of the layers that it adapts; everything else is shared.
 
-    Un-merged adapters would cost a fifth of a step; what the order is worth stands in `align.maths.products`. The
-    copies are gone with the view; everything else is shared. Only float32 weights are merged: in 16 bits the sum is
-    rounded, and the answers would come from another policy than the one that is trained.
+    Sampling on a CPU takes many short steps, in which un-merged adapters cost a fifth. The copies are those of the
+    adapted layers, in the order that is fastest for few rows, and are gone with the view. Only float32 weights are
+    merged: in 16 bits the sum is rounded, and the answers would come from another policy than the one that is trained.
     """
-    if not role.is_exact or role.device.type != "cpu":
+    if not role.has_adapter or not role.is_exact or role.device.type != "cpu":
         return role
     model: Any = role.causal
     layers = [layer for layer in model.modules() if isinstance(layer, BaseTunerLayer)]
-    if not all(isinstance(layer, (LoraLayer, IA3Layer)) for layer in layers) or (role.has_adapter and not layers):
-        return role  # nothing to merge
+    if not layers or not all(isinstance(layer, (LoraLayer, IA3Layer)) for layer in layers):
+        return role  # nothing to merge, or nothing that can be
     adapted = {id(p) for layer in layers for p in layer.get_base_layer().parameters()}  # IA3 scales biases too
     uses = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
     if any(uses[p] > 1 for p in adapted):  # a tied layer's adapter must not move its twin
         return role
-    if not all(isinstance(layer, FusedLinear) and layer.is_plain for layer in layers):
-        shared = {id(t): t for t in (*model.parameters(), *model.buffers()) if id(t) not in adapted}
-        model = cast(PeftModel, copy.deepcopy(role.model, shared)).merge_and_unload()
-    return Role(copy.deepcopy(model, _for_few_rows(model)), head=role.head)
-
-
-def _for_few_rows(model: nn.Module) -> dict[int, Any]:
-    """What a copy of the model takes as it is, or instead: its tensors, and reading layers for its linear ones."""
-    memo: dict[int, Any] = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
-    for module in model.modules():
-        if id(module) in memo:
-            continue
-        if isinstance(module, FusedLinear):
-            memo[id(module)] = reading_layer(module.merged_weight(), cast(Any, module.bias))
-            memo |= {id(part): part for part in module.modules() if part is not module}  # they are not its own layers
-        elif isinstance(module, PlainLinear):
-            memo[id(module)] = reading_layer(module.weight, module.bias)
-    return memo
+    memo: dict[int, Any] = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    if all(isinstance(layer, FusedLinear) and layer.is_plain for layer in layers):
+        for layer in cast(list[FusedLinear], layers):  # the copy has these in their place
+            memo[id(layer)] = reading_layer(layer.merged_weight(), cast(Any, layer.bias))
+        return Role(copy.deepcopy(model, memo), head=role.head)
+    memo = {key: tensor for key, tensor in memo.items() if key not in adapted}
+    return Role(cast(PeftModel, copy.deepcopy(role.model, memo)).merge_and_unload(), head=role.head)
 
 
 @torch.no_grad()

@@ -103,7 +103,7 @@ class Role(nn.Module):
     def choices(self, states: Tensor, tokens: Tensor, *, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
         """As `logprobs`, and whether each token is the likeliest: (N,) bool."""
         layer = self.causal.get_output_embeddings()
-        if type(layer) in (nn.Linear, PlainLinear) and not layer.weight.requires_grad and layer.bias is None:
+        if type(layer) is PlainLinear and not layer.weight.requires_grad and layer.bias is None:
             return frozen_choices(states, layer.weight, tokens, temperature=temperature)
         return chunked_choices(states, self.logits, tokens, temperature=temperature)
 

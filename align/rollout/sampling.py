@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from align.models.merging import sampling_view
+from align.models.merging import merged_view
 from align.models.roles import Role
 from align.rollout.engine import sample_flat
 from align.rollout.generate import sample_padded
@@ -36,7 +36,7 @@ def sample(
         drawn = sample_padded(role, prompts, numbers, sampling, end_ids=end_ids, pad_id=pad_id, batch_size=batch_size)
         return rollouts_of(prompts, drawn, end_ids=end_ids), None
     answers = sample_flat(
-        sampling_view(role),
+        merged_view(role),
         prompts,
         numbers,
         sampling,
