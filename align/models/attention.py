@@ -74,7 +74,7 @@ def _last_mlp_only_at(trunk: nn.Module, at: Tensor, num_positions: int) -> Itera
     """The last layer's MLP, which is most of the layer, computes at `at` alone: nothing reads its other positions.
 
     A layer that has no `mlp` is computed whole, and so is a checkpointed one, which the backward pass would compute
-    once more, outside of this.
+    once more, outside of this. An `mlp` that is not a function of states (1, T, H) alone fails the model's trial.
     """
     lists = [child for child in trunk.children() if isinstance(child, nn.ModuleList) and len(child)]
     layer = lists[-1][-1] if lists else None
