@@ -141,7 +141,7 @@ def test_ppo_agrees_with_trl(base, tmp_path):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=_environment())
     assert done.returncode == 0, done.stdout + done.stderr
     rows = json.loads(file.read_text())["rows"]
-    assert len(rows) == 11 and all(row["agrees"] for row in rows)
+    assert len(rows) == 10 and all(row["agrees"] for row in rows)
 
 
 def _environment():
