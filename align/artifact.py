@@ -11,19 +11,42 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from align.errors import BadInput
+from align.identity import (
+    UNKNOWN,
+    changed_part,
+    check_contents,
+    contents,
+    equal_paths,
+    fingerprint,
+    is_folder_name,
+    made_of,
+)
 from align.settings import StageSettings
 from align.wording import brief, did_you_mean_path, one_line
 
 MANIFEST = "manifest.json"
 VERSIONED = ("align", "torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate")
 NOT_PART_OF_A_RUN = ("launch", "track", "output")  # keys that may change between a run and its resumption
+MEMORY_AND_SPEED = (  # keys of any section that change neither what is learnt nor what is kept
+    "max_batch_tokens",
+    "sampling_batch_size",
+    "batch_size",
+    "gradient_checkpointing",
+    "save_steps",
+    "logging_steps",
+    "num_sample_rows",
+)
+FUNCTIONS = re.compile(r"(rewards|judge|beside)\b.*")  # whose arguments are theirs, whatever their names
+
+Answer = TypeVar("Answer")
 
 
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
@@ -122,9 +145,18 @@ def check_parent(folder: str, kinds: tuple[str, ...], where: str) -> None:
         raise BadInput(f"{where}: {folder} is a run of kind `{manifest.get('kind')}`; name one of kind {wanted}")
     if manifest.get("status") != "finished":
         raise BadInput(f"{where}: the run in {folder} is not finished; start it again to go on with it")
+    _at(where, lambda: check_whole(folder, manifest))
 
 
-def _at(where: str, read: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+def check_whole(folder: str | Path, manifest: dict[str, Any]) -> None:
+    """Raises BadInput where a finished run, or a member of it, holds other weights than it finished with."""
+    check_contents(folder, manifest)
+    for name in manifest.get("members", ()):
+        member = Path(folder) / name
+        check_contents(member, read_manifest(member))
+
+
+def _at(where: str, read: Callable[[], Answer]) -> Answer:
     try:
         return read()
     except BadInput as error:
@@ -146,21 +178,56 @@ def state_of(settings: StageSettings) -> str:
     if not (folder / MANIFEST).is_file():
         raise BadInput(f"`output`: {folder} holds files that are no run of align; choose another folder")
     manifest = _at("`output`", lambda: read_manifest(folder))
-    before, now = dict(manifest.get("recipe", {})), recipe_of(settings)
-    changed = differences(before, now)
+    before, now = _made_of_before(manifest), made_of(settings)
+    runs_before, runs_now = manifest.get("parents", {}), _parents(settings)
+    equal = equal_paths(before | _as_parts(runs_before), now | _as_parts(runs_now))
+    changed = _other_recipe(manifest, settings, equal)
     if changed:
-        key, was, becomes = changed[0]
+        key, was, becomes = changed
         raise BadInput(
             f"`output`: {folder} holds a run of another recipe (`{key}` was {brief(was)}, is {brief(becomes)}); "
             "choose another output, or delete that folder"
         )
-    for key, parent in _parents(settings).items():
-        if manifest.get("parents", {}).get(key) != parent:
+    for key, parent in runs_now.items():
+        if runs_before.get(key, {}).get("manifest", UNKNOWN) not in (parent["manifest"], UNKNOWN):
             raise BadInput(
                 f"`output`: {folder} was made from another run than {parent['path']} holds now (`{key}`); delete "
                 f"{folder} to run this stage again, or choose another output"
             )
+    what = changed_part(before, now)
+    if what is not None:
+        raise BadInput(
+            f"`output`: {folder} holds a run of other contents: {what}; bring them back, choose another output, or "
+            "delete that folder"
+        )
     return str(manifest.get("status", "running"))
+
+
+def _made_of_before(manifest: dict[str, Any]) -> dict[str, dict[str, str]]:
+    """What a manifest says its run is made of; of a manifest that an earlier version wrote, the base alone."""
+    base = manifest.get("recipe", {}).get("model", {}).get("base")
+    if "made_of" in manifest or base is None or manifest.get("base") != base:
+        return dict(manifest.get("made_of", {}))
+    return {"model.base": {"what": "base", "path": base, "fingerprint": str(manifest.get("base_fingerprint"))}}
+
+
+def _other_recipe(manifest: dict[str, Any], settings: StageSettings, equal: set[str]) -> tuple[str, Any, Any] | None:
+    """The first difference of the recipe that a run began with from today's, less what makes no other run of it."""
+    before = manifest.get("recipe", {})
+    with suppress(ValueError):  # as today's class reads it: a key that it did not know has its default
+        before = recipe_of(type(settings).model_validate(before | {"output": settings.output}))
+    found = differences(before, recipe_of(settings))
+    return next((each for each in found if each[0] not in equal and not _is_harmless(each[0])), None)
+
+
+def _is_harmless(key: str) -> bool:
+    """Whether a key changes memory or speed alone. An argument of a user's function may have such a name too."""
+    name = key.rpartition(".")[2]
+    return name == "max_batch_tokens" if FUNCTIONS.match(key) else name in MEMORY_AND_SPEED
+
+
+def _as_parts(runs: dict[str, dict[str, str]]) -> dict[str, dict[str, str]]:
+    return {key: {"what": "run", "path": run["path"], "fingerprint": run["manifest"]} for key, run in runs.items()}
 
 
 def recipe_of(settings: StageSettings) -> dict[str, Any]:
@@ -170,13 +237,16 @@ def recipe_of(settings: StageSettings) -> dict[str, Any]:
 
 
 def _parents(settings: StageSettings) -> dict[str, dict[str, str]]:
-    """Every run that this one reads, and the hash of its manifest: which run it was, not only where."""
-    return {key: {"path": path, "manifest": _hash_of_manifest(path)} for key, (path, _) in settings.parents().items()}
+    """Every run that this one reads, and the hash of its manifest: which run it was, not only where. Of a model that is
+    no run of ours, the fingerprint stands in its place."""
+    return {key: {"path": path, "manifest": _which_run(path)} for key, (path, _) in settings.parents().items()}
 
 
-def _hash_of_manifest(folder: str) -> str:
+def _which_run(folder: str) -> str:
     path = Path(folder) / MANIFEST
-    return hashlib.sha256(path.read_bytes()).hexdigest()[:16] if path.is_file() else "none"
+    if path.is_file():
+        return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+    return contents(folder) if Path(folder).is_dir() else UNKNOWN if is_folder_name(folder) else fingerprint(folder)
 
 
 def differences(before: Any, now: Any, key: str = "") -> list[tuple[str, Any, Any]]:
@@ -184,6 +254,9 @@ def differences(before: Any, now: Any, key: str = "") -> list[tuple[str, Any, An
     if isinstance(before, dict) and isinstance(now, dict):
         names = [*before, *(name for name in now if name not in before)]
         return [d for n in names for d in differences(before.get(n), now.get(n), f"{key}.{n}".lstrip("."))]
+    if isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
+        pairs = enumerate(zip(before, now, strict=True))
+        return [d for i, (was, becomes) in pairs for d in differences(was, becomes, f"{key}[{i}]")]
     return [] if before == now else [(key, before, now)]
 
 
@@ -192,6 +265,7 @@ def begin(settings: StageSettings, base_fingerprint: str, *, base: str | None = 
 
     `base` is what the run's adapter stands over, where that is not the recipe's base but a fully tuned run.
     """
+    base = base or settings.model.base
     folder = Path(settings.output)
     folder.mkdir(parents=True, exist_ok=True)
     if (folder / MANIFEST).is_file():
@@ -201,8 +275,10 @@ def begin(settings: StageSettings, base_fingerprint: str, *, base: str | None = 
         {
             "kind": settings.kind,
             "status": "running",
-            "base": base or settings.model.base,
+            "base": base,
+            "base_path": os.path.abspath(base) if Path(base).is_dir() else None,
             "base_fingerprint": base_fingerprint,
+            "made_of": made_of(settings),
             "parents": _parents(settings),
             "recipe": recipe_of(settings),
             "versions": {name: _version(name) for name in VERSIONED} | {"python": platform.python_version()},
@@ -213,8 +289,9 @@ def begin(settings: StageSettings, base_fingerprint: str, *, base: str | None = 
 
 def finish(folder: str | Path, **values: Any) -> None:
     """Marks the run as finished; `values` (metrics, score statistics, ...) join the manifest."""
-    manifest = read_manifest(folder)
-    write_json(Path(folder) / MANIFEST, manifest | values | {"status": "finished"})
+    manifest, folder = read_manifest(folder), Path(folder)
+    kept = {"contents": contents(folder)} if any(folder.glob("*.safetensors")) else {}
+    write_json(folder / MANIFEST, manifest | values | kept | {"status": "finished"})
 
 
 def _version(name: str) -> str:
@@ -222,25 +299,6 @@ def _version(name: str) -> str:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
         return "not installed"
-
-
-def fingerprint(base: str) -> str:
-    """A short hash of a local base: config, file names and sizes, and both ends of every weights file.
-
-    Enough to tell one base from another without reading gigabytes. A Hub id is its own fingerprint.
-    """
-    folder = Path(base)
-    if not folder.is_dir():
-        return base
-    digest = hashlib.sha256()
-    for file in sorted(folder.glob("*.safetensors")) + sorted(folder.glob("config.json")):
-        size = file.stat().st_size
-        digest.update(f"{file.name}:{size}:".encode())
-        with file.open("rb") as handle:
-            digest.update(handle.read(1 << 20))
-            handle.seek(max(0, size - (1 << 20)))
-            digest.update(handle.read())
-    return digest.hexdigest()[:16]
 
 
 def member_folders(folder: str | Path, count: int) -> list[Path]:

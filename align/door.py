@@ -5,9 +5,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from align.artifact import MANIFEST, check_parent, fingerprint, read_manifest, state_of
+from align.artifact import MANIFEST, check_parent, read_manifest, state_of
 from align.data import load, looks_like_hub_id
 from align.errors import BadInput
+from align.identity import fingerprint
 from align.recipe import Recipe
 from align.rewards import check_reward, check_rewards
 from align.rewards.judge import check_judge

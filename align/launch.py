@@ -175,8 +175,8 @@ def _num_cores() -> int:
 
 
 def start(launch: LaunchPlan, settings: StageSettings, path: Path) -> tuple[int, str]:
-    """Writes a stage's own recipe to `path` and runs it; its exit code and last words."""
-    values = json.loads(settings.model_dump_json(by_alias=True))
+    """Writes the keys that a stage was given to `path`, and runs it; its exit code and last words."""
+    values = json.loads(settings.model_dump_json(by_alias=True, exclude_unset=True))
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, f"# align run {path}\n" + yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
     status = path.with_name(f".{path.stem}.status.json")

@@ -19,9 +19,10 @@ from typing import Any
 import pytest
 import yaml
 
-from align.artifact import begin, fingerprint
+from align.artifact import begin
 from align.door import check_recipe
 from align.errors import BadInput
+from align.identity import fingerprint
 from align.launch import plan
 from align.recipe import load_recipe
 

@@ -17,6 +17,7 @@ FLOORS = [  # a module may import from lower floors and from its own package
     {"errors", "registering", "resources", "processes", "wording", "maths"},
     {"plugins"},
     {"settings"},
+    {"identity"},
     {"recipe", "artifact", "phases"},
     {"track", "data"},
     {"feedback"},

@@ -192,7 +192,7 @@ def _read_hub(source: Source) -> Iterator[Row]:
     except ImportError:
         raise BadInput(f"{label}: a Hub dataset needs the `datasets` package; pip install datasets") from None
     try:
-        rows = datasets.load_dataset(source.path, source.name, split=source.split)
+        rows = datasets.load_dataset(source.path, source.name, split=source.split, revision=source.revision)
     except Exception as error:
         raise BadInput(
             f"{label}: cannot be loaded from the Hub ({type(error).__name__}: {_first_line(error)});"

@@ -1,13 +1,14 @@
 """Loads a base model and its tokenizer, from a folder or the Hub."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from align.artifact import fingerprint
 from align.errors import BadInput
+from align.identity import fingerprint, hub_commit
 from align.models.attention import use_flat_attention
 from align.models.tokenizer import first_line, load_tokenizer
 from align.settings import Model
@@ -20,6 +21,8 @@ class Base:
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     fingerprint: str
+    name: str  # the folder or Hub id that it was loaded from
+    revision: str | None = None  # of a Hub id: the commit, where it is known
 
 
 def load_base(settings: Model, device: torch.device) -> Base:
@@ -36,6 +39,8 @@ def load_base(settings: Model, device: torch.device) -> Base:
             bnb_4bit_use_double_quant=settings.bnb_4bit_use_double_quant,
             bnb_4bit_compute_dtype=compute_dtype(settings, device),
         )
+    revision = settings.revision if Path(settings.base).is_dir() else hub_commit(settings.base, settings.revision)
+    settings = settings.model_copy(update={"revision": revision or settings.revision})  # all of one commit
     try:
         model = AutoModelForCausalLM.from_pretrained(
             settings.base,
@@ -54,7 +59,8 @@ def load_base(settings: Model, device: torch.device) -> Base:
     _plain_sampling(model)
     _check_trunk(model, settings.base)
     use_flat_attention(model, trunk_of(model))
-    return Base(model, load_tokenizer(settings), fingerprint(settings.base))
+    what = fingerprint(settings.base, settings.revision)
+    return Base(model, load_tokenizer(settings), what, settings.base, settings.revision)
 
 
 def compute_dtype(settings: Model, device: torch.device) -> torch.dtype:

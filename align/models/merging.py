@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from align.artifact import folder_in_one_go, read_manifest
 from align.errors import BadInput
+from align.identity import base_of, check_contents
 from align.models.linear import reading_layer
 from align.models.lora import FusedLinear
 from align.models.roles import Bases, Role
@@ -79,7 +80,9 @@ def merge(run: str, out: str) -> float:
             f"the adapter in {run} cannot be merged: {UNMERGEABLE[kind]}; open it with PEFT (`import align`)"
         )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    bases = Bases(Model(**manifest["recipe"]["model"]), device)
+    check_contents(folder, manifest)
+    settings = Model(**manifest["recipe"]["model"])
+    bases = Bases(settings.model_copy(update={"base": base_of(manifest, folder), "chat_template": None}), device)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     ids = _probe_ids(tokenizer, device)
     before = _logits(bases.role(run), ids)

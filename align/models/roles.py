@@ -14,9 +14,12 @@ import torch
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+from transformers.utils import find_adapter_config_file
 
-from align.artifact import fingerprint, read_manifest
+from align.artifact import MANIFEST, read_manifest
 from align.errors import BadInput
+from align.identity import ADAPTER_CONFIG, base_of, fingerprint, hub_commit, is_folder_name
 from align.maths.logprobs import chunked_choices, frozen_choices
 from align.models.attention import Prefix, flat_states, is_flat, prefix_length, tree_attention
 from align.models.base import Base, load_base, trunk_of
@@ -24,7 +27,10 @@ from align.models.layout import Layout, Tree, flat_layout, padded_layout
 from align.models.linear import PlainLinear
 from align.models.lora import fuse
 from align.models.methods import inject, prefix_of, with_method
+from align.models.tokenizer import tokenizer_of
 from align.settings import AnyMethod, Full, Model
+
+HEADS = {"score", "classifier"}  # of sequence classifiers, which are ours to place
 
 
 class Role(nn.Module):
@@ -135,8 +141,11 @@ def new_head(size: int, device: torch.device, *, bias: bool = False) -> nn.Linea
 
 
 def has_adapter(folder: str | Path) -> bool:
-    """Whether a run's folder holds an adapter, and not a whole model."""
-    return (Path(folder) / "adapter_config.json").is_file()
+    """Whether a folder, or the Hub's repository of that name, holds an adapter, and not a whole model."""
+    name = str(folder)
+    if Path(name).is_dir() or is_folder_name(name):
+        return (Path(name) / ADAPTER_CONFIG).is_file()
+    return find_adapter_config_file(name, revision=hub_commit(name)) is not None
 
 
 class Bases:
@@ -145,17 +154,37 @@ class Bases:
     def __init__(self, settings: Model, device: torch.device):
         self.settings, self.device = settings, device
         self._loaded: dict[str, Base] = {}
+        self._tokenizers: dict[str, PreTrainedTokenizerBase] = {}
         self.main = self.load(settings.base)
 
     def load(self, base: str, *, revision: str | None = None) -> Base:
         """The base of that name, loaded at its first use. `revision` is meant for one that is not the recipe's."""
-        key = fingerprint(base)
+        settings = self.settings
+        if base != settings.base:  # another model: neither our revision nor our template is meant for it
+            settings = settings.model_copy(update={"base": base, "revision": revision, "chat_template": None})
+        key = fingerprint(base, settings.revision)
         if key not in self._loaded:
-            settings = self.settings
-            if base != settings.base:  # another model: neither our revision nor our template is meant for it
-                settings = settings.model_copy(update={"base": base, "revision": revision, "chat_template": None})
             self._loaded[key] = load_base(settings, self.device)
         return self._loaded[key]
+
+    def base_of(self, folder: str | None) -> Base:
+        """The base that the model in `folder` stands over: an adapter's own, a whole model itself (None: the recipe's).
+
+        Raises:
+            BadInput: the base of a run has changed since, or is not there.
+        """
+        if folder is None or not has_adapter(folder):
+            return self.main if folder is None else self.load(folder)
+        if not (Path(folder) / MANIFEST).is_file():  # made elsewhere: it is meant for the recipe's base
+            return self.main
+        manifest = read_manifest(folder)
+        return self.load(base_of(manifest, folder), revision=manifest["recipe"]["model"].get("revision"))
+
+    def tokenizer(self, folder: str | None) -> PreTrainedTokenizerBase:
+        """The tokenizer, template included, that the model in `folder` was trained with."""
+        if folder is not None and folder not in self._tokenizers:
+            self._tokenizers[folder] = tokenizer_of(self.settings, folder)
+        return self.main.tokenizer if folder is None else self._tokenizers[folder]
 
     def role(
         self, folder: str | None, *, method: AnyMethod | None = None, trainable: bool = False, head: bool = False
@@ -176,11 +205,10 @@ class Bases:
             raise ValueError("a whole model is trained by a method: pass one")
         if is_adapter:
             assert folder is not None
-            manifest = read_manifest(folder)
-            base = self.load(str(manifest["base"]), revision=manifest["recipe"]["model"].get("revision"))
+            base = self.base_of(folder)
             model, weight = _with_saved_adapter(view(base.model), folder, trainable)
         else:
-            base = self.main if folder is None else self.load(folder)
+            base = self.base_of(folder)
             model, weight = _with_new_method(base, method, trainable, head), _saved_head(folder)
         if not head:
             return Role(model)
@@ -206,6 +234,12 @@ def _with_saved_adapter(model: PreTrainedModel, folder: str, trainable: bool) ->
     config = PeftConfig.from_pretrained(folder)
     if getattr(config, "bias", "none") != "none":
         raise BadInput(f"the adapter in {folder} trains biases of the base, which roles share: use `bias: none`")
+    saved = set(getattr(config, "modules_to_save", None) or ()) - HEADS
+    if saved:
+        raise BadInput(
+            f"the adapter in {folder} brings whole layers of its own ({', '.join(sorted(saved))}), which roles share: "
+            "merge it with PEFT (`merge_and_unload`, `save_pretrained`) and name that folder"
+        )
     config.inference_mode = not trainable
     config.task_type = "CAUSAL_LM"  # the head, if any, is ours to place
     if hasattr(config, "modules_to_save"):
@@ -213,11 +247,20 @@ def _with_saved_adapter(model: PreTrainedModel, folder: str, trainable: bool) ->
     peft_model = inject(model, config)
     weights = load_peft_weights(folder, device=str(model.device))
     head = weights.pop(head_key(peft_model), None)
-    wanted = adapter_weights(peft_model).keys()
-    if wanted != weights.keys():
-        raise BadInput(f"the adapter in {folder} does not fit its base: {sorted(wanted ^ weights.keys())[0]}")
+    wanted = {name: tensor.shape for name, tensor in adapter_weights(peft_model).items()}
+    given = {name: tensor.shape for name, tensor in weights.items()}
+    for name in sorted(wanted.keys() | given.keys()):
+        if wanted.get(name) != given.get(name):
+            raise BadInput(
+                f"the adapter in {folder} does not fit its base: {name} is {_shape(given.get(name))}, and the base "
+                f"takes {_shape(wanted.get(name))}"
+            )
     set_peft_model_state_dict(peft_model, weights)
     return peft_model, head
+
+
+def _shape(shape: torch.Size | None) -> str:
+    return "not there" if shape is None else " x ".join(map(str, shape))
 
 
 def _with_new_method(base: Base, method: AnyMethod | None, trainable: bool, head: bool) -> PreTrainedModel | PeftModel:
@@ -233,7 +276,11 @@ def _with_new_method(base: Base, method: AnyMethod | None, trainable: bool, head
 
 
 def _saved_head(folder: str | None) -> Tensor | None:
-    from safetensors.torch import load_file
+    """The scalar head beside a whole model of ours, or inside a sequence classifier of transformers."""
+    from safetensors import safe_open
 
-    path = Path(folder) / "head.safetensors" if folder is not None else None
-    return load_file(path)["score.weight"] if path is not None and path.is_file() else None
+    for file in sorted(Path(folder).glob("*.safetensors")) if folder is not None else []:
+        with safe_open(file, framework="pt") as weights:
+            if "score.weight" in weights.keys():  # noqa: SIM118  # not a mapping
+                return weights.get_tensor("score.weight").float()
+    return None

@@ -1,6 +1,7 @@
 """Writes roles in PEFT's and transformers' own formats, and keeps what training changes."""
 
 import copy
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,11 @@ from align.artifact import write_atomically
 from align.models.roles import Role, adapter_weights, head_key
 
 
-def save_role(role: Role, folder: Path, *, base_name: str) -> None:
+def save_role(role: Role, folder: Path, *, base_name: str, revision: str | None = None) -> None:
     """Writes the role's adapter (or whole model) and head into `folder`, each file atomically.
 
-    An adapter folder opens with `PeftModel.from_pretrained(AutoModelForCausalLM...)`; one with a head opens with
+    The adapter names its base by an absolute path, or by a Hub id and its revision, so that it opens from anywhere. An
+    adapter folder opens with `PeftModel.from_pretrained(AutoModelForCausalLM...)`; one with a head opens with
     `PeftModel.from_pretrained(AutoModelForSequenceClassification.from_pretrained(base, num_labels=1), folder)`.
     A fully tuned role opens with `AutoModelForCausalLM`; its head is then `head.safetensors`.
     """
@@ -28,7 +30,8 @@ def save_role(role: Role, folder: Path, *, base_name: str) -> None:
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in adapter_weights(role.model).items()}
     config: Any = role.model.peft_config["default"]
     config = copy.copy(config)
-    config.inference_mode, config.base_model_name_or_path = True, base_name
+    config.inference_mode, config.revision = True, revision
+    config.base_model_name_or_path = os.path.abspath(base_name) if Path(base_name).is_dir() else base_name
     if role.head is not None:
         weights[head_key(role.model)] = role.head.weight.detach().cpu().contiguous()
         config.task_type = "SEQ_CLS"

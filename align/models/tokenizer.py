@@ -8,6 +8,8 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from align.errors import BadInput
 from align.settings import Model
 
+OWN = ("tokenizer_config.json", "tokenizer.json")  # files of which a folder with a tokenizer has one
+
 
 def load_tokenizer(settings: Model) -> PreTrainedTokenizerBase:
     """The base's tokenizer, with the recipe's chat template if it names one.
@@ -25,6 +27,14 @@ def load_tokenizer(settings: Model) -> PreTrainedTokenizerBase:
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def tokenizer_of(settings: Model, folder: str | None) -> PreTrainedTokenizerBase:
+    """The tokenizer, template included, that the model in `folder` was trained with: its own where it has one, else
+    that of the base that it stands over (None: the base itself)."""
+    if folder is None or (Path(folder).is_dir() and not any((Path(folder) / name).is_file() for name in OWN)):
+        return load_tokenizer(settings)
+    return load_tokenizer(Model(base=folder))
 
 
 def first_line(error: Exception) -> str:

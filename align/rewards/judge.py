@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from align.artifact import read_manifest
 from align.data import looks_like_hub_id
 from align.data.conversations import Text
 from align.data.encode import encode_completion, encode_pair
@@ -255,15 +254,11 @@ def letter_ids(tokenizer: Any, text: str, key: str = "judge") -> tuple[list[int]
 def _role(model: str | None, bases: "Bases", key: str) -> tuple[Any, Any]:
     """The judge's role and tokenizer: the stage's base, one of our runs, or any other model."""
     try:
-        role = bases.role(model)
-        if model is None:
-            return role, bases.main.tokenizer
-        base = bases.load(str(read_manifest(model)["base"]) if role.has_adapter else model)
+        return bases.role(model), bases.tokenizer(model)
     except BadInput as error:
         if model is None:
             raise
         raise BadInput(f"`{key}.model`: {str(error).removeprefix('`model.base`: ')}") from error
-    return role, base.tokenizer
 
 
 def _check_model(model: str, key: str) -> None:

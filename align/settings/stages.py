@@ -33,6 +33,7 @@ class Source(Settings):
     path: str
     name: str | None = None  # the Hub configuration
     split: str = "train"  # the Hub split
+    revision: str | None = None  # the Hub revision
     format: str = "auto"  # or file.py:function
     weight: Positive = 1.0  # 2 = every row twice an epoch, 0.25 = a fixed quarter of the rows
     limit: Count | None = None  # the first so many rows

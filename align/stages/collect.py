@@ -5,11 +5,12 @@ whether it ended. An answer is a function of seed, policy's name, prompt's posit
 """
 
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from align.artifact import begin, finish, write_lines
-from align.data import decode_completion, encode_prompt, end_token_ids, load
+from align.data import Prompt, decode_completion, encode_prompt, end_token_ids, load
 from align.errors import BadInput
 from align.models.roles import Bases, Role
 from align.rollout.draw import uniforms
@@ -30,8 +31,9 @@ def run(settings: CollectSettings, worker: Worker) -> None:
         begin(settings, bases.main.fingerprint)
     worker.wait()
     rows = load(settings.prompts, "prompts").train
-    prompts = [encode_prompt(bases.main.tokenizer, row) for row in rows]
-    kept = [i for i, ids in enumerate(prompts) if 0 < len(ids) <= settings.max_prompt_length]
+    prompts = {name: _encoded(bases.tokenizer(folder), rows) for name, folder in settings.policies.items()}
+    longest = [max(len(encoded[i]) for encoded in prompts.values()) for i in range(len(rows))]
+    kept = [i for i, length in enumerate(longest) if 0 < length <= settings.max_prompt_length]
     if not kept:
         raise BadInput(f"`prompts`: none has at most {settings.max_prompt_length} tokens (`max_prompt_length`)")
     tracker = Tracker(settings, total=len(settings.policies), start=0, shown=("answers",), is_main=worker.is_main)
@@ -42,11 +44,12 @@ def run(settings: CollectSettings, worker: Worker) -> None:
                 f"{len(rows) - len(kept)} of {len(rows)} prompts left out: over {settings.max_prompt_length} tokens"
             )
         for number, (name, folder) in enumerate(settings.policies.items(), 1):
-            role = bases.role(folder)
+            role, tokenizer = bases.role(folder), bases.tokenizer(folder)
             for draw in range(settings.num_generations.get(name, NUM_GENERATIONS)):
                 worker.stop_if_asked(lambda: None)  # there is nothing to save: the same answers are drawn again
                 mine = [kept[i] for i in worker.mine(len(kept))]
-                for i, answer in zip(mine, _answers(role, bases, name, draw, mine, prompts, settings), strict=True):
+                answers = _answers(role, tokenizer, name, draw, mine, prompts[name], settings)
+                for i, answer in zip(mine, answers, strict=True):
                     found[i, name, draw] = {"prompt": rows[i].prompt, "columns": rows[i].columns} | answer
             tracker.log(number, {"policy": name, "answers": sum(key[1] == name for key in found)})
         parts = worker.gather_objects(found)
@@ -61,9 +64,14 @@ def run(settings: CollectSettings, worker: Worker) -> None:
     worker.wait()
 
 
+def _encoded(tokenizer: Any, rows: Sequence[Prompt]) -> list[list[int]]:
+    """The prompts as a policy's own template and tokens have them."""
+    return [encode_prompt(tokenizer, row) for row in rows]
+
+
 def _answers(
     role: Role,
-    bases: Bases,
+    tokenizer: Any,
     name: str,
     draw: int,
     rows: list[int],
@@ -71,7 +79,7 @@ def _answers(
     settings: CollectSettings,
 ) -> list[dict[str, Any]]:
     """One answer to each of `rows`, whose random numbers are theirs alone."""
-    tokenizer, temperatures = bases.main.tokenizer, settings.temperatures
+    temperatures = settings.temperatures
     sampling = settings.sampling.model_copy(update={"temperature": temperatures[draw % len(temperatures)]})
     step = zlib.crc32(f"{name} {draw}".encode())
     rollouts, _ = sample(

@@ -7,7 +7,8 @@ paid for. Each member is a reward run of its own, in `<output>/member-<k>`; one 
 import json
 from pathlib import Path
 
-from align.artifact import begin, fingerprint, finish, member_folders, read_manifest, state_of
+from align.artifact import begin, finish, member_folders, read_manifest, state_of
+from align.identity import fingerprint
 from align.settings import EnsembleSettings, RewardSettings
 from align.stages import reward
 from align.worker import Worker, seed_everything
@@ -16,7 +17,7 @@ from align.worker import Worker, seed_everything
 def run(settings: EnsembleSettings, worker: Worker) -> None:
     """Trains the members that are not finished; then joins their figures."""
     if worker.is_main:
-        begin(settings, fingerprint(settings.model.base))
+        begin(settings, fingerprint(settings.model.base, settings.model.revision))
     worker.wait()
     members = [member(settings, number) for number in range(settings.num_members)]
     for number, own in enumerate(members, 1):

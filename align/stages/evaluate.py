@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from align.artifact import begin, finish, write_json, write_text
-from align.data import decode_completion, encode_prompt, end_token_ids, load
+from align.data import Prompt, decode_completion, encode_prompt, end_token_ids, load
 from align.errors import BadInput
 from align.maths.calibration import comparison, win_rate
 from align.maths.kl import kl_estimate
@@ -46,6 +47,14 @@ class Judged:
     beside: list[dict[str, float]]  # the recipe's other scores, by name
 
 
+@dataclass(frozen=True)
+class Speaker:
+    """A policy, and the tokenizer that it was trained with."""
+
+    role: Role
+    tokenizer: PreTrainedTokenizerBase
+
+
 def run(settings: EvaluateSettings, worker: Worker) -> None:
     """Judges the policies and writes the table."""
     started = time.perf_counter()
@@ -54,9 +63,7 @@ def run(settings: EvaluateSettings, worker: Worker) -> None:
         begin(settings, bases.main.fingerprint)
     worker.wait()
     loaded = load(settings.prompts, "prompts")
-    tokenizer = bases.main.tokenizer
-    rows = [(p, encode_prompt(tokenizer, p)) for p in (loaded.validation or loaded.train)]
-    rows = [(p, ids) for p, ids in rows if 0 < len(ids) <= settings.max_prompt_length][: settings.max_prompts]
+    rows = _fitting(loaded.validation or loaded.train, bases, settings)
     if not rows:
         raise BadInput(f"`prompts`: none has at most {settings.max_prompt_length} tokens (`max_prompt_length`)")
     judge = build_rewards(settings.judge, bases)
@@ -72,7 +79,8 @@ def run(settings: EvaluateSettings, worker: Worker) -> None:
         judged = {}
         for number, (name, folder) in enumerate(settings.policies.items(), 1):
             worker.stop_if_asked(lambda: None)  # there is nothing to save: the same answers are drawn again
-            judged[name] = _judge(bases.role(folder), reference, rows, judge, beside, bases, settings, worker)
+            speaker = Speaker(bases.role(folder), bases.tokenizer(folder))
+            judged[name] = _judge(speaker, reference, rows, judge, beside, settings, worker)
             found = judged[name]
             tracker.log(number, {"policy": name, "score": _mean(found.scores), "kl": _mean(found.kl)})
         metrics = _metrics(judged, settings, reference_name) | _pair_metrics(settings, bases, worker)
@@ -86,22 +94,32 @@ def run(settings: EvaluateSettings, worker: Worker) -> None:
     worker.wait()
 
 
+def _fitting(prompts: Sequence[Prompt], bases: Bases, settings: EvaluateSettings) -> list[Prompt]:
+    """The first prompts that fit as every policy's own template and tokens have them."""
+    tokenizers = [bases.tokenizer(folder) for folder in settings.policies.values()]
+    found = []
+    for prompt in prompts:
+        lengths = [len(encode_prompt(tokenizer, prompt)) for tokenizer in tokenizers]
+        if min(lengths) > 0 and max(lengths) <= settings.max_prompt_length:
+            found.append(prompt)
+    return found[: settings.max_prompts]
+
+
 def _judge(
-    role: Role,
+    speaker: Speaker,
     reference: Role,
-    rows: list,
+    rows: list[Prompt],
     judge: RewardMix,
     beside: dict[str, RewardMix],
-    bases: Bases,
     settings: EvaluateSettings,
     worker: Worker,
 ) -> Judged:
     mine = list(worker.mine(len(rows)))
-    tokenizer, sampling = bases.main.tokenizer, settings.sampling
+    role, tokenizer, sampling = speaker.role, speaker.tokenizer, settings.sampling
     numbers = uniforms(settings.seed, STREAM, 0, mine, sampling.max_new_tokens)
     rollouts, _ = sample(
         role,
-        [rows[i][1] for i in mine],
+        [encode_prompt(tokenizer, rows[i]) for i in mine],
         numbers,
         sampling,
         end_ids=end_token_ids(tokenizer),
@@ -114,7 +132,7 @@ def _judge(
     kl = kl_estimate(own.logprobs, others.logprobs).sum(1)
     entropies = own.entropies.sum(1) / rollouts.lengths.clamp(min=1)
     texts = [decode_completion(tokenizer, ids) for ids in rollouts.answers]
-    answers = Answers([rows[i][0] for i in mine], rollouts.prompts, texts, rollouts.answers)
+    answers = Answers([rows[i] for i in mine], rollouts.prompts, texts, rollouts.answers)
     scores, _ = judge(answers)
     others_say = {name: mix(answers)[0] for name, mix in beside.items()}
     further = [{name: values[i] for name, values in others_say.items()} for i in range(len(texts))]
@@ -147,7 +165,7 @@ def _metrics(judged: dict[str, Judged], settings: EvaluateSettings, reference: s
 
 
 def judge_metrics(
-    judge: Judge | None, judged: dict[str, Judged], rows: list, settings: EvaluateSettings, worker: Worker
+    judge: Judge | None, judged: dict[str, Judged], rows: list[Prompt], settings: EvaluateSettings, worker: Worker
 ) -> dict:
     """The same comparisons by the pairwise judge. An answer wins a prompt that it wins in both orders; a verdict that
     turns with the order is a tie (Zheng et al. 2023), and equal answers are one without being asked about."""
@@ -155,8 +173,7 @@ def judge_metrics(
         (pair, i) for pair in settings.compare for i in range(len(rows)) if len({judged[n].texts[i] for n in pair}) > 1
     ]
     questions = [
-        Question(rows[i][0].prompt, judged[new].texts[i], judged[old].texts[i], rows[i][0].columns)
-        for (new, old), i in asked
+        Question(rows[i].prompt, judged[new].texts[i], judged[old].texts[i], rows[i].columns) for (new, old), i in asked
     ]
     verdicts, took = ask(judge, questions, worker)
     if judge is None:
@@ -174,13 +191,15 @@ def _pair_metrics(settings: EvaluateSettings, bases: Bases, worker: Worker) -> d
     if check is None:
         return {}
     loaded = load(check.data, "preferences")
-    pairs, _ = encode_pairs(bases.main.tokenizer, loaded.validation or loaded.train, check.max_length)
+    pairs, _ = encode_pairs(bases.tokenizer(check.path), loaded.validation or loaded.train, check.max_length)
     role = bases.role(check.path, head=True)
     found = evaluate_pairs(role, pairs, worker)
     return {"reward": {name.removeprefix("eval_"): value for name, value in found.items()} | {"pairs": len(pairs)}}
 
 
-def _write(metrics: dict, judged: dict[str, Judged], rows: list, settings: EvaluateSettings, tracker: Tracker) -> None:
+def _write(
+    metrics: dict, judged: dict[str, Judged], rows: list[Prompt], settings: EvaluateSettings, tracker: Tracker
+) -> None:
     folder = Path(settings.output)
     save_samples(
         folder,
@@ -194,7 +213,7 @@ def _write(metrics: dict, judged: dict[str, Judged], rows: list, settings: Evalu
                     for name, j in judged.items()
                 },
             }
-            for i, (prompt, _) in enumerate(rows)
+            for i, prompt in enumerate(rows)
         ],
     )
     write_json(folder / "results.json", metrics)

@@ -18,7 +18,7 @@ from typing import Any
 
 from torch import nn
 
-from align.artifact import begin, finish, folder_in_one_go, read_manifest
+from align.artifact import MANIFEST, begin, finish, folder_in_one_go, read_manifest
 from align.data import encode_prompt, end_token_ids, load
 from align.errors import BadInput
 from align.maths.kl import next_kl_coef
@@ -82,7 +82,7 @@ def run(settings: PpoSettings, worker: Worker) -> None:
         )
     learners = make_learners(cast, settings, worker)
     if worker.is_main:
-        begin(settings, cast.base.fingerprint, base=cast.base_name)
+        begin(settings, cast.base.fingerprint, base=cast.base.name)
     worker.wait()
     roles = {"policy": cast.policy} | ({} if cast.is_shared_trunk else {"critic": cast.critic})
     state = checkpoint.resume(settings.output, worker, roles=roles, learners=learners)
@@ -178,10 +178,8 @@ def cast_roles(settings: PpoSettings, worker: Worker) -> Cast:
     is_adapter = start is not None and has_adapter(start)
     if not is_adapter and method is None:
         method = Lora()
-    base_name = settings.model.base
-    if start is not None:  # a run with an adapter stands over its own base; a fully tuned one is a base itself
-        base_name = str(read_manifest(start)["base"]) if is_adapter else start
-    base = bases.load(base_name)
+    base = bases.base_of(start)
+    tokenizer = bases.tokenizer(start)
     policy = bases.role(start, method=method, trainable=True)
     critic = policy if settings.critic.kind == "trunk" else _critic(bases, settings, method)
     if settings.critic.kind == "trunk":
@@ -192,7 +190,7 @@ def cast_roles(settings: PpoSettings, worker: Worker) -> Cast:
             role.causal.gradient_checkpointing_enable({"use_reentrant": False})
     rewards = build_rewards(settings.rewards, bases)
     reference = bases.role(start if settings.reference is None else settings.reference.path)
-    return Cast(bases, base, base_name, policy, reference, critic, rewards, end_token_ids(base.tokenizer))
+    return Cast(bases, base, tokenizer, policy, reference, critic, rewards, end_token_ids(tokenizer))
 
 
 def _critic(bases: Bases, settings: PpoSettings, policy_method: AnyMethod | None) -> Role:
@@ -211,17 +209,17 @@ def _critic(bases: Bases, settings: PpoSettings, policy_method: AnyMethod | None
 def _value_head(critic: Role, folder: str) -> nn.Linear:
     """The reward model's head with its normalisation folded in: values start on the scale of normalised scores."""
     assert critic.head is not None
-    manifest = read_manifest(folder)
+    manifest = read_manifest(folder) if (Path(folder) / MANIFEST).is_file() else {}  # made elsewhere: as it is
     head = new_head(critic.head.in_features, critic.device, bias=True)
-    std = max(float(manifest["score_std"]), 1e-8)
+    std = max(float(manifest.get("score_std", 1.0)), 1e-8)
     head.weight.data.copy_(critic.head.weight.data / std)
-    head.bias.data.fill_(-float(manifest["score_mean"]) / std)
+    head.bias.data.fill_(-float(manifest.get("score_mean", 0.0)) / std)
     return head
 
 
 def prompt_rows(cast: Cast, prompts: Any, max_length: int) -> tuple[list[PromptRow], str]:
     """The prompts of at most `max_length` tokens, and a sentence on the others."""
-    rows = [PromptRow(prompt, encode_prompt(cast.base.tokenizer, prompt)) for prompt in prompts]
+    rows = [PromptRow(prompt, encode_prompt(cast.tokenizer, prompt)) for prompt in prompts]
     kept = [row for row in rows if 0 < len(row.ids) <= max_length]
     return kept, left_out(len(rows) - len(kept), len(rows), max_length)
 
@@ -277,7 +275,7 @@ def _evaluate(this: _Run, iteration: int) -> dict[str, float]:
         progress["best"] = {"iteration": iteration, "score": score, "kl": kl, "kl_to_base": moved}
         if this.worker.is_main:
             with folder_in_one_go(_best_folder(settings, iteration)) as folder:
-                save_role(Role(cast.policy.model), folder, base_name=cast.base_name)
+                save_role(Role(cast.policy.model), folder, base_name=cast.base.name, revision=cast.base.revision)
     return {
         "eval_score": float(scored.scores.mean()),
         "eval_score_penalised": score,
@@ -362,8 +360,8 @@ def _finish(this: _Run) -> None:
             moved = best.get("kl_to_base")  # a run that an earlier version began has none
         else:
             moved = kl_to_base(cast.policy, cast.bases)
-            save_role(Role(cast.policy.model), folder, base_name=cast.base_name)
-        cast.base.tokenizer.save_pretrained(folder)
+            save_role(Role(cast.policy.model), folder, base_name=cast.base.name, revision=cast.base.revision)
+        cast.tokenizer.save_pretrained(folder)
         ppo_curves(folder)
         finish(
             folder,

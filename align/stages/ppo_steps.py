@@ -11,6 +11,7 @@ from operator import itemgetter
 import numpy as np
 import torch
 from torch import Tensor
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from align.data import decode_completion
 from align.data.formats import Prompt
@@ -44,7 +45,7 @@ class Cast:
 
     bases: Bases
     base: Base  # the policy's
-    base_name: str
+    tokenizer: PreTrainedTokenizerBase  # that the policy was trained with
     policy: Role
     reference: Role
     critic: Role  # the policy itself, when its head sits on the policy's trunk
@@ -57,7 +58,7 @@ class Cast:
 
     @property
     def pad_id(self) -> int:
-        return int(self.base.tokenizer.pad_token_id)
+        return int(self.tokenizer.pad_token_id)
 
 
 @dataclass(frozen=True)
@@ -128,7 +129,7 @@ def sample_and_score(
         policy = at_draw or reader(cast.policy, rollouts, entropies=True, values=cast.is_shared_trunk)
         reference = reader(cast.reference, rollouts)
         critic = policy if cast.is_shared_trunk else reader(cast.critic, rollouts, logprobs=False, values=True)
-        texts = [decode_completion(cast.base.tokenizer, ids) for ids in rollouts.answers]
+        texts = [decode_completion(cast.tokenizer, ids) for ids in rollouts.answers]
         scores, parts = cast.rewards(Answers([row.prompt for row in rows], rollouts.prompts, texts, rollouts.answers))
     series = policy.logprobs, reference.logprobs, policy.entropies, critic.values
     own = [

@@ -241,7 +241,7 @@ def _finish(
     mean, std = float(scores.mean()), float(scores.std(correction=0))
     if worker.is_main:
         folder = Path(settings.output)
-        save_role(role, folder, base_name=settings.model.base)
+        save_role(role, folder, base_name=settings.model.base, revision=bases.main.revision)
         tokenizer.save_pretrained(folder)
         _check_saved(bases, folder, role, (reference[0][:PROBE_ROWS], reference[1][:PROBE_ROWS]))
         reward_curves(folder)

@@ -115,7 +115,7 @@ def _finish(
         patched.__dict__.pop("forward", None)
     role.eval()
     with torch.no_grad():
-        save_role(role, folder, base_name=settings.model.base)
+        save_role(role, folder, base_name=settings.model.base, revision=bases.main.revision)
     bases.main.tokenizer.save_pretrained(folder)
     sft_curves(folder)
     kept = {key: value for key, value in metrics.items() if key.startswith("eval_")}

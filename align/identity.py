@@ -1,0 +1,266 @@
+"""What things are by their contents: bases, tokenizers, data and earlier runs, wherever they lie.
+
+A manifest keeps a fingerprint of all that its run is made of; whoever goes on with the run, or loads it, compares. A
+Hub id's fingerprint is `id@commit`. Where the commit cannot be known (no connection, and nothing in the cache) it is
+the id alone, which any commit of that id may be.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from align.errors import BadInput
+from align.settings import Data, StageSettings
+
+UNKNOWN = "none"  # the fingerprint of what is not there, or that an earlier version did not take
+ENDS = 1 << 20  # bytes at both ends of a weights file that are read
+HUB_SECONDS = 5.0  # that the Hub is waited for
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+    "generation_config.json",  # whose end tokens answers are sampled to
+)
+TEMPLATE_FILE = "chat_template.jinja"
+ADAPTER_CONFIG = "adapter_config.json"
+PLACES = ("base_model_name_or_path", "revision")  # of an adapter's config: where its base lies, not what it is
+
+
+# --------------------------------------------------------------------------------------------------------- fingerprints
+
+
+def fingerprint(base: str, revision: str | None = None) -> str:
+    """A short hash of a local base: config, file names and sizes, and both ends of every weights file.
+
+    Enough to tell one base from another without reading gigabytes. A Hub id's is `id@commit`.
+    """
+    folder = Path(base)
+    if not folder.is_dir():
+        return _of_hub(base, revision, "model")
+    digest = hashlib.sha256()
+    for file in sorted(folder.glob("*.safetensors")) + sorted(folder.glob("config.json")):
+        _add_ends(digest, file)
+    return digest.hexdigest()[:16]
+
+
+def tokenizer_fingerprint(folder: str | Path) -> str:
+    """Of the tokenizer's files, chat template and end tokens of generation in a local folder."""
+    return _of_files(Path(folder) / name for name in TOKENIZER_FILES)
+
+
+def contents(folder: str | Path) -> str:
+    """Of all in a local folder that decides what a model or an adapter computes; not of pages, pictures and logs."""
+    folder = Path(folder)
+    digest = hashlib.sha256()
+    for file in sorted(folder.glob("*.safetensors")) + sorted(folder.glob("config.json")):
+        _add_ends(digest, file)
+    config = folder / ADAPTER_CONFIG
+    if config.is_file():
+        values = json.loads(config.read_text(encoding="utf-8"))
+        digest.update(json.dumps({k: v for k, v in values.items() if k not in PLACES}, sort_keys=True).encode())
+    digest.update(tokenizer_fingerprint(folder).encode())
+    return digest.hexdigest()[:16]
+
+
+def same(before: str | None, now: str | None) -> bool:
+    """Whether two fingerprints may be of one thing: equal, or one of them not known."""
+    if before in (None, UNKNOWN) or now in (None, UNKNOWN) or before == now:
+        return True
+    ids = [each.rpartition("@") for each in (str(before), str(now))]
+    is_open = [not at for _, at, _ in ids]  # a Hub id whose commit is not known
+    names = [name if at else commit for name, at, commit in ids]
+    return any(is_open) and names[0] == names[1]
+
+
+def _of_files(files: Iterable[Path]) -> str:
+    digest = hashlib.sha256()
+    found = [file for file in files if file.is_file()]
+    for file in found:
+        digest.update(f"{file.name}:".encode() + hashlib.sha256(file.read_bytes()).digest())
+    return digest.hexdigest()[:16] if found else UNKNOWN
+
+
+def _add_ends(digest: Any, file: Path) -> None:
+    size = file.stat().st_size
+    digest.update(f"{file.name}:{size}:".encode())
+    with file.open("rb") as handle:
+        digest.update(handle.read(ENDS))
+        handle.seek(max(0, size - ENDS))
+        digest.update(handle.read())
+
+
+def _of_file(path: Path) -> str:
+    """Of the whole file, which may be large."""
+    with path.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()[:16]
+
+
+def _of_hub(name: str, revision: str | None, kind: str) -> str:
+    commit = hub_commit(name, revision, kind)
+    return f"{name}@{commit}" if commit else name
+
+
+@lru_cache(maxsize=256)
+def hub_commit(name: str, revision: str | None = None, kind: str = "model") -> str | None:
+    """The commit that a Hub id (of `kind` model or dataset) stands for now; None where it cannot be known.
+
+    Asked of the Hub, else of the cache; the answer holds as long as this process, so that all that it loads is of one.
+    """
+    import huggingface_hub
+    from huggingface_hub import constants
+    from huggingface_hub.file_download import repo_folder_name
+
+    if name.count("/") != 1 or name.startswith((".", "/", "~")) or Path(name).parent.is_dir():
+        return None  # no id: a folder that is not there
+    try:
+        if not constants.HF_HUB_OFFLINE:
+            found = huggingface_hub.HfApi().repo_info(name, revision=revision, repo_type=kind, timeout=HUB_SECONDS)
+            return None if found.sha is None else str(found.sha)
+    except (OSError, ValueError, RuntimeError):  # no connection, no such repository, an answer that is none: see below
+        pass
+    except Exception as error:  # the HTTP library's own, whichever it is
+        if not type(error).__module__.startswith(("httpx", "requests", "urllib3")):
+            raise
+    reference = Path(constants.HF_HUB_CACHE, repo_folder_name(repo_id=name, repo_type=kind), "refs", revision or "main")
+    return reference.read_text(encoding="utf-8").strip() if reference.is_file() else None
+
+
+# --------------------------------------------------------------------------------------------- what a run is made of
+
+
+def made_of(settings: StageSettings) -> dict[str, dict[str, str]]:
+    """Everything but the recipe's own words that a run of these settings is made of, by the recipe's key.
+
+    Each has `what` it is, its `path` as the recipe gives it, and its `fingerprint`. Earlier runs are in `parents`.
+    """
+    model = settings.model
+    found = {
+        "model.base": _part("base", model.base, fingerprint(model.base, model.revision)),
+        "model.tokenizer": _part("tokenizer", model.base, tokenizer_fingerprint(model.base)),
+    }
+    if model.chat_template is not None:
+        found["model.chat_template"] = _of_path("chat template", model.chat_template)
+    for key, (_, data) in settings.data_sections().items():
+        found |= data_parts(data, key)
+    return found
+
+
+def data_parts(data: Data, key: str) -> dict[str, dict[str, str]]:
+    """The files, Hub data sets and format functions of a `data` section that stands at `key` of a recipe."""
+    found = {}
+    for side in ("train", "validation"):
+        for number, source in enumerate(getattr(data, side)):
+            place = f"{key}.{side}[{number}]"
+            found[place] = _of_path("data", source.path, source.revision)
+            if ".py:" in source.format:
+                found[f"{place}.format"] = _of_path("format function", source.format.rpartition(":")[0])
+    return found
+
+
+def _of_path(what: str, path: str, revision: str | None = None) -> dict[str, str]:
+    file = Path(path).expanduser()
+    if file.is_file():
+        return _part(what, path, _of_file(file))
+    return _part(what, path, UNKNOWN if is_folder_name(path) else _of_hub(path, revision, "dataset"))
+
+
+def _part(what: str, path: str, value: str) -> dict[str, str]:
+    return {"what": what, "path": path, "fingerprint": value}
+
+
+def changed_part(before: Mapping[str, Mapping[str, str]], now: Mapping[str, Mapping[str, str]]) -> str | None:
+    """A sentence on the first part whose contents are not what they were; None where all are."""
+    for key, was in before.items():
+        part = now.get(key)
+        if part is None or same(was["fingerprint"], part["fingerprint"]):
+            continue
+        if os.path.abspath(was["path"]) == os.path.abspath(part["path"]) and "@" not in part["fingerprint"]:
+            return f"the {part['what']} in {part['path']} has changed since"
+        commit = part["fingerprint"].rpartition("@")[2]
+        if part["path"] == was["path"]:
+            was_commit = was["fingerprint"].rpartition("@")[2]
+            return (
+                f"the {part['what']} {part['path']} (`{key}`) has moved on at the Hub, from commit {was_commit[:12]} "
+                f"to {commit[:12]}; `revision: {was_commit}` names what it was"
+            )
+        return f"`{key}` was {was['path']}, and {part['path']} holds another {part['what']}"
+    return None
+
+
+def equal_paths(before: Mapping[str, Mapping[str, str]], now: Mapping[str, Mapping[str, str]]) -> set[str]:
+    """The recipe's keys that may be spelt otherwise, since what they lead to is known to be the same."""
+    keys = set()
+    for key, was in before.items():
+        value = now[key]["fingerprint"] if key in now else UNKNOWN
+        if value == UNKNOWN or value != was["fingerprint"]:
+            continue
+        keys |= {key, f"{key}.path", key.replace(".train[", "[") + ".path"}  # `reference` is itself a list of sources
+        if "@" in value:  # the commit is the same, whatever named it
+            keys |= {f"{key}.revision", key.replace("model.base", "model.revision")}
+    return keys
+
+
+# ------------------------------------------------------------------------------------------------- a run's own base
+
+
+def base_of(manifest: Mapping[str, Any], run: str | Path) -> str:
+    """Where the base that a run's adapter stands over is now: as the manifest names it, from here, or where it was.
+
+    Raises:
+        BadInput: it is nowhere, or what is there are other weights than those that the run was trained over.
+    """
+    name, wanted = str(manifest["base"]), str(manifest.get("base_fingerprint", UNKNOWN))
+    if wanted.partition("@")[0] == name:  # a Hub id
+        now = fingerprint(name, manifest.get("recipe", {}).get("model", {}).get("revision"))
+        if not same(wanted, now):
+            raise BadInput(f"{run} was trained over {wanted}, and the Hub has {now} now: name its `revision`")
+        return name
+    places = [place for place in (name, *_places(manifest, Path(run))) if Path(place).is_dir()]
+    if not places:
+        raise BadInput(f"{run} was trained over the base {name}, which is not there: bring it back")
+    found = [fingerprint(place) for place in places]
+    if not any(same(wanted, each) for each in found):
+        raise BadInput(
+            f"{run} was trained over the base {name} (fingerprint {wanted}), and {places[0]} holds another now "
+            f"({found[0]}): the base has changed since; bring it back, or train the run again"
+        )
+    return next(place for place, each in zip(places, found, strict=True) if same(wanted, each))
+
+
+def is_folder_name(name: str) -> bool:
+    """Whether a model's name can only be a folder's: it is no `owner/name`, or `owner` is a folder here."""
+    return name.count("/") != 1 or name.startswith((".", "/", "~")) or Path(name).parent.is_dir()
+
+
+def _places(manifest: Mapping[str, Any], run: Path) -> list[str]:
+    """Where else a base may lie: where the run began from, or beside one of the folders that the run is in."""
+    name = str(manifest["base"])
+    recorded = [str(manifest["base_path"])] if manifest.get("base_path") else []
+    return recorded + ([] if os.path.isabs(name) else [str(parent / name) for parent in run.resolve().parents])
+
+
+def check_contents(folder: str | Path, manifest: Mapping[str, Any]) -> None:
+    """Raises BadInput where a finished run's weights, adapter or tokenizer are not those that it finished with."""
+    wanted = manifest.get("contents")
+    if wanted is not None and contents(folder) != wanted:
+        raise BadInput(
+            f"{folder} has changed since the run finished: its weights, adapter or tokenizer are others than it wrote; "
+            "bring them back, or run its stage again"
+        )
+
+
+def template_of(folder: str | Path) -> str | None:
+    """The chat template that a run or a model keeps in a file of its own; None where there is none."""
+    file = Path(folder) / TEMPLATE_FILE
+    return file.read_text(encoding="utf-8") if file.is_file() else None
