@@ -217,10 +217,10 @@ def _other_recipe(manifest: dict[str, Any], settings: StageSettings, equal: set[
     with suppress(ValueError):  # as today's class reads it: a key that it did not know has its default
         before = recipe_of(type(settings).model_validate(before | {"output": settings.output}))
     found = differences(before, recipe_of(settings))
-    return next((each for each in found if each[0] not in equal and not _is_harmless(each[0])), None)
+    return next((each for each in found if each[0] not in equal and not is_harmless(each[0])), None)
 
 
-def _is_harmless(key: str) -> bool:
+def is_harmless(key: str) -> bool:
     """Whether a key changes memory or speed alone. An argument of a user's function may have such a name too."""
     name = key.rpartition(".")[2]
     return name == "max_batch_tokens" if FUNCTIONS.match(key) else name in MEMORY_AND_SPEED
@@ -239,10 +239,11 @@ def recipe_of(settings: StageSettings) -> dict[str, Any]:
 def _parents(settings: StageSettings) -> dict[str, dict[str, str]]:
     """Every run that this one reads, and the hash of its manifest: which run it was, not only where. Of a model that is
     no run of ours, the fingerprint stands in its place."""
-    return {key: {"path": path, "manifest": _which_run(path)} for key, (path, _) in settings.parents().items()}
+    return {key: {"path": path, "manifest": which_run(path)} for key, (path, _) in settings.parents().items()}
 
 
-def _which_run(folder: str) -> str:
+def which_run(folder: str) -> str:
+    """The hash of a run's manifest, or the fingerprint of a model that is no run of ours."""
     path = Path(folder) / MANIFEST
     if path.is_file():
         return hashlib.sha256(path.read_bytes()).hexdigest()[:16]

@@ -1,14 +1,13 @@
 """Everything that can be wrong with a recipe is found here, before models are loaded and anything is written."""
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from align.artifact import MANIFEST, check_parent, read_manifest, state_of
+from align.artifact import state_of
 from align.data import load, looks_like_hub_id
 from align.errors import BadInput
-from align.identity import fingerprint
+from align.parents import check_parents, check_prefix, is_on_hub, method_of, resolved
 from align.recipe import Recipe
 from align.rewards import check_reward, check_rewards
 from align.rewards.judge import check_judge
@@ -24,7 +23,6 @@ from align.settings import (
     OwnMethod,
     PpoSettings,
     Prefix,
-    RewardSettings,
     ScoreSettings,
     SftSettings,
     StageSettings,
@@ -38,17 +36,17 @@ def check_recipe(recipe: Recipe) -> dict[str, str]:
     Raises:
         BadInput: with the stage's key, the reason and the cure.
     """
-    makers = {_same(settings.output): name for name, settings in recipe.stages.items()}
+    makers = {resolved(settings.output): name for name, settings in recipe.stages.items()}
     made: dict[str, StageSettings] = {}  # folder -> the earlier stage that makes it
     states = {}
     for name, settings in recipe.stages.items():
         with _naming(recipe, name):
             for key, (folder, _) in settings.parents().items():
-                maker = makers.get(_same(folder), name)
-                if maker != name and _same(folder) not in made:
+                maker = makers.get(resolved(folder), name)
+                if maker != name and resolved(folder) not in made:
                     raise BadInput(f"`{key}`: {folder} is made by stage `{maker}`, which comes later; put it before")
             states[name] = _check_stage(settings, made)
-        made[_same(settings.output)] = settings
+        made[resolved(settings.output)] = settings
     return states
 
 
@@ -81,29 +79,12 @@ def _check_stage(settings: StageSettings, made: dict[str, StageSettings]) -> str
             check_judge(settings.pairwise_judge, "pairwise_judge")
     if isinstance(settings, ScoreSettings) and settings.judge is not None:
         check_judge(settings.judge, "judge")
-    for key, (folder, kinds) in settings.parents().items():
-        if _same(folder) == _same(settings.output):
-            raise BadInput(f"`{key}`: {folder} is this stage's own output; name the run to start from")
-        maker = made.get(_same(folder))
-        if maker is None:
-            check_parent(folder, _kinds_that_do(folder, kinds), f"`{key}`")
-            _check_run_before(settings, folder, key)
-        else:
-            _check_stage_before(settings, folder, key, maker, kinds)
+    check_parents(settings, made)
     state = state_of(settings)
     if state != "finished":
         for key, (kind, data) in settings.data_sections().items():
             _check_data(key, kind, data)
     return state
-
-
-def _same(folder: str) -> str:
-    return str(Path(folder).resolve())
-
-
-def _is_on_hub(name: str) -> bool:
-    """`owner/name` is a Hub id unless there is a folder `owner` here: then it is a path that leads nowhere."""
-    return looks_like_hub_id(name) and not Path(name).parent.is_dir()
 
 
 def check_model(settings: StageSettings) -> None:
@@ -112,7 +93,7 @@ def check_model(settings: StageSettings) -> None:
     Raises:
         BadInput: with the key, the reason and the cure.
     """
-    model, (key, method) = settings.model, _method(settings)
+    model, (key, method) = settings.model, method_of(settings)
     folder = Path(model.base)
     cure = "give a folder that save_pretrained wrote"
     if folder.is_dir():
@@ -120,7 +101,7 @@ def check_model(settings: StageSettings) -> None:
             raise BadInput(f"`model.base`: {model.base} holds no config.json, so it is no transformers model; {cure}")
         if not list(folder.glob("*.safetensors")):
             raise BadInput(f"`model.base`: {model.base} holds no safetensors (pickled weights are not loaded); {cure}")
-    elif not _is_on_hub(model.base):
+    elif not is_on_hub(model.base):
         hint = did_you_mean_path(folder, folders=True) or f"; {cure}"
         what = f"is not in {folder.parent}, which is a folder here and so no owner on the Hub"
         if not looks_like_hub_id(model.base):
@@ -154,7 +135,7 @@ def _check_method(settings: StageSettings, key: str, method: AnyMethod | None) -
     if isinstance(method, Lora) and method.kind == "qlora" and load_in != "nf4":
         raise BadInput(f"`{key}.kind: qlora` needs `model.load_in: nf4` (it is {load_in}); or use `kind: lora`")
     if isinstance(method, Prefix):
-        _check_prefix(settings, key, f"`{key}.kind: prefix`")
+        check_prefix(settings, key, f"`{key}.kind: prefix`")
     if isinstance(method, OtherPeft) and load_in == "nf4" and method.kind not in PEFT_METHODS_IN_4_BITS:
         raise BadInput(
             f"`{key}.kind: {method.kind}` needs weights in floating point, and `model.load_in` is nf4: use "
@@ -166,75 +147,11 @@ def _check_method(settings: StageSettings, key: str, method: AnyMethod | None) -
         check_method(method, key)
 
 
-def _check_prefix(settings: StageSettings, key: str, what: str) -> None:
-    """Keys and values before every sequence go through our own attention alone."""
-    if settings.model.attn_implementation != "sdpa":
-        raise BadInput(f"{what} needs `model.attn_implementation: sdpa`; or use `kind: lora`")
-    if not isinstance(settings, (PpoSettings, EvaluateSettings)) or not key.startswith(("policy.", "policies.")):
-        return  # nothing is sampled from it
-    if settings.sampling.cache_implementation == "static":
-        raise BadInput(f"{what} cannot sample with `sampling.cache_implementation: static`; leave it out")
-
-
-def _method(settings: StageSettings) -> tuple[str, AnyMethod | None]:
-    """The key and value of the stage's PEFT method."""
-    if isinstance(settings, (SftSettings, RewardSettings)):
-        return "method", settings.method
-    return "policy.method", settings.policy.method if isinstance(settings, PpoSettings) else None
-
-
-def _kinds_that_do(folder: str, kinds: tuple[str, ...]) -> tuple[str, ...]:
-    """`kinds`, with `*` only for what transformers may be able to load."""
-    is_model = _is_on_hub(folder) or (Path(folder) / "config.json").is_file()
-    return kinds if is_model else tuple(kind for kind in kinds if kind != "*")
-
-
-def _check_run_before(settings: StageSettings, folder: str, key: str) -> None:
-    """Of a finished run with an adapter."""
-    config = Path(folder) / "adapter_config.json"
-    if config.is_file():
-        if json.loads(config.read_text(encoding="utf-8")).get("peft_type") == "PREFIX_TUNING":
-            _check_prefix(settings, key, f"`{key}`: {folder} holds a prefix, which")
-        manifest = read_manifest(folder)
-        _check_adapter(settings, folder, key, str(manifest.get("base")), manifest.get("base_fingerprint"))
-
-
-def _check_stage_before(
-    settings: StageSettings, folder: str, key: str, maker: StageSettings, kinds: tuple[str, ...]
-) -> None:
-    """Of a stage of the same pipeline, before it has run."""
-    if maker.kind not in kinds:
-        wanted = " or ".join(f"`{kind}`" for kind in kinds if kind != "*")
-        raise BadInput(f"`{key}`: {folder} will be a run of kind `{maker.kind}`; name one of kind {wanted}")
-    method = _method(maker)[1]
-    if isinstance(method, Prefix):
-        _check_prefix(settings, key, f"`{key}`: {folder} will hold a prefix, which")
-    if method is not None and not isinstance(method, Full):
-        _check_adapter(settings, folder, key, maker.model.base, fingerprint(maker.model.base))
-
-
-def _check_adapter(settings: StageSettings, folder: str, key: str, base: str, base_fingerprint: str | None) -> None:
-    """A policy's or critic's adapter fits only the base that it was trained over. Rewards bring their own."""
-    if key.startswith(("rewards", "judge", "beside")):
-        return
-    is_over_a_run = (Path(base) / MANIFEST).is_file() and base_fingerprint == fingerprint(base)  # a fully tuned one
-    if base_fingerprint != fingerprint(settings.model.base) and not is_over_a_run:
-        raise BadInput(
-            f"`{key}`: {folder} is an adapter over the base {base}, and this recipe's "
-            f"`model.base` is {settings.model.base}; use the same base"
-        )
-    if isinstance(settings, PpoSettings) and key == "policy.from" and settings.policy.method is not None:
-        raise BadInput(
-            f"`policy.method`: {folder} holds an adapter already, and training goes on with it: leave "
-            "`policy.method` out, or merge it first (`align merge`)"
-        )
-
-
 def _check_data(key: str, kind: str, data: Data) -> None:
     """Reads local files to their last row; a data set on the Hub is read by the stage."""
     paths = [source.path for source in (*data.train, *data.validation) if looks_like_hub_id(source.path)]
     for path in paths:
-        if not _is_on_hub(path):
+        if not is_on_hub(path):
             hint = did_you_mean_path(Path(path)) or "; name a data file, or a data set on the Hub"
             raise BadInput(f"`{key}`: {path} is not there{hint}")
     if paths:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from align.errors import BadInput
-from align.settings import Data, StageSettings
+from align.settings import Data, Model, StageSettings
 
 UNKNOWN = "none"  # the fingerprint of what is not there, or that an earlier version did not take
 ENDS = 1 << 20  # bytes at both ends of a weights file that are read
@@ -144,15 +144,20 @@ def made_of(settings: StageSettings) -> dict[str, dict[str, str]]:
 
     Each has `what` it is, its `path` as the recipe gives it, and its `fingerprint`. Earlier runs are in `parents`.
     """
-    model = settings.model
+    found = model_parts(settings.model)
+    for key, (_, data) in settings.data_sections().items():
+        found |= data_parts(data, key)
+    return found
+
+
+def model_parts(model: Model) -> dict[str, dict[str, str]]:
+    """The base, its tokenizer, and the chat template that takes the place of its own."""
     found = {
         "model.base": _part("base", model.base, fingerprint(model.base, model.revision)),
         "model.tokenizer": _part("tokenizer", model.base, tokenizer_fingerprint(model.base)),
     }
     if model.chat_template is not None:
         found["model.chat_template"] = _of_path("chat template", model.chat_template)
-    for key, (_, data) in settings.data_sections().items():
-        found |= data_parts(data, key)
     return found
 
 
@@ -260,7 +265,42 @@ def check_contents(folder: str | Path, manifest: Mapping[str, Any]) -> None:
         )
 
 
+# ------------------------------------------------------------------------------------ a tokenizer, without loading it
+
+
+def has_tokenizer(folder: str | Path) -> bool:
+    """Whether a local folder has a tokenizer of its own."""
+    return any((Path(folder) / name).is_file() for name in ("tokenizer_config.json", "tokenizer.json"))
+
+
 def template_of(folder: str | Path) -> str | None:
-    """The chat template that a run or a model keeps in a file of its own; None where there is none."""
+    """The chat template of the tokenizer in a folder; None where there is none."""
     file = Path(folder) / TEMPLATE_FILE
-    return file.read_text(encoding="utf-8") if file.is_file() else None
+    if file.is_file():
+        return file.read_text(encoding="utf-8")
+    template = _json_of(Path(folder) / "tokenizer_config.json").get("chat_template")  # where it once was kept
+    if isinstance(template, list):
+        template = next((each["template"] for each in template if each.get("name") == "default"), None)
+    return template if isinstance(template, str) else None
+
+
+def have_same_tokens(one: str | Path, other: str | Path) -> bool:
+    """Whether two folders' tokenizers give the same words the same ids, as far as their files tell."""
+    files = [Path(folder) / "tokenizer.json" for folder in (one, other)]
+    if not all(file.is_file() for file in files) or _of_file(files[0]) == _of_file(files[1]):
+        return True
+    vocabularies = []
+    for values in map(_json_of, files):
+        added = {each["content"]: each["id"] for each in values.get("added_tokens", ())}
+        words = values.get("model", {}).get("vocab", {})
+        if isinstance(words, list):  # of a unigram model: pairs of a word and its score
+            words = {word: number for number, (word, _) in enumerate(words)}
+        vocabularies.append(words | added)
+    return vocabularies[0] == vocabularies[1]
+
+
+def _json_of(file: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(file.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return {}

@@ -24,6 +24,7 @@ FLOORS = [  # a module may import from lower floors and from its own package
     {"models"},
     {"rewards", "rollout"},
     {"report"},
+    {"parents"},
     {"worker", "door", "launch"},
     {"stages"},
     {"pipeline", "entry", "compare", "loop"},

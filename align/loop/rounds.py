@@ -9,12 +9,14 @@ from pydantic import ValidationError
 
 from align.artifact import member_folders
 from align.errors import BadInput
+from align.identity import TEMPLATE_FILE, template_of
 from align.recipe import SHARED_KEYS, first_error, read_recipe
 from align.settings import (
     STAGES,
     CollectSettings,
     EnsembleSettings,
     EvaluateSettings,
+    Model,
     PpoSettings,
     RewardSettings,
     ScoreSettings,
@@ -47,6 +49,17 @@ class Loop:
     def store(self) -> str:
         """The store's file, or its database URL."""
         return self.settings.store or str(self.out / "store.db")
+
+    @property
+    def model(self) -> Model:
+        """The recipe's base, with the chat template that the SFT run was trained with, where that is another."""
+        model = self.settings.model
+        file = Path(self.sft_folder) / TEMPLATE_FILE
+        is_given = model.chat_template is not None or "from" not in self.settings.sft
+        if is_given or not file.is_file() or not Path(model.base).is_dir():
+            return model
+        is_own = template_of(self.sft_folder) == template_of(model.base)
+        return model if is_own else model.model_copy(update={"chat_template": str(file)})
 
     def folder(self, round_: int) -> Path:
         return self.out / f"round-{round_}"
@@ -150,7 +163,7 @@ class Loop:
     def _stage(self, cls: type[Stage], output: str | Path, values: Mapping[str, Any], round_: int = 0) -> Stage:
         """A stage with what every stage has; each round draws with a seed of its own."""
         s = self.settings
-        shared = {"model": s.model, "seed": s.seed + 1000 * round_, "launch": s.launch, "track": s.track}
+        shared = {"model": self.model, "seed": s.seed + 1000 * round_, "launch": s.launch, "track": s.track}
         return cls.model_validate({**values, **shared, "stage": cls.kind, "output": str(output)})
 
 

@@ -11,11 +11,12 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 from pydantic import ValidationError
 
-from align.artifact import MANIFEST, check_parent, differences, state_of, write_json
+from align.artifact import MANIFEST, check_parent, differences, is_harmless, state_of, which_run, write_json
 from align.door import check_model, check_recipe
 from align.errors import BadInput
 from align.feedback.database import LOOP
 from align.feedback.store import Store
+from align.identity import changed_part, data_parts, equal_paths, model_parts
 from align.launch import plan, start
 from align.loop.context import Context, Halt, Start
 from align.loop.rounds import Loop
@@ -26,10 +27,12 @@ from align.rewards import check_rewards
 from align.rewards.judge import check_judge
 from align.settings import Reward, StageSettings
 from align.settings.loop import LoopSettings, Simulated
+from align.settings.stages import SCORERS
 from align.wording import brief
 
 MAY_CHANGE = {"launch", "track", "num_rounds", "stop"}  # while a loop stands still
 MARK = "loop"  # of a loop, in loop.json and in the store
+MADE_OF = "made_of"  # in loop.json, as in a run's manifest
 LOCK = ".lock"
 
 
@@ -116,7 +119,7 @@ def _open(loop: Loop) -> Store:
         if store.fact(MARK) not in (None, mark):
             raise BadInput(f"{loop.path}: `store`: {store} belongs to another loop; name a database of its own")
         # private: a database's URL may hold a password
-        write_json(loop.out / LOOP, {MARK: mark} | _values(loop.settings), private=True)
+        write_json(loop.out / LOOP, {MARK: mark, MADE_OF: _made_of(loop)} | _values(loop.settings), private=True)
         store.fact(MARK, mark)
         return store
     except BaseException:
@@ -189,7 +192,7 @@ def _check_sections(loop: Loop) -> None:
         except BadInput as error:
             raise BadInput(f"{loop.path}: in `{section}`: {error}") from error
     if "from" in loop.settings.ppo.get("critic", {}) and ppo.critic.path is not None:
-        check_parent(ppo.critic.path, ("reward",), f"{loop.path}: `ppo.critic.from`")
+        check_parent(ppo.critic.path, SCORERS, f"{loop.path}: `ppo.critic.from`")
 
 
 def _check_functions(loop: Loop) -> None:
@@ -210,20 +213,41 @@ def _check_functions(loop: Loop) -> None:
 def _check_output(loop: Loop) -> None:
     """The folder is new, or this loop's."""
     if written := _written(loop):
+        parts_before, parts = written.get(MADE_OF, {}), _made_of(loop)
         before, now = _values(_as_read_now(loop, written)), _values(loop.settings)
+        equal = equal_paths(parts_before, parts)
         for section in now:
             if section not in MAY_CHANGE and before[section] != now[section]:
                 found = differences(before[section], now[section], section)  # none: a key that is null, or left out
-                key, was, becomes = found[0] if found else (section, before[section], now[section])
+                changed = [each for each in found if each[0] not in equal and not is_harmless(each[0])]
+                if found and not changed:
+                    continue
+                key, was, becomes = changed[0] if changed else (section, before[section], now[section])
                 how = "differs" if key == "store" else f"was {brief(was)}, is {brief(becomes)}"  # a password
                 raise BadInput(
                     f"{loop.path}: `output`: {loop.out} holds a loop of another recipe (`{key}` {how}); choose another "
                     "output"
                 )
+        what = changed_part(parts_before, parts)
+        if what is not None:
+            raise BadInput(
+                f"{loop.path}: `output`: {loop.out} holds a loop of other contents: {what}; bring them back, or choose "
+                "another output"
+            )
     elif loop.out.is_file() or (loop.out.is_dir() and any(not _may_be_there(p.name) for p in loop.out.iterdir())):
         raise BadInput(f"{loop.path}: `output`: {loop.out} holds files that are no loop; choose another folder")
     if (loop.out / MANIFEST).is_file():
         raise BadInput(f"{loop.path}: `output`: {loop.out} is a run's folder; choose another")
+
+
+def _made_of(loop: Loop) -> dict[str, dict[str, str]]:
+    """What a loop is made of beside its recipe's words: base, template, prompts, and the SFT run that it names."""
+    s = loop.settings
+    found = model_parts(s.model) | data_parts(s.prompts, "prompts")
+    found |= data_parts(s.evaluation.prompts, "evaluation.prompts")
+    if loop.sft() is None:
+        found["sft.from"] = {"what": "run", "path": loop.sft_folder, "fingerprint": which_run(loop.sft_folder)}
+    return found
 
 
 def _may_be_there(name: str) -> bool:
@@ -234,7 +258,7 @@ def _may_be_there(name: str) -> bool:
 def _as_read_now(loop: Loop, written: dict) -> LoopSettings:
     """A recipe that was written by this version, or by an earlier one, which knew fewer keys."""
     try:
-        return LoopSettings.model_validate({key: value for key, value in written.items() if key != MARK})
+        return LoopSettings.model_validate({k: v for k, v in written.items() if k not in (MARK, MADE_OF)})
     except ValidationError as error:
         raise BadInput(
             f"{loop.path}: `output`: {loop.out} holds a loop whose recipe this version does not take "

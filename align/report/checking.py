@@ -8,9 +8,21 @@ from rich.console import Console
 from rich.text import Text
 
 from align.data import encode_demonstration, encode_pair, encode_prompt, load, looks_like_hub_id
+from align.identity import has_tokenizer
 from align.recipe import Recipe
 from align.report.tables import plain
-from align.settings import AnyMethod, Data, Full, Lora, PpoSettings, RewardSettings, SftSettings, StageSettings
+from align.settings import (
+    AnyMethod,
+    CollectSettings,
+    Data,
+    EvaluateSettings,
+    Full,
+    Lora,
+    PpoSettings,
+    RewardSettings,
+    SftSettings,
+    StageSettings,
+)
 
 STATES = {"new": "new", "running": "was stopped; goes on", "finished": "finished already"}
 
@@ -77,9 +89,9 @@ def _show_sample(console: Console, settings: StageSettings) -> None:
     kind, data = next(iter(sections.values()))
     if _is_far(data):
         return
-    from align.models.tokenizer import load_tokenizer
+    from align.models.tokenizer import tokenizer_of
 
-    tokenizer = load_tokenizer(settings.model)
+    tokenizer = tokenizer_of(settings.model, _speaker(settings))
     row = load(data, kind).train[0]  # type: ignore[call-overload]
     if isinstance(settings, SftSettings):
         encoded = encode_demonstration(tokenizer, row, settings.max_length)
@@ -100,6 +112,14 @@ def _show_sample(console: Console, settings: StageSettings) -> None:
             shown = plain(piece.replace("\n", "⏎"), len(piece) + 1, keep_spaces=True)
             text.append(shown, style="black on green" if is_marked else "dim")
         console.print(text)
+
+
+def _speaker(settings: StageSettings) -> str | None:
+    """The folder of the (first) policy, whose template the prompts are shown in; None before it is made."""
+    policy = settings.policy.path if isinstance(settings, PpoSettings) else None
+    if isinstance(settings, (EvaluateSettings, CollectSettings)):
+        policy = next(iter(settings.policies.values()))
+    return policy if policy is not None and has_tokenizer(policy) else None
 
 
 def _pieces(tokenizer: Any, tokens: list[tuple[int, bool]]) -> list[tuple[str, bool]]:

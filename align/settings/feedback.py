@@ -6,7 +6,7 @@ from pydantic import Field
 
 from align.settings.fields import Count, Interval, Positive
 from align.settings.judge import JudgeSettings
-from align.settings.stages import Data, Parents, RewardSettings, Sampling, StageSettings
+from align.settings.stages import POLICIES, Data, Parents, RewardSettings, Sampling, StageSettings
 
 
 class EnsembleSettings(RewardSettings):
@@ -29,7 +29,7 @@ class CollectSettings(StageSettings):
     sampling: Sampling = Sampling()
 
     def parents(self) -> Parents:
-        return {f"policies.{name}": (path, ("sft", "ppo")) for name, path in self.policies.items() if path}
+        return {f"policies.{name}": (path, POLICIES) for name, path in self.policies.items() if path}
 
     def data_sections(self) -> dict[str, tuple[str, Data]]:
         return {"prompts": ("prompts", self.prompts)}

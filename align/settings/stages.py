@@ -45,6 +45,8 @@ def _as_sources(value: Any) -> Any:
 
 
 Parents = dict[str, tuple[str, tuple[str, ...]]]  # recipe key -> (folder, kinds that will do)
+POLICIES = ("sft", "ppo", "*")  # kinds of runs; `*`: a model or an adapter made elsewhere, which has no manifest
+SCORERS = ("reward", "*")
 Sources = Annotated[tuple[Source, ...], BeforeValidator(_as_sources)]
 
 
@@ -305,11 +307,11 @@ class PpoSettings(StageSettings):
     def parents(self) -> Parents:
         found: Parents = {}
         if self.policy.path is not None:
-            found["policy.from"] = (self.policy.path, ("sft", "ppo"))
+            found["policy.from"] = (self.policy.path, POLICIES)
         if self.reference is not None:
-            found["reference.from"] = (self.reference.path, ("sft", "ppo"))
+            found["reference.from"] = (self.reference.path, POLICIES)
         if self.critic.path is not None:
-            found["critic.from"] = (self.critic.path, ("reward",))
+            found["critic.from"] = (self.critic.path, SCORERS)
         return found | learned_parents("rewards", self.rewards)
 
     def data_sections(self) -> dict[str, tuple[str, Data]]:
@@ -353,7 +355,7 @@ class EvaluateSettings(StageSettings):
         return self
 
     def parents(self) -> Parents:
-        found: Parents = {f"policies.{name}": (path, ("sft", "ppo")) for name, path in self.policies.items() if path}
+        found: Parents = {f"policies.{name}": (path, POLICIES) for name, path in self.policies.items() if path}
         if self.reward is not None:
             found["reward.from"] = (self.reward.path, ("reward",))
         found |= learned_parents("judge", self.judge)
@@ -368,7 +370,7 @@ class EvaluateSettings(StageSettings):
 
 def learned_parents(key: str, rewards: tuple[Reward, ...], *, names: tuple[str, ...] = ()) -> Parents:
     """The runs among `rewards`; `*` stands for a transformers sequence classifier, which has no manifest."""
-    kinds = {"learned": ("reward", "*"), "ensemble": ("ensemble",)}
+    kinds = {"learned": SCORERS, "ensemble": ("ensemble",)}
     places = [f"{key}.{name}" for name in names] or [f"{key}[{index}]" for index in range(len(rewards))]
     return {
         f"{place}.from": (str(reward.arguments.get("from")), kinds[reward.use])
