@@ -265,7 +265,17 @@ def check_contents(folder: str | Path, manifest: Mapping[str, Any]) -> None:
         )
 
 
-# ------------------------------------------------------------------------------------ a tokenizer, without loading it
+# ------------------------------------------------------------------ what a folder holds, without loading any of it
+
+
+def has_adapter(folder: str | Path) -> bool:
+    """Whether a folder, or the Hub's repository of that name, holds an adapter, and not a whole model."""
+    name = str(folder)
+    if Path(name).is_dir() or is_folder_name(name):
+        return (Path(name) / ADAPTER_CONFIG).is_file()
+    from transformers.utils import find_adapter_config_file
+
+    return find_adapter_config_file(name, revision=hub_commit(name)) is not None
 
 
 def has_tokenizer(folder: str | Path) -> bool:

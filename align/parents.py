@@ -90,6 +90,26 @@ def _kinds_that_do(folder: str, kinds: tuple[str, ...]) -> tuple[str, ...]:
     return kinds if is_model else tuple(kind for kind in kinds if kind != "*")
 
 
+def remarks_on_parents(settings: StageSettings) -> list[str]:
+    """Sentences on what fits and is yet not quite what was trained: another precision, a base by another name."""
+    said = []
+    for key, (folder, _) in settings.parents().items():
+        if (Path(folder) / MANIFEST).is_file():
+            trained_in = read_manifest(folder).get("recipe", {}).get("model", {}).get("load_in")
+            if trained_in not in (None, settings.model.load_in):
+                said.append(
+                    f"warning: `{key}`: {folder} was trained over its base in {trained_in}, and stands here over "
+                    f"{settings.model.load_in}: its figures differ a little from those it was trained to"
+                )
+        elif (Path(folder) / ADAPTER_CONFIG).is_file() and not is_reward(key):
+            named = _adapter_config(folder).get("base_model_name_or_path")
+            if named != settings.model.base:
+                said.append(
+                    f"`{key}`: the adapter in {folder} names the base {named}; here it is {settings.model.base}"
+                )
+    return said
+
+
 # ------------------------------------------------------------------------------------------------- runs of our own
 
 

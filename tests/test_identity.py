@@ -3,6 +3,8 @@
 import json
 import os
 import shutil
+import subprocess
+import sys
 import tarfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -28,6 +30,7 @@ from align.track import read_metrics
 from align.worker import Worker
 from tests import tiny
 
+ROOT = Path(__file__).resolve().parents[1]
 EARLIER = Path(__file__).parent / "earlier" / "runs-0.1.0.tar.gz"
 CPU = torch.device("cpu")
 
@@ -455,3 +458,31 @@ def test_contents_are_weights_adapter_and_words_and_not_where_they_lie(house):
     check_contents("runs/sft", {"contents": before})
     edit_json("runs/sft/adapter_config.json", r=2)
     assert contents("runs/sft") != before
+
+
+FROM_THE_HUB = """
+import torch
+from align.identity import fingerprint, has_adapter
+from align.models.roles import Bases
+from align.settings import Model
+
+assert fingerprint("org/base") == "org/base@" + "a" * 40
+assert [has_adapter(name) for name in ("org/adapter", "org/base", "org/nothing")] == [True, False, False]
+bases = Bases(Model(base="org/base"), torch.device("cpu"))
+assert bases.main.revision == "a" * 40
+role = bases.role("org/adapter")
+assert role.has_adapter and bases.tokenizer("org/adapter").chat_template == bases.main.tokenizer.chat_template
+"""
+
+
+def test_base_and_adapter_on_the_hub_are_of_one_commit(base, tmp_path):
+    """From the Hub's cache, as it lies on the disk of somebody without a connection."""
+    foreign_adapter(base, tmp_path / "adapter")
+    for name, source in (("base", base), ("adapter", tmp_path / "adapter")):
+        repository = tmp_path / "cache" / f"models--org--{name}"
+        shutil.copytree(source, repository / "snapshots" / ("a" * 40))
+        (repository / "refs").mkdir()
+        (repository / "refs" / "main").write_text("a" * 40)
+    environment = os.environ | {"HF_HUB_CACHE": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", FROM_THE_HUB], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

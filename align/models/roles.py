@@ -15,11 +15,10 @@ from peft import PeftConfig, PeftModel, get_peft_model_state_dict, load_peft_wei
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
-from transformers.utils import find_adapter_config_file
 
 from align.artifact import MANIFEST, read_manifest
 from align.errors import BadInput
-from align.identity import ADAPTER_CONFIG, base_of, fingerprint, hub_commit, is_folder_name
+from align.identity import base_of, fingerprint, has_adapter
 from align.maths.logprobs import chunked_choices, frozen_choices
 from align.models.attention import Prefix, flat_states, is_flat, prefix_length, tree_attention
 from align.models.base import Base, load_base, trunk_of
@@ -138,14 +137,6 @@ def new_head(size: int, device: torch.device, *, bias: bool = False) -> nn.Linea
     if bias:
         nn.init.zeros_(head.bias)
     return head
-
-
-def has_adapter(folder: str | Path) -> bool:
-    """Whether a folder, or the Hub's repository of that name, holds an adapter, and not a whole model."""
-    name = str(folder)
-    if Path(name).is_dir() or is_folder_name(name):
-        return (Path(name) / ADAPTER_CONFIG).is_file()
-    return find_adapter_config_file(name, revision=hub_commit(name)) is not None
 
 
 class Bases:

@@ -6,9 +6,8 @@ from transformers import AutoTokenizer
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from align.errors import BadInput
+from align.identity import has_adapter, has_tokenizer
 from align.settings import Model
-
-OWN = ("tokenizer_config.json", "tokenizer.json")  # files of which a folder with a tokenizer has one
 
 
 def load_tokenizer(settings: Model) -> PreTrainedTokenizerBase:
@@ -32,9 +31,14 @@ def load_tokenizer(settings: Model) -> PreTrainedTokenizerBase:
 def tokenizer_of(settings: Model, folder: str | None) -> PreTrainedTokenizerBase:
     """The tokenizer, template included, that the model in `folder` was trained with: its own where it has one, else
     that of the base that it stands over (None: the base itself)."""
-    if folder is None or (Path(folder).is_dir() and not any((Path(folder) / name).is_file() for name in OWN)):
+    if folder is None or (Path(folder).is_dir() and not has_tokenizer(folder)):
         return load_tokenizer(settings)
-    return load_tokenizer(Model(base=folder))
+    try:
+        return load_tokenizer(Model(base=folder))
+    except BadInput:
+        if not has_adapter(folder):
+            raise
+    return load_tokenizer(settings)  # an adapter on the Hub that brings none
 
 
 def first_line(error: Exception) -> str:

@@ -18,6 +18,7 @@ from align.errors import BadInput
 from align.maths.calibration import comparison, win_rate
 from align.maths.kl import kl_estimate
 from align.models.roles import Bases, Role
+from align.parents import remarks_on_parents
 from align.report.page import wins
 from align.report.tables import markdown_table, result_table, save_samples
 from align.rewards import Answers, RewardMix, build_rewards
@@ -76,6 +77,8 @@ def run(settings: EvaluateSettings, worker: Worker) -> None:
     reference = bases.role(settings.policies[reference_name])
     tracker = Tracker(settings, total=len(settings.policies), start=0, shown=("score", "kl"), is_main=worker.is_main)
     try:
+        for remark in remarks_on_parents(settings):
+            tracker.say(remark)
         judged = {}
         for number, (name, folder) in enumerate(settings.policies.items(), 1):
             worker.stop_if_asked(lambda: None)  # there is nothing to save: the same answers are drawn again

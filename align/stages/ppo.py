@@ -21,10 +21,12 @@ from torch import nn
 from align.artifact import MANIFEST, begin, finish, folder_in_one_go, read_manifest
 from align.data import encode_prompt, end_token_ids, load
 from align.errors import BadInput
+from align.identity import has_adapter
 from align.maths.kl import next_kl_coef
 from align.models.base import switch_dropout_off
-from align.models.roles import Bases, Role, has_adapter, new_head
+from align.models.roles import Bases, Role, new_head
 from align.models.saving import save_role
+from align.parents import remarks_on_parents
 from align.phases import Phases
 from align.report.curves import ppo_curves
 from align.report.tables import sample_table, save_samples
@@ -323,7 +325,7 @@ def _speeds(scored: Scored, phases: Phases, ppo: Ppo) -> dict[str, float]:
 
 
 def _remarks(cast: Cast, settings: PpoSettings) -> list[str]:
-    remarks = [available(settings.ppo.optim, cast.policy.device)[1]]
+    remarks = [available(settings.ppo.optim, cast.policy.device)[1], *remarks_on_parents(settings)]
     if settings.sampling.top_k or settings.sampling.top_p < 1.0:
         remarks.append(
             "warning: with top_k or top_p answers are not drawn from the distribution that PPO differentiates; "
