@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar, overload
 
-from align.data.conversations import Text
+from align.data.conversations import Message, Text, says
 from align.data.formats import Demonstration, Example, Kind, Preference, Prompt, load_converter, parse
 from align.data.sources import read_rows
 from align.errors import BadInput
@@ -134,8 +134,13 @@ def prompt_key(example: Example) -> str:
         prompt = example.completion
     if isinstance(prompt, str):
         return " ".join(prompt.split())
-    turns = [(message["role"], " ".join(message["content"].split())) for message in prompt]
+    turns = [[turn["role"], " ".join(turn["content"].split()), *_calls(turn)] for turn in prompt]
     return json.dumps(turns, ensure_ascii=False)  # unlike a join, never equal for different turns
+
+
+def _calls(turn: Message) -> list[Any]:
+    """A call's turn may have no words: the calls are what it says."""
+    return [calls] if (calls := says(turn).get("tool_calls")) else []
 
 
 def split_by_prompt(examples: Sequence[ExampleT], share: float) -> tuple[list[ExampleT], list[ExampleT]]:
@@ -168,8 +173,11 @@ def weighted(examples: Sequence[ExampleT], weight: float) -> list[ExampleT]:
 
 
 def _content_hash(example: Example) -> bytes:
-    """Of all fields but the place: a row moved within its file keeps its hash."""
-    content = [getattr(example, field.name) for field in fields(example) if field.name != "where"]
+    """Of all fields but the place: a row moved within its file keeps its hash, as it does when examples learn of
+    something that it does not state."""
+    further = [name for name in ("template", "learnt") if getattr(example, name, None)]
+    names = [field.name for field in fields(example) if field.name not in ("where", "template", "learnt")]
+    content = [getattr(example, name) for name in (*names, *further)]
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).digest()
 
 
