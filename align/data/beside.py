@@ -7,6 +7,7 @@ import difflib
 import json
 import math
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any
 
 from align.data.conversations import Message, kind_of, read_json, read_objects, read_string
@@ -147,9 +148,14 @@ def _check_names(values: Mapping[str, Any], where: str) -> None:
     for name, value in values.items():
         if name in NUMBERS or not is_stated(value):
             continue
-        plain = plain_name(name)
-        for meant in [SYNONYMS[plain]] if plain in SYNONYMS else difflib.get_close_matches(plain, NUMBERS, 1, 0.85):
+        if meant := _number_meant(plain_name(name)):
             raise BadInput(f"{where}: `{name}` is not read; did you mean `{meant}`? rename or drop it")
+
+
+@lru_cache(maxsize=4096)
+def _number_meant(plain: str) -> str | None:
+    near = difflib.get_close_matches(plain, NUMBERS, 1, 0.85)
+    return SYNONYMS.get(plain, near[0] if near else None)
 
 
 def _check_scores(values: Mapping[str, Any], where: str) -> None:

@@ -14,11 +14,29 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias, overload
 
-from align.data.beside import check_supported, is_stated, read_numbers, read_system, template_of, with_system
+from align.data.beside import (
+    NUMBERS,
+    SYSTEM,
+    TEMPLATE,
+    check_supported,
+    is_stated,
+    read_numbers,
+    read_system,
+    template_of,
+    with_system,
+)
 from align.data.conversations import Message, Text, check_order, kind_of, read_messages, read_string, says
 from align.data.hints import LAYOUTS, missing_fields
-from align.data.marks import check_verdict, check_weight, turn_is_learnt
-from align.data.prompts import as_text, check_answers, check_prompt, prompt_and_answers, stated_prompt
+from align.data.marks import WEIGHTS, check_verdict, check_weight, is_mark, turn_is_learnt
+from align.data.prompts import (
+    OF_ALPACA,
+    PROMPT_FIELDS,
+    as_text,
+    check_answers,
+    check_prompt,
+    prompt_and_answers,
+    stated_prompt,
+)
 from align.data.sources import Row
 from align.errors import BadInput
 
@@ -105,6 +123,15 @@ def parse(row: Row, kind: Kind, format: str | Converter = "auto") -> Example | N
     return Prompt(prompt, {name: value for name, value in given.items() if name != "prompt"}, row.where, template)
 
 
+def unused_columns(values: Mapping[str, Any], kind: Kind) -> list[str]:
+    """The row's columns that say something and that no example of `kind` is made of (rewards are given a prompt's)."""
+    if kind == "prompts":
+        return []
+    own = {*PROMPT_FIELDS, *OF_ALPACA, *SYSTEM, *TEMPLATE, *(name for layout in LAYOUTS[kind] for name in layout)}
+    own |= set(NUMBERS) if kind == "preferences" else set(WEIGHTS)
+    return [name for name, value in values.items() if name not in own and is_stated(value) and not is_mark(name, value)]
+
+
 def load_converter(format: str) -> Converter | None:
     """The function that `format` names; None for "auto"."""
     if format == "auto":
@@ -189,7 +216,8 @@ def _conversation(values: Mapping[str, Any], name: str, where: str) -> tuple[tup
     """A whole conversation, cut before its first answer."""
     read = read_messages(values[name], where, name)
     check_order(read, where, name, after=None, ends="answer")
-    stated_prompt(values, where)  # what else the row states must agree
+    if any(other in values for other in (*PROMPT_FIELDS, *OF_ALPACA) if other != name):
+        stated_prompt(values, where)  # must agree
     messages = with_system(read, values, where)
     first = next(index for index, message in enumerate(messages) if message["role"] == "assistant")
     return messages[:first], messages[first:]

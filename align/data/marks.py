@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any
 
 from align.errors import BadInput
@@ -35,6 +36,7 @@ BAD = _words(  # and these call it bad when they are true
     " is_disliked downvoted wrong is_wrong incorrect is_incorrect invalid is_invalid flagged is_flagged exclude"
     " excluded skip skipped ignore ignored discard discarded deleted is_deleted removed spam is_spam"
 )
+VERDICTS = GOOD | SCORES | BAD
 ANSWERS = ("chosen", "rejected")  # mostly the answers themselves: only a plain true or false is a mark
 NO = _words(
     "bad reject rejected undesirable undesired not_desirable negative thumbs_down thumbsdown down dislike disliked"
@@ -57,6 +59,8 @@ NOT_HONOURED = {  # what a turn may say of its loss that cannot be done
     "train_detail": "a turn carries loss as a whole",
     "training_detail": "a turn carries loss as a whole",
 }
+OF_LOSS = LEARNT | NOT_LEARNT | NOT_HONOURED.keys()
+MARKS = OF_LOSS | VERDICTS
 WEIGHTS = ("weight", "sample_weight", "loss_weight", "row_weight", "example_weight", "importance_weight")
 PARALLEL = (  # lists beside the messages, an item a turn or a token
     "weights", "loss_weights", "loss_mask", "loss_masks", "train_mask", "mask", "masks", "assistant_mask",
@@ -68,6 +72,7 @@ OUTCOMES = ("label", "outcome", "winner", "preference", "preferred", "choice", "
 UNDECIDED = _words("tie tied draw equal same both neither both_good both_bad undecided no_preference")
 
 
+@lru_cache(maxsize=4096)
 def plain_name(name: str) -> str:
     """A column's name in one spelling: isGood, is-good and Is good are `is_good`."""
     return re.sub(r"[-\s.]+", "_", re.sub(r"(?<=[a-z])(?=[A-Z])", "_", str(name)).strip()).lower()
@@ -101,8 +106,8 @@ def verdict(name: str, value: Any, *, is_class: bool = False) -> bool | None:
     `is_class`: a numeric `label` is the class of a text (as in a file of sentiments).
     """
     name = plain_name(name)
-    said = truth(value)
-    if said is None or name not in GOOD | SCORES | BAD:
+    said = truth(value) if name in VERDICTS else None
+    if said is None:
         return None
     word = plain_name(value) if isinstance(value, str) else ""
     is_number = not isinstance(value, bool) and not word.lstrip("-")[:1].isalpha() and word not in NO | YES
@@ -127,7 +132,7 @@ def check_verdict(values: Mapping[str, Any], where: str, what: str, *, is_class:
 def is_mark(name: str, value: Any) -> bool:
     """Whether a message's key is about its loss, and nothing for the chat template."""
     plain = plain_name(name)
-    return plain in LEARNT | NOT_LEARNT | NOT_HONOURED.keys() or verdict(name, value) is not None
+    return plain in OF_LOSS or verdict(name, value) is not None
 
 
 def turn_is_learnt(turn: Mapping[str, Any], where: str, field: str) -> bool | None:
@@ -139,7 +144,7 @@ def turn_is_learnt(turn: Mapping[str, Any], where: str, field: str) -> bool | No
     found: dict[str, bool] = {}
     for name, value in turn.items():
         plain = plain_name(name)
-        if value is None or value == "":
+        if value is None or value == "" or plain not in MARKS:
             continue
         if plain in NOT_HONOURED:
             if value in ([], {}):
@@ -147,7 +152,7 @@ def turn_is_learnt(turn: Mapping[str, Any], where: str, field: str) -> bool | No
             raise BadInput(
                 f"{where}: `{field}.{name}` cannot be honoured: {NOT_HONOURED[plain]}; write `train: true` or `false`"
             )
-        if plain in LEARNT | NOT_LEARNT:
+        if plain in OF_LOSS:
             said = truth(value)
             if said is None or value in (-1, "-1"):
                 raise BadInput(

@@ -17,6 +17,7 @@ from align.errors import BadInput
 
 PROMPT_FIELDS = ("prompt", "messages", "conversations", "instruction")
 WORDS = re.compile(r"[^\W_]+|[^\w\s]|_")
+OF_ALPACA = ("input", "history")  # parts of the prompt beside `instruction`
 ANSWER_FIELDS = ("messages", "conversations", "completion", "output", "text")
 
 
@@ -149,7 +150,7 @@ def _alpaca_prompt(values: Mapping[str, Any], where: str) -> tuple[Message, ...]
 def _check_parts(values: Mapping[str, Any], prompt: Text, where: str) -> None:
     """Refuses a part of Alpaca's prompt that stands beside one which does not take it up."""
     is_alpaca = "instruction" in values
-    for field in ("input", "history", "context"):
+    for field in (*OF_ALPACA, "context"):  # Dolly calls the input so
         given = values.get(field)
         if not is_stated(given) or (is_alpaca and field != "context") or (field == "context" and not is_alpaca):
             continue
