@@ -150,13 +150,14 @@ def export_feedback(
     run: Annotated[str, typer.Argument(metavar="RUN", help="A loop's folder, its store.db, or a database URL.")],
     file: Annotated[str, typer.Argument(metavar="FILE", help="A new .jsonl file.")],
     format: Annotated[str, typer.Option(help="trl: labelled pairs, as TRL reads them; labels: every label.")] = "trl",
+    with_ties: Annotated[bool, typer.Option("--with-ties", help="trl: also pairs left undecided.")] = False,
 ) -> None:
     """Write what has been labelled to a file."""
     from align.feedback.exchange import export_run
 
     if format not in ("trl", "labels"):
         raise BadInput(f"`--format {format}`: one of trl, labels")
-    typer.echo(export_run(run, file, format))  # type: ignore[arg-type]
+    typer.echo(export_run(run, file, format, with_ties=with_ties))  # type: ignore[arg-type]
 
 
 @feedback.command("import")

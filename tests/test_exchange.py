@@ -405,3 +405,60 @@ def test_the_commands(tmp_path):
         with pytest.raises(BadInput):
             wrong()
     assert not (tmp_path / "new").exists() and not (tmp_path / "out2.jsonl").exists()
+
+
+@pytest.mark.parametrize("undecided", ["tie", "both_bad", "a and b"])
+def test_pairs_left_undecided_are_exported_only_if_asked_for(tmp_path, undecided):
+    run, path = tmp_path / "run", tmp_path / "out.jsonl"
+    run.mkdir()
+    store = Store(run / "store.db", create=True)
+    pairs, people = fill(store, 3), [store.add_annotator(name) for name in ("Ada", "Ben")]
+    outcomes = {pairs[0]: "aa", pairs[1]: ["a", "b"] if undecided == "a and b" else [undecided] * 2}
+    store.add_labels(
+        NewLabel(pair, "human", outcome, key=f"{pair}-{who}", annotator_id=who)
+        for pair, both in outcomes.items()
+        for who, outcome in zip(people, both, strict=True)
+    )
+    assert export_run(str(run), path) == f"{path}: 1 pairs, 1 undecided left out (`--with-ties` has them)"
+    assert [row["probability"] for row in read(path)] == [1.0]
+    assert export_run(str(run), path, with_ties=True) == f"{path}: 2 pairs"
+    assert [row["probability"] for row in read(path)] == [1.0, 0.5]
+    found = load(Data(train=[Source(path=str(path))]), "preferences").train
+    assert [pair.probability for pair in found] == [1.0, 0.5]
+    with pytest.raises(BadInput, match="`--with-ties` goes with `--format trl`"):
+        export_run(str(run), tmp_path / "labels.jsonl", "labels", with_ties=True)
+    store.close()
+
+
+def test_a_store_of_ties_alone_exports_nothing(tmp_path):
+    store = Store(tmp_path / "store.db", create=True)
+    (pair,), me = fill(store, 1), store.add_annotator("Ada")
+    store.add_labels([NewLabel(pair, "human", "tie", key="key", annotator_id=me)])
+    store.close()
+    with pytest.raises(BadInput, match="no pair that is decided, 1 undecided left out .*; nothing was written"):
+        export_run(str(tmp_path / "store.db"), tmp_path / "out.jsonl")
+    assert not (tmp_path / "out.jsonl").exists()
+
+
+@pytest.mark.parametrize("mark", [{"tie": True}, {"label": "tie"}, {"winner": "both_bad"}, {"probability": "0.5"}])
+def test_a_row_left_undecided_is_imported_as_a_tie(other, tmp_path, mark):
+    row = {"prompt": "p", "chosen": "one", "rejected": "other"}
+    assert import_preferences(other, write(tmp_path / "in.jsonl", [row | mark])) == Moved(1)
+    assert [label.outcome for label in other.labels()] == ["tie"]
+
+
+@pytest.mark.parametrize(
+    ("row", "why"),
+    [
+        ({"tools": [{"a": 1}]}, "`tools` is for the chat template, and labels do not keep it"),
+        ({"chat_template_kwargs": {"a": 1}}, "`a` is for the chat template"),
+        ({"chosen": [{"role": "assistant", "content": "", "tool_calls": [{}]}]}, "`chosen` has `tool_calls`"),
+        ({"rejected": [{"role": "assistant", "content": "a", "reasoning_content": "b"}]}, "has `reasoning_content`"),
+    ],
+)
+def test_what_labels_cannot_keep_is_not_imported(other, tmp_path, row, why):
+    pair = {"prompt": TURNS[:1] + [{"role": "user", "content": "a"}], "chosen": "one", "rejected": "other"}
+    sides = {side: [{"role": "assistant", "content": pair[side]}] for side in ("chosen", "rejected")}
+    with pytest.raises(BadInput, match=why):
+        import_preferences(other, write(tmp_path / "in.jsonl", [pair | sides | row]))
+    assert other.pairs() == []

@@ -16,6 +16,7 @@ from align.data.encode import (
 from align.data.formats import Demonstration, Example, Kind, Preference, Prompt, parse
 from align.data.mixtures import Counts, Loaded, load
 from align.data.sources import Row, looks_like_hub_id, read_rows
+from align.data.unread import unread
 
 __all__ = [
     "Counts",
@@ -42,4 +43,5 @@ __all__ = [
     "parse",
     "read_rows",
     "report_truncation",
+    "unread",
 ]

@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import difflib
-from typing import Any, TypeAlias, TypedDict
+import json
+import re
+from collections.abc import Iterable
+from typing import Any, TypeAlias, TypedDict, cast
 
+from align.data.marks import is_mark
 from align.errors import BadInput
 
 
 class Message(TypedDict):
-    """One turn; `role` is system, user, assistant or tool. Treat it as frozen: examples share messages."""
+    """One turn; `role` is system, user, assistant or tool. Treat it as frozen: examples share messages.
+
+    It may have further keys (`reasoning_content`, `tool_calls`, `name`, ...), which go to the chat template as they
+    stand. Marks of loss (`weight`, `train`, ...) are none of them.
+    """
 
     role: str
     content: str
@@ -32,24 +40,39 @@ FOLLOWERS = {  # a turn of this role -> the roles that may come next
     "assistant": ("user", "tool"),
     "tool": ("assistant", "tool"),
 }
+MEANT = (  # keys of a message that are part of what it says: a template must render them
+    "tool_calls", "function_call", "tool_plan", "tool_responses", "reasoning_content", "reasoning", "thinking",
+    "thought", "thoughts", "images", "image", "audio", "video", "documents",
+)  # fmt: skip
+CALLS = ("tool_calls", "function_call")  # a turn that has them need say nothing
+WRITTEN_OUT = re.compile(r"""\s*\[\s*\{\s*["'](role|content|from|value)["']\s*:""")
 
 
 def read_string(value: Any, where: str, field: str) -> str:
     """`value` as text a tokenizer can take; `BadInput` for another type or half a surrogate pair."""
     if not isinstance(value, str):
         raise BadInput(f"{where}: `{field}` is {kind_of(value)}; it must be text")
+    _check_unicode(value, where, field)
+    return value
+
+
+def _check_unicode(text: str, where: str, field: str) -> None:
     try:
-        value.encode("utf-8")
+        text.encode("utf-8")
     except UnicodeEncodeError:
         raise BadInput(
             f"{where}: `{field}` holds half a surrogate pair (a broken \\u escape); repair the text"
         ) from None
-    return value
 
 
 def read_text(value: Any, where: str, field: str) -> Text:
     """A field that may be plain text, one message or a list of messages."""
     if isinstance(value, str):
+        if WRITTEN_OUT.match(value) and value.rstrip().endswith("]"):
+            raise BadInput(
+                f"{where}: `{field}` is a conversation written out as text; give it as a list of messages (JSONL or"
+                " Parquet; CSV holds text only), or through a `format:` function"
+            )
         return read_string(value, where, field)
     return read_messages([value] if isinstance(value, dict) else value, where, field)
 
@@ -68,11 +91,11 @@ def read_messages(value: Any, where: str, field: str) -> tuple[Message, ...]:
 def _read_message(item: Any, where: str, field: str) -> Message:
     if not isinstance(item, dict):
         raise BadInput(f"{where}: `{field}` is {kind_of(item)}; a message is {{role, content}}")
-    if item.get("tool_calls"):
-        raise BadInput(f"{where}: `{field}.tool_calls` is not supported; write the call into `content`")
     role_key, content_key = ("from", "value") if "from" in item and "role" not in item else ("role", "content")
+    further = _further_keys(item, (role_key, content_key), where, field)
+    is_call = any(key in further for key in CALLS)
     for key in (role_key, content_key):
-        if item.get(key) is None:
+        if item.get(key) is None and not (is_call and key == content_key):
             raise BadInput(
                 f"{where}: `{field}.{key}` is missing{did_you_mean(key, item)}; a message is {{role, content}}"
             )
@@ -81,20 +104,70 @@ def _read_message(item: Any, where: str, field: str) -> Message:
         nearest = difflib.get_close_matches(role.lower(), ROLES, n=1)
         hint = f"did you mean `{nearest[0]}`?" if nearest else f"roles are {', '.join(ROLES)}"
         raise BadInput(f"{where}: `{field}.{role_key}` is `{role}`, an unknown role; {hint}")
-    content = read_string(_joined_parts(item[content_key]), where, f"{field}.{content_key}")
-    if not content.strip() and role != "system":
+    content = _read_content("" if item.get(content_key) is None else item[content_key], where, f"{field}.{content_key}")
+    if not content.strip() and role != "system" and not is_call:
         what = "answer" if ROLES[role] == "assistant" else "prompt" if ROLES[role] == "user" else "tool result"
         raise BadInput(f"{where}: `{field}.{content_key}` is an empty {what}; fill it, or leave the row out")
-    return {"role": ROLES[role], "content": content}
+    return cast(Message, {"role": ROLES[role], "content": content} | further)
 
 
-def _joined_parts(content: Any) -> Any:
-    """OpenAI's list of `{"type": "text", "text"}` parts as one string; anything else as it is."""
+def _further_keys(item: dict[str, Any], own: Iterable[str], where: str, field: str) -> dict[str, Any]:
+    """What a message states beside role and content, without its marks of loss and what states nothing."""
+    further = {
+        key: read_json(value, where, f"{field}.{key}")
+        for key, value in item.items()
+        if key not in own and value is not None and value not in ([], {}) and not is_mark(key, value)
+    }
+    if "tool_calls" in further:
+        further["tool_calls"] = read_objects(further["tool_calls"], where, f"{field}.tool_calls")
+        if not further["tool_calls"]:
+            del further["tool_calls"]
+    return further
+
+
+def read_objects(value: Any, where: str, field: str) -> list[Any]:
+    """A list of objects, or the JSON text of one: Arrow and CSV hold no lists of objects that differ in their keys."""
+    given = value
+    if isinstance(value, str):
+        if not value.strip():
+            return []
+        try:
+            value = json.loads(value)
+        except (json.JSONDecodeError, RecursionError):
+            raise BadInput(f"{where}: `{field}` is text, but not the JSON of a list of objects; repair it") from None
+    if not isinstance(value, (list, tuple)) or not all(isinstance(each, dict) for each in value):
+        raise BadInput(f"{where}: `{field}` is {kind_of(given)}; it must be a list of objects")
+    return list(value)
+
+
+def read_json(value: Any, where: str, field: str) -> Any:
+    """`value` if it is JSON, else as text: Parquet has dates, which no template and no file takes."""
+    try:
+        text = json.dumps(value, ensure_ascii=False)
+    except (TypeError, ValueError, RecursionError):
+        text = value = str(value)
+    _check_unicode(text, where, field)
+    return value
+
+
+def _read_content(content: Any, where: str, field: str) -> str:
+    """Text, or OpenAI's list of `{"type": "text", "text"}` parts as one string."""
     if isinstance(content, list) and content and all(isinstance(part, dict) for part in content):
-        texts = [part.get("text") for part in content if part.get("type", "text") == "text"]
-        if len(texts) == len(content) and all(isinstance(text, str) for text in texts):
-            return "".join(str(text) for text in texts)
-    return content
+        other = [part.get("type") for part in content if part.get("type", "text") != "text"]
+        if other:
+            raise BadInput(
+                f"{where}: `{field}` is a list; it must be text, and a part of it is of type `{other[0]}`: leave the"
+                " row out, or write what it says as text"
+            )
+        texts = [part.get("text") for part in content]
+        if all(isinstance(text, str) for text in texts):
+            content = "".join(str(text) for text in texts)
+    return read_string(content, where, field)
+
+
+def says(message: Message) -> dict[str, Any]:
+    """What a turn says, without what is merely known of it (its id, its time)."""
+    return {key: value for key, value in message.items() if key in ("role", "content", *MEANT)}
 
 
 def check_order(messages: tuple[Message, ...], where: str, field: str, *, after: str | None, ends: str) -> None:

@@ -9,13 +9,15 @@ more turns follow may still be cut by its own `{% generation %}` marks; one with
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from align.data.conversations import Message, Text
 from align.data.formats import Demonstration, Preference, Prompt
+from align.data.unread import check_read
 from align.errors import BadInput
 
 if TYPE_CHECKING:
@@ -54,7 +56,9 @@ def encode_demonstration(tokenizer: PreTrainedTokenizerBase, demonstration: Demo
         head, tail = _encode_plain(tokenizer, str(prompt), str(completion))
         ids, mask = head + tail, [False] * len(head) + [True] * len(tail)
     else:
-        ids, mask = _encode_chat(tokenizer, prompt, completion, demonstration.where)
+        ids, mask = _encode_chat(
+            tokenizer, prompt, completion, demonstration.where, demonstration.template, demonstration.learnt
+        )
     return Encoded(tuple(ids[:max_length]), tuple(mask[:max_length]), len(ids) > max_length)
 
 
@@ -62,7 +66,7 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[in
     """What the policy continues: the prompt's ids, a conversation's with the template's generation prompt."""
     if isinstance(prompt.prompt, str):
         return _plain_prompt_ids(tokenizer, prompt.prompt)
-    return _ids(tokenizer, _render(tokenizer, prompt.prompt, prompt.where, is_prompt=True))
+    return _ids(tokenizer, _render(tokenizer, prompt.prompt, prompt.where, prompt.template, is_prompt=True))
 
 
 def encode_pair(tokenizer: PreTrainedTokenizerBase, preference: Preference, max_length: int) -> EncodedPair | None:
@@ -109,8 +113,8 @@ def _encode_answer(
     prompt, answer = preference.prompt, preference.chosen if is_chosen else preference.rejected
     if isinstance(prompt, str) or isinstance(answer, str):
         return _encode_plain(tokenizer, str(prompt), str(answer))
-    head = _render(tokenizer, prompt, preference.where, is_prompt=True)
-    full = _render(tokenizer, prompt + answer, preference.where)
+    head = _render(tokenizer, prompt, preference.where, preference.template, is_prompt=True)
+    full = _render(tokenizer, prompt + answer, preference.where, preference.template)
     if not full.startswith(head):
         raise _discontinuous(preference.where, "to one whose generation prompt is how answers open")
     head_ids, tail_ids = _tokenized(tokenizer, [head, full[len(head) :]])
@@ -140,13 +144,16 @@ def _encode_chat(
     prompt: tuple[Message, ...],
     completion: tuple[Message, ...],
     where: str,
+    template: Mapping[str, Any] = MappingProxyType({}),
+    learnt: tuple[bool, ...] | None = None,
 ) -> tuple[list[int], list[bool]]:
     messages = prompt + completion
-    full = _render(tokenizer, messages, where)
+    learns = [False] * len(prompt) + list(learnt or [True] * len(completion))
+    full = _render(tokenizer, messages, where, template)
     try:
-        cuts = _answer_spans(tokenizer, messages, len(prompt), full, where)
+        cuts = _answer_spans(tokenizer, messages, learns, full, where, template)
     except _Discontinuous:
-        return _encode_by_marks(tokenizer, prompt, completion, where)
+        return _encode_by_marks(tokenizer, messages, learns, where, template)
     chunks, position = [], 0
     for start, end in cuts:
         chunks += [full[position:start], full[start:end]]
@@ -162,15 +169,20 @@ def _encode_chat(
 
 
 def _answer_spans(
-    tokenizer: PreTrainedTokenizerBase, messages: tuple[Message, ...], first: int, full: str, where: str
+    tokenizer: PreTrainedTokenizerBase,
+    messages: tuple[Message, ...],
+    learns: list[bool],
+    full: str,
+    where: str,
+    template: Mapping[str, Any],
 ) -> list[tuple[int, int]]:
-    """(start, end) in `full` of each assistant turn from message `first` on, with all that closes it."""
+    """(start, end) in `full` of each assistant turn that carries loss, with all that closes it."""
     spans = []
-    for index in range(first, len(messages)):
-        if messages[index]["role"] != "assistant":
+    for index, learns_this in enumerate(learns):
+        if not learns_this or messages[index]["role"] != "assistant":
             continue
-        head = _render(tokenizer, messages[:index], where, is_prompt=True)
-        upto = _render(tokenizer, messages[: index + 1], where)
+        head = _render(tokenizer, messages[:index], where, template, is_prompt=True)
+        upto = _render(tokenizer, messages[: index + 1], where, template)
         if not full.startswith(head) or not upto.startswith(head):
             raise _Discontinuous
         if full.startswith(upto):
@@ -188,21 +200,22 @@ def _answer_spans(
 
 def _encode_by_marks(
     tokenizer: PreTrainedTokenizerBase,
-    prompt: tuple[Message, ...],
-    completion: tuple[Message, ...],
+    messages: tuple[Message, ...],
+    learns: list[bool],
     where: str,
+    template: Mapping[str, Any],
 ) -> tuple[list[int], list[bool]]:
     """Ids and mask by the template's own `{% generation %}` marks, which cover every assistant turn."""
     if not GENERATION_MARK.search(tokenizer.get_chat_template()):
         raise _discontinuous(where, "to one with {% generation %} marks around assistant turns")
     out: Any = tokenizer.apply_chat_template(
-        _plain_dicts(prompt + completion), return_dict=True, return_assistant_tokens_mask=True
+        _plain_dicts(messages), return_dict=True, return_assistant_tokens_mask=True, **template
     )
-    num_context = sum(message["role"] == "assistant" for message in prompt)
+    turns = iter([own for message, own in zip(messages, learns, strict=True) if message["role"] == "assistant"])
     mask: list[bool] = []
     for is_answer, run in groupby(bool(flag) for flag in out["assistant_masks"]):
-        num_context -= is_answer  # each run of marked tokens is one turn
-        mask += [is_answer and num_context < 0 for _ in run]
+        is_learnt = is_answer and next(turns, False)  # each run of marked tokens is one turn
+        mask += [is_learnt for _ in run]
     return list(out["input_ids"]), mask
 
 
@@ -236,23 +249,29 @@ def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 
 
 def _render(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], where: str, *, is_prompt: bool = False
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Message],
+    where: str,
+    template: Mapping[str, Any],
+    *,
+    is_prompt: bool = False,
 ) -> str:
     if tokenizer.chat_template is None:
         raise BadInput(f"{where}: a conversation, but the tokenizer has no chat template; {TEMPLATE_CURE}")
+    check_read(tokenizer, messages, template, where)
     from jinja2 import TemplateError
 
     try:
         rendered = tokenizer.apply_chat_template(
-            _plain_dicts(messages), tokenize=False, add_generation_prompt=is_prompt
+            _plain_dicts(messages), tokenize=False, add_generation_prompt=is_prompt, **template
         )
     except TemplateError as error:
         raise BadInput(f"{where}: the chat template refuses this conversation ({error}); {TEMPLATE_CURE}") from None
     return str(rendered)
 
 
-def _plain_dicts(messages: Sequence[Message]) -> list[dict[str, str]]:
-    return [{"role": message["role"], "content": message["content"]} for message in messages]
+def _plain_dicts(messages: Sequence[Message]) -> list[dict[str, Any]]:
+    return [dict(message) for message in messages]
 
 
 def _discontinuous(where: str, cure: str) -> BadInput:

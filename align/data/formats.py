@@ -3,51 +3,72 @@
 Recognised by their fields: TRL's conversational and plain formats (explicit and implicit prompt), Alpaca and
 ShareGPT (also their preference forms as LLaMA-Factory has them). Anything else comes through a function
 `row -> dict in one of these formats, or None`, named by `format: file.py:function`.
+
+What a row states is honoured or refused: two layouts in one row must agree (`prompts.py`), marks of quality and of
+loss hold (`marks.py`), and so does what stands beside them (`beside.py`).
 """
 
 from __future__ import annotations
 
-import difflib
-import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias, overload
 
-from align.data.conversations import (
-    Message,
-    Text,
-    check_order,
-    did_you_mean,
-    kind_of,
-    read_messages,
-    read_string,
-    read_text,
+from align.data.beside import (
+    NUMBERS,
+    SYSTEM,
+    TEMPLATE,
+    check_supported,
+    is_stated,
+    read_numbers,
+    read_system,
+    template_of,
+    with_system,
+)
+from align.data.conversations import Message, Text, check_order, kind_of, read_messages, read_string, says
+from align.data.hints import LAYOUTS, missing_fields
+from align.data.marks import WEIGHTS, check_verdict, check_weight, is_mark, turn_is_learnt
+from align.data.prompts import (
+    OF_ALPACA,
+    PROMPT_FIELDS,
+    as_text,
+    check_answers,
+    check_prompt,
+    prompt_and_answers,
+    stated_prompt,
 )
 from align.data.sources import Row
 from align.errors import BadInput
 
 Kind: TypeAlias = Literal["demonstrations", "preferences", "prompts"]
 Converter: TypeAlias = Callable[[dict[str, Any]], "dict[str, Any] | None"]
+ANSWERS_TO_PROMPTS = (("chosen", "rejected"), ("completion",), ("output",))
+ANSWERING = ("assistant", "gpt")
+RESERVED_COLUMNS = ("prompts", "completions")  # what a reward function is called with
 
 
 @dataclass(frozen=True, slots=True)
 class Demonstration:
-    """What to say: `prompt` is context, and every assistant turn of `completion` carries loss.
+    """What to say: `prompt` is context, and the assistant turns of `completion` carry loss.
 
     Both are text, or both conversations. A `messages` row is cut before its first assistant turn, so
     `prompt + completion` is the whole conversation and `completion` may hold user turns between answers. A
     `prompt`/`completion` row keeps its own cut (TRL's completion-only loss). A `text` row has prompt "".
+    `template` are the chat template's arguments for this row (`tools`, ...); `learnt` says of each message of
+    `completion` whether it carries loss (None: every assistant turn).
     """
 
     prompt: Text
     completion: Text
     where: str
+    template: Mapping[str, Any] = field(default_factory=dict)
+    learnt: tuple[bool, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Preference:
     """Two answers to one prompt. `probability` that `chosen` is the better one, in [0, 1]; `weight` of the
-    pair in the loss, in (0, inf); `margin` between the scores (TRL's `margin`)."""
+    pair in the loss, in (0, inf); `margin` between the scores (TRL's `margin`); `template` as a demonstration's."""
 
     prompt: Text
     chosen: Text
@@ -56,28 +77,21 @@ class Preference:
     weight: float
     margin: float
     where: str
+    template: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """Something to answer; `columns` are the row's other fields as they stood, for reward functions."""
+    """Something to answer; `columns` are the row's other fields as they stood, for reward functions, and
+    `template` is as a demonstration's."""
 
     prompt: Text
     columns: dict[str, Any]
     where: str
+    template: Mapping[str, Any] = field(default_factory=dict)
 
 
 Example: TypeAlias = "Demonstration | Preference | Prompt"
-
-LAYOUTS: dict[str, tuple[tuple[str, ...], ...]] = {  # fields that make a row of this kind, first match wins
-    "demonstrations": (
-        ("messages",), ("conversations",), ("prompt", "completion"), ("instruction", "output"), ("text",),
-    ),
-    "preferences": (("chosen", "rejected"),),
-    "prompts": (("prompt",), ("messages",), ("conversations",), ("instruction",), ("chosen", "rejected")),
-}  # fmt: skip
-PROMPT_FIELDS = ("prompt", "conversations", "messages", "instruction")  # beside chosen and rejected
-RESERVED_COLUMNS = ("prompts", "completions")  # what a reward function is called with
 
 
 @overload
@@ -99,12 +113,23 @@ def parse(row: Row, kind: Kind, format: str | Converter = "auto") -> Example | N
         return None
     # Arrow writes a missing field as None
     values = {name: value for name, value in given.items() if value is not None}
+    check_supported(values, row.where)
     if kind == "demonstrations":
         return _demonstration(values, row.where)
     if kind == "preferences":
         return _preference(values, row.where)
-    prompt = _prompt(values, row.where)  # columns keep their None: every row of a file has the same ones
-    return Prompt(prompt, {name: value for name, value in given.items() if name != "prompt"}, row.where)
+    prompt, template = _prompt(values, row.where)
+    # columns keep their None: every row of a file has the same ones
+    return Prompt(prompt, {name: value for name, value in given.items() if name != "prompt"}, row.where, template)
+
+
+def unused_columns(values: Mapping[str, Any], kind: Kind) -> list[str]:
+    """The row's columns that say something and that no example of `kind` is made of (rewards are given a prompt's)."""
+    if kind == "prompts":
+        return []
+    own = {*PROMPT_FIELDS, *OF_ALPACA, *SYSTEM, *TEMPLATE, *(name for layout in LAYOUTS[kind] for name in layout)}
+    own |= set(NUMBERS) if kind == "preferences" else set(WEIGHTS)
+    return [name for name, value in values.items() if name not in own and is_stated(value) and not is_mark(name, value)]
 
 
 def load_converter(format: str) -> Converter | None:
@@ -137,188 +162,161 @@ def _converted(converter: Converter, row: Row) -> dict[str, Any] | None:
     return values
 
 
-def _layout(values: dict[str, Any], kind: str, where: str) -> tuple[str, ...]:
-    """The first layout whose fields are all there; else `BadInput` about the one that comes nearest."""
-    for layout in LAYOUTS[kind]:
-        if all(field in values for field in layout):
-            return layout
+def _layouts(values: Mapping[str, Any], kind: Kind, where: str) -> list[tuple[str, ...]]:
+    """The layouts whose fields are all there, in their order; else `BadInput` about the one that comes nearest.
 
-    def nearness(layout: tuple[str, ...]) -> float:
-        scores = [1.0 if f in values else 0.8 * bool(difflib.get_close_matches(f, values, n=1)) for f in layout]
-        return sum(scores) / len(scores)
-
-    nearest = max(LAYOUTS[kind], key=nearness)
-    forms = "; ".join(" + ".join(f"`{field}`" for field in layout) for layout in LAYOUTS[kind])
-    if nearness(nearest) == 0:
-        found = ", ".join(f"`{name}`" for name in values) or "nothing"
-        raise BadInput(f"{where}: found {found}, but {kind} need {forms}; or write a `format:` function")
-    missing = next(field for field in nearest if field not in values)
-    raise BadInput(f"{where}: `{missing}` is missing{did_you_mean(missing, values)}; {kind} need {forms}")
+    Empty fields (CSV has no other way to leave one out) count where nothing else is there: they have their own line.
+    """
+    for names in ([name for name in values if is_stated(values[name])], list(values)):
+        found = [layout for layout in LAYOUTS[kind] if all(name in names for name in layout)]
+        if found:
+            return found
+    raise BadInput(f"{where}: {missing_fields(values, kind)}")
 
 
 def _demonstration(values: dict[str, Any], where: str) -> Demonstration:
-    layout = _layout(values, "demonstrations", where)
+    layout = _layouts(values, "demonstrations", where)[0]
+    check_verdict(values, where, "demonstration", is_class=layout == ("text",))
+    check_weight(values, where)
+    template = template_of(values, where)
+    learnt: tuple[bool, ...] | None = None
+    prompt: Text
+    completion: Text
     if layout == ("text",):
-        return Demonstration("", _answer(read_string(values["text"], where, "text"), where, "text"), where)
-    if layout[0] in ("messages", "conversations"):
-        field = layout[0]
-        messages = _with_system(read_messages(values[field], where, field), values, where)
-        check_order(messages, where, field, after=None, ends="answer")
-        first = next(index for index, message in enumerate(messages) if message["role"] == "assistant")
-        return Demonstration(messages[:first], messages[first:], where)
-    if values.get("label") is False and layout == ("prompt", "completion"):
-        raise BadInput(f"{where}: `label` is false: an answer marked bad is no demonstration; leave the row out")
-    prompt = _read_prompt(values, layout[0], where)
-    field = layout[1]
-    prompt, completion = _matched(prompt, read_text(values[field], where, field))
-    _check_answer(prompt, completion, where, field)
-    return Demonstration(prompt, completion, where)
+        prompt, completion = "", _read_whole(values, where)
+    elif layout in (("messages",), ("conversations",)):
+        name = layout[0]
+        prompt, completion = _conversation(values, name, where)
+        learnt = _learnt(values[name], prompt, completion, where, name)
+    else:
+        prompt, (completion,) = prompt_and_answers(values, layout[1:], where)
+        _check_answer(prompt, completion, where, layout[1])
+        _check_context(values[layout[0]], where, layout[0])
+        if not isinstance(completion, str):
+            learnt = _learnt(values[layout[1]], (), completion, where, layout[1])
+    _check_rendered(prompt, template, where)
+    check_answers(values, layout, f"{as_text(prompt)}\n{as_text(completion)}", where)
+    return Demonstration(prompt, completion, where, template, learnt)
+
+
+def _read_whole(values: Mapping[str, Any], where: str) -> str:
+    """A `text` row's text, which is all that is trained on: a prompt beside it must be in it."""
+    text = _answer(read_string(values["text"], where, "text"), where, "text")
+    if system := read_system(values, where):
+        raise BadInput(f"{where}: `{system[0]}` stands beside `text`, which is whole; write messages, or drop it")
+    if (stated := stated_prompt(values, where)) is not None:
+        raise BadInput(
+            f"{where}: `{stated[0]}` stands beside `text`, all of which would carry loss; rename `text` to"
+            f" `completion` (a prompt that it repeats is cut off), or drop `{stated[0]}`"
+        )
+    return text
+
+
+def _conversation(values: Mapping[str, Any], name: str, where: str) -> tuple[tuple[Message, ...], tuple[Message, ...]]:
+    """A whole conversation, cut before its first answer."""
+    read = read_messages(values[name], where, name)
+    check_order(read, where, name, after=None, ends="answer")
+    if any(other in values for other in (*PROMPT_FIELDS, *OF_ALPACA) if other != name):
+        stated_prompt(values, where)  # must agree
+    messages = with_system(read, values, where)
+    first = next(index for index, message in enumerate(messages) if message["role"] == "assistant")
+    return messages[:first], messages[first:]
+
+
+def _learnt(
+    given: Any, prompt: tuple[Message, ...], completion: tuple[Message, ...], where: str, name: str
+) -> tuple[bool, ...] | None:
+    """Which messages of `completion` carry loss, by the marks of the turns of `given` that it ends with.
+
+    Raises:
+        BadInput: no turn is left to learn, or one that is no answer is to be learnt.
+    """
+    turns = [given] if isinstance(given, dict) else given
+    if isinstance(turns, str):
+        return None
+    marks = [turn_is_learnt(turn, where, f"{name}[{index}]") for index, turn in enumerate(turns)]
+    if not any(mark is not None for mark in marks):
+        return None
+    own, before = marks[-len(completion) :], marks[: -len(completion)]
+    roles = [message["role"] for message in completion]
+    for index, mark in enumerate(marks):
+        is_answer = index >= len(before) and roles[index - len(before)] == "assistant"
+        if mark and not is_answer:
+            raise BadInput(f"{where}: `{name}[{index}]` is marked to be learnt, but only answers are; drop the mark")
+    learnt = tuple(role == "assistant" and mark is not False for role, mark in zip(roles, own, strict=True))
+    if not any(learnt):
+        raise BadInput(f"{where}: every answer of `{name}` is marked not to be learnt; leave the row out")
+    return None if all(each or role != "assistant" for each, role in zip(learnt, roles, strict=True)) else learnt
+
+
+def _check_context(given: Any, where: str, name: str) -> None:
+    """Marks in a prompt of its own, no turn of which carries loss."""
+    for index, turn in enumerate([given] if isinstance(given, dict) else given):
+        if isinstance(turn, dict) and turn_is_learnt(turn, where, f"{name}[{index}]"):
+            raise BadInput(
+                f"{where}: `{name}[{index}]` is marked to be learnt, but a prompt is context; write the row as"
+                " `messages`, or drop the mark"
+            )
 
 
 def _preference(values: dict[str, Any], where: str) -> Preference:
-    _layout(values, "preferences", where)
-    prompt, chosen, rejected = _read_pair(values, where)
-    _check_prompt(prompt, where, "prompt")
-    _check_answer(prompt, chosen, where, "chosen")
-    _check_answer(prompt, rejected, where, "rejected")
-    if chosen == rejected:
+    (layout,) = _layouts(values, "preferences", where)
+    check_verdict(values, where, "preference", is_class=True)
+    prompt, (chosen, rejected) = prompt_and_answers(values, layout, where)
+    check_prompt(prompt, where, "prompt")
+    for name, answer in zip(layout, (chosen, rejected), strict=True):
+        _check_answer(prompt, answer, where, name)
+        _check_whole(values[name], where, name)
+    if _said(chosen) == _said(rejected):
         raise BadInput(f"{where}: `chosen` and `rejected` are equal; a pair needs two answers that differ")
-    probability = _number(values, "probability", 1.0, where)
-    weight = _number(values, "weight", 1.0, where)
-    margin = _number(values, "margin", 0.0, where)
-    if not 0 <= probability <= 1:
-        raise BadInput(f"{where}: `probability` is {probability}; a probability lies in 0..1")
-    if weight <= 0:
-        raise BadInput(f"{where}: `weight` is {weight}; it must be above 0 (leave the row out to ignore it)")
-    return Preference(prompt, chosen, rejected, probability, weight, margin, where)
+    template = template_of(values, where)
+    _check_rendered(prompt, template, where)
+    return Preference(prompt, chosen, rejected, *read_numbers(values, where), where, template)
 
 
-def _prompt(values: dict[str, Any], where: str) -> Text:
-    layout = _layout(values, "prompts", where)
+def _check_whole(given: Any, where: str, name: str) -> None:
+    """A score is of a whole answer: no turn of one can be left out of the loss."""
+    if isinstance(given, str):
+        return
+    for index, turn in enumerate([given] if isinstance(given, dict) else given):
+        if turn_is_learnt(turn, where, f"{name}[{index}]") is False and turn.get("role", turn.get("from")) in ANSWERING:
+            raise BadInput(
+                f"{where}: `{name}[{index}]` is marked not to be learnt, but a pair is of two whole answers; drop the"
+                " mark, or leave the row out"
+            )
+
+
+def _said(answer: Text) -> Any:
+    return answer if isinstance(answer, str) else [says(turn) for turn in answer]
+
+
+def _prompt(values: dict[str, Any], where: str) -> tuple[Text, dict[str, Any]]:
+    """The prompt that the row has as a demonstration or a preference too, and its template's arguments."""
+    layout = _layouts(values, "prompts", where)[0]
     for name in RESERVED_COLUMNS:
         if name in values:
             raise BadInput(f"{where}: `{name}` is a name reward functions are called with; rename the field")
-    is_pair = layout == ("chosen", "rejected")
-    prompt = _read_pair(values, where)[0] if is_pair else _read_prompt(values, layout[0], where)
-    _check_prompt(prompt, where, "prompt" if is_pair else layout[0])
-    return prompt
+    answers = next((each for each in ANSWERS_TO_PROMPTS if all(is_stated(values.get(name)) for name in each)), ())
+    if answers:
+        prompt = prompt_and_answers(values, answers, where)[0]
+    else:
+        stated = stated_prompt(values, where)
+        assert stated is not None  # the layout says so
+        prompt = stated[1]
+        if isinstance(prompt, str) and read_system(values, where):
+            prompt = with_system((Message(role="user", content=prompt),), values, where)
+    check_prompt(prompt, where, "prompt" if answers else layout[0])
+    template = template_of(values, where)
+    _check_rendered(prompt, template, where)
+    return prompt, template
 
 
-def _read_prompt(values: dict[str, Any], field: str, where: str) -> Text:
-    """The prompt that stands in `field`, or that the conversation in `field` leads up to."""
-    if field == "instruction":
-        return _alpaca_prompt(values, where)
-    if field == "prompt":
-        prompt = read_text(values[field], where, field)
-        if not isinstance(prompt, str):
-            prompt = _with_system(prompt, values, where)
-        _check_prompt(prompt, where, field)
-        return prompt
-    messages = _with_system(read_messages(values[field], where, field), values, where)
-    return _before_last_answer(messages, where, field)
-
-
-def _before_last_answer(messages: tuple[Message, ...], where: str, field: str) -> tuple[Message, ...]:
-    if messages[-1]["role"] == "assistant":
-        check_order(messages, where, field, after=None, ends="answer")
-        return messages[:-1]
-    check_order(messages, where, field, after=None, ends="prompt")
-    return messages
-
-
-def _alpaca_prompt(values: dict[str, Any], where: str) -> tuple[Message, ...]:
-    """Alpaca's instruction and input as one user turn, after LLaMA-Factory's `history` of pairs."""
-    instruction = read_string(values["instruction"], where, "instruction")
-    if not instruction.strip():
-        raise BadInput(f"{where}: `instruction` is an empty prompt; fill it, or leave the row out")
-    given = read_string(values.get("input", ""), where, "input")
-    turns: list[dict[str, Any]] = []
-    for pair in values.get("history") or ():
-        if not isinstance(pair, (list, tuple)) or len(pair) != 2:
-            raise BadInput(f"{where}: `history` must be a list of [question, answer] pairs")
-        turns += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
-    question = f"{instruction}\n\n{given}" if given.strip() else instruction
-    turns.append({"role": "user", "content": question})
-    return _with_system(read_messages(turns, where, "history"), values, where)
-
-
-def _with_system(messages: tuple[Message, ...], values: dict[str, Any], where: str) -> tuple[Message, ...]:
-    """ShareGPT and Alpaca rows may carry the system message in a field of its own."""
-    system = values.get("system")
-    if not isinstance(system, str) or not system.strip() or messages[0]["role"] == "system":
-        return messages
-    return ({"role": "system", "content": read_string(system, where, "system")}, *messages)
-
-
-def _read_pair(values: dict[str, Any], where: str) -> tuple[Text, Text, Text]:
-    """Prompt, chosen, rejected; the prompt from its own field, or as what both answers open with."""
-    chosen = read_text(values["chosen"], where, "chosen")
-    rejected = read_text(values["rejected"], where, "rejected")
-    if isinstance(chosen, str) != isinstance(rejected, str):
-        raise BadInput(f"{where}: one of `chosen`, `rejected` is text and the other messages; write both alike")
-    if chosen == rejected:
-        raise BadInput(f"{where}: `chosen` and `rejected` are equal; a pair needs two answers that differ")
-    field = next((field for field in PROMPT_FIELDS if field in values), None)
-    if isinstance(chosen, str) or isinstance(rejected, str):
-        if field is None:
-            return _split_strings(str(chosen), str(rejected), where)
-    elif field is None or (chosen[0]["role"] != "assistant" and isinstance(values[field], str)):
-        # TRL reads UltraFeedback so: `prompt` is text, and both answers open with it as a turn
-        return _split_conversations(chosen, rejected, values, where)
-    prompt = _read_prompt(values, field, where)
-    prompt, chosen = _matched(prompt, chosen)
-    prompt, rejected = _matched(prompt, rejected)
-    return prompt, _without_opening(prompt, chosen), _without_opening(prompt, rejected)
-
-
-def _without_opening(prompt: Text, answer: Text) -> Text:
-    """An answer that repeats the whole prompt first, without it."""
-    if isinstance(prompt, str) or isinstance(answer, str) or answer[: len(prompt)] != prompt:
-        return answer
-    return answer[len(prompt) :] or answer
-
-
-def _split_conversations(
-    chosen: tuple[Message, ...], rejected: tuple[Message, ...], values: dict[str, Any], where: str
-) -> tuple[Text, Text, Text]:
-    """The longest shared opening that ends with a question is the prompt."""
-    shared = 0
-    while shared < min(len(chosen), len(rejected)) and chosen[shared] == rejected[shared]:
-        shared += 1
-    while shared and chosen[shared - 1]["role"] not in ("user", "tool"):
-        shared -= 1  # answers of several turns: the prompt may not end with an answer
-    if not shared:
-        raise BadInput(f"{where}: `prompt` is missing, and `chosen` and `rejected` share no opening turns; add it")
-    if shared == min(len(chosen), len(rejected)):
-        short = "chosen" if len(chosen) == shared else "rejected"
-        raise BadInput(f"{where}: `{short}` is an empty answer: it ends where the shared prompt ends; add a turn")
-    return _with_system(chosen[:shared], values, where), chosen[shared:], rejected[shared:]
-
-
-def _split_strings(chosen: str, rejected: str, where: str) -> tuple[str, str, str]:
-    """The shared prefix is the prompt, as TRL has it; unlike TRL's it never ends inside a word, and never
-    goes past the last "Assistant:" of an Anthropic transcript (two answers may begin alike)."""
-    shared = 0
-    while shared < min(len(chosen), len(rejected)) and chosen[shared] == rejected[shared]:
-        shared += 1
-    marker = "\n\nAssistant:"
-    prompt = chosen[:shared]
-    if marker in prompt:
-        prompt = prompt[: prompt.rindex(marker) + len(marker)]
-    elif " " in prompt:
-        prompt = prompt[: prompt.rindex(" ")]
-    if not prompt.strip():
-        raise BadInput(f"{where}: `prompt` is missing, and `chosen` and `rejected` do not begin alike; add it")
-    return prompt, chosen[len(prompt) :], rejected[len(prompt) :]
-
-
-def _matched(prompt: Text, answer: Text) -> tuple[Text, Text]:
-    """Text beside messages becomes a message, so that both sides are of one form."""
-    if isinstance(prompt, str) and not isinstance(answer, str):
-        return ({"role": "user", "content": prompt},), answer
-    if isinstance(answer, str) and not isinstance(prompt, str):
-        return prompt, ({"role": "assistant", "content": answer},) if answer.strip() else answer
-    return prompt, answer
+def _check_rendered(prompt: Text, template: Mapping[str, Any], where: str) -> None:
+    if template and isinstance(prompt, str):
+        name = next(iter(template))
+        raise BadInput(
+            f"{where}: `{name}` is for the chat template, which plain text does not go through; write messages"
+        )
 
 
 def _answer(text: str, where: str, field: str) -> str:
@@ -332,24 +330,3 @@ def _check_answer(prompt: Text, answer: Text, where: str, field: str) -> None:
         _answer(answer, where, field)
     elif not isinstance(prompt, str):
         check_order(answer, where, field, after=prompt[-1]["role"], ends="answer")
-
-
-def _check_prompt(prompt: Text, where: str, field: str) -> None:
-    if not isinstance(prompt, str):
-        check_order(prompt, where, field, after=None, ends="prompt")
-    elif not prompt.strip():
-        raise BadInput(f"{where}: `{field}` is an empty prompt; fill it, or leave the row out")
-
-
-def _number(values: dict[str, Any], field: str, default: float, where: str) -> float:
-    value = values.get(field, default)
-    if isinstance(value, str):  # CSV has only text
-        try:
-            value = float(value) if value.strip() else default
-        except ValueError:
-            raise BadInput(f"{where}: `{field}` is `{value}`; it must be a number") from None
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise BadInput(f"{where}: `{field}` is {kind_of(value)}; it must be a number")
-    if not math.isfinite(value):
-        raise BadInput(f"{where}: `{field}` is {value}; it must be finite")
-    return float(value)

@@ -10,14 +10,25 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar, overload
 
-from align.data.conversations import Text
-from align.data.formats import Demonstration, Example, Kind, Preference, Prompt, load_converter, parse
-from align.data.sources import read_rows
+from align.data.conversations import Message, Text, says
+from align.data.formats import (
+    Demonstration,
+    Example,
+    Kind,
+    Preference,
+    Prompt,
+    load_converter,
+    parse,
+    unused_columns,
+)
+from align.data.sources import Row, read_rows
 from align.errors import BadInput
+from align.wording import one_line
 
 if TYPE_CHECKING:
     from align.settings import Data, Source
@@ -36,6 +47,8 @@ class Counts:
     num_shared: int  # training rows removed: their prompt is in validation too
     num_train: int
     num_validation: int
+    num_cut: int = 0  # rows whose text answers held their prompt, which stands apart from them now
+    unused: tuple[tuple[str, int], ...] = ()  # columns that nothing is made of, with the rows that fill them
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +70,8 @@ class _Converted:
     num_bad: int
     first_bad: str
     num_left_out: int
+    num_cut: int
+    unused: Counter[str]
 
 
 @overload
@@ -97,6 +112,8 @@ def load(data: Data, kind: Kind) -> Loaded[Any]:
         num_shared=num_shared,
         num_train=len(train),
         num_validation=len(validation),
+        num_cut=sum(part.num_cut for part in everything),
+        unused=tuple(sum((part.unused for part in everything), Counter()).items()),
     )
     _check_sides(data, kind, counts)
     return Loaded(tuple(train), tuple(validation), counts, _messages(counts, kind))
@@ -105,8 +122,9 @@ def load(data: Data, kind: Kind) -> Loaded[Any]:
 def _convert(source: Source, kind: Kind, is_skipping: bool) -> _Converted:
     converter = load_converter(source.format)
     examples: list[Example] = []
-    num_read = num_bad = num_left_out = 0
+    num_read = num_bad = num_left_out = num_cut = 0
     first_bad = ""
+    unused: Counter[str] = Counter()
     for row in read_rows(source):  # a file that cannot be read is never skipped, only its bad rows
         num_read += 1
         try:
@@ -119,9 +137,20 @@ def _convert(source: Source, kind: Kind, is_skipping: bool) -> _Converted:
             continue
         if example is None:
             num_left_out += 1
-        else:
-            examples.append(example)
-    return _Converted(examples, num_read, num_bad, first_bad, num_left_out)
+            continue
+        examples.append(example)
+        num_cut += any(_is_cut(row, example, field) for field in ("completion", "output", "chosen"))
+        if converter is None:  # a function sees the whole row, and says itself what becomes of it
+            unused.update(unused_columns(row.values, kind))
+    return _Converted(examples, num_read, num_bad, first_bad, num_left_out, num_cut, unused)
+
+
+def _is_cut(row: Row, example: Any, field: str) -> bool:
+    """Whether an answer in `field` of the row was cut: its prompt stands apart from it now."""
+    given, kept = row.values.get(field), getattr(example, "completion" if field == "output" else field, None)
+    if isinstance(kept, tuple) and len(kept) == 1:
+        kept = kept[0]["content"]
+    return isinstance(given, str) and isinstance(kept, str) and given != kept
 
 
 def prompt_key(example: Example) -> str:
@@ -134,8 +163,13 @@ def prompt_key(example: Example) -> str:
         prompt = example.completion
     if isinstance(prompt, str):
         return " ".join(prompt.split())
-    turns = [(message["role"], " ".join(message["content"].split())) for message in prompt]
+    turns = [[turn["role"], " ".join(turn["content"].split()), *_calls(turn)] for turn in prompt]
     return json.dumps(turns, ensure_ascii=False)  # unlike a join, never equal for different turns
+
+
+def _calls(turn: Message) -> list[Any]:
+    """A call's turn may have no words: the calls are what it says."""
+    return [calls] if (calls := says(turn).get("tool_calls")) else []
 
 
 def split_by_prompt(examples: Sequence[ExampleT], share: float) -> tuple[list[ExampleT], list[ExampleT]]:
@@ -168,8 +202,11 @@ def weighted(examples: Sequence[ExampleT], weight: float) -> list[ExampleT]:
 
 
 def _content_hash(example: Example) -> bytes:
-    """Of all fields but the place: a row moved within its file keeps its hash."""
-    content = [getattr(example, field.name) for field in fields(example) if field.name != "where"]
+    """Of all fields but the place: a row moved within its file keeps its hash, as it does when examples learn of
+    something that it does not state."""
+    further = [name for name in ("template", "learnt") if getattr(example, name, None)]
+    names = [field.name for field in fields(example) if field.name not in ("where", "template", "learnt")]
+    content = [getattr(example, name) for name in (*names, *further)]
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).digest()
 
 
@@ -194,6 +231,11 @@ def _messages(counts: Counts, kind: Kind) -> tuple[str, ...]:
         lines.append(f"{counts.num_bad} bad rows skipped; the first: {counts.first_bad}")
     if counts.num_left_out:
         lines.append(f"{counts.num_left_out} rows left out by the format function")
+    if counts.num_cut:
+        lines.append(f"{counts.num_cut} rows have answers that open with their prompt: it stands once, before them")
+    if counts.unused:
+        named = one_line(", ".join(f"`{name}` ({count})" for name, count in counts.unused), 400)
+        lines.append(f"columns that {kind} make nothing of: {named}")
     if counts.num_shared:
         lines.append(f"{counts.num_shared} training rows removed: their prompt is in validation too")
     return tuple(lines)

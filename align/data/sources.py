@@ -118,8 +118,8 @@ def _read_jsonl(path: str) -> Iterator[Row]:
         where = f"{path}:{number}"
         try:
             value = json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as error:
-            raise BadInput(f"{where}: not JSON ({error}); a .jsonl file holds one object a line") from None
+        except (ValueError, RecursionError) as error:  # not JSON, a number of thousands of digits, nested too deeply
+            raise BadInput(f"{where}: not JSON ({_first_line(error)}); a .jsonl file holds one object a line") from None
         yield Row(_object(value, where), where)
 
 
@@ -131,6 +131,8 @@ def _read_json(path: str) -> Iterator[Row]:
         raise BadInput(f"{path}:{error.lineno}: not JSON ({error.msg}){cure}") from None
     except RecursionError:
         raise BadInput(f"{path}: not usable JSON (nested too deeply)") from None
+    except ValueError as error:  # a number of thousands of digits
+        raise BadInput(f"{path}: not usable JSON ({_first_line(error)})") from None
     if not isinstance(items, list):
         raise BadInput(f"{path}: a .json file is a list of objects [{{...}}, ...]; this is a {type(items).__name__}")
     for number, item in enumerate(items, start=1):
@@ -180,7 +182,7 @@ def _read_parquet(path: str) -> Iterator[Row]:
             for batch in file.iter_batches():
                 for values in batch.to_pylist():
                     number += 1
-                    yield Row(values, f"{path}:item {number}")
+                    yield Row(_without_nulls(values), f"{path}:item {number}")
     except (OSError, ValueError) as error:  # pyarrow's own errors derive from these
         raise BadInput(f"{path}: not readable as Parquet after {number} rows ({_first_line(error)})") from None
 
@@ -198,7 +200,18 @@ def _read_hub(source: Source) -> Iterator[Row]:
             f"{label}: cannot be loaded from the Hub ({type(error).__name__}: {_first_line(error)});"
             " a local file ends in " + ", ".join(DATA_ENDINGS)
         ) from None
-    return (Row(dict(values), f"{label}:item {number}") for number, values in enumerate(rows, start=1))
+    return (Row(_without_nulls(values), f"{label}:item {number}") for number, values in enumerate(rows, start=1))
+
+
+def _without_nulls(values: dict[str, Any]) -> dict[str, Any]:
+    """The row without the keys that Arrow gave to its messages and tools because those of another row have them."""
+
+    def cleared(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: cleared(item) for key, item in value.items() if item is not None}
+        return [cleared(item) for item in value] if isinstance(value, list) else value
+
+    return {name: cleared(value) for name, value in values.items()}
 
 
 def _first_line(error: Exception) -> str:

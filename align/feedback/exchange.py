@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from align.artifact import write_lines
 from align.data import Preference, parse, read_rows
+from align.data.conversations import MEANT
 from align.errors import BadInput
 from align.feedback.backup import Moved, export_labels, import_labels, looks_like_labels
 from align.feedback.database import store_of
@@ -64,7 +65,8 @@ def write_preferences(path: str | Path, rows: Iterable[Labelled]) -> Moved:
 
     `probability` (that `chosen` is better, in [0.5, 1]) and `weight` are read by align's reward stage; `source`,
     `reason`, `round` and `comparison` say where a row is from. TRL ignores all of them: for it, leave out rows whose
-    probability is near 1/2. Pairs that no trainer takes (equal answers, an empty one, no weight) are left out.
+    probability is 1/2, as `export_run` does. Pairs that no trainer takes (equal answers, an empty one, no weight) are
+    left out.
     """
     lines, num_left_out = [], 0
     for row in rows:
@@ -93,10 +95,12 @@ def import_preferences(store: Store, path: str | Path, *, limit: int | None = No
     """Takes a file of preferences, in any format that the reward stage reads, as pairs of round 0 that people have
     labelled; the annotator is `imported`. The same file again changes nothing.
 
-    Of a pair that is in it twice the first row counts. Rows that name a machine as their `source` (an export of our
-    own) are left out: they are nobody's judgement. A row's weight and margin are not kept.
+    Of a pair that is in it twice the first row counts; one left undecided (`tie`, probability 1/2) is a tie. Rows that
+    name a machine as their `source` (an export of our own) are left out: they are nobody's judgement. A row's weight
+    and margin are not kept.
     Raises:
-        BadInput: a row cannot be read, has answers of several turns, or a prompt that is evaluated on.
+        BadInput: a row cannot be read, has answers of several turns or with calls and thoughts, arguments of the chat
+            template, or a prompt that is evaluated on.
     """
     rows: list[tuple[Any, str, str, float]] = []
     num_left_out = 0
@@ -135,11 +139,19 @@ def _content(prompt: Any) -> Any:
 
 
 def _answers(preference: Preference) -> tuple[str, str]:
+    """Both answers as text: what a store keeps, and people compare."""
+    if preference.template:
+        name = next(iter(preference.template))
+        raise BadInput(f"{preference.where}: `{name}` is for the chat template, and labels do not keep it; drop it")
     texts = []
     for name, answer in (("chosen", preference.chosen), ("rejected", preference.rejected)):
         if not isinstance(answer, str):
             if len(answer) != 1:
                 raise BadInput(f"{preference.where}: `{name}` has {len(answer)} turns; people compare answers of one")
+            if further := [key for key in answer[0] if key in MEANT]:
+                raise BadInput(
+                    f"{preference.where}: `{name}` has `{further[0]}`, and people compare texts; drop the row"
+                )
             answer = answer[0]["content"]
         texts.append(storable(answer))
     return texts[0], texts[1]
@@ -169,12 +181,16 @@ def _draw(store: Store, wanted: Iterable[tuple[int, str]]) -> dict[tuple[int, st
 # ------------------------------------------------------------------------------------------------ for the command line
 
 
-def export_run(run: str, file: str | Path, format: Literal["trl", "labels"] = "trl") -> str:
+def export_run(run: str, file: str | Path, format: Literal["trl", "labels"] = "trl", *, with_ties: bool = False) -> str:
     """Writes the labels of a loop's folder (or of a store) to a .jsonl file; says what was done, in a sentence.
 
+    Pairs left undecided are left out of TRL's format, all of whose rows are full preferences to a trainer that knows
+    no `probability`; `with_ties` has them, with probability 1/2.
     Raises:
         BadInput: there is no such store, nothing to write, or no folder for the file.
     """
+    if with_ties and format == "labels":
+        raise BadInput("`--with-ties` goes with `--format trl`: `labels` has every label as it was given")
     path = Path(file)
     if path.suffix != ".jsonl":
         raise BadInput(f"{path} must end in .jsonl: a row is a line")
@@ -186,9 +202,15 @@ def export_run(run: str, file: str | Path, format: Literal["trl", "labels"] = "t
             raise BadInput(f"{store} has no labels yet; nothing was written")
         if format == "labels":
             return f"{path}: {export_labels(store, path).taken} labels"
-        moved = write_preferences(path, labelled(store))
+        found = labelled(store)
+        decided = [row for row in found if with_ties or row.probability != 0.5]
+        num_ties = len(found) - len(decided)
+        undecided = f", {num_ties} undecided left out (`--with-ties` has them)" if num_ties else ""
+        if found and not decided:
+            raise BadInput(f"{store} has no pair that is decided{undecided}; nothing was written")
+        moved = write_preferences(path, decided)
         left_out = f", {moved.left_out} left out (equal or empty answers)" if moved.left_out else ""
-        return f"{path}: {moved.taken} pairs{left_out}"
+        return f"{path}: {moved.taken} pairs{undecided}{left_out}"
     finally:
         store.close()
 

@@ -19,7 +19,7 @@ from typing import Any
 from torch import nn
 
 from align.artifact import MANIFEST, begin, finish, folder_in_one_go, read_manifest
-from align.data import encode_prompt, end_token_ids, load
+from align.data import encode_prompt, end_token_ids, load, unread
 from align.errors import BadInput
 from align.identity import has_adapter
 from align.maths.kl import next_kl_coef
@@ -98,7 +98,7 @@ def run(settings: PpoSettings, worker: Worker) -> None:
     )
     this = _Run(settings, worker, cast, train, held_out, learners, roles, progress, tracker)
     try:
-        for message in (*loaded.messages, said, *_remarks(cast, settings)):
+        for message in (*loaded.messages, *unread(cast.tokenizer, loaded.train), said, *_remarks(cast, settings)):
             tracker.say(message)
         _loop(this)
         _finish(this)

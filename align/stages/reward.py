@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from align.artifact import begin, finish
-from align.data import EncodedPair, encode_demonstration, encode_pair, load
+from align.data import EncodedPair, encode_demonstration, encode_pair, load, unread
 from align.data.formats import Preference
 from align.errors import BadInput, RunFailed
 from align.maths.calibration import pair_calibration_error
@@ -85,7 +85,7 @@ def run(settings: RewardSettings, worker: Worker) -> None:
         settings, total=num_steps, start=start, shown=("loss", "accuracy", "eval_accuracy"), is_main=worker.is_main
     )
     try:
-        for message in (*loaded.messages, said, available(t.optim, worker.device)[1]):
+        for message in (*loaded.messages, *unread(tokenizer, loaded.train), said, available(t.optim, worker.device)[1]):
             tracker.say(message)
         costs = Costs(worker)
 
