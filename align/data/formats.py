@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias, overload
 
 from align.data.conversations import (
@@ -42,6 +42,8 @@ class Demonstration:
     prompt: Text
     completion: Text
     where: str
+    template: Mapping[str, Any] = field(default_factory=dict)  # arguments of the chat template: tools and others
+    learnt: tuple[bool, ...] | None = None  # of each message of `completion`; None: every assistant turn
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +58,7 @@ class Preference:
     weight: float
     margin: float
     where: str
+    template: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +68,7 @@ class Prompt:
     prompt: Text
     columns: dict[str, Any]
     where: str
+    template: Mapping[str, Any] = field(default_factory=dict)
 
 
 Example: TypeAlias = "Demonstration | Preference | Prompt"

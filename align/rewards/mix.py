@@ -36,6 +36,7 @@ class Answers:
     prompt_ids: Sequence[Sequence[int]]
     texts: Sequence[str]  # without special tokens
     ids: Sequence[Sequence[int]]  # with the end token, where there is one
+    ended: Sequence[bool] = ()  # whether each came to its end; empty: all did
 
 
 Scorer = Callable[[Answers], list[float]]  # NaN: does not apply
@@ -87,15 +88,16 @@ def check_reward(reward: Reward, key: str) -> None:
         _function(reward, f"`{key}`")
 
 
-def build_rewards(rewards: Sequence[Reward], bases: "Bases") -> RewardMix:
-    """Loads what is learned, over the bases that are in memory already where they fit."""
+def build_rewards(rewards: Sequence[Reward], bases: "Bases", tokenizer: Any = None) -> RewardMix:
+    """Loads what is learned, over the bases that are in memory already where they fit. `tokenizer` is the one by which
+    the answers' ids were made; None: that of `bases.main`."""
     terms: list[tuple[str, float, Scorer]] = []
     for index, reward in enumerate(rewards):
         if reward.use in OF_RUNS:
             from align.rewards import learned
 
             settings = _settings_of(reward, f"rewards[{index}]")
-            name, scorer = reward.use, getattr(learned, reward.use)(settings, bases)
+            name, scorer = reward.use, getattr(learned, reward.use)(settings, bases, tokenizer)
         else:
             function = _function(reward, f"`rewards[{index}]`")
             name, scorer = getattr(function, "__name__", "reward"), _function_scorer(function, reward.arguments)

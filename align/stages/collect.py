@@ -11,6 +11,7 @@ from typing import Any
 from align.artifact import begin, finish, write_lines
 from align.data import decode_completion, encode_prompt, end_token_ids, load
 from align.errors import BadInput
+from align.models.base import stop_ids
 from align.models.roles import Bases, Role
 from align.rollout.draw import uniforms
 from align.rollout.sampling import sample
@@ -47,7 +48,8 @@ def run(settings: CollectSettings, worker: Worker) -> None:
                 worker.stop_if_asked(lambda: None)  # there is nothing to save: the same answers are drawn again
                 mine = [kept[i] for i in worker.mine(len(kept))]
                 for i, answer in zip(mine, _answers(role, bases, name, draw, mine, prompts, settings), strict=True):
-                    found[i, name, draw] = {"prompt": rows[i].prompt, "columns": rows[i].columns} | answer
+                    own = {"template": dict(rows[i].template)} if rows[i].template else {}
+                    found[i, name, draw] = {"prompt": rows[i].prompt, "columns": rows[i].columns} | own | answer
             tracker.log(number, {"policy": name, "answers": sum(key[1] == name for key in found)})
         parts = worker.gather_objects(found)
         if worker.is_main:
@@ -73,13 +75,14 @@ def _answers(
     """One answer to each of `rows`, whose random numbers are theirs alone."""
     tokenizer, temperatures = bases.main.tokenizer, settings.temperatures
     sampling = settings.sampling.model_copy(update={"temperature": temperatures[draw % len(temperatures)]})
+    end_ids = end_token_ids(tokenizer, stop_ids(bases.main.model))
     step = zlib.crc32(f"{name} {draw}".encode())
     rollouts, _ = sample(
         role,
         [prompts[i] for i in rows],
         uniforms(settings.seed, STREAM, step, rows, sampling.max_new_tokens),
         sampling,
-        end_ids=end_token_ids(tokenizer),
+        end_ids=end_ids,
         pad_id=tokenizer.pad_token_id,
         batch_size=settings.batch_size,
     )
@@ -88,7 +91,7 @@ def _answers(
             "policy": name,
             "draw": draw,
             "temperature": sampling.temperature,
-            "text": decode_completion(tokenizer, ids),
+            "text": decode_completion(tokenizer, ids, end_ids),
             "num_tokens": len(ids),
             "ended": ended,
         }

@@ -10,13 +10,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from transformers import AutoTokenizer
 
-from align.artifact import begin, finish, write_json, write_text
+from align.artifact import begin, finish, read_manifest, write_json, write_text
 from align.data import decode_completion, encode_prompt, end_token_ids, load
 from align.errors import BadInput
 from align.maths.calibration import comparison, win_rate
 from align.maths.kl import kl_estimate
+from align.models.base import stop_ids
 from align.models.roles import Bases, Role
+from align.models.scoring import reads_whole
 from align.report.page import wins
 from align.report.tables import markdown_table, result_table, save_samples
 from align.rewards import Answers, RewardMix, build_rewards
@@ -59,8 +62,8 @@ def run(settings: EvaluateSettings, worker: Worker) -> None:
     rows = [(p, ids) for p, ids in rows if 0 < len(ids) <= settings.max_prompt_length][: settings.max_prompts]
     if not rows:
         raise BadInput(f"`prompts`: none has at most {settings.max_prompt_length} tokens (`max_prompt_length`)")
-    judge = build_rewards(settings.judge, bases)
-    beside = {name: build_rewards([reward], bases) for name, reward in settings.beside.items()}
+    judge = build_rewards(settings.judge, bases, tokenizer)
+    beside = {name: build_rewards([reward], bases, tokenizer) for name, reward in settings.beside.items()}
     pairwise = None
     if settings.pairwise_judge is not None and worker.is_main:
         cache = Path(settings.output) / CACHE
@@ -98,13 +101,14 @@ def _judge(
 ) -> Judged:
     mine = list(worker.mine(len(rows)))
     tokenizer, sampling = bases.main.tokenizer, settings.sampling
+    end_ids = end_token_ids(tokenizer, stop_ids(bases.main.model))
     numbers = uniforms(settings.seed, STREAM, 0, mine, sampling.max_new_tokens)
     rollouts, _ = sample(
         role,
         [rows[i][1] for i in mine],
         numbers,
         sampling,
-        end_ids=end_token_ids(tokenizer),
+        end_ids=end_ids,
         pad_id=tokenizer.pad_token_id,
         batch_size=settings.batch_size,
     )
@@ -113,8 +117,8 @@ def _judge(
     )
     kl = kl_estimate(own.logprobs, others.logprobs).sum(1)
     entropies = own.entropies.sum(1) / rollouts.lengths.clamp(min=1)
-    texts = [decode_completion(tokenizer, ids) for ids in rollouts.answers]
-    answers = Answers([rows[i][0] for i in mine], rollouts.prompts, texts, rollouts.answers)
+    texts = [decode_completion(tokenizer, ids, end_ids) for ids in rollouts.answers]
+    answers = Answers([rows[i][0] for i in mine], rollouts.prompts, texts, rollouts.answers, rollouts.ended.tolist())
     scores, _ = judge(answers)
     others_say = {name: mix(answers)[0] for name, mix in beside.items()}
     further = [{name: values[i] for name, values in others_say.items()} for i in range(len(texts))]
@@ -174,7 +178,12 @@ def _pair_metrics(settings: EvaluateSettings, bases: Bases, worker: Worker) -> d
     if check is None:
         return {}
     loaded = load(check.data, "preferences")
-    pairs, _ = encode_pairs(bases.main.tokenizer, loaded.validation or loaded.train, check.max_length)
+    pairs, _ = encode_pairs(
+        AutoTokenizer.from_pretrained(check.path),
+        loaded.validation or loaded.train,
+        check.max_length,
+        is_whole=reads_whole(read_manifest(check.path)),
+    )
     role = bases.role(check.path, head=True)
     found = evaluate_pairs(role, pairs, worker)
     return {"reward": {name.removeprefix("eval_"): value for name, value in found.items()} | {"pairs": len(pairs)}}

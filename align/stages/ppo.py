@@ -19,10 +19,10 @@ from typing import Any
 from torch import nn
 
 from align.artifact import begin, finish, folder_in_one_go, read_manifest
-from align.data import encode_prompt, end_token_ids, load
+from align.data import encode_prompt, end_token_ids, ending_message, load
 from align.errors import BadInput
 from align.maths.kl import next_kl_coef
-from align.models.base import switch_dropout_off
+from align.models.base import stop_ids, switch_dropout_off
 from align.models.roles import Bases, Role, has_adapter, new_head
 from align.models.saving import save_role
 from align.phases import Phases
@@ -190,9 +190,10 @@ def cast_roles(settings: PpoSettings, worker: Worker) -> Cast:
         switch_dropout_off(role)
         if settings.ppo.gradient_checkpointing:
             role.causal.gradient_checkpointing_enable({"use_reentrant": False})
-    rewards = build_rewards(settings.rewards, bases)
+    rewards = build_rewards(settings.rewards, bases, base.tokenizer)
     reference = bases.role(start if settings.reference is None else settings.reference.path)
-    return Cast(bases, base, base_name, policy, reference, critic, rewards, end_token_ids(base.tokenizer))
+    ends = end_token_ids(base.tokenizer, stop_ids(base.model))
+    return Cast(bases, base, base_name, policy, reference, critic, rewards, ends)
 
 
 def _critic(bases: Bases, settings: PpoSettings, policy_method: AnyMethod | None) -> Role:
@@ -325,7 +326,7 @@ def _speeds(scored: Scored, phases: Phases, ppo: Ppo) -> dict[str, float]:
 
 
 def _remarks(cast: Cast, settings: PpoSettings) -> list[str]:
-    remarks = [available(settings.ppo.optim, cast.policy.device)[1]]
+    remarks = [ending_message(cast.base.tokenizer), available(settings.ppo.optim, cast.policy.device)[1]]
     if settings.sampling.top_k or settings.sampling.top_p < 1.0:
         remarks.append(
             "warning: with top_k or top_p answers are not drawn from the distribution that PPO differentiates; "
