@@ -50,7 +50,10 @@ class Encoded:
 
 @dataclass(frozen=True, slots=True)
 class EncodedPair:
-    """A preference: the prompt as the sampler gets it, and each answer with all that the template closes it with."""
+    """A preference: the prompt, and each answer with all that the template closes it with.
+
+    The prompt is as the sampler gets it, but for a last token of it that merges with how an answer begins.
+    """
 
     prompt_ids: tuple[int, ...]
     chosen_ids: tuple[int, ...]
@@ -83,12 +86,12 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[in
 def encode_pair(tokenizer: PreTrainedTokenizerBase, preference: Preference, max_length: int) -> EncodedPair | None:
     """The pair's ids, or None when the prompt and the longer answer exceed `max_length` tokens together."""
     p = preference
-    (prompt_ids, chosen_ids), (_, rejected_ids) = (
-        _encode_answer(tokenizer, p.prompt, answer, p.where, p.template) for answer in (p.chosen, p.rejected)
-    )
-    if len(prompt_ids) + max(len(chosen_ids), len(rejected_ids)) > max_length:
+    sides = [_encode_answer(tokenizer, p.prompt, answer, p.where, p.template) for answer in (p.chosen, p.rejected)]
+    chosen, rejected = (tuple(prompt_ids + ids) for prompt_ids, ids in sides)
+    if max(len(chosen), len(rejected)) > max_length:
         return None
-    return EncodedPair(tuple(prompt_ids), tuple(chosen_ids), tuple(rejected_ids))
+    num_prompt = min(len(prompt_ids) for prompt_ids, _ in sides)
+    return EncodedPair(chosen[:num_prompt], chosen[num_prompt:], rejected[num_prompt:])
 
 
 def encode_completion(
@@ -140,13 +143,10 @@ def _encode_answer(
     full = render(tokenizer, prompt + answer, where, template=template)
     if not ended:
         full = full.removesuffix(ending_of(tokenizer).text)
-    if full.startswith(head):
-        head_ids, tail_ids = tokenized(tokenizer, [head, full[len(head) :]])
-        return head_ids, tail_ids
-    if is_strict:
+    if is_strict and not full.startswith(head):
         raise discontinuous(where, HOW_ANSWERS_OPEN, head[num_alike(head, full) :])
-    head_ids, whole = ids_of(tokenizer, head), ids_of(tokenizer, full)
-    num_shared = num_alike(head_ids, whole)
+    whole = ids_of(tokenizer, full)
+    num_shared = num_alike(ids_of(tokenizer, head), whole)
     return whole[:num_shared], whole[num_shared:]
 
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 TEMPLATE_CURE = "set `model.chat_template: path.jinja`"
-PROBES = ("qzk", "vxj")  # two answers that have no letter in common
+PROBES = ("The", "I")  # answers that end differently, and merge with a space before them where words do
 NO_ARGUMENTS: Mapping[str, Any] = {}
 ROWS_OWN = ("tools", "documents")  # arguments of `apply_chat_template` that a row may give; it sets the others itself
 
@@ -32,7 +32,7 @@ class Ending:
     ids: tuple[int, ...]
     stop: int  # characters of the text up to and with the end token; 0: there is none
     num_ids: int  # the same in tokens
-    is_continuation: bool  # whether an answer is rendered as a continuation of the prompt that the sampler gets
+    is_continuation: bool  # whether an answer's ids go on from the prompt that the sampler gets
 
     @property
     def can_follow(self) -> bool:
@@ -92,9 +92,9 @@ def _check_template(tokenizer: PreTrainedTokenizerBase, where: str, template: Ma
     if isinstance(given, dict) and "default" not in given and not (template.get("tools") and "tool_use" in given):
         names = ", ".join(sorted(given))
         raise BadInput(f"{where}: the tokenizer has several chat templates ({names}), no `default`; {TEMPLATE_CURE}")
-    parameters = inspect.signature(tokenizer.apply_chat_template).parameters
-    for name in template:
-        if name in parameters and name not in ROWS_OWN:
+    if template:
+        parameters = inspect.signature(tokenizer.apply_chat_template).parameters
+        for name in template.keys() & parameters.keys() - set(ROWS_OWN):
             raise BadInput(f"{where}: `{name}` is no argument for a row to give to the chat template; leave it out")
 
 
@@ -108,7 +108,7 @@ def ending_of(tokenizer: PreTrainedTokenizerBase) -> Ending:
 @lru_cache(maxsize=16)
 def _ending(tokenizer: PreTrainedTokenizerBase, template: str, eos: int | None) -> Ending:
     question = _question(tokenizer)
-    head = render(tokenizer, question, "chat template", is_prompt=True)
+    head_ids = ids_of(tokenizer, render(tokenizer, question, "chat template", is_prompt=True))
     whole = [
         render(tokenizer, [*question, Message(role="assistant", content=word)], "chat template") for word in PROBES
     ]
@@ -116,7 +116,7 @@ def _ending(tokenizer: PreTrainedTokenizerBase, template: str, eos: int | None) 
     ids = tuple(tokenized(tokenizer, [whole[0][: len(whole[0]) - len(text)], text])[1])
     found = end_in(tokenizer, text)
     stop, num_ids = (found[0], ids.index(found[1]) + 1) if found and found[1] in ids else (0, 0)
-    return Ending(text, ids, stop, num_ids, all(each.startswith(head) for each in whole))
+    return Ending(text, ids, stop, num_ids, all(ids_of(tokenizer, each)[: len(head_ids)] == head_ids for each in whole))
 
 
 def _question(tokenizer: PreTrainedTokenizerBase) -> list[Message]:
@@ -169,7 +169,11 @@ def end_token_ids(
 
 def ending_message(tokenizer: PreTrainedTokenizerBase) -> str:
     """A sentence on a template that closes answers with no end token; empty for every other."""
-    if tokenizer.chat_template is None or ending_of(tokenizer).num_ids or tokenizer.eos_token is None:
+    try:
+        has_end = tokenizer.chat_template is None or ending_of(tokenizer).num_ids > 0
+    except BadInput:  # a template that fails is said where a conversation meets it
+        has_end = True
+    if has_end or tokenizer.eos_token is None:
         return ""
     return (
         f"the chat template closes answers with no end token: sampling stops at `{tokenizer.eos_token}`, which SFT "

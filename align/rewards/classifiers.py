@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers.utils import find_adapter_config_file
 
 from align.data import Prompt, Text, ending_of
 from align.data.collate import pad_right
@@ -55,9 +56,8 @@ def classifier(settings: LearnedReward, device: torch.device) -> Callable[[Answe
 
 
 def _loaded(path: str) -> tuple[Any, Any]:
-    load = _adapted if (Path(path) / "adapter_config.json").is_file() else _whole
     try:
-        model, tokenizer = load(path)
+        model, tokenizer = _whole(path) if find_adapter_config_file(path) is None else _adapted(path)
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
         raise BadInput(f"`rewards`: no reward model can be loaded from {path}: {first_line(error)}") from error
     if model.config.num_labels != 1:
@@ -77,7 +77,7 @@ def _adapted(path: str) -> tuple[Any, Any]:
     from peft import PeftConfig, PeftModel, load_peft_weights
 
     config = PeftConfig.from_pretrained(path)
-    if config.task_type != "SEQ_CLS":
+    if config.task_type not in ("SEQ_CLS", None):  # None: TRL's, where the recipe named no type
         raise ValueError(f"its adapter is of task type {config.task_type}; a reward model's is SEQ_CLS")
     base = str(config.base_model_name_or_path)
     if not Path(base).is_dir() and (Path(path) / base).is_dir():
@@ -86,9 +86,13 @@ def _adapted(path: str) -> tuple[Any, Any]:
     further = {"num_labels": labels[0]} if labels else {}
     model, missing = _from_transformers(base, revision=config.revision, **further)
     if missing and not labels:
-        raise ValueError(f"neither it nor its base {base} has weights for `{missing[0]}`")
-    has_tokenizer = (Path(path) / "tokenizer_config.json").is_file()
-    tokenizer = AutoTokenizer.from_pretrained(path if has_tokenizer else base)
+        raise ValueError(
+            f"neither it nor its base {base} has weights for `{missing[0]}`: train it with `task_type: SEQ_CLS`"
+        )
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError):  # it has none of its own
+        tokenizer = AutoTokenizer.from_pretrained(base, revision=config.revision)
     return PeftModel.from_pretrained(model, path), tokenizer
 
 

@@ -10,6 +10,7 @@ from transformers import AutoTokenizer
 
 from align.artifact import MANIFEST, read_manifest
 from align.data import closed, encode_completion, end_token_ids, ending_of
+from align.data.templates import NO_ENDING
 from align.errors import BadInput, RunFailed
 from align.maths.ensembles import conservative
 from align.models.layout import Ids
@@ -101,7 +102,7 @@ def _sequences(answers: Answers, tokenizer: Any, has_own_ids: bool, is_whole: bo
         source: Any = prompt.prompt
         if not isinstance(source, str) and tokenizer.chat_template is None:
             source = question_text(source) + "\n"  # the run was trained on plain text
-        ending = ending_of(tokenizer)
+        ending = NO_ENDING if isinstance(source, str) else ending_of(tokenizer)
         if has_own_ids and (isinstance(source, str) or ending.can_follow):
             prompt_ids, ids = answers.prompt_ids[row], answers.ids[row]
         else:
@@ -109,7 +110,7 @@ def _sequences(answers: Answers, tokenizer: Any, has_own_ids: bool, is_whole: bo
             prompt_ids, ids = encode_completion(
                 tokenizer, source, answers.texts[row], prompt.where, template=prompt.template, ended=ended
             )
-        if not isinstance(source, str) and ending.can_follow:
+        if ending.can_follow:
             ids = closed(ids, ending, end_token_ids(tokenizer), is_whole=is_whole)
         found.append((prompt_ids, ids))
     return found
