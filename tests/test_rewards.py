@@ -73,7 +73,7 @@ def classifier(tmp_path_factory):
     return folder, model.eval()
 
 
-def test_any_sequence_classifier_is_a_reward_even_when_pad_is_the_end(bases, classifier):
+def test_any_sequence_classifier_is_a_reward_as_transformers_reads_it_when_pad_is_the_end(bases, classifier):
     folder, model = classifier
     texts = ["a red cup thanks", "bad", "a a a a the red lamp"]
     tokenizer = bases.main.tokenizer
@@ -83,9 +83,12 @@ def test_any_sequence_classifier_is_a_reward_even_when_pad_is_the_end(bases, cla
             [tokenizer(f"<s> <user> please give me a red cup <end> <assistant> {text} <end>")["input_ids"]]
         )
         with torch.no_grad():
+            expected = float(model(input_ids=ids).logits[0, 0])
             states = model.model(input_ids=ids).last_hidden_state
-            expected = float(model.score(states[0, -1]))
-        assert score == pytest.approx(expected, abs=1e-4)  # read at the end token itself
+        assert score == pytest.approx(expected, abs=1e-5)
+        assert score == pytest.approx(
+            float(model.score(states[0, -2]).detach()), abs=1e-4
+        )  # before the pads, as it was trained
 
 
 def test_weights_columns_and_rows_that_no_reward_judges(bases, tmp_path):

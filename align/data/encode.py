@@ -4,27 +4,39 @@ The template is rendered as text, cut where assistant turns begin and end, and t
 the same ids here as `encode_prompt` gives the sampler. Where an assistant turn begins is where the template,
 rendered up to that turn with its generation prompt, ends. A template that renders a turn differently once
 more turns follow may still be cut by its own `{% generation %}` marks; one with neither is refused.
+
+What a policy learns of a turn goes up to and with its end token. What a reward model reads is the rendering whole.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby
-from types import MappingProxyType
+from itertools import groupby, takewhile
 from typing import TYPE_CHECKING, Any
 
 from align.data.conversations import Message, Text
 from align.data.formats import Demonstration, Preference, Prompt
-from align.data.unread import check_read
+from align.data.templates import (
+    GENERATION_MARK,
+    NO_ARGUMENTS,
+    Ending,
+    apply,
+    discontinuous,
+    end_in,
+    end_token_ids,
+    ending_of,
+    ids_of,
+    num_alike,
+    render,
+    tokenized,
+)
 from align.errors import BadInput
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
-TEMPLATE_CURE = "set `model.chat_template: path.jinja`"
+HOW_ANSWERS_OPEN = "to one whose generation prompt is how answers open"
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +50,10 @@ class Encoded:
 
 @dataclass(frozen=True, slots=True)
 class EncodedPair:
-    """A preference: the prompt as the sampler gets it, and each answer up to and with its end token."""
+    """A preference: the prompt, and each answer with all that the template closes it with.
+
+    The prompt is as the sampler gets it, but for a last token of it that merges with how an answer begins.
+    """
 
     prompt_ids: tuple[int, ...]
     chosen_ids: tuple[int, ...]
@@ -56,228 +71,221 @@ def encode_demonstration(tokenizer: PreTrainedTokenizerBase, demonstration: Demo
         head, tail = _encode_plain(tokenizer, str(prompt), str(completion))
         ids, mask = head + tail, [False] * len(head) + [True] * len(tail)
     else:
-        ids, mask = _encode_chat(
-            tokenizer, prompt, completion, demonstration.where, demonstration.template, demonstration.learnt
-        )
+        ids, mask = _encode_chat(tokenizer, demonstration, prompt + completion)
     return Encoded(tuple(ids[:max_length]), tuple(mask[:max_length]), len(ids) > max_length)
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
     """What the policy continues: the prompt's ids, a conversation's with the template's generation prompt."""
     if isinstance(prompt.prompt, str):
-        return _plain_prompt_ids(tokenizer, prompt.prompt)
-    return _ids(tokenizer, _render(tokenizer, prompt.prompt, prompt.where, prompt.template, is_prompt=True))
+        return _plain_ids(tokenizer, prompt.prompt)
+    text = render(tokenizer, prompt.prompt, prompt.where, is_prompt=True, template=prompt.template)
+    return ids_of(tokenizer, text)
 
 
 def encode_pair(tokenizer: PreTrainedTokenizerBase, preference: Preference, max_length: int) -> EncodedPair | None:
     """The pair's ids, or None when the prompt and the longer answer exceed `max_length` tokens together."""
-    prompt_ids, chosen_ids = _encode_answer(tokenizer, preference, is_chosen=True)
-    _, rejected_ids = _encode_answer(tokenizer, preference, is_chosen=False)
-    if len(prompt_ids) + max(len(chosen_ids), len(rejected_ids)) > max_length:
+    p = preference
+    sides = [_encode_answer(tokenizer, p.prompt, answer, p.where, p.template) for answer in (p.chosen, p.rejected)]
+    chosen, rejected = (tuple(prompt_ids + ids) for prompt_ids, ids in sides)
+    if max(len(chosen), len(rejected)) > max_length:
         return None
-    return EncodedPair(tuple(prompt_ids), tuple(chosen_ids), tuple(rejected_ids))
+    num_prompt = min(len(prompt_ids) for prompt_ids, _ in sides)
+    return EncodedPair(chosen[:num_prompt], chosen[num_prompt:], rejected[num_prompt:])
 
 
 def encode_completion(
-    tokenizer: PreTrainedTokenizerBase, prompt: Text, text: str, where: str
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: Text,
+    text: str,
+    where: str,
+    *,
+    template: Mapping[str, Any] = NO_ARGUMENTS,
+    ended: bool = True,
 ) -> tuple[list[int], list[int]]:
-    """Ids of a prompt, and of `text` as an answer to it, with the end that answers have in training."""
-    answer: Any = text if isinstance(prompt, str) else ({"role": "assistant", "content": text},)
-    source: Any = prompt if isinstance(prompt, str) else tuple(prompt)
-    return _encode_answer(tokenizer, Preference(source, answer, answer, 1.0, 1.0, 0.0, where), is_chosen=True)
+    """Ids of a prompt, and of `text` as an answer to it: together what the template renders, whole, or, where the
+    answer was cut off (not `ended`), up to its last word. A template that opens a thought which it does not render
+    again has the two parted where they differ."""
+    answer: Text = text if isinstance(prompt, str) else (Message(role="assistant", content=text),)
+    source: Text = prompt if isinstance(prompt, str) else tuple(prompt)
+    return _encode_answer(tokenizer, source, answer, where, template, ended=ended, is_strict=False)
 
 
-def decode_completion(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
-    """An answer's text, without special tokens."""
-    return str(tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
+def decode_completion(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], end_ids: Sequence[int] = ()) -> str:
+    """An answer's text, without special tokens, and without the end token if it is one of `end_ids`."""
+    own = list(ids[:-1] if len(ids) and ids[-1] in end_ids else ids)
+    return str(tokenizer.decode(own, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
 
-def end_token_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """Tokens that end an answer: the tokenizer's eos, and what the template closes an assistant turn with.
-
-    Empty when neither is a special token: a policy trained so never stops by itself.
-    """
-    ends = [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
-    if tokenizer.chat_template is not None:
-        question, answer = Message(role="user", content="a"), Message(role="assistant", content="a")
-        ids, mask = _encode_chat(tokenizer, (question,), (answer,), "chat template")
-        last = [token for token, is_answer in zip(ids, mask, strict=True) if is_answer][-1]
-        if last in _special_ids(tokenizer) and last not in ends:
-            ends.append(last)
-    return tuple(ends)
+def closed(ids: Sequence[int], ending: Ending, end_ids: Sequence[int] = (), *, is_whole: bool = True) -> list[int]:
+    """An answer's ids with what the template closes a turn with in the place of its end token (the template's, or one
+    of `end_ids`); an answer that was cut off as it is. Not `is_whole`: up to and with the end token alone."""
+    upto = ending.ids[: ending.num_ids]
+    for tail in (ending.ids, upto) if upto else ():
+        if tuple(ids[-len(tail) :]) == tail:
+            return [*ids[: -len(tail)], *(ending.ids if is_whole else upto)]
+    return [*ids[:-1], *ending.ids] if is_whole and len(ids) and ids[-1] in end_ids else list(ids)
 
 
 def _encode_answer(
-    tokenizer: PreTrainedTokenizerBase, preference: Preference, *, is_chosen: bool
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: Text,
+    answer: Text,
+    where: str,
+    template: Mapping[str, Any],
+    *,
+    ended: bool = True,
+    is_strict: bool = True,
 ) -> tuple[list[int], list[int]]:
-    prompt, answer = preference.prompt, preference.chosen if is_chosen else preference.rejected
     if isinstance(prompt, str) or isinstance(answer, str):
-        return _encode_plain(tokenizer, str(prompt), str(answer))
-    head = _render(tokenizer, prompt, preference.where, preference.template, is_prompt=True)
-    full = _render(tokenizer, prompt + answer, preference.where, preference.template)
-    if not full.startswith(head):
-        raise _discontinuous(preference.where, "to one whose generation prompt is how answers open")
-    head_ids, tail_ids = _tokenized(tokenizer, [head, full[len(head) :]])
-    return head_ids, tail_ids[: _answer_length(tokenizer, tail_ids)]
+        return _encode_plain(tokenizer, str(prompt), str(answer), ended=ended)
+    head = render(tokenizer, prompt, where, is_prompt=True, template=template)
+    full = render(tokenizer, prompt + answer, where, template=template)
+    if not ended:
+        full = full.removesuffix(ending_of(tokenizer).text)
+    if is_strict and not full.startswith(head):
+        raise discontinuous(where, HOW_ANSWERS_OPEN, head[num_alike(head, full) :])
+    whole = ids_of(tokenizer, full)
+    num_shared = num_alike(ids_of(tokenizer, head), whole)
+    return whole[:num_shared], whole[num_shared:]
 
 
-def _encode_plain(tokenizer: PreTrainedTokenizerBase, prompt: str, completion: str) -> tuple[list[int], list[int]]:
-    """Ids of the prompt, and of the completion with the end token."""
-    prompt_ids = _plain_prompt_ids(tokenizer, prompt)
-    whole = _plain_prompt_ids(tokenizer, prompt + completion)
+def _encode_plain(
+    tokenizer: PreTrainedTokenizerBase, prompt: str, completion: str, *, ended: bool = True
+) -> tuple[list[int], list[int]]:
+    """Ids of the prompt, and of the completion with the end token, which a text that was rendered already may hold."""
+    prompt_ids = _plain_ids(tokenizer, prompt)
+    whole = _plain_ids(tokenizer, prompt + completion)
     # Words may merge across the cut; the prompt must stay as the sampler sees it.
     is_prefix = whole[: len(prompt_ids)] == prompt_ids
-    tail = whole[len(prompt_ids) :] if is_prefix else _ids(tokenizer, completion)
-    return prompt_ids, tail + ([] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)])
+    tail = whole[len(prompt_ids) :] if is_prefix else ids_of(tokenizer, completion)
+    if not ended or tokenizer.eos_token_id is None or _ends_already(tokenizer, completion):
+        return prompt_ids, tail
+    return prompt_ids, [*tail, int(tokenizer.eos_token_id)]
 
 
-def _plain_prompt_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """With the tokenizer's own opening token, if it has one, but never an end token after an open prompt."""
-    ids = list(tokenizer(text)["input_ids"])
-    if ids and ids[-1] == tokenizer.eos_token_id and len(ids) > len(_ids(tokenizer, text)):
-        ids = ids[:-1]
-    return ids
+def _plain_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """With the tokenizer's own opening tokens, if it has any and the text does not hold them; nothing at the end."""
+    probe: Any = tokenizer("a", return_special_tokens_mask=True)
+    is_added = takewhile(lambda pair: pair[1], zip(probe["input_ids"], probe["special_tokens_mask"], strict=True))
+    opening, ids = [token for token, _ in is_added], ids_of(tokenizer, text)
+    return ids if ids[: len(opening)] == opening else opening + ids
+
+
+def _ends_already(tokenizer: PreTrainedTokenizerBase, text: str) -> bool:
+    try:
+        ends = end_token_ids(tokenizer)
+    except BadInput:  # a template that fails is none of plain text's concern
+        ends = (int(tokenizer.eos_token_id),) if tokenizer.eos_token_id is not None else ()
+    return text.rstrip().endswith(tuple(str(tokenizer.convert_ids_to_tokens(token)) for token in ends))
 
 
 def _encode_chat(
-    tokenizer: PreTrainedTokenizerBase,
-    prompt: tuple[Message, ...],
-    completion: tuple[Message, ...],
-    where: str,
-    template: Mapping[str, Any] = MappingProxyType({}),
-    learnt: tuple[bool, ...] | None = None,
+    tokenizer: PreTrainedTokenizerBase, demonstration: Demonstration, messages: tuple[Message, ...]
 ) -> tuple[list[int], list[bool]]:
-    messages = prompt + completion
-    learns = [False] * len(prompt) + list(learnt or [True] * len(completion))
-    full = _render(tokenizer, messages, where, template)
+    d = demonstration
+    num_context = len(d.prompt)
+    marks = [False] * num_context + list(d.learnt or [True] * (len(messages) - num_context))
+    learnt = [is_on and m["role"] == "assistant" for m, is_on in zip(messages, marks, strict=True)]
+    full = render(tokenizer, messages, d.where, template=d.template)
     try:
-        cuts = _answer_spans(tokenizer, messages, learns, full, where, template)
+        turns = list(_answer_turns(tokenizer, messages, learnt, full, d))
     except _Discontinuous:
-        return _encode_by_marks(tokenizer, messages, learns, where, template)
+        return _encode_by_marks(tokenizer, messages, learnt, d)
     chunks, position = [], 0
-    for start, end in cuts:
-        chunks += [full[position:start], full[start:end]]
-        position = end
-    chunks.append(full[position:])
+    for turn in turns:
+        chunks += [full[position : turn.start], full[turn.start : turn.stop]]
+        position = turn.stop
+    if not turns or turns[-1].has_end or not learnt[-1]:
+        chunks.append(full[position:])
     ids: list[int] = []
     mask: list[bool] = []
-    for index, part in enumerate(_tokenized(tokenizer, chunks)):
-        num_answer = _answer_length(tokenizer, part) if index % 2 else 0
+    for index, part in enumerate(tokenized(tokenizer, chunks)):
         ids += part
-        mask += [True] * num_answer + [False] * (len(part) - num_answer)
+        mask += [index % 2 == 1] * len(part)
+    if len(chunks) % 2 == 0 and tokenizer.eos_token_id is not None:  # the last answer has no end of the template's
+        ids.append(int(tokenizer.eos_token_id))
+        mask.append(True)
     return ids, mask
 
 
-def _answer_spans(
+@dataclass(frozen=True, slots=True)
+class _Turn:
+    """Where in the text what is learnt of an answer stands, and whether it ends with an end token."""
+
+    start: int
+    stop: int
+    has_end: bool
+
+
+def _answer_turns(
     tokenizer: PreTrainedTokenizerBase,
     messages: tuple[Message, ...],
-    learns: list[bool],
+    learnt: Sequence[bool],
     full: str,
-    where: str,
-    template: Mapping[str, Any],
-) -> list[tuple[int, int]]:
-    """(start, end) in `full` of each assistant turn that carries loss, with all that closes it."""
-    spans = []
-    for index, learns_this in enumerate(learns):
-        if not learns_this or messages[index]["role"] != "assistant":
+    demonstration: Demonstration,
+) -> Iterator[_Turn]:
+    where, template = demonstration.where, demonstration.template
+    for index, is_learnt in enumerate(learnt):
+        if not is_learnt:
             continue
-        head = _render(tokenizer, messages[:index], where, template, is_prompt=True)
-        upto = _render(tokenizer, messages[: index + 1], where, template)
+        head = render(tokenizer, messages[:index], where, is_prompt=True, template=template)
+        upto = render(tokenizer, messages[: index + 1], where, template=template)
         if not full.startswith(head) or not upto.startswith(head):
             raise _Discontinuous
-        if full.startswith(upto):
-            spans.append((len(head), len(upto)))
-            continue
-        # Qwen3 opens the last answer alone with an empty <think> block: find this one by its text and ending.
-        content = messages[index]["content"].strip()
-        ending = upto[upto.rindex(content) + len(content) :] if content in upto else None
-        start = full.find(content, len(head))
-        if ending is None or start < 0 or not full.startswith(ending, start + len(content)):
-            raise _Discontinuous
-        spans.append((len(head), start + len(content) + len(ending)))
-    return spans
+        content = str(messages[index].get("content") or "").strip()
+        stop = len(upto)
+        if not full.startswith(upto):
+            stop = _stop_elsewhere(full, upto, len(head), content)
+        num_learnt, has_end = _learnt_part(tokenizer, full[len(head) : stop], content)
+        yield _Turn(len(head), len(head) + num_learnt, has_end)
+
+
+def _stop_elsewhere(full: str, upto: str, start: int, content: str) -> int:
+    """Where a turn ends that is rendered differently once more turns follow: Qwen3 opens the last answer alone with a
+    <think> block, and leaves out the thoughts of earlier ones. It is found by its text and ending."""
+    for words in (content, content.rpartition("</think>")[2].strip()):
+        at = full.find(words, start) if words and words in upto else -1
+        ending = upto[upto.rindex(words) + len(words) :] if at >= 0 else ""
+        if at >= 0 and full.startswith(ending, at + len(words)):
+            return at + len(words) + len(ending)
+    raise _Discontinuous
+
+
+def _learnt_part(tokenizer: PreTrainedTokenizerBase, turn: str, content: str) -> tuple[int, bool]:
+    """Characters of an assistant's turn up to and with its end token, and whether it has one."""
+    ending = ending_of(tokenizer)
+    if ending.num_ids and turn.endswith(ending.text):
+        return len(turn) - len(ending.text) + ending.stop, True
+    words = content if content in turn else content.rpartition("</think>")[2].strip()
+    if words and words in turn:
+        last = turn.rindex(words) + len(words)
+        found = end_in(tokenizer, turn[last:])
+        return last + (found[0] if found else 0), found is not None
+    return len(turn.removesuffix(ending.text)), False
 
 
 def _encode_by_marks(
     tokenizer: PreTrainedTokenizerBase,
     messages: tuple[Message, ...],
-    learns: list[bool],
-    where: str,
-    template: Mapping[str, Any],
+    learnt: Sequence[bool],
+    demonstration: Demonstration,
 ) -> tuple[list[int], list[bool]]:
     """Ids and mask by the template's own `{% generation %}` marks, which cover every assistant turn."""
-    if not GENERATION_MARK.search(tokenizer.get_chat_template()):
-        raise _discontinuous(where, "to one with {% generation %} marks around assistant turns")
-    out: Any = tokenizer.apply_chat_template(
-        _plain_dicts(messages), return_dict=True, return_assistant_tokens_mask=True, **template
-    )
-    turns = iter([own for message, own in zip(messages, learns, strict=True) if message["role"] == "assistant"])
+    where, template = demonstration.where, demonstration.template
+    if not GENERATION_MARK.search(tokenizer.get_chat_template(tools=template.get("tools"))):
+        raise discontinuous(where, "to one with {% generation %} marks around assistant turns")
+    out = apply(tokenizer, messages, where, template, return_dict=True, return_assistant_tokens_mask=True)
+    ids, ends = list(out["input_ids"]), end_token_ids(tokenizer)
+    turns = iter([is_on for message, is_on in zip(messages, learnt, strict=True) if message["role"] == "assistant"])
     mask: list[bool] = []
     for is_answer, run in groupby(bool(flag) for flag in out["assistant_masks"]):
-        is_learnt = is_answer and next(turns, False)  # each run of marked tokens is one turn
-        mask += [is_learnt for _ in run]
-    return list(out["input_ids"]), mask
-
-
-def _tokenized(tokenizer: PreTrainedTokenizerBase, chunks: list[str]) -> list[list[int]]:
-    """Each chunk's ids. Where every cut falls between tokens these are the ids of the text in one piece."""
-    whole = _ids(tokenizer, "".join(chunks))
-    counts = [0]
-    for index in range(1, len(chunks)):
-        head = _ids(tokenizer, "".join(chunks[:index]))
-        if whole[: len(head)] != head:
-            break
-        counts.append(len(head))
-    else:
-        return [whole[a:b] for a, b in zip(counts, [*counts[1:], len(whole)], strict=True)]
-    return [_ids(tokenizer, chunk) for chunk in chunks]
-
-
-def _answer_length(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> int:
-    """Tokens of a turn up to its end token; all of them where the template closes a turn without one."""
-    special = _special_ids(tokenizer)
-    return max((index + 1 for index, token in enumerate(ids) if token in special), default=len(ids))
-
-
-def _special_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    added = tokenizer.added_tokens_decoder.items()
-    return set(tokenizer.all_special_ids) | {token for token, content in added if content.special}
-
-
-def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
-
-
-def _render(
-    tokenizer: PreTrainedTokenizerBase,
-    messages: Sequence[Message],
-    where: str,
-    template: Mapping[str, Any],
-    *,
-    is_prompt: bool = False,
-) -> str:
-    if tokenizer.chat_template is None:
-        raise BadInput(f"{where}: a conversation, but the tokenizer has no chat template; {TEMPLATE_CURE}")
-    check_read(tokenizer, messages, template, where)
-    from jinja2 import TemplateError
-
-    try:
-        rendered = tokenizer.apply_chat_template(
-            _plain_dicts(messages), tokenize=False, add_generation_prompt=is_prompt, **template
-        )
-    except TemplateError as error:
-        raise BadInput(f"{where}: the chat template refuses this conversation ({error}); {TEMPLATE_CURE}") from None
-    return str(rendered)
-
-
-def _plain_dicts(messages: Sequence[Message]) -> list[dict[str, Any]]:
-    return [dict(message) for message in messages]
-
-
-def _discontinuous(where: str, cure: str) -> BadInput:
-    return BadInput(
-        f"{where}: the chat template does not render an answer as a continuation of its prompt; {TEMPLATE_CURE} {cure}"
-    )
+        is_on = is_answer and next(turns, False)  # each run of marked tokens is one turn
+        start = len(mask)
+        mask += [is_on for _ in run]
+        if not is_answer and start and mask[start - 1] and ids[start] in ends:
+            mask[start] = ids[start - 1] not in ends  # marks that leave the end token out
+    return ids, mask
 
 
 @dataclass(frozen=True, slots=True)

@@ -61,8 +61,8 @@ class Demonstration:
     prompt: Text
     completion: Text
     where: str
-    template: Mapping[str, Any] = field(default_factory=dict)
-    learnt: tuple[bool, ...] | None = None
+    template: Mapping[str, Any] = field(default_factory=dict)  # arguments of the chat template: tools and others
+    learnt: tuple[bool, ...] | None = None  # of each message of `completion`; None: every assistant turn
 
 
 @dataclass(frozen=True, slots=True)

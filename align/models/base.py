@@ -93,6 +93,11 @@ def trunk_of(model: PreTrainedModel) -> torch.nn.Module:
     return model.base_model if model.base_model is not model else model.get_decoder()
 
 
+def stop_ids(model: PreTrainedModel) -> int | list[int] | None:
+    """The end tokens that came with the model, in its generation config."""
+    return getattr(model.generation_config, "eos_token_id", None)
+
+
 def decoder_layers(model: PreTrainedModel) -> torch.nn.ModuleList:
     """The trunk's layers, first to last.
 

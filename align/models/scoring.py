@@ -1,6 +1,7 @@
 """Scores of whole sequences by a role with a scalar head."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -8,6 +9,14 @@ from torch import Tensor
 from align.models.budget import reading_tokens
 from align.models.layout import Ids, Tree, parts_of
 from align.models.roles import Role
+
+WHOLE = {"sequence": "whole"}  # what a reward run's manifest says of the sequences that it was trained on
+
+
+def reads_whole(manifest: Mapping[str, Any]) -> bool:
+    """Whether a reward run reads conversations as the template renders them, whole; earlier versions had them end at
+    the end token."""
+    return manifest.get("sequence") == WHOLE["sequence"]
 
 
 def branch_scores(role: Role, trees: Sequence[Tree]) -> Tensor:

@@ -1,20 +1,23 @@
-"""Learned rewards: a reward run of ours as a view over its base, or any transformers sequence classifier."""
+"""Learned rewards: a reward run of ours as a view over its base, or a classifier that was made elsewhere."""
 
+import json
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from torch import Tensor
+from transformers import AutoTokenizer
 
 from align.artifact import MANIFEST, read_manifest
-from align.data import encode_completion
-from align.data.collate import pad_right
-from align.errors import BadInput
+from align.data import closed, encode_completion, end_token_ids, ending_of
+from align.data.templates import NO_ENDING
+from align.errors import BadInput, RunFailed
 from align.maths.ensembles import conservative
-from align.models.budget import reading_tokens
-from align.models.layout import Ids, Tree, passes_of
+from align.models.layout import Ids
 from align.models.roles import Bases
-from align.models.scoring import score_sequences
+from align.models.scoring import reads_whole, score_sequences
+from align.rewards.classifiers import classifier, question_text
 from align.rewards.mix import Answers, Scorer
 from align.settings import EnsembleReward, LearnedReward
 
@@ -25,7 +28,8 @@ def learned(settings: LearnedReward, bases: Bases) -> Scorer:
     """A scorer: (score - mean) / std as measured by the reward run, clipped to +- `clip` if that is set."""
     if (Path(settings.path) / MANIFEST).is_file():
         return _ours(settings, bases)
-    return _classifier(settings, bases)
+    read = classifier(settings, bases.device)
+    return lambda answers: _normalised(read(answers), 0.0, 1.0, settings, answers)
 
 
 def ensemble(settings: EnsembleReward, bases: Bases) -> Scorer:
@@ -54,85 +58,67 @@ def ensemble_members(
 def _ours(settings: LearnedReward, bases: Bases) -> Scorer:
     manifest = read_manifest(settings.path)
     role = bases.role(settings.path, head=True)
-    base = bases.load(str(manifest["base"])) if role.has_adapter else bases.load(settings.path)
-    tokenizer = base.tokenizer if base is bases.main else AutoTokenizer.from_pretrained(settings.path)
-    is_same_tokenizer = _speaks_like(tokenizer, bases.main.tokenizer)
+    tokenizer = AutoTokenizer.from_pretrained(settings.path)
     mean, std = (float(manifest["score_mean"]), float(manifest["score_std"])) if settings.normalize else (0.0, 1.0)
     if std < MIN_STD:
         raise BadInput(f"`rewards`: {settings.path} gave all its reference samples the same score: it learnt nothing")
 
     def score(answers: Answers) -> list[float]:
-        prompts, ids = (answers.prompt_ids, answers.ids) if is_same_tokenizer else _retokenised(answers, tokenizer)
-        raw = score_sequences(role, prompts, ids, max_batch_tokens=settings.max_batch_tokens)
-        return _normalised(raw, mean, std, settings.clip)
+        theirs = bases.main.tokenizer if answers.tokenizer is None else answers.tokenizer
+        sequences = _sequences(answers, tokenizer, _speaks_like(tokenizer, theirs), reads_whole(manifest))
+        prompts, replies = ([each[i] for each in sequences] for i in (0, 1))
+        raw = score_sequences(role, prompts, replies, max_batch_tokens=settings.max_batch_tokens)
+        return _normalised(raw, mean, std, settings, answers)
 
     return score
 
 
+@lru_cache(maxsize=64)
 def _speaks_like(one: Any, other: Any) -> bool:
-    """Whether two tokenizers give a conversation the same ids."""
-    return one is other or (one.get_vocab() == other.get_vocab() and one.chat_template == other.chat_template)
+    """Whether two tokenizers give any text and any conversation the same ids."""
+    return one is other or _signs(one) == _signs(other)
 
 
-def _classifier(settings: LearnedReward, bases: Bases) -> Scorer:
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(settings.path)
-        model = AutoModelForSequenceClassification.from_pretrained(settings.path, use_safetensors=True)
-    except (OSError, ValueError) as error:
-        raise BadInput(
-            f"`rewards`: no reward model can be loaded from {settings.path}: {str(error).strip().splitlines()[0]}"
-        ) from error
-    if model.config.num_labels != 1:
-        raise BadInput(f"`rewards`: {settings.path} gives {model.config.num_labels} labels; a reward has one")
-    model.to(bases.device).eval().requires_grad_(False)
-
-    def score(answers: Answers) -> list[float]:
-        raw = _classified(model, *_retokenised(answers, tokenizer), settings.max_batch_tokens)
-        return _normalised(raw, 0.0, 1.0, settings.clip)
-
-    return score
+def _signs(tokenizer: Any) -> list[Any]:
+    """All that ids depend on; which token pads is none of it."""
+    backend: Any = tokenizer.get_vocab()
+    if tokenizer.is_fast:
+        backend = json.loads(tokenizer.backend_tokenizer.to_str())
+        backend = {key: part for key, part in backend.items() if key not in ("truncation", "padding")}
+    return [backend, tokenizer.chat_template, tokenizer.bos_token, tokenizer.eos_token, tokenizer.unk_token]
 
 
-@torch.no_grad()
-def _classified(model: Any, prompts: list[Ids], ids: list[Ids], max_batch_tokens: int | None) -> torch.Tensor:
-    """Scores (N,) of prompt + answer.
-
-    transformers pools at the last id that is not the pad, mask or no mask: so the pad is made an id that no sequence
-    holds, and a pad token that equals the end token hides no end.
-    """
-    sequences = [[*p, *a] for p, a in zip(prompts, ids, strict=True)]
-    used = {token for sequence in sequences for token in sequence}
-    pad_id = next(i for i in range(model.config.get_text_config().vocab_size) if i not in used)
-    model.config.get_text_config().pad_token_id = model.config.pad_token_id = pad_id
-    scores = torch.zeros(len(sequences))
-    budget = reading_tokens(model, max_batch_tokens)
-    for rows in passes_of([Tree(s, [()]) for s in sequences], max_tokens=budget, is_flat=False):
-        batch, mask = pad_right([sequences[i] for i in rows], pad_id)
-        logits = model(input_ids=batch.to(model.device), attention_mask=mask.long().to(model.device)).logits
-        scores[rows] = logits[:, 0].float().cpu()
-    return scores
-
-
-def _retokenised(answers: Answers, tokenizer: Any) -> tuple[list[Ids], list[Ids]]:
-    """Prompts and answers in the reward model's own chat template and tokens."""
-    prompts: list[Ids] = []
-    replies: list[Ids] = []
-    for prompt, text in zip(answers.prompts, answers.texts, strict=True):
-        source = prompt.prompt
+def _sequences(answers: Answers, tokenizer: Any, has_own_ids: bool, is_whole: bool) -> list[tuple[Ids, Ids]]:
+    """Prompts and answers as the reward run was trained to read them: the answers' own ids, closed as its template
+    closes a turn, where they are its tokenizer's; else what its template makes of the texts."""
+    found: list[tuple[Ids, Ids]] = []
+    for row, prompt in enumerate(answers.prompts):
+        source: Any = prompt.prompt
         if not isinstance(source, str) and tokenizer.chat_template is None:
-            source = "\n".join(message["content"] for message in source) + "\n"  # a classifier without a template
-        if isinstance(source, str):
-            prompts.append(list(tokenizer(source + text)["input_ids"]))
-            replies.append(())
-            continue
-        prompt_ids, reply_ids = encode_completion(tokenizer, source, text, prompt.where)
-        prompts.append(prompt_ids)
-        replies.append(reply_ids)
-    return prompts, replies
+            source = question_text(source) + "\n"  # the run was trained on plain text
+        ending = NO_ENDING if isinstance(source, str) else ending_of(tokenizer)
+        if has_own_ids and (isinstance(source, str) or ending.can_follow):
+            prompt_ids, ids = answers.prompt_ids[row], answers.ids[row]
+        else:
+            ended = answers.ended[row] if answers.ended else True
+            prompt_ids, ids = encode_completion(
+                tokenizer, source, answers.texts[row], prompt.where, template=prompt.template, ended=ended
+            )
+        if ending.can_follow:
+            ids = closed(ids, ending, end_token_ids(tokenizer), is_whole=is_whole)
+        found.append((prompt_ids, ids))
+    return found
 
 
-def _normalised(raw: torch.Tensor, mean: float, std: float, clip: float | None) -> list[float]:
+def _normalised(raw: Tensor, mean: float, std: float, settings: LearnedReward, answers: Answers) -> list[float]:
+    bad = torch.nonzero(~torch.isfinite(raw))
+    if len(bad):
+        row = int(bad[0])
+        raise RunFailed(
+            f"the reward model in {settings.path} gave {float(raw[row])} for the answer to "
+            f"{answers.prompts[row].where}: its weights or its precision are at fault; name another reward model"
+        )
     scores = (raw - mean) / std
-    if clip is not None:
-        scores = scores.clamp(-clip, clip)
+    if settings.clip is not None:
+        scores = scores.clamp(-settings.clip, settings.clip)
     return [float(score) for score in scores]

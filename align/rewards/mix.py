@@ -36,6 +36,8 @@ class Answers:
     prompt_ids: Sequence[Sequence[int]]
     texts: Sequence[str]  # without special tokens
     ids: Sequence[Sequence[int]]  # with the end token, where there is one
+    ended: Sequence[bool] = ()  # whether each came to its end; empty: all did
+    tokenizer: Any = None  # by which the ids were made; None: that of the recipe's base
 
 
 Scorer = Callable[[Answers], list[float]]  # NaN: does not apply

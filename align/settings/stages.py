@@ -167,6 +167,8 @@ class LearnedReward(Settings):
     normalize: bool = True  # (score - mean) / std, as measured on the reference samples of that run
     clip: Positive | None = None  # after normalising
     max_batch_tokens: Count | None = None  # of a pass: memory only
+    pair: bool | None = None  # a classifier of (question, answer), as two segments with a separator; None: it is one
+    # if it has no chat template and its tokenizer separates two segments (BERT's and its kin's do)
 
 
 class EnsembleReward(Settings):

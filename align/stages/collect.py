@@ -12,6 +12,7 @@ from typing import Any
 from align.artifact import begin, finish, write_lines
 from align.data import Prompt, decode_completion, encode_prompt, end_token_ids, load
 from align.errors import BadInput
+from align.models.base import stop_ids
 from align.models.roles import Bases, Role
 from align.rollout.draw import uniforms
 from align.rollout.sampling import sample
@@ -50,7 +51,8 @@ def run(settings: CollectSettings, worker: Worker) -> None:
                 mine = [kept[i] for i in worker.mine(len(kept))]
                 answers = _answers(role, tokenizer, name, draw, mine, prompts[name], settings)
                 for i, answer in zip(mine, answers, strict=True):
-                    found[i, name, draw] = {"prompt": rows[i].prompt, "columns": rows[i].columns} | answer
+                    own = {"template": dict(rows[i].template)} if rows[i].template else {}
+                    found[i, name, draw] = {"prompt": rows[i].prompt, "columns": rows[i].columns} | own | answer
             tracker.log(number, {"policy": name, "answers": sum(key[1] == name for key in found)})
         parts = worker.gather_objects(found)
         if worker.is_main:
@@ -81,13 +83,14 @@ def _answers(
     """One answer to each of `rows`, whose random numbers are theirs alone."""
     temperatures = settings.temperatures
     sampling = settings.sampling.model_copy(update={"temperature": temperatures[draw % len(temperatures)]})
+    end_ids = end_token_ids(tokenizer, stop_ids(role.causal))
     step = zlib.crc32(f"{name} {draw}".encode())
     rollouts, _ = sample(
         role,
         [prompts[i] for i in rows],
         uniforms(settings.seed, STREAM, step, rows, sampling.max_new_tokens),
         sampling,
-        end_ids=end_token_ids(tokenizer),
+        end_ids=end_ids,
         pad_id=tokenizer.pad_token_id,
         batch_size=settings.batch_size,
     )
@@ -96,7 +99,7 @@ def _answers(
             "policy": name,
             "draw": draw,
             "temperature": sampling.temperature,
-            "text": decode_completion(tokenizer, ids),
+            "text": decode_completion(tokenizer, ids, end_ids),
             "num_tokens": len(ids),
             "ended": ended,
         }

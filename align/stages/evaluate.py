@@ -12,12 +12,14 @@ from pathlib import Path
 import torch
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from align.artifact import begin, finish, write_json, write_text
+from align.artifact import begin, finish, read_manifest, write_json, write_text
 from align.data import Prompt, decode_completion, encode_prompt, end_token_ids, load
 from align.errors import BadInput
 from align.maths.calibration import comparison, win_rate
 from align.maths.kl import kl_estimate
+from align.models.base import stop_ids
 from align.models.roles import Bases, Role
+from align.models.scoring import reads_whole
 from align.parents import remarks_on_parents
 from align.report.page import wins
 from align.report.tables import markdown_table, result_table, save_samples
@@ -119,13 +121,14 @@ def _judge(
 ) -> Judged:
     mine = list(worker.mine(len(rows)))
     role, tokenizer, sampling = speaker.role, speaker.tokenizer, settings.sampling
+    end_ids = end_token_ids(tokenizer, stop_ids(role.causal))
     numbers = uniforms(settings.seed, STREAM, 0, mine, sampling.max_new_tokens)
     rollouts, _ = sample(
         role,
         [encode_prompt(tokenizer, rows[i]) for i in mine],
         numbers,
         sampling,
-        end_ids=end_token_ids(tokenizer),
+        end_ids=end_ids,
         pad_id=tokenizer.pad_token_id,
         batch_size=settings.batch_size,
     )
@@ -134,8 +137,9 @@ def _judge(
     )
     kl = kl_estimate(own.logprobs, others.logprobs).sum(1)
     entropies = own.entropies.sum(1) / rollouts.lengths.clamp(min=1)
-    texts = [decode_completion(tokenizer, ids) for ids in rollouts.answers]
-    answers = Answers([rows[i] for i in mine], rollouts.prompts, texts, rollouts.answers)
+    texts = [decode_completion(tokenizer, ids, end_ids) for ids in rollouts.answers]
+    ended = rollouts.ended.tolist()
+    answers = Answers([rows[i] for i in mine], rollouts.prompts, texts, rollouts.answers, ended, tokenizer)
     scores, _ = judge(answers)
     others_say = {name: mix(answers)[0] for name, mix in beside.items()}
     further = [{name: values[i] for name, values in others_say.items()} for i in range(len(texts))]
@@ -194,7 +198,12 @@ def _pair_metrics(settings: EvaluateSettings, bases: Bases, worker: Worker) -> d
     if check is None:
         return {}
     loaded = load(check.data, "preferences")
-    pairs, _ = encode_pairs(bases.tokenizer(check.path), loaded.validation or loaded.train, check.max_length)
+    pairs, _ = encode_pairs(
+        bases.tokenizer(check.path),
+        loaded.validation or loaded.train,
+        check.max_length,
+        is_whole=reads_whole(read_manifest(check.path)),
+    )
     role = bases.role(check.path, head=True)
     found = evaluate_pairs(role, pairs, worker)
     return {"reward": {name.removeprefix("eval_"): value for name, value in found.items()} | {"pairs": len(pairs)}}

@@ -19,11 +19,11 @@ from typing import Any
 from torch import nn
 
 from align.artifact import MANIFEST, begin, finish, folder_in_one_go, read_manifest
-from align.data import encode_prompt, end_token_ids, load, unread
+from align.data import encode_prompt, end_token_ids, ending_message, load, unread
 from align.errors import BadInput
 from align.identity import has_adapter
 from align.maths.kl import next_kl_coef
-from align.models.base import switch_dropout_off
+from align.models.base import stop_ids, switch_dropout_off
 from align.models.roles import Bases, Role, new_head
 from align.models.saving import save_role
 from align.parents import remarks_on_parents
@@ -192,7 +192,8 @@ def cast_roles(settings: PpoSettings, worker: Worker) -> Cast:
             role.causal.gradient_checkpointing_enable({"use_reentrant": False})
     rewards = build_rewards(settings.rewards, bases)
     reference = bases.role(start if settings.reference is None else settings.reference.path)
-    return Cast(bases, base, tokenizer, policy, reference, critic, rewards, end_token_ids(tokenizer))
+    ends = end_token_ids(tokenizer, stop_ids(base.model))
+    return Cast(bases, base, tokenizer, policy, reference, critic, rewards, ends)
 
 
 def _critic(bases: Bases, settings: PpoSettings, policy_method: AnyMethod | None) -> Role:
@@ -325,7 +326,8 @@ def _speeds(scored: Scored, phases: Phases, ppo: Ppo) -> dict[str, float]:
 
 
 def _remarks(cast: Cast, settings: PpoSettings) -> list[str]:
-    remarks = [available(settings.ppo.optim, cast.policy.device)[1], *remarks_on_parents(settings)]
+    optimizer = available(settings.ppo.optim, cast.policy.device)[1]
+    remarks = [ending_message(cast.tokenizer), optimizer, *remarks_on_parents(settings)]
     if settings.sampling.top_k or settings.sampling.top_p < 1.0:
         remarks.append(
             "warning: with top_k or top_p answers are not drawn from the distribution that PPO differentiates; "

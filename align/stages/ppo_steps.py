@@ -129,8 +129,10 @@ def sample_and_score(
         policy = at_draw or reader(cast.policy, rollouts, entropies=True, values=cast.is_shared_trunk)
         reference = reader(cast.reference, rollouts)
         critic = policy if cast.is_shared_trunk else reader(cast.critic, rollouts, logprobs=False, values=True)
-        texts = [decode_completion(cast.tokenizer, ids) for ids in rollouts.answers]
-        scores, parts = cast.rewards(Answers([row.prompt for row in rows], rollouts.prompts, texts, rollouts.answers))
+        texts = [decode_completion(cast.tokenizer, ids, cast.end_ids) for ids in rollouts.answers]
+        asked = [row.prompt for row in rows]
+        ended = rollouts.ended.tolist()
+        scores, parts = cast.rewards(Answers(asked, rollouts.prompts, texts, rollouts.answers, ended, cast.tokenizer))
     series = policy.logprobs, reference.logprobs, policy.entropies, critic.values
     own = [
         (

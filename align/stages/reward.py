@@ -15,8 +15,17 @@ from typing import Any
 import torch
 
 from align.artifact import begin, finish
-from align.data import EncodedPair, encode_demonstration, encode_pair, load, unread
-from align.data.formats import Preference
+from align.data import (
+    Demonstration,
+    EncodedPair,
+    Preference,
+    closed,
+    encode_pair,
+    ending_message,
+    ending_of,
+    load,
+    unread,
+)
 from align.errors import BadInput, RunFailed
 from align.maths.calibration import pair_calibration_error
 from align.maths.losses import pair_loss
@@ -24,7 +33,7 @@ from align.models.budget import training_tokens
 from align.models.layout import Ids, Tree, passes_of
 from align.models.roles import Bases, Role
 from align.models.saving import save_role
-from align.models.scoring import branch_scores, score_sequences
+from align.models.scoring import WHOLE, branch_scores, score_sequences
 from align.report.curves import reward_curves
 from align.settings import Data, RewardSettings, Training
 from align.stages import checkpoint
@@ -85,7 +94,8 @@ def run(settings: RewardSettings, worker: Worker) -> None:
         settings, total=num_steps, start=start, shown=("loss", "accuracy", "eval_accuracy"), is_main=worker.is_main
     )
     try:
-        for message in (*loaded.messages, *unread(tokenizer, loaded.train), said, available(t.optim, worker.device)[1]):
+        words = *loaded.messages, *unread(tokenizer, loaded.train), said, ending_message(tokenizer)
+        for message in (*words, available(t.optim, worker.device)[1]):
             tracker.say(message)
         costs = Costs(worker)
 
@@ -139,11 +149,18 @@ def _learner(role: Role, t: Training, num_steps: int, worker: Worker) -> Learner
     )
 
 
-def encode_pairs(tokenizer: Any, preferences: Sequence[Preference], max_length: int) -> tuple[list[Pair], str]:
-    """The pairs that fit in `max_length` tokens, and a sentence on those that do not."""
+def encode_pairs(
+    tokenizer: Any, preferences: Sequence[Preference], max_length: int, *, is_whole: bool = True
+) -> tuple[list[Pair], str]:
+    """The pairs that fit in `max_length` tokens, and a sentence on those that do not. Not `is_whole`: answers up to
+    their end token, as reward runs of earlier versions read them."""
     pairs = []
     for preference in preferences:
         tokens = encode_pair(tokenizer, preference, max_length)
+        if tokens is not None and not is_whole and not isinstance(preference.prompt, str):
+            answers = tokens.chosen_ids, tokens.rejected_ids
+            cut = (tuple(closed(ids, ending_of(tokenizer), is_whole=False)) for ids in answers)
+            tokens = EncodedPair(tokens.prompt_ids, *cut)
         if tokens is not None:
             pairs.append(Pair(preference, tokens))
     return pairs, left_out(len(preferences) - len(pairs), len(preferences), max_length)
@@ -246,7 +263,7 @@ def _finish(
         _check_saved(bases, folder, role, (reference[0][:PROBE_ROWS], reference[1][:PROBE_ROWS]))
         reward_curves(folder)
         cost |= {"kl_to_base": kl_to_base(role, bases), "adapter_bytes": adapter_bytes(folder)}
-        finish(folder, metrics=metrics, cost=cost, score_mean=mean, score_std=std, score_samples=len(scores))
+        finish(folder, metrics=metrics, cost=cost, score_mean=mean, score_std=std, score_samples=len(scores), **WHOLE)
         checkpoint.clear(settings.output)
         shown = "".join(f", {name.removeprefix('eval_')} {value:.3f}" for name, value in metrics.items())
         tracker.say(f"reward model in {settings.output}: score {mean:.3f} +- {std:.3f}{shown}")
@@ -259,16 +276,16 @@ def _reference_sequences(settings: RewardSettings, tokenizer: Any, train: list[P
         pairs = train[: REFERENCE_ROWS // 2]
         return [p.tokens.prompt_ids for p in pairs for _ in range(2)], [a for p in pairs for a in p.tree.branches]
     rows = load(Data(train=settings.reference), "demonstrations").train[:REFERENCE_ROWS]
-    encoded = [encode_demonstration(tokenizer, row, settings.max_length) for row in rows]
-    found = [_to_end(e.input_ids, e.loss_mask) for e in encoded if any(e.loss_mask)]
+    encoded = [encode_pair(tokenizer, _as_pair(row), settings.max_length) for row in rows]
+    found = [(*pair.prompt_ids, *pair.chosen_ids) for pair in encoded if pair is not None]
     if not found:
         raise BadInput(f"`reference`: no answer is left within `max_length: {settings.max_length}` tokens; raise it")
     return found, [()] * len(found)
 
 
-def _to_end(ids: tuple[int, ...], loss_mask: tuple[bool, ...]) -> tuple[int, ...]:
-    """Up to the last answer's end token, where pairs end too."""
-    return ids[: max(i for i, is_answer in enumerate(loss_mask) if is_answer) + 1]
+def _as_pair(row: Demonstration) -> Preference:
+    """A demonstration as both answers of a pair: it is read as they are."""
+    return Preference(row.prompt, row.completion, row.completion, 1.0, 1.0, 0.0, row.where, row.template)
 
 
 def _check_saved(bases: Bases, folder: Path, role: Role, probe: Sequences) -> None:

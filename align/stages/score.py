@@ -79,10 +79,16 @@ def _score(settings: ScoreSettings, bases: Bases, tracker: Tracker, worker: Work
 def answers_of(rows: Sequence[dict[str, Any]], bases: Bases) -> Answers:
     """Candidates as what rewards score; tokens are those of the text in the chat template."""
     tokenizer = bases.main.tokenizer
-    prompts = [Prompt(row["prompt"], row["columns"], f"answer {number}") for number, row in enumerate(rows, 1)]
-    texts = [row["text"] for row in rows]
-    encoded = [encode_completion(tokenizer, p.prompt, text, p.where) for p, text in zip(prompts, texts, strict=True)]
-    return Answers(prompts, [ids for ids, _ in encoded], texts, [ids for _, ids in encoded])
+    prompts = [
+        Prompt(row["prompt"], row["columns"], f"answer {number}", row.get("template", {}))
+        for number, row in enumerate(rows, 1)
+    ]
+    texts, ended = [row["text"] for row in rows], [bool(row.get("ended", True)) for row in rows]
+    encoded = [
+        encode_completion(tokenizer, p.prompt, text, p.where, template=p.template, ended=is_ended)
+        for p, text, is_ended in zip(prompts, texts, ended, strict=True)
+    ]
+    return Answers(prompts, [ids for ids, _ in encoded], texts, [ids for _, ids in encoded], ended)
 
 
 def _member_scores(settings: ScoreSettings, answers: Answers, bases: Bases, worker: Worker) -> Tensor:
@@ -95,6 +101,7 @@ def _member_scores(settings: ScoreSettings, answers: Answers, bases: Bases, work
         [answers.prompt_ids[i] for i in mine],
         [answers.texts[i] for i in mine],
         [answers.ids[i] for i in mine],
+        [answers.ended[i] for i in mine],
     )
     found = []
     for member in members:

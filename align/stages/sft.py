@@ -12,7 +12,7 @@ import torch
 from transformers import PrinterCallback
 
 from align.artifact import begin, finish
-from align.data import Encoded, encode_demonstration, load, report_truncation, unread
+from align.data import Encoded, encode_demonstration, ending_message, load, report_truncation, unread
 from align.errors import BadInput
 from align.models.roles import Bases, Role
 from align.models.saving import save_role
@@ -56,8 +56,13 @@ def run(settings: SftSettings, worker: Worker) -> None:
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(bridge)
     try:
-        optimizer = available(settings.train.optim, worker.device)[1]
-        for message in (*loaded.messages, *unread(tokenizer, loaded.train), said, optimizer):
+        for message in (
+            *loaded.messages,
+            *unread(tokenizer, loaded.train),
+            said,
+            ending_message(tokenizer),
+            available(settings.train.optim, worker.device)[1],
+        ):
             tracker.say(message)
         with costs.phases("train"):
             trainer.train(resume_from_checkpoint=str(resumed) if resumed else None)

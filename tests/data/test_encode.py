@@ -191,21 +191,21 @@ def test_plain_text_of_a_tokenizer_that_adds_both_ends() -> None:
 def test_pair_by_hand() -> None:
     tokenizer = make_tokenizer()
     example = preference(conversation("hi", system="ab"), conversation("", "why so")[1:], conversation("", "no")[1:])
-    pair = encode_pair(tokenizer, example, 18)
+    pair = encode_pair(tokenizer, example, 19)
     assert pair is not None
     system, question = ids(START, "system", "\n", "ab", END, "\n"), ids(START, "user", "\n", "hi", END, "\n")
     assert pair.prompt_ids == system + question + ids(START, "assistant", "\n")
     assert pair.prompt_ids == tuple(encode_prompt(tokenizer, Prompt(example.prompt, {}, "x:1")))
-    assert (pair.chosen_ids, pair.rejected_ids) == (ids("why", " so", END), ids("no", END))
+    assert (pair.chosen_ids, pair.rejected_ids) == (ids("why", " so", END, "\n"), ids("no", END, "\n"))
 
 
-@pytest.mark.parametrize("max_length", [17, 18, 19])
+@pytest.mark.parametrize("max_length", [18, 19, 20])
 def test_too_long_a_pair_is_left_out(max_length: int) -> None:
     tokenizer = make_tokenizer()
     short, long = conversation("", "no")[1:], conversation("", "why so")[1:]
-    for chosen, rejected in ((short, long), (long, short)):  # 15 + 3 tokens
+    for chosen, rejected in ((short, long), (long, short)):  # 15 + 4 tokens
         pair = encode_pair(tokenizer, preference(conversation("hi", system="ab"), chosen, rejected), max_length)
-        assert (pair is None) is (max_length < 18)
+        assert (pair is None) is (max_length < 19)
 
 
 def test_plain_pair() -> None:

@@ -1,0 +1,210 @@
+"""Reward models that were made elsewhere: transformers' sequence classifiers, or PEFT adapters that make a base one.
+
+Each reads exactly what its own tokenizer makes of question and answer, and is scored as transformers scores it.
+"""
+
+import inspect
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers.utils import find_adapter_config_file
+
+from align.data import Prompt, Text, ending_of
+from align.data.collate import pad_right
+from align.data.templates import ids_of, render
+from align.errors import BadInput
+from align.models.budget import reading_tokens
+from align.models.layout import Tree, passes_of
+from align.models.tokenizer import first_line
+from align.rewards.mix import Answers
+from align.settings import LearnedReward
+
+UNLIMITED = 10**9  # tokenizers that know no length say something larger
+Sequences = list[dict[str, list[int]]]  # of each row: input_ids, perhaps token_type_ids
+
+
+def classifier(settings: LearnedReward, device: torch.device) -> Callable[[Answers], Tensor]:
+    """Raw scores (N,) of answers by the classifier in a folder (or on the Hub)."""
+    model, tokenizer = _loaded(settings.path)
+    model.to(device).eval().requires_grad_(False)
+    is_pair = _reads_pairs(tokenizer) if settings.pair is None else settings.pair
+    limit = min(_learned_positions(model), tokenizer.model_max_length, UNLIMITED)
+    is_said = False
+
+    def score(answers: Answers) -> Tensor:
+        nonlocal is_said
+        found = [_sequence(tokenizer, answers, row, is_pair, limit) for row in range(len(answers.texts))]
+        cut = sum(is_cut for _, is_cut in found)
+        if cut and not is_said:
+            is_said = True
+            print(
+                f"{cut} of {len(found)} answers with their prompts are over the {limit} tokens that {settings.path} "
+                "reads: cut as its tokenizer does (said once)",
+                file=sys.stderr,
+            )
+        return _scores(model, [sequence for sequence, _ in found], settings.max_batch_tokens)
+
+    return score
+
+
+# -------------------------------------------------------------------------------------------------------------- loading
+
+
+def _loaded(path: str) -> tuple[Any, Any]:
+    try:
+        model, tokenizer = _whole(path) if find_adapter_config_file(path) is None else _adapted(path)
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+        raise BadInput(f"`rewards`: no reward model can be loaded from {path}: {first_line(error)}") from error
+    if model.config.num_labels != 1:
+        raise BadInput(f"`rewards`: {path} gives {model.config.num_labels} labels; a reward has one")
+    return model, tokenizer
+
+
+def _whole(path: str) -> tuple[Any, Any]:
+    model, missing = _from_transformers(path)
+    if missing:
+        raise ValueError(f"its weights lack `{missing[0]}`: it is no trained sequence classifier")
+    return model, AutoTokenizer.from_pretrained(path)
+
+
+def _adapted(path: str) -> tuple[Any, Any]:
+    """As TRL's RewardTrainer saves it: an adapter with its head, over a base that it names."""
+    from peft import PeftConfig, PeftModel, load_peft_weights
+
+    config = PeftConfig.from_pretrained(path)
+    if config.task_type not in ("SEQ_CLS", None):  # None: TRL's, where the recipe named no type
+        raise ValueError(f"its adapter is of task type {config.task_type}; a reward model's is SEQ_CLS")
+    base = str(config.base_model_name_or_path)
+    if not Path(base).is_dir() and (Path(path) / base).is_dir():
+        base = str(Path(path) / base)
+    labels = [len(weight) for name, weight in load_peft_weights(path, device="cpu").items() if _is_head(name)]
+    further = {"num_labels": labels[0]} if labels else {}
+    model, missing = _from_transformers(base, revision=config.revision, **further)
+    if missing and not labels:
+        raise ValueError(
+            f"neither it nor its base {base} has weights for `{missing[0]}`: train it with `task_type: SEQ_CLS`"
+        )
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError):  # it has none of its own
+        tokenizer = AutoTokenizer.from_pretrained(base, revision=config.revision)
+    return PeftModel.from_pretrained(model, path), tokenizer
+
+
+def _is_head(name: str) -> bool:
+    return name.endswith(("score.weight", "classifier.weight", "classifier.out_proj.weight"))
+
+
+def _from_transformers(path: str, **further: Any) -> tuple[Any, list[str]]:
+    """The classifier, and which of its weights are not in its files: they would be random numbers."""
+    model, info = AutoModelForSequenceClassification.from_pretrained(
+        path, use_safetensors=True, output_loading_info=True, **further
+    )
+    return model, sorted(info["missing_keys"])
+
+
+def _reads_pairs(tokenizer: Any) -> bool:
+    """Whether it is a classifier of two segments by its own sign: no chat template, and a separator between two."""
+    if tokenizer.chat_template is not None or tokenizer.sep_token_id is None:
+        return False
+    one, two = tokenizer("a")["input_ids"], tokenizer("a", "a")["input_ids"]
+    return bool(two.count(tokenizer.sep_token_id) > one.count(tokenizer.sep_token_id))
+
+
+def _learned_positions(model: nn.Module) -> int:
+    """How many tokens the model's own table of positions is for; `UNLIMITED` where positions are computed."""
+    sizes = [UNLIMITED]
+    for name, module in model.named_modules():
+        last = name.rpartition(".")[2]
+        if isinstance(module, nn.Embedding) and (last == "wpe" or "position" in last) and "rel" not in last:
+            before = getattr(module, "offset", 0) if module.padding_idx is None else module.padding_idx + 1
+            sizes.append(module.num_embeddings - before)  # RoBERTa and OPT count positions from 2
+    return min(sizes)
+
+
+# ------------------------------------------------------------------------------------------------------------ sequences
+
+
+def question_text(prompt: Text) -> str:
+    """A prompt for a model without a chat template."""
+    return prompt if isinstance(prompt, str) else "\n".join(str(m.get("content") or "") for m in prompt)
+
+
+def _sequence(
+    tokenizer: Any, answers: Answers, row: int, is_pair: bool, limit: int
+) -> tuple[dict[str, list[int]], bool]:
+    """What the classifier reads of one answer, and whether it is cut to `limit` tokens."""
+    arguments, how = _texts(tokenizer, answers, row, is_pair)
+    encoded = tokenizer(*arguments, verbose=False, **how)
+    is_cut = len(encoded["input_ids"]) > limit
+    if is_cut:
+        encoded = tokenizer(*arguments, truncation=True, max_length=limit, **how)
+    names = ("input_ids", "token_type_ids")
+    return {name: list(encoded[name]) for name in names if name in encoded}, is_cut
+
+
+def _texts(tokenizer: Any, answers: Answers, row: int, is_pair: bool) -> tuple[tuple[str, ...], dict[str, Any]]:
+    """The texts that the tokenizer is called with, and how."""
+    prompt, text = answers.prompts[row], answers.texts[row]
+    if is_pair:
+        return (question_text(prompt.prompt), text), {}
+    if isinstance(prompt.prompt, str) or tokenizer.chat_template is None:
+        between = "" if isinstance(prompt.prompt, str) else "\n"
+        whole = question_text(prompt.prompt) + between + text
+        return (whole,), {"add_special_tokens": not _opens_already(tokenizer, whole)}
+    ended = answers.ended[row] if answers.ended else True
+    return (_conversation(tokenizer, prompt, text, ended),), {"add_special_tokens": False}
+
+
+def _conversation(tokenizer: Any, prompt: Prompt, text: str, ended: bool) -> str:
+    """The conversation as its own template renders it, whole; no end of a turn after an answer that was cut off."""
+    messages: Any = [*prompt.prompt, {"role": "assistant", "content": text}]
+    rendered = render(tokenizer, messages, prompt.where, template=prompt.template)
+    return rendered if ended else rendered.removesuffix(ending_of(tokenizer).text)
+
+
+def _opens_already(tokenizer: Any, text: str) -> bool:
+    """Whether a text was rendered already: it begins with the token that the tokenizer would put first."""
+    return tokenizer.bos_token_id is not None and ids_of(tokenizer, text)[:1] == [tokenizer.bos_token_id]
+
+
+# -------------------------------------------------------------------------------------------------------------- scoring
+
+
+@torch.no_grad()
+def _scores(model: Any, sequences: Sequences, max_batch_tokens: int | None) -> Tensor:
+    """Scores (N,) float32 on the CPU, each as of its sequence alone.
+
+    A decoder is read at the last id that is not its pad, so padding is with that very token, which RoBERTa's positions
+    count by too. A model that has none is given an id that no sequence holds.
+    """
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    pad_id = _pad_id(inner, sequences)
+    takes_types = "token_type_ids" in inspect.signature(inner.forward).parameters
+    takes_types &= getattr(inner.config, "type_vocab_size", 2) > 1
+    scores = torch.zeros(len(sequences))
+    budget = reading_tokens(inner, max_batch_tokens)
+    trees = [Tree(sequence["input_ids"], [()]) for sequence in sequences]
+    for rows in passes_of(trees, max_tokens=budget, is_flat=False):
+        batch, mask = pad_right([sequences[i]["input_ids"] for i in rows], pad_id)
+        given = {"input_ids": batch, "attention_mask": mask.long()}
+        if takes_types and all("token_type_ids" in sequences[i] for i in rows):
+            given["token_type_ids"], _ = pad_right([sequences[i]["token_type_ids"] for i in rows], 0)
+        logits = model(**{name: tensor.to(inner.device) for name, tensor in given.items()}).logits
+        scores[rows] = logits[:, 0].float().cpu()
+    return scores
+
+
+def _pad_id(model: Any, sequences: Sequences) -> int:
+    config, size = model.config.get_text_config(), model.get_input_embeddings().num_embeddings
+    if config.pad_token_id is not None and 0 <= config.pad_token_id < size:
+        return int(config.pad_token_id)
+    used = {token for sequence in sequences for token in sequence["input_ids"]}
+    unused = next((token for token in range(size) if token not in used), 0)
+    config.pad_token_id = model.config.pad_token_id = unused
+    return unused
