@@ -1,19 +1,25 @@
 """Figures mean what they are called, against slow computations of their own."""
 
 import json
+import os
+import shutil
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from align.artifact import read_manifest
-from align.data import encode_demonstration, load
+from align.artifact import read_manifest, write_json
+from align.data import Row, encode_demonstration, load, parse
 from align.data.formats import Preference
+from align.data.mixtures import prompt_key
 from align.models.roles import Bases
 from align.models.tokenizer import load_tokenizer
-from align.settings import Model, SftSettings
+from align.report import stage_page
+from align.report.page import unseen
+from align.settings import EvaluateSettings, Model, PpoSettings, SftSettings
 from align.stages import reward, sft_trainer
 from align.stages.costs import Costs
+from align.stages.unseen import seen_prompts
 from align.track import read_metrics
 from align.worker import Worker
 from tests import tiny
@@ -127,3 +133,141 @@ def test_training_counts_pairs_as_evaluation_does(base, data, tmp_path):
     )
     sides = 16 // 2  # of each two answers that differ, two labels are on either side
     assert decided == 16 and found["accuracy"] == pytest.approx((sides + 0.5 * (25 - 16)) / 25)
+
+
+# ---- unseen
+
+
+def asked(*texts, **more):
+    return [{"prompt": [{"role": "user", "content": text}], **more} for text in texts]
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+def a_run(folder, kind, section, data, base="m/base", **parents):
+    """A finished run's manifest, as far as it is read."""
+    folder.mkdir()
+    made = {key.replace("_", "."): {"path": str(path), "manifest": "none"} for key, path in parents.items()}
+    recipe = {"model": {"base": str(base)}, section: data}
+    write_json(folder / "manifest.json", {"kind": kind, "base": str(base), "parents": made, "recipe": recipe})
+    return folder
+
+
+@pytest.fixture
+def family(tmp_path):
+    """SFT -> PPO, paid by a reward model that scores an ensemble's pairs; each with prompts of its own."""
+    answer = [{"role": "assistant", "content": "thanks"}]
+    again = [*answer, {"role": "user", "content": "of sft, again"}, *answer]
+    demonstrations = [
+        {"messages": asked("of sft")[0]["prompt"] + again},
+        {"messages": asked("held out")[0]["prompt"] + answer},
+    ]
+    data = {"train": write(tmp_path / "sft.jsonl", demonstrations), "validation_split": 0.5}
+    sft = a_run(tmp_path / "sft", "sft", "data", data)
+    pair = {"chosen": answer, "rejected": [{"role": "assistant", "content": "bad"}]}
+    pairs = {
+        name: {"train": write(tmp_path / f"{name}.jsonl", asked(f"of {name}", **pair))}
+        for name in ("reward", "ensemble")
+    }
+    reward_run = a_run(tmp_path / "reward", "reward", "data", pairs["reward"], base=sft)
+    a_run(tmp_path / "ensemble", "ensemble", "data", pairs["ensemble"])
+    prompts = {"train": write(tmp_path / "ppo.jsonl", asked("of  ppo"))}
+    rewards = {"rewards[0]_from": reward_run, "rewards[1]_from": tmp_path / "ensemble"}
+    a_run(tmp_path / "ppo", "ppo", "prompts", prompts, policy_from=sft, **rewards)
+    return tmp_path
+
+
+def seen(family, run, *texts):
+    return seen_prompts([None, str(family / run)], [parse(Row(row, "x:1"), "prompts") for row in asked(*texts)])
+
+
+@pytest.mark.parametrize(
+    ("run", "count"), [("sft", 1), ("reward", 2), ("ensemble", 1), ("ppo", 5)]
+)  # ppo's: its own, SFT's, the reward's and the ensemble's, and one that it is shown twice
+def test_prompts_of_all_runs_behind_a_policy_are_seen(family, run, count):
+    found = seen(family, run, "of sft", "of ppo", "of reward", "of ensemble", "of ppo ", "held out", "new")
+    assert (found.count, found.figure, found.unknown) == (count, count, ())
+    assert (
+        len(found.messages("7 prompts")) == 1
+        and f"{count} of the 7 prompts were seen" in found.messages("7 prompts")[0]
+    )
+    unseen = seen(family, run, "new", "held out", "sft", "of sft, again")
+    assert (unseen.count, unseen.figure, unseen.messages("4 prompts")) == (0, 0, [])
+
+
+def test_a_prompt_within_a_conversation_that_was_learnt_is_seen(family):
+    turns = [("user", "of sft"), ("assistant", "thanks"), ("user", "of sft, again")]
+    prompt = [{"role": role, "content": text} for role, text in turns]
+    assert seen_prompts([str(family / "ppo")], [parse(Row({"prompt": prompt}, "x:1"), "prompts")]).count == 1
+    prompt[1]["content"] = "bad"
+    assert seen_prompts([str(family / "ppo")], [parse(Row({"prompt": prompt}, "x:1"), "prompts")]).count == 0
+
+
+@pytest.mark.parametrize(
+    "gone", ["sft.jsonl", "reward.jsonl", "ensemble", "a PEFT folder", "another kind", "plain text"]
+)
+def test_what_cannot_be_compared_is_said_and_nothing_is_called_unseen(family, gone):
+    if gone == "a PEFT folder":
+        (family / "reward" / "manifest.json").unlink()
+    elif gone == "another kind":
+        write_json(family / "reward" / "manifest.json", {"kind": "my own", "recipe": {}})
+    elif gone == "plain text":
+        write(family / "sft.jsonl", [{"text": "one of sft"}, {"text": "two"}, {"text": "three"}])
+    else:
+        (shutil.rmtree if gone == "ensemble" else os.remove)(family / gone)
+    found = seen(family, "ppo", "new")
+    assert (found.count, found.figure, len(found.unknown)) == (0, None, 1)
+    assert "not known" in found.messages("1 prompts")[0]
+    found = seen(family, "ppo", "of ppo", "new")
+    assert (found.count, found.figure) == (1, 1) and len(found.messages("2 prompts")) == 2
+
+
+def test_only_unseen_prompts_are_called_so():
+    assert unseen(1256, "prompts", 0) == "1,256 unseen prompts"
+    assert unseen(98, "pairs", 12) == "98 pairs (12 seen in training)"
+    assert unseen(98, "prompts", None) == "98 prompts (whether unseen is not known)"
+
+
+@pytest.mark.parametrize(
+    ("prompts", "told"), [("prompts", "8 prompts (8 seen in training)"), ("others", "3 unseen prompts")]
+)
+def test_an_evaluation_says_how_many_prompts_were_seen(base, data, runs, tmp_path, capsys, prompts, told):
+    others = write(tmp_path / "others.jsonl", asked("a red red cup", "a cup", "please"))
+    trained = load(tiny.settings("sft", base, data, tmp_path).data, "demonstrations").train
+    sources = {"prompts": write(tmp_path / "seen.jsonl", asked(*(row.prompt[-1]["content"] for row in trained[:8])))}
+    (tmp_path / "judge.py").write_text("def brief(completions, **kw):\n    return [0.0 for c in completions]\n")
+    values = {
+        "stage": "evaluate",
+        "model": {"base": str(base)},
+        "output": str(tmp_path / "evaluate"),
+        "policies": {"base": None, "sft": str(runs / "sft")},
+        "judge": [{"use": f"{tmp_path}/judge.py:brief"}],
+        "reward": {"from": str(runs / "reward"), "data": {"train": str(data / "pairs.jsonl")}},
+        "prompts": {"train": sources.get(prompts, others)},
+        "sampling": {"max_new_tokens": 2},
+    }
+    tiny.run(EvaluateSettings(**values))
+    folder = tmp_path / "evaluate"
+    metrics, printed = read_manifest(folder)["metrics"], " ".join(capsys.readouterr().out.split())
+    assert metrics["seen_prompts"] == (8 if prompts == "prompts" else 0)
+    trained = {prompt_key(row) for row in load(tiny.settings("reward", base, data, tmp_path).data, "preferences").train}
+    pairs = load(EvaluateSettings(**values).reward.data, "preferences").train
+    assert metrics["reward"]["seen_pairs"] == sum(prompt_key(row) in trained for row in pairs) > 20
+    assert "of the 40 pairs' prompts were seen in training" in printed and "unseen pairs" not in printed
+    assert told in printed and told in (folder / "results.md").read_text()
+    page = stage_page.page_of(folder)
+    assert told in page.headline
+
+
+def test_ppo_says_which_held_out_prompts_were_seen(base, data, runs, tmp_path, capsys):
+    trained = load(tiny.settings("sft", base, data, tmp_path).data, "demonstrations").train
+    held = write(tmp_path / "held.jsonl", asked(trained[0].prompt[-1]["content"], "new"))
+    settings = tiny.recipe("ppo", base, data, runs / "ppo-seen")
+    settings |= {"output": str(tmp_path / "ppo"), "prompts": {"train": str(data / "prompts.jsonl"), "validation": held}}
+    settings["ppo"] |= {"num_iterations": 1, "num_mini_batches": 1}
+    tiny.run(PpoSettings.model_validate(settings))
+    assert read_manifest(tmp_path / "ppo")["metrics"]["seen_prompts"] == 1
+    assert "1 of the 2 held-out prompts were seen in training" in " ".join(capsys.readouterr().out.split())
