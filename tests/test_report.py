@@ -198,6 +198,7 @@ def evaluated(r, judge):
     ]
     return {
         "policies": policies,
+        "seen_prompts": 0,
         "compare": [
             {
                 "challenger": names[-1],

@@ -87,7 +87,7 @@ def _gate(
     that are not held out: what is evaluated by has no part in what is taught."""
     import torch
 
-    from align.maths.calibration import expected_calibration_error, fit_temperature
+    from align.maths.calibration import expected_calibration_error, fit_temperature, pair_outcomes
 
     gate = loop.settings.gate
     margins = {pair.id: sum(pair.margins) / len(pair.margins) for pair in pairs if pair.margins}
@@ -123,14 +123,10 @@ def _gate(
     bias = length_bias(
         [probability[p.id] for p in audit], [votes[p.id] for p in audit], [float(len(p.a) - len(p.b)) for p in audit]
     )
-    right = [
-        1.0 if m == v else 0.5 if 0.5 in (m, v) else 0.0
-        for m, v in ((float(margins[p.id] > 0), votes[p.id]) for p in audit)
-    ]
     figures |= {
         "temperature": temperature,
         "target": target,
-        "audit_accuracy": sum(right) / len(right),
+        "audit_accuracy": float(pair_outcomes(of_audit, said)[0].mean()),
         "audit_ece": expected_calibration_error(torch.sigmoid(of_audit / temperature), said),
         "length_bias_z": bias.z,
         "accepted": float(len(passed)),
@@ -151,11 +147,18 @@ def _is_disputed(pair: Pair, margin: float) -> bool:
 def _corrections(pairs: list[Pair], margins: dict[int, float], votes: dict[int, float]) -> dict[str, float]:
     """How often people contradict the ensemble, by the reason for which they were asked: what a label there is worth.
     `corrected_audit` is what random routing would have found."""
-    found: dict[str, list[float]] = defaultdict(list)
+    import torch
+
+    from align.maths.calibration import pair_outcomes
+
+    found: dict[str, list[tuple[float, float]]] = defaultdict(list)
     for pair in pairs:
         if pair.route == "human" and pair.id in votes and pair.id in margins and votes[pair.id] != 0.5:
-            found[str(pair.reason)].append(float((margins[pair.id] > 0) != (votes[pair.id] > 0.5)))
-    return {f"corrected_{reason}": sum(wrong) / len(wrong) for reason, wrong in found.items()}
+            found[str(pair.reason)].append((margins[pair.id], votes[pair.id]))
+    return {
+        f"corrected_{reason}": 1.0 - float(pair_outcomes(*torch.tensor(said, dtype=torch.float64).T)[0].mean())
+        for reason, said in found.items()
+    }
 
 
 def _by_gold(

@@ -150,7 +150,8 @@ def evaluate(this: Context) -> Result:
     rates = _win_rates(this, metrics["compare"]) | _win_rates(this, by_judge, "judge_")
     took = {f"evaluation_{name}": metrics[name] for name in ("judge_tokens", "judge_cost") if name in metrics}
     this.store.set_metrics(this.round, values | rates | took)
-    return {"policies": metrics["policies"], "compare": metrics["compare"], "compare_by_judge": by_judge}
+    kept = {key: metrics[key] for key in ("policies", "compare", "seen_prompts")}
+    return kept | {"compare_by_judge": by_judge}
 
 
 def vote(this: Context) -> Result:

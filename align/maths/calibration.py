@@ -56,6 +56,16 @@ def fit_temperature(margins: Tensor, outcomes: Tensor, weights: Tensor | None = 
     return 1.0 / math.sqrt(low * high)
 
 
+def pair_outcomes(margins: Tensor, probability: Tensor) -> tuple[Tensor, Tensor]:
+    """Whether each pair's margin is on the side of its label, and how far towards that side it is, both (N,).
+
+    margins (N,), score of the chosen less score of the rejected; probability (N,) that the chosen is the better one.
+    A margin of 0 and a label of 1/2 take no side: right by half, and no way towards it. NaN is never right.
+    """
+    towards = margins * torch.sign(probability - 0.5).to(margins.dtype)
+    return (towards > 0).to(margins.dtype) + 0.5 * (towards == 0).to(margins.dtype), towards
+
+
 def pair_calibration_error(margins: Tensor, probability: Tensor, *, num_bins: int = 10) -> float:
     """ECE of the model's confidence in the side that it prefers, against how often that side is right.
 

@@ -1,5 +1,8 @@
 """Estimates of the KL divergence to the reference from samples of the policy, and its coefficient."""
 
+import math
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -39,3 +42,21 @@ def next_kl_coef(kl_coef: float, kl: float, *, target: float | None, horizon: in
         return kl_coef
     error = min(max(kl / target - 1.0, -0.2), 0.2)
     return kl_coef * (1.0 + error * num_sequences / horizon)
+
+
+def moments(values: Tensor) -> list[float]:
+    """[count, sum, sum of squares] of (N,), in float64: what a mean over several batches is made of."""
+    wide = values.double()
+    return [float(wide.numel()), float(wide.sum()), float((wide**2).sum())]
+
+
+def mean_and_error(parts: Sequence[Sequence[float]]) -> tuple[float, float]:
+    """Mean of all values behind several `moments`, and its standard error: their unbiased deviation over sqrt(N).
+
+    A single value has no spread to judge it by: its error is infinite.
+    """
+    count, total, squares = (math.fsum(column) for column in zip(*parts, strict=True))
+    mean = total / count
+    if count < 2:
+        return mean, math.inf
+    return mean, math.sqrt(max(0.0, (squares - count * mean**2) / (count - 1)) / count)

@@ -26,6 +26,7 @@ from align.report.page import (
     round_axis,
     table,
     texts,
+    unseen,
     with_intervals,
     write,
 )
@@ -101,14 +102,15 @@ def _kept(facts: Facts) -> str:
     if kept == "sft":
         return "SFT's policy is kept: every round's is below it."
     round_ = int(kept.removeprefix("round-"))
-    own = next((row for row in facts.result(round_, "evaluate").get("compare", []) if row["incumbent"] == "sft"), None)
+    judged = facts.result(round_, "evaluate")
+    own = next((row for row in judged.get("compare", []) if row["incumbent"] == "sft"), None)
     if own is None:
         return f"The policy of round {round_} is kept."
     nats = facts.policies.get(kept, {}).get("kl_to_sft", math.nan)
     return (
         f"The policy of round {round_} is kept: by the {facts.judge} score it beats SFT on "
-        f"{percent(own['win_rate'])} of {number(own['prompts'])} unseen prompts (95 % interval {percent(own['low'])} "
-        f"to {percent(own['high'])}), at {nats:.2f} nats from it."
+        f"{percent(own['win_rate'])} of {unseen(own['prompts'], 'prompts', judged.get('seen_prompts'))} "
+        f"(95 % interval {percent(own['low'])} to {percent(own['high'])}), at {nats:.2f} nats from it."
     )
 
 

@@ -119,6 +119,13 @@ def wins(metrics: Mapping[str, Any]) -> list[str]:
     return told
 
 
+def unseen(count: int, what: str, seen: int | None) -> str:
+    """`256 unseen prompts`, called so only where none was trained on; `seen` is None where nobody can tell."""
+    if seen == 0:
+        return f"{number(count)} unseen {what}"
+    return f"{number(count)} {what} ({'whether unseen is not known' if seen is None else f'{seen} seen in training'})"
+
+
 def texts(value: Any, limit: int = LIMIT) -> str:
     """What a person or a model wrote, made harmless; of a conversation the last message."""
     try:

@@ -25,6 +25,7 @@ from align.report.page import (
     read_rows,
     table,
     texts,
+    unseen,
     wins,
     with_intervals,
 )
@@ -129,6 +130,13 @@ def _headline(kind: str, state: str, metrics: Found, rows: list[Found]) -> str:
             f"score {number(first['score'])} in the first iteration and {number(last['score'])} in the last, "
             f"{number(last.get('kl'))} nats from the reference"
         )
+    kept = _dict(metrics.get("best") or metrics.get("kept"))
+    if _is_number(kept.get("iteration")):
+        of = f"iteration {kept['iteration']} is kept, held-out score {number(kept['score'])} at KL {number(kept['kl'])}"
+        over = metrics.get("kl_budget") == "exceeded"
+        told.append(f"no policy that was evaluated is within the KL budget; {of}, the least of all" if over else of)
+    if kind == "evaluate" and _is_number(metrics.get("prompts")):
+        told.append(f"answers to {unseen(metrics['prompts'], 'prompts', metrics.get('seen_prompts'))}")
     told += wins(metrics) if kind == "evaluate" else []
     return f"The run is {state}" + (f": {'; '.join(told)}." if told else ".")
 

@@ -321,7 +321,7 @@ class PpoSettings(StageSettings):
 
 
 class PairCheck(Settings):
-    """Accuracy of a reward run on pairs that it has not seen."""
+    """Accuracy of a reward run on pairs that it should not have seen; how many it has is told."""
 
     path: str = Field(alias="from")
     data: Data
@@ -329,7 +329,7 @@ class PairCheck(Settings):
 
 
 class EvaluateSettings(StageSettings):
-    """Samples several policies on unseen prompts, scores them, and compares them two by two."""
+    """Samples several policies on the same prompts, scores them, and compares them two by two."""
 
     kind: ClassVar[str] = "evaluate"
     policies: Annotated[dict[str, str | None], Field(min_length=1)]  # name -> run folder; null: the base

@@ -1,6 +1,7 @@
-"""The evaluate stage: several policies answer the same unseen prompts, and scores compare them, and a pairwise judge.
+"""The evaluate stage: several policies answer the same prompts, and scores compare them, and a pairwise judge.
 
-Writes results.json, results.md and samples.jsonl. Every policy draws with the same random numbers. A win rate counts
+Writes results.json, results.md and samples.jsonl. Prompts are called unseen where no run behind a policy was trained on
+one. Every policy draws with the same random numbers. A win rate counts
 ties as halves; its interval is Wilson's at 95 %.
 """
 
@@ -21,7 +22,7 @@ from align.models.base import stop_ids
 from align.models.roles import Bases, Role
 from align.models.scoring import reads_whole
 from align.parents import remarks_on_parents
-from align.report.page import wins
+from align.report.page import unseen, wins
 from align.report.tables import markdown_table, result_table, save_samples
 from align.rewards import Answers, RewardMix, build_rewards
 from align.rewards.judge import Judge, Question, build_judge
@@ -31,6 +32,7 @@ from align.rollout.sampling import sample
 from align.settings import EvaluateSettings
 from align.stages.judging import CACHE, ask
 from align.stages.reward import encode_pairs, evaluate_pairs
+from align.stages.unseen import seen_prompts
 from align.track import Tracker
 from align.worker import Worker
 
@@ -81,6 +83,9 @@ def run(settings: EvaluateSettings, worker: Worker) -> None:
     try:
         for remark in remarks_on_parents(settings):
             tracker.say(remark)
+        seen = seen_prompts(settings.policies.values(), rows)
+        for message in seen.messages(f"{len(rows)} prompts"):
+            tracker.say(message)
         judged = {}
         for number, (name, folder) in enumerate(settings.policies.items(), 1):
             worker.stop_if_asked(lambda: None)  # there is nothing to save: the same answers are drawn again
@@ -88,7 +93,8 @@ def run(settings: EvaluateSettings, worker: Worker) -> None:
             judged[name] = _judge(speaker, reference, rows, judge, beside, settings, worker)
             found = judged[name]
             tracker.log(number, {"policy": name, "score": _mean(found.scores), "kl": _mean(found.kl)})
-        metrics = _metrics(judged, settings, reference_name) | _pair_metrics(settings, bases, worker)
+        metrics = {"prompts": len(rows), "seen_prompts": seen.figure} | _metrics(judged, settings, reference_name)
+        metrics |= _pair_metrics(settings, bases, worker, tracker)
         if settings.pairwise_judge is not None:
             metrics |= judge_metrics(pairwise, judged, rows, settings, worker)
         metrics["seconds"] = time.perf_counter() - started
@@ -193,7 +199,7 @@ def judge_metrics(
     return {"compare_by_judge": compared} | took
 
 
-def _pair_metrics(settings: EvaluateSettings, bases: Bases, worker: Worker) -> dict:
+def _pair_metrics(settings: EvaluateSettings, bases: Bases, worker: Worker, tracker: Tracker) -> dict:
     check = settings.reward
     if check is None:
         return {}
@@ -204,9 +210,12 @@ def _pair_metrics(settings: EvaluateSettings, bases: Bases, worker: Worker) -> d
         check.max_length,
         is_whole=reads_whole(read_manifest(check.path)),
     )
+    seen = seen_prompts([check.path], [pair.preference for pair in pairs])
+    for message in seen.messages(f"{len(pairs)} pairs' prompts"):
+        tracker.say(message)
     role = bases.role(check.path, head=True)
-    found = evaluate_pairs(role, pairs, worker)
-    return {"reward": {name.removeprefix("eval_"): value for name, value in found.items()} | {"pairs": len(pairs)}}
+    found = {name.removeprefix("eval_"): value for name, value in evaluate_pairs(role, pairs, worker).items()}
+    return {"reward": found | {"pairs": len(pairs), "seen_pairs": seen.figure}}
 
 
 def _write(
@@ -230,7 +239,7 @@ def _write(
     )
     write_json(folder / "results.json", metrics)
     columns, table, facts = _table(metrics)
-    tracker.say(result_table(f"{len(rows)} unseen prompts", columns, table))
+    tracker.say(result_table(_asked(metrics), columns, table))
     for fact in facts:
         tracker.say(fact)
     text = markdown_table(columns, table) + "\n" + "\n".join(f"- {fact}" for fact in facts) + "\n"
@@ -253,11 +262,16 @@ def _table(metrics: dict) -> tuple[list[str], list[list[str]], list[str]]:
         ]
         for name, m in metrics["policies"].items()
     ]
-    facts = wins(metrics)
+    facts = [f"answers to {_asked(metrics)}", *wins(metrics)]
     if "reward" in metrics:
         r = metrics["reward"]
-        facts.append(f"reward model: accuracy {r['accuracy']:.3f}, ECE {r['ece']:.3f} on {r['pairs']} unseen pairs")
+        pairs = unseen(r["pairs"], "pairs", r["seen_pairs"])
+        facts.append(f"reward model: accuracy {r['accuracy']:.3f}, ECE {r['ece']:.3f} on {pairs}")
     return columns, table, facts
+
+
+def _asked(metrics: dict) -> str:
+    return unseen(metrics["prompts"], "prompts", metrics["seen_prompts"])
 
 
 def distinct_n(texts: Sequence[str], n: int) -> float:

@@ -10,6 +10,7 @@ Every random draw is a function of seed, iteration and row, so a resumed run, an
 processes samples the same answers.
 """
 
+import math
 import shutil
 from dataclasses import dataclass
 from functools import partial
@@ -22,7 +23,7 @@ from align.artifact import MANIFEST, begin, finish, folder_in_one_go, read_manif
 from align.data import encode_prompt, end_token_ids, ending_message, load, unread
 from align.errors import BadInput
 from align.identity import has_adapter
-from align.maths.kl import next_kl_coef
+from align.maths.kl import mean_and_error, moments, next_kl_coef
 from align.models.base import stop_ids, switch_dropout_off
 from align.models.roles import Bases, Role, new_head
 from align.models.saving import save_role
@@ -32,11 +33,12 @@ from align.report.curves import ppo_curves
 from align.report.tables import sample_table, save_samples
 from align.rewards import build_rewards
 from align.settings import AnyMethod, Lora, Ppo, PpoSettings
-from align.stages import checkpoint
+from align.stages import checkpoint, kl_budget
 from align.stages.costs import adapter_bytes, kl_to_base
 from align.stages.learner import Learner, available
 from align.stages.order import left_out, row_order
 from align.stages.ppo_steps import Cast, Experience, PromptRow, Scored, assess, figures, improve, sample_and_score
+from align.stages.unseen import Seen, seen_prompts
 from align.track import Tracker, read_metrics
 from align.worker import Worker
 
@@ -57,6 +59,7 @@ class _Run:
     roles: dict[str, Role]  # whose weights a checkpoint keeps
     progress: dict[str, Any]
     tracker: Tracker
+    seen: Seen  # held-out prompts that the runs it starts from were trained on
 
     def save(self, iteration: int) -> None:
         checkpoint.save(
@@ -96,9 +99,12 @@ def run(settings: PpoSettings, worker: Worker) -> None:
         shown=("score", "kl", "eval_score", "eval_kl"),
         is_main=worker.is_main,
     )
-    this = _Run(settings, worker, cast, train, held_out, learners, roles, progress, tracker)
+    seen = seen_prompts([path for path, _ in settings.parents().values()], [row.prompt for row in held_out])
+    this = _Run(settings, worker, cast, train, held_out, learners, roles, progress, tracker, seen)
     try:
-        for message in (*loaded.messages, *unread(cast.tokenizer, loaded.train), said, *_remarks(cast, settings)):
+        told = seen.messages(f"{len(held_out)} held-out prompts") if seen.count else []
+        words = *loaded.messages, *unread(cast.tokenizer, loaded.train), said, *told
+        for message in (*words, *_remarks(cast, settings)):
             tracker.say(message)
         _loop(this)
         _finish(this)
@@ -116,11 +122,9 @@ def _loop(this: _Run) -> None:
         if ppo.eval_steps and this.held_out and (iteration % ppo.eval_steps == 0 or is_last):
             metrics |= _evaluate(this, iteration)
         this.tracker.log(iteration, metrics)
-        reached = max(metrics["kl"], metrics.get("eval_kl", 0.0))
-        if ppo.kl_budget is not None and reached > ppo.kl_budget:
-            this.tracker.say(
-                f"stopped at iteration {iteration}: sequence KL {reached:.3g} is over the budget {ppo.kl_budget:g}"
-            )
+        why = None if ppo.kl_budget is None else kl_budget.why_to_stop(progress, metrics, ppo.kl_budget)
+        if why is not None:
+            this.tracker.say(f"stopped at iteration {iteration}: {why}")
             return
         if ppo.save_steps and iteration % ppo.save_steps == 0 and not is_last:
             this.save(iteration)
@@ -155,6 +159,8 @@ def _iterate(this: _Run, iteration: int) -> dict[str, float]:
             is_warmup=iteration <= settings.critic.warmup_iterations,
         )
     found = figures(scored, experience, progress["kl_coef"])
+    if ppo.kl_budget is not None:
+        found |= kl_budget.note(progress, experience.kl.sum(1), ppo.num_generations)
     progress["kl_coef"] = next_kl_coef(
         progress["kl_coef"],
         found["kl"],
@@ -258,9 +264,9 @@ def make_learners(cast: Cast, settings: PpoSettings, worker: Worker) -> dict[str
 
 def _evaluate(this: _Run, iteration: int) -> dict[str, float]:
     """Score and KL on the held-out prompts, always with the same random numbers; keeps the best under the budget."""
-    settings, cast, progress = this.settings, this.cast, this.progress
+    settings = this.settings
     scored = sample_and_score(
-        cast,
+        this.cast,
         this.held_out,
         settings,
         this.worker,
@@ -269,24 +275,33 @@ def _evaluate(this: _Run, iteration: int) -> dict[str, float]:
         stream=EVALUATE,
         step=0,
     )
-    experience = assess(scored, progress["kl_coef"], settings.ppo)
+    experience = assess(scored, this.progress["kl_coef"], settings.ppo)
     _show_samples(this, scored, experience, iteration)
-    score, kl = float(experience.scores.mean()), float(experience.kl.sum(1).mean())  # with the penalty for no end
-    budget, best = settings.ppo.kl_budget, progress["best"]
-    if budget is not None and kl <= budget and (best is None or score > best["score"]):
-        moved = kl_to_base(this.cast.policy, this.cast.bases)
-        progress["best"] = {"iteration": iteration, "score": score, "kl": kl, "kl_to_base": moved}
-        if this.worker.is_main:
-            with folder_in_one_go(_best_folder(settings, iteration)) as folder:
-                save_role(Role(cast.policy.model), folder, base_name=cast.base.name, revision=cast.base.revision)
+    score = float(experience.scores.mean())  # with the penalty for no end
+    kl, error = mean_and_error([moments(experience.kl.sum(1))])
+    if settings.ppo.kl_budget is not None:
+        _keep(this, iteration, score, kl, settings.ppo.kl_budget)
     return {
         "eval_score": float(scored.scores.mean()),
         "eval_score_penalised": score,
         "eval_score_std": float(scored.scores.std(correction=0)),
         "eval_kl": kl,
+        **({"eval_kl_error": error} if math.isfinite(error) else {}),
         "eval_response_length": float(scored.rollouts.lengths.float().mean()),
         "eval_eos_share": float(scored.rollouts.ended.float().mean()),
     }
+
+
+def _keep(this: _Run, iteration: int, score: float, kl: float, budget: float) -> None:
+    """Saves the policy beside the run if it is the one to keep so far."""
+    place, cast = kl_budget.place(this.progress, score, kl, budget), this.cast
+    if place is None:
+        return
+    moved = kl_to_base(cast.policy, cast.bases)
+    this.progress[place] = {"iteration": iteration, "score": score, "kl": kl, "kl_to_base": moved}
+    if this.worker.is_main:
+        with folder_in_one_go(_best_folder(this.settings, iteration)) as folder:
+            save_role(Role(cast.policy.model), folder, base_name=cast.base.name, revision=cast.base.revision)
 
 
 def _best_folder(settings: PpoSettings, iteration: int) -> Path:
@@ -353,15 +368,20 @@ def _cost(folder: Path, policy: Role) -> dict[str, float]:
 
 
 def _finish(this: _Run) -> None:
-    """Saves the last policy, or the best one under the KL budget, and the pictures."""
+    """Saves the last policy, or the one that the KL budget keeps, and the pictures."""
     settings, cast, worker, progress, tracker = this.settings, this.cast, this.worker, this.progress, this.tracker
+    budget = settings.ppo.kl_budget
+    if budget is not None and kl_budget.kept(progress) is None:
+        _evaluate(this, progress["step"])  # an earlier version kept none that was over the budget
     if worker.is_main:
-        folder, best = Path(settings.output), progress["best"]
-        if best is not None:
-            for file in _best_folder(settings, best["iteration"]).iterdir():
+        folder, judged = Path(settings.output), {"seen_prompts": this.seen.figure} if this.held_out else {}
+        if budget is not None and (kept := kl_budget.kept(progress)) is not None:
+            for file in _best_folder(settings, kept["iteration"]).iterdir():
                 shutil.copy(file, folder / file.name)
-            tracker.say(f"kept iteration {best['iteration']}: score {best['score']:.3f} at KL {best['kl']:.3g}")
-            moved = best.get("kl_to_base")  # a run that an earlier version began has none
+            told, of_budget = kl_budget.verdict(progress, budget)
+            judged |= of_budget
+            tracker.say(told)
+            moved = kept.get("kl_to_base")  # a run that an earlier version began has none
         else:
             moved = kl_to_base(cast.policy, cast.bases)
             save_role(Role(cast.policy.model), folder, base_name=cast.base.name, revision=cast.base.revision)
@@ -370,7 +390,7 @@ def _finish(this: _Run) -> None:
         finish(
             folder,
             cost=_cost(folder, cast.policy) | ({} if moved is None else {"kl_to_base": moved}),
-            metrics={"iterations": progress["step"], "best": best, "kl_coef": progress["kl_coef"]},
+            metrics={"iterations": progress["step"], "best": progress["best"], "kl_coef": progress["kl_coef"]} | judged,
         )
         checkpoint.clear(settings.output)
         for left in folder.glob("best-*"):

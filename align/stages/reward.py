@@ -27,7 +27,7 @@ from align.data import (
     unread,
 )
 from align.errors import BadInput, RunFailed
-from align.maths.calibration import pair_calibration_error
+from align.maths.calibration import pair_calibration_error, pair_outcomes
 from align.maths.losses import pair_loss
 from align.models.budget import training_tokens
 from align.models.layout import Ids, Tree, passes_of
@@ -175,7 +175,8 @@ def train_step(
     worker: Worker,
     costs: Costs,
 ) -> dict[str, float]:
-    """One optimiser step on `pairs` (of all processes). Returns loss, accuracy, margin and gradient norm.
+    """One optimiser step on `pairs` (of all processes). Returns loss, accuracy and margin (both as `evaluate_pairs` has
+    them) and gradient norm.
 
     The loss is divided by what so many pairs weigh on average over the data (`mean_weight` a pair), not by what these
     weigh: else a step of light pairs alone would count as much as one of heavy ones.
@@ -200,7 +201,8 @@ def train_step(
             centring=settings.center_rewards_coefficient,
         ) / (len(pairs) * mean_weight)
         loss.backward()
-        sums += torch.stack([loss, (chosen > rejected).sum(), (chosen - rejected).sum()]).detach().double()
+        outcomes = (each.sum() for each in pair_outcomes(chosen - rejected, numbers[0]))
+        sums += torch.stack([loss, *outcomes]).detach().double()
     role.eval()
     sums = worker.sum_(sums)
     rate = learner.learning_rate
@@ -217,7 +219,8 @@ def train_step(
 def evaluate_pairs(
     role: Role, pairs: Sequence[Pair], worker: Worker, *, max_batch_tokens: int | None = None
 ) -> dict[str, float]:
-    """Accuracy (ties half; soft labels by their side), loss, mean margin and calibration error on `pairs`."""
+    """Accuracy (ties half; soft labels by their side), loss, mean margin towards the labels' side and calibration error
+    on `pairs`."""
     mine = list(worker.mine(len(pairs)))
     scores = score_sequences(
         role,
@@ -229,13 +232,13 @@ def evaluate_pairs(
     for rank, part in enumerate(worker.gather_objects((scores[0::2] - scores[1::2]).tolist())):
         margins[rank :: worker.num_processes] = torch.tensor(part)
     p = torch.tensor([pair.preference.probability for pair in pairs])
-    right = torch.where(margins == 0, 0.5, ((margins > 0) == (p >= 0.5)).float())
+    right, towards = pair_outcomes(margins, p)
     ones, zeros = torch.ones_like(p), torch.zeros_like(p)
     loss = pair_loss(margins, zeros, probability=p, weight=ones, margin=zeros) / len(pairs)
     return {
         "eval_loss": float(loss),
         "eval_accuracy": float(right.mean()),
-        "eval_margin": float(margins.mean()),
+        "eval_margin": float(towards.mean()),
         "eval_ece": pair_calibration_error(margins, p),
     }
 

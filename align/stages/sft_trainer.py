@@ -11,6 +11,7 @@ from datasets import Dataset
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import EvalLoopOutput
 from trl import SFTConfig, SFTTrainer
 
 from align.data import Encoded
@@ -26,13 +27,15 @@ from align.worker import Worker
 
 COMPLETE = "complete"  # the mark of a checkpoint that was saved to its end
 NO_LOSS = -100
+Document = tuple[list[int], list[int]]  # ids and labels
 
 
 class Trainer(SFTTrainer):
     """Batches, schedules and checkpoints are TRL's; forward and backward are a role's passes over documents.
 
     Gradients are summed over the processes once a step, after the last pass: how many passes a process needs is its
-    own affair.
+    own affair. Figures are means over supervised tokens, of all steps since the last log and of the whole held-out
+    set; a mean of the batches' means, as the trainers above take it, would change with the batch size.
     """
 
     def __init__(self, role: Role, worker: Worker, max_batch_tokens: int | None, **arguments: Any):
@@ -40,42 +43,56 @@ class Trainer(SFTTrainer):
             super().__init__(model=role.model, **arguments)
         self.role, self.worker, self.max_batch_tokens = role, worker, max_batch_tokens
         self.costs = Costs(worker)
+        self.since_log = self._nothing()
         self.model_accepts_loss_kwargs = True  # supervised tokens are counted for every architecture
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:  # type: ignore[override]
         """Leaves the step's gradients in the parameters; returns the loss, as the mean over processes gives it."""
         model.train()
         inputs = self._prepare_inputs(inputs)
+        documents = list(_documents(inputs))
         total = torch.zeros((), device=self.worker.device)
-        correct = torch.zeros((), device=self.worker.device)
         count = float(num_items_in_batch)  # supervised tokens of the step: all batches, all processes
-        for logprobs, is_right in self._passes(inputs):
+        for logprobs, is_right in self._passes(documents):
             loss = -logprobs.sum() / count
             loss.backward()
             total += loss.detach()
-            correct += is_right.sum()
-        self.costs.tokens += sum(len(ids) for ids, _ in _documents(inputs))
-        self._note("train", correct, (inputs["labels"] != NO_LOSS).sum())
+            self.since_log += _sums(logprobs, is_right)
+        self.costs.tokens += sum(len(ids) for ids, _ in documents)
         if self.accelerator.sync_gradients and self.worker.num_processes > 1:
             for p in self.role.parameters():
                 if p.requires_grad:
                     p.grad = self.worker.sum_(torch.zeros_like(p) if p.grad is None else p.grad)
         return total * self.worker.num_processes
 
-    def prediction_step(
-        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
-    ) -> tuple[Tensor, None, None]:
-        """The batch's mean loss over its supervised tokens."""
-        inputs = self._prepare_inputs(inputs)
-        with torch.no_grad():
-            found = list(self._passes(inputs))
-        logprobs, is_right = (torch.cat(column) for column in zip(*found, strict=True))
-        self._note("eval", is_right.sum(), torch.tensor(len(is_right), device=self.worker.device))
-        return -logprobs.sum() / max(len(logprobs), 1), None, None
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """All processes call it together."""
+        if "loss" in logs:
+            logs |= self._means(self.since_log)
+            self.since_log = self._nothing()
+        super().log(logs, start_time)
 
-    def _passes(self, inputs: dict[str, Any]) -> Iterator[tuple[Tensor, Tensor]]:
+    def evaluation_loop(self, dataloader: Any, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
+        """Each held-out row once, on one of the processes, whatever the loader's batches."""
+        self.role.model.eval()
+        rows = dataloader.dataset
+        mine = [rows[i] for i in self.worker.mine(len(rows))]
+        sums = self._nothing()
+        with torch.no_grad():
+            for logprobs, is_right in self._passes([(row["input_ids"], row["labels"]) for row in mine]):
+                sums += _sums(logprobs, is_right)
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in self._means(sums).items()}
+        return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=len(rows))  # type: ignore[arg-type]
+
+    def _nothing(self) -> Tensor:
+        return torch.zeros(3, dtype=torch.float64, device=self.worker.device)
+
+    def _means(self, sums: Tensor) -> dict[str, float]:
+        loss, correct, count = self.worker.sum_(sums).tolist()
+        return {"loss": loss / max(count, 1), "mean_token_accuracy": correct / max(count, 1)}
+
+    def _passes(self, rows: list[Document]) -> Iterator[tuple[Tensor, Tensor]]:
         """Log-probabilities of supervised tokens and whether each is the likeliest, pass by pass."""
-        rows = list(_documents(inputs))
         trees = [Tree(ids[:1], [ids[1:]]) for ids, _ in rows]
         budget = training_tokens(self.role.causal, self.max_batch_tokens)
         for numbers in passes_of(trees, max_tokens=budget, is_flat=self.role.is_flat):
@@ -85,9 +102,11 @@ class Trainer(SFTTrainer):
             states = self.role.states(layout, layout.before[learnt])
             yield self.role.choices(states, layout.tokens[learnt])
 
-    def _note(self, mode: str, correct: Tensor, count: Tensor) -> None:
-        correct, count = (self.accelerator.gather(each).sum() for each in (correct, count))
-        self._metrics[mode]["mean_token_accuracy"].append(float(correct / count.clamp(min=1)))
+
+def _sums(logprobs: Tensor, is_right: Tensor) -> Tensor:
+    """Loss, tokens that are right, and tokens, of a pass."""
+    count = torch.full_like(is_right.sum(), len(is_right))
+    return torch.stack([-logprobs.detach().double().sum(), is_right.sum(), count])
 
 
 @contextmanager
@@ -100,7 +119,7 @@ def _any_head(role: Role) -> Iterator[None]:
     role.model.__dict__.pop("get_output_embeddings", None)
 
 
-def _documents(inputs: dict[str, Any]) -> Iterator[tuple[list[int], list[int]]]:
+def _documents(inputs: dict[str, Any]) -> Iterator[Document]:
     """Ids and labels of each document of a batch as TRL collates it: padded rows, or packed by their positions."""
     ids, labels = inputs["input_ids"], inputs["labels"]
     if "position_ids" in inputs:
@@ -114,14 +133,14 @@ def _documents(inputs: dict[str, Any]) -> Iterator[tuple[list[int], list[int]]]:
 
 def _dataset(rows: list[Encoded]) -> Dataset:
     return Dataset.from_dict(
-        {
-            "input_ids": [list(row.input_ids) for row in rows],
-            "labels": [
-                [token if is_answer else NO_LOSS for token, is_answer in zip(row.input_ids, row.loss_mask, strict=True)]
-                for row in rows
-            ],
-        }
+        {"input_ids": [list(row.input_ids) for row in rows], "labels": [_labels(row) for row in rows]}
     )
+
+
+def _labels(row: Encoded) -> list[int]:
+    """The supervised tokens. Never the first: nothing foretells it, so it must not count among those of a step."""
+    is_learnt = [False, *row.loss_mask[1:]]
+    return [token if learnt else NO_LOSS for token, learnt in zip(row.input_ids, is_learnt, strict=True)]
 
 
 def make_trainer(

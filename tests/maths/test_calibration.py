@@ -9,6 +9,7 @@ import torch
 from align.maths.calibration import (
     expected_calibration_error,
     pair_calibration_error,
+    pair_outcomes,
     wilson_interval,
     win_rate,
 )
@@ -133,3 +134,25 @@ def test_win_rate_matches_the_oracle_and_its_mirror(seed):
     ours, theirs = ([float(rng.randint(0, 5)) for _ in range(count)] for _ in range(2))
     assert win_rate(ours, theirs) == pytest.approx(oracles.win_rate(ours, theirs, 1e-9), abs=1e-12)
     assert win_rate(ours, theirs) + win_rate(theirs, ours) == pytest.approx(1.0, abs=1e-12)
+
+
+def test_a_pair_is_right_on_its_label_s_side_and_half_where_either_takes_none():
+    rows = [  # margin, probability of chosen -> right, margin towards the label's side
+        (2.0, 1.0, 1.0, 2.0),
+        (-2.0, 1.0, 0.0, -2.0),
+        (2.0, 0.0, 0.0, -2.0),
+        (-2.0, 0.0, 1.0, 2.0),
+        (0.5, 0.6, 1.0, 0.5),
+        (0.5, 0.4, 0.0, -0.5),
+        (0.0, 1.0, 0.5, 0.0),
+        (0.0, 0.3, 0.5, 0.0),
+        (3.0, 0.5, 0.5, 0.0),
+        (-3.0, 0.5, 0.5, 0.0),
+        (math.nan, 1.0, 0.0, math.nan),
+    ]
+    margins, probability, right, towards = (torch.tensor(column) for column in zip(*rows, strict=True))
+    found = pair_outcomes(margins, probability)
+    assert found[0].tolist() == right.tolist()
+    torch.testing.assert_close(found[1], towards, equal_nan=True)
+    turned = pair_outcomes(-margins, 1.0 - probability)  # which of the two is called chosen does not matter
+    assert turned[0].tolist() == right.tolist()
