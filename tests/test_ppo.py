@@ -226,5 +226,14 @@ def test_end_penalties():
     assert end_penalty(scores, ended, Ppo(missing_eos_penalty=None)).tolist() == [2.0, 2.0]
 
 
+@pytest.mark.parametrize("score", [-3.0, -1.0, -0.5, 0.0, 2.0])
+@pytest.mark.parametrize("how", ["replace", "subtract"])
+@pytest.mark.parametrize("penalty", [0.0, 1.0, 2.5])
+def test_no_answer_gains_by_never_ending(score, how, penalty):
+    ppo = Ppo(missing_eos=how, missing_eos_penalty=penalty)
+    found = end_penalty(torch.tensor([score, score]), torch.tensor([True, False]), ppo).tolist()
+    assert found == [score, score - penalty if how == "subtract" else min(score, -penalty)] and found[1] <= score
+
+
 def test_checkpoints_are_gone_when_finished(finished):
     assert checkpoints(finished) == [] and not (finished / "checkpoints").exists()

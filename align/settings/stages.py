@@ -245,7 +245,7 @@ class Ppo(Settings):
     kl_horizon: Count = 10_000  # sequences
     kl_budget: Positive | None = None  # stop past this sequence KL, keep the best checkpoint under it
     missing_eos_penalty: float | None = 1.0  # None: no penalty
-    missing_eos: Literal["replace", "subtract"] = "replace"  # the score becomes -penalty, or loses it
+    missing_eos: Literal["replace", "subtract"] = "replace"  # the score becomes -penalty at the most, or loses it
     ratio_tolerance: Positive | None = None  # of the first minibatch: max |log ratio|, in 16 bits its mean
     save_steps: Interval = 10
     eval_steps: Interval = 10

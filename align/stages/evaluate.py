@@ -6,8 +6,9 @@ ties as halves; its interval is Wilson's at 95 %.
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -19,7 +20,7 @@ from align.maths.kl import kl_estimate
 from align.models.roles import Bases, Role
 from align.report.page import wins
 from align.report.tables import markdown_table, result_table, save_samples
-from align.rewards import Answers, RewardMix, build_rewards
+from align.rewards import Answers, RewardMix, build_rewards, check_columns, means_of, with_logged
 from align.rewards.judge import Judge, Question, build_judge
 from align.rollout.draw import uniforms
 from align.rollout.reading import read_all
@@ -44,6 +45,8 @@ class Judged:
     ended: list[bool]
     entropies: list[float]  # mean over an answer's tokens, nats
     beside: list[dict[str, float]]  # the recipe's other scores, by name
+    extra: list[dict[str, Any]] = field(default_factory=list)  # columns that reward functions log
+    logged: dict[str, float] = field(default_factory=dict)  # and figures: means over their calls
 
 
 def run(settings: EvaluateSettings, worker: Worker) -> None:
@@ -54,6 +57,7 @@ def run(settings: EvaluateSettings, worker: Worker) -> None:
         begin(settings, bases.main.fingerprint)
     worker.wait()
     loaded = load(settings.prompts, "prompts")
+    remarks = check_columns(settings, (*loaded.train, *loaded.validation))
     tokenizer = bases.main.tokenizer
     rows = [(p, encode_prompt(tokenizer, p)) for p in (loaded.validation or loaded.train)]
     rows = [(p, ids) for p, ids in rows if 0 < len(ids) <= settings.max_prompt_length][: settings.max_prompts]
@@ -69,12 +73,15 @@ def run(settings: EvaluateSettings, worker: Worker) -> None:
     reference = bases.role(settings.policies[reference_name])
     tracker = Tracker(settings, total=len(settings.policies), start=0, shown=("score", "kl"), is_main=worker.is_main)
     try:
+        for remark in remarks:
+            tracker.say(remark)
         judged = {}
         for number, (name, folder) in enumerate(settings.policies.items(), 1):
             worker.stop_if_asked(lambda: None)  # there is nothing to save: the same answers are drawn again
             judged[name] = _judge(bases.role(folder), reference, rows, judge, beside, bases, settings, worker)
             found = judged[name]
-            tracker.log(number, {"policy": name, "score": _mean(found.scores), "kl": _mean(found.kl)})
+            shown = {"policy": name, "score": _mean(found.scores), "kl": _mean(found.kl)}
+            tracker.log(number, with_logged(shown, found.logged))
         metrics = _metrics(judged, settings, reference_name) | _pair_metrics(settings, bases, worker)
         if settings.pairwise_judge is not None:
             metrics |= judge_metrics(pairwise, judged, rows, settings, worker)
@@ -115,14 +122,17 @@ def _judge(
     entropies = own.entropies.sum(1) / rollouts.lengths.clamp(min=1)
     texts = [decode_completion(tokenizer, ids) for ids in rollouts.answers]
     answers = Answers([rows[i][0] for i in mine], rollouts.prompts, texts, rollouts.answers)
-    scores, _ = judge(answers)
-    others_say = {name: mix(answers)[0] for name, mix in beside.items()}
-    further = [{name: values[i] for name, values in others_say.items()} for i in range(len(texts))]
-    columns = (kl.tolist(), rollouts.lengths.tolist(), rollouts.ended.tolist(), entropies.tolist(), further)
-    found = list(zip(texts, scores, *columns, strict=True))
+    mixes = {"": judge} | beside
+    told = worker.agreed(lambda: {name: mix.told(answers) for name, mix in mixes.items()})
+    further = [{name: told[name].totals[i] for name in beside} for i in range(len(texts))]
+    extra = [{column: x for each in told.values() for column, x in each.extra[i].items()} for i in range(len(texts))]
+    columns = (kl.tolist(), rollouts.lengths.tolist(), rollouts.ended.tolist(), entropies.tolist(), further, extra)
+    found = list(zip(texts, told[""].totals, *columns, strict=True))
     parts = worker.gather_objects(found)
     whole = [parts[i % len(parts)][i // len(parts)] for i in range(len(rows))]
-    return Judged(*(list(column) for column in zip(*whole, strict=True)))
+    logged = means_of([each for part in worker.gather_objects([t.logged for t in told.values()]) for each in part])
+    said = Judged(*(list(column) for column in zip(*whole, strict=True)))  # type: ignore[arg-type]
+    return replace(said, logged=logged)
 
 
 def _metrics(judged: dict[str, Judged], settings: EvaluateSettings, reference: str) -> dict:
@@ -190,7 +200,7 @@ def _write(metrics: dict, judged: dict[str, Judged], rows: list, settings: Evalu
                 "iteration": 0,
                 "prompt": prompt.prompt,
                 **{
-                    name: {"response": j.texts[i], "score": j.scores[i], "kl": j.kl[i]} | j.beside[i]
+                    name: {"response": j.texts[i], "score": j.scores[i], "kl": j.kl[i]} | j.beside[i] | j.extra[i]
                     for name, j in judged.items()
                 },
             }
