@@ -38,17 +38,19 @@ def load_object(reference: str) -> Any:
 
 
 @contextmanager
-def users_code(reference: str, what: str, *, raises: type[Exception] = RunFailed) -> Iterator[None]:
+def users_code(
+    reference: str, what: str, *, raises: type[Exception] = RunFailed, passes: tuple[type[Exception], ...] = ()
+) -> Iterator[None]:
     """Around a call into the object that `reference` names, which `what` names in words.
 
     Whatever it raises, `sys.exit` too, becomes one line with the place in the user's file. Ctrl-C passes, and so do
-    our own errors, which are such a line already.
+    our own errors, which are such a line already, and what `passes`.
     """
     try:
         yield
-    except (BadInput, RunFailed):
-        raise
     except (Exception, SystemExit, CancelledError) as error:
+        if isinstance(error, (BadInput, RunFailed, *passes)):
+            raise
         raise raises(f"{what} failed{_place(reference, error)}: {told(error)}") from error
 
 
