@@ -136,7 +136,7 @@ class RewardSettings(StageSettings):
     max_length: Annotated[int, Field(ge=8)] = 1024
     train: Training = Training(learning_rate=1e-4)
     center_rewards_coefficient: NonNegative = 0.01
-    reference: Sources = ()  # demonstrations to measure score mean and std on; none: the training pairs' answers
+    reference: Sources = ()  # demonstrations to measure score mean and std on; none: the held-out pairs' answers
 
     def data_sections(self) -> dict[str, tuple[str, Data]]:
         sections = {"data": ("preferences", self.data)}
