@@ -12,17 +12,18 @@ from align.settings import EvaluateSettings, PpoSettings, ScoreSettings, StageSe
 from align.wording import did_you_mean, one_line
 
 
-def check_columns(settings: StageSettings, prompts: Sequence[Prompt]) -> list[str]:
+def check_columns(settings: StageSettings, prompts: Sequence[Prompt], prefix: str = "") -> list[str]:
     """Every argument that a stage's reward functions need is a column of some prompt; loads no model.
 
-    Returns a sentence on each column that only some prompts have: the function is given None for the others.
+    `prefix` comes before the recipe's keys. Returns a sentence on each column that only some prompts have: for the
+    others the function is given None.
 
     Raises:
         BadInput: no prompt has it.
     """
     return [
         remark
-        for key, reference, arguments, place in _functions(settings)
+        for key, reference, arguments, place in _functions(settings, prefix)
         for remark in missing_columns(reference, arguments, prompts, key=key, place=place)
     ]
 
@@ -30,15 +31,16 @@ def check_columns(settings: StageSettings, prompts: Sequence[Prompt]) -> list[st
 def missing_columns(
     reference: str, arguments: Mapping[str, Any], prompts: Sequence[Prompt], *, key: str, place: str = "beside `use:`"
 ) -> list[str]:
-    """The same of one function; `key` is the recipe's, and `place` says where its `arguments` stand."""
+    """The same of one function; `key` is the recipe's, and `place` says where its `arguments` stand, if anywhere."""
     has = Counter(column for prompt in prompts for column in prompt.columns)
     name, remarks = reference.rpartition(":")[2], []
     for column in needed(load_object(reference), arguments, SUPPLIED):
         if not has[column]:
             hint = did_you_mean(column, has) or f"; they have: {one_line(', '.join(sorted(has))) or 'none'}"
+            argument = f"`{column}:` {place}, or " if place else ""
             raise BadInput(
-                f"`{key}`: `{name}` needs the argument `{column}`; add `{column}:` {place}, or a column of that name "
-                f"to the prompts, which have none{hint}"
+                f"`{key}`: `{name}` needs the argument `{column}`; add {argument}a column of that name to the prompts, "
+                f"which have none{hint}"
             )
         if has[column] < len(prompts):
             remarks.append(
@@ -47,7 +49,7 @@ def missing_columns(
     return remarks
 
 
-def _functions(settings: StageSettings) -> Iterator[tuple[str, str, Mapping[str, Any], str]]:
+def _functions(settings: StageSettings, prefix: str) -> Iterator[tuple[str, str, Mapping[str, Any], str]]:
     """The reward functions of a stage: the recipe's key, the reference, the arguments and where these stand."""
     rewards, judges = {}, {}
     if isinstance(settings, PpoSettings):
@@ -60,7 +62,7 @@ def _functions(settings: StageSettings) -> Iterator[tuple[str, str, Mapping[str,
         judges = {"judge": settings.judge}
     for key, reward in rewards.items():
         if is_reference(reward.use):
-            yield key, reward.use, reward.arguments, "beside `use:`"
+            yield prefix + key, reward.use, reward.arguments, "beside `use:`"
     for key, judge in judges.items():
         if judge is not None and is_reference(judge.use):
-            yield key, judge.use, judge.arguments, f"to `{key}.arguments`"
+            yield prefix + key, judge.use, judge.arguments, f"to `{prefix}{key}.arguments`"
