@@ -110,16 +110,17 @@ class Worker:
         return found
 
     def agreed(self, call: Callable[[], T]) -> T:
-        """`call()` on every process; what fails on one is raised on all, so that none waits for what never comes."""
+        """`call()` on every process; what fails on one (the first, of several) is raised on all, so that none waits
+        for what never comes."""
         found: T | None = None
         failure: BadInput | RunFailed | None = None
         try:
             found = call()
         except (BadInput, RunFailed) as error:
             failure = error
-        failure = failure or next((each for each in self.gather_objects(failure) if each is not None), None)
-        if failure is not None:
-            raise failure
+        for each in self.gather_objects(failure):
+            if each is not None:
+                raise each
         return found  # type: ignore[return-value]  # `call` came back
 
     def mine(self, count: int) -> range:

@@ -17,7 +17,7 @@ from align.artifact import checkpoints, read_manifest, state_of
 from align.data import load
 from align.data.collate import pad_left, pad_right
 from align.door import check_recipe
-from align.errors import BadInput
+from align.errors import BadInput, RunFailed
 from align.models.layout import parts_of
 from align.models.roles import Bases
 from align.models.scoring import score_sequences
@@ -205,6 +205,25 @@ def test_worker_alone_is_one_process():
     worker = Worker()
     assert worker.num_processes == 1 and list(worker.mine(3)) == [0, 1, 2]
     assert worker.gather_objects({"a": 1}) == [{"a": 1}] and worker.maximum(2.0) == 2.0
+    assert worker.agreed(lambda: 3) == 3
+
+
+@pytest.mark.parametrize("own", [None, RunFailed("mine")])
+def test_what_fails_on_one_process_is_raised_on_all_and_the_first_is_told(own, monkeypatch):
+    worker, seen = Worker(), []
+
+    def call():
+        if own is not None:
+            raise own
+
+    def gathered(value):
+        seen.append(value)
+        return [None, RunFailed("first"), value]
+
+    monkeypatch.setattr(worker, "gather_objects", gathered)
+    with pytest.raises(RunFailed, match="^first$"):
+        worker.agreed(call)
+    assert seen == [own]  # the others were told
 
 
 ALLOCATING = """
