@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from align.errors import BadInput
+from align.errors import BadInput, RunFailed
 from align.wording import safe
 
 app = typer.Typer(
@@ -188,12 +188,12 @@ def report(run: Annotated[str, typer.Argument(metavar="RUN", help="A loop's fold
 
 
 def main() -> None:
-    """Entry point: bad input is one line and exit code 2."""
+    """Entry point: bad input is one line and exit code 2; what fails on the way is one line and exit code 1."""
     try:
         app(standalone_mode=True)
-    except BadInput as error:
+    except (BadInput, RunFailed) as error:
         print(safe(f"align: {error}"), file=sys.stderr)
-        sys.exit(2)
+        sys.exit(2 if isinstance(error, BadInput) else 1)
 
 
 if __name__ == "__main__":

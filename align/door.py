@@ -3,13 +3,14 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from align.artifact import state_of
-from align.data import load, looks_like_hub_id
+from align.data import Loaded, load, looks_like_hub_id
 from align.errors import BadInput
 from align.parents import check_parents, check_prefix, is_on_hub, method_of, resolved
 from align.recipe import Recipe
-from align.rewards import check_reward, check_rewards
+from align.rewards import check_columns, check_reward, check_rewards
 from align.rewards.judge import check_judge
 from align.settings import (
     PEFT_METHODS_IN_4_BITS,
@@ -83,7 +84,9 @@ def _check_stage(settings: StageSettings, made: dict[str, StageSettings]) -> str
     state = state_of(settings)
     if state != "finished":
         for key, (kind, data) in settings.data_sections().items():
-            _check_data(key, kind, data)
+            loaded = _check_data(key, kind, data)
+            if kind == "prompts" and loaded is not None:
+                check_columns(settings, (*loaded.train, *loaded.validation))
     return state
 
 
@@ -147,7 +150,7 @@ def _check_method(settings: StageSettings, key: str, method: AnyMethod | None) -
         check_method(method, key)
 
 
-def _check_data(key: str, kind: str, data: Data) -> None:
+def _check_data(key: str, kind: str, data: Data) -> Loaded[Any] | None:
     """Reads local files to their last row; a data set on the Hub is read by the stage."""
     paths = [source.path for source in (*data.train, *data.validation) if looks_like_hub_id(source.path)]
     for path in paths:
@@ -155,8 +158,8 @@ def _check_data(key: str, kind: str, data: Data) -> None:
             hint = did_you_mean_path(Path(path)) or "; name a data file, or a data set on the Hub"
             raise BadInput(f"`{key}`: {path} is not there{hint}")
     if paths:
-        return
+        return None
     try:
-        load(data, kind)  # type: ignore[call-overload]
+        return load(data, kind)  # type: ignore[call-overload, no-any-return]
     except BadInput as error:
         raise BadInput(f"`{key}`: {error}") from error

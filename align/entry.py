@@ -12,7 +12,7 @@ from pathlib import Path
 from align.artifact import state_of
 from align.door import check_stage
 from align.errors import BadInput, RunFailed
-from align.processes import PARENT_PID, die_with_parent, write_status
+from align.processes import PARENT_PID, die_with_parent, read_status, write_status
 from align.recipe import Recipe, load_recipe
 from align.settings import StageSettings
 from align.stages import runner
@@ -52,13 +52,16 @@ def main(kind: str | None = None, arguments: list[str] | None = None) -> None:
         code, message = 1, f"align: {error}"
     except Exception:
         message = traceback.format_exc()
-    if os.environ.get("RANK", "0") != "0":
+    is_first, told = os.environ.get("RANK", "0") == "0", os.environ.get("ALIGN_STATUS_FILE")
+    if not is_first:
         time.sleep(1.0)  # let the first process say it first
-    if os.environ.get("RANK", "0") == "0" or code in (1, 2):
+    earlier = read_status(Path(told)) if told else None
+    has_failed = earlier is not None and earlier.exit_code != 0  # what follows from that is no news
+    if not has_failed and (is_first or code in (1, 2)):
         if message:
             print(safe(message if code == 1 else f"align: {message}"), file=sys.stderr, flush=True)
-        if os.environ.get("ALIGN_STATUS_FILE"):  # the first failure stays
-            write_status(Path(os.environ["ALIGN_STATUS_FILE"]), code, message.strip().split("\n")[-1])
+        if told:
+            write_status(Path(told), code, message.strip().split("\n")[-1])
     sys.stdout.flush()
     os._exit(code)  # library threads (wandb, datasets) must not hold the process, nor change its code
 

@@ -5,12 +5,14 @@ import importlib
 import importlib.util
 import inspect
 import sys
-from collections.abc import Callable
+from asyncio import CancelledError
+from collections.abc import Callable, Container, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from traceback import extract_tb
+from traceback import extract_tb, walk_tb
 from typing import Any
 
-from align.errors import BadInput
+from align.errors import BadInput, RunFailed
 from align.wording import did_you_mean, did_you_mean_path, one_line
 
 
@@ -35,6 +37,43 @@ def load_object(reference: str) -> Any:
     return getattr(module, name)
 
 
+@contextmanager
+def users_code(
+    reference: str, what: str, *, raises: type[Exception] = RunFailed, passes: tuple[type[Exception], ...] = ()
+) -> Iterator[None]:
+    """Around a call into the object that `reference` names, which `what` names in words.
+
+    Whatever it raises, `sys.exit` too, becomes one line with the place in the user's file. Ctrl-C passes, and so do
+    our own errors, which are such a line already, and what `passes`.
+    """
+    try:
+        yield
+    except (Exception, SystemExit, CancelledError) as error:
+        if isinstance(error, (BadInput, RunFailed, *passes)):
+            raise
+        raise raises(f"{what} failed{_place(reference, error)}: {told(error)}") from error
+
+
+def _place(reference: str, error: BaseException) -> str:
+    """The deepest line of the user's file that the error came through, else of any file that is not ours."""
+    where = reference.rpartition(":")[0]
+    own = str(Path(where).resolve()) if where.endswith(".py") else getattr(sys.modules.get(where), "__file__", None)
+    ours = str(Path(__file__).parent)
+    lines = [(frame.f_code.co_filename, line) for frame, line in walk_tb(error.__traceback__)]
+    found = [(where if where.endswith(".py") else file, line) for file, line in lines if file == own]
+    found = found or [(file, line) for file, line in lines if not file.startswith(ours)]
+    return " ({}:{})".format(*found[-1]) if found else ""
+
+
+def told(error: BaseException) -> str:
+    """Kind and words of an error, on one line."""
+    try:
+        says = str(error.msg if isinstance(error, SyntaxError) else error).strip()
+    except Exception:  # an error of the user's own may fail to say itself
+        says = ""
+    return one_line(f"{type(error).__name__}: {says}" if says else type(error).__name__)
+
+
 def check_arguments(
     function: Callable[..., Any],
     given: dict[str, Any],
@@ -42,13 +81,15 @@ def check_arguments(
     supplied: tuple[str, ...],
     where: str,
     beside: tuple[str, ...] = (),
+    columns_follow: bool = False,
 ) -> None:
     """Raises BadInput unless `function` takes every key of `given` and gets every argument that it needs.
 
     `supplied` are the argument names that the toolkit passes by itself; `where` names the recipe's key, and
-    `beside` the keys that may stand beside the arguments.
+    `beside` the keys that may stand beside the arguments. `columns_follow`: what it needs further may be a column of
+    the data, known only once that is read (`needed`).
     """
-    name = getattr(function, "__name__", str(function))
+    name = getattr(function, "__name__", type(function).__name__)
     try:
         parameters = inspect.signature(function).parameters
     except (TypeError, ValueError) as error:  # some of Python's own have none
@@ -60,11 +101,20 @@ def check_arguments(
         if key in supplied or (key not in named and not takes_any):
             hint = did_you_mean(key, [*own, *beside]) or f"; it takes: {one_line(', '.join(own)) or 'no settings'}"
             raise BadInput(f"{where}: `{name}` takes no argument `{key}`{hint}")
-    if takes_any:  # the rest may be columns of the data, known only once it is read
+    for key, parameter in parameters.items():
+        if parameter.kind is parameter.POSITIONAL_ONLY and parameter.default is parameter.empty:
+            raise BadInput(f"{where}: `{name}` takes `{key}` by position only; take the `/` out of its arguments")
+    if columns_follow:
         return
-    for key, parameter in named.items():
-        if parameter.default is parameter.empty and key not in given and key not in supplied:
-            raise BadInput(f"{where}: `{name}` needs the argument `{key}`; add `{key}:` beside `use:`")
+    for key in needed(function, given, supplied):
+        raise BadInput(f"{where}: `{name}` needs the argument `{key}`; add `{key}:` beside `use:`")
+
+
+def needed(function: Callable[..., Any], given: Container[str], supplied: Container[str]) -> list[str]:
+    """The arguments without a default that are neither `given` by the recipe nor `supplied` by the toolkit."""
+    parameters = inspect.signature(function).parameters.values()
+    named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and p.default is p.empty]
+    return [p.name for p in named if p.name not in given and p.name not in supplied]
 
 
 def _module_of_file(given: Path) -> Any:
@@ -86,7 +136,7 @@ def _module_of_file(given: Path) -> Any:
         exec(compile(path.read_bytes(), str(path), "exec", dont_inherit=True), vars(module))
     except (Exception, SystemExit) as error:  # the user's file may raise anything
         del sys.modules[name]
-        raise BadInput(f"{given}:{_line_in(path, error)}: cannot be imported: {_told(error)}") from error
+        raise BadInput(f"{given}:{_line_in(path, error)}: cannot be imported: {told(error)}") from error
     return module
 
 
@@ -97,14 +147,10 @@ def _line_in(path: Path, error: BaseException) -> int:
     return next((f.lineno for f in reversed(extract_tb(error.__traceback__)) if f.filename == str(path)), None) or 1
 
 
-def _told(error: BaseException) -> str:
-    return one_line(f"{type(error).__name__}: {error.msg if isinstance(error, SyntaxError) else error}")
-
-
 def _module_of_package(name: str) -> Any:
     try:
         return importlib.import_module(name)
     except ImportError as error:
         raise BadInput(f"module `{name}` cannot be imported: {one_line(error)}; is it installed?") from error
     except (Exception, SystemExit) as error:
-        raise BadInput(f"module `{name}` cannot be imported: {_told(error)}") from error
+        raise BadInput(f"module `{name}` cannot be imported: {told(error)}") from error

@@ -6,14 +6,15 @@ import random
 import signal
 from collections.abc import Callable
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from align.errors import BadInput
+from align.errors import BadInput, RunFailed
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # of <malloc.h>
+T = TypeVar("T")
 TERMINATED = 143
 INTERRUPTED = 130
 
@@ -107,6 +108,20 @@ class Worker:
         found: list[Any] = [None] * self.num_processes
         dist.all_gather_object(found, value)
         return found
+
+    def agreed(self, call: Callable[[], T]) -> T:
+        """`call()` on every process; what fails on one (the first, of several) is raised on all, so that none waits
+        for what never comes."""
+        found: T | None = None
+        failure: BadInput | RunFailed | None = None
+        try:
+            found = call()
+        except (BadInput, RunFailed) as error:
+            failure = error
+        for each in self.gather_objects(failure):
+            if each is not None:
+                raise each
+        return found  # type: ignore[return-value]  # `call` came back
 
     def mine(self, count: int) -> range:
         """The positions among `count` that are this process's to compute."""

@@ -74,6 +74,12 @@ def brevity(prompts, completions, target_words, **columns):
     return [0.0 for _ in completions]
 def strict(prompts, completions, target_words, floor=0.0):
     return [0.0 for _ in completions]
+def right(completions, solution, **columns):
+    return [0.0 for _ in completions]
+def by_place(prompts, completions, /):
+    return [0.0 for _ in completions]
+async def yields(completions, **columns):
+    yield 0.0
 class NoStage:
     pass
 '''
@@ -396,6 +402,13 @@ REWARDS = [
     ppo("no function", {"rewards.1.use": "fns.py:NUMBER"}, "`rewards[1]`", "fns.py:NUMBER", "not a function"),
     ppo("no signature", {"rewards.1.use": "builtins:max"}, "`rewards[1]`", "`max`", "function of your own"),
     ppo("a missing argument", {"rewards.1": {"use": "fns.py:strict"}}, "`rewards[1]`", "`strict` needs the argument `target_words`", "add `target_words:`"),
+    ppo("a column that no row has", {"rewards.1": {"use": "fns.py:right"}}, "`rewards[1]`: `right` needs the argument `solution`", "add `solution:` beside `use:`", "they have: none"),
+    ppo("a column of nearly that name", {"rewards.1": {"use": "fns.py:right"}, "prompts.train": "p.jsonl"}, "`solution`", "did you mean `solutions`?", files={"p.jsonl": '{"prompt": "a", "solutions": 1}\n{"prompt": "b"}\n'}),
+    ppo("an argument by position", {"rewards.1": {"use": "fns.py:by_place"}}, "`rewards[1]`", "takes `prompts` by position only"),
+    ppo("scores that are yielded", {"rewards.1": {"use": "fns.py:yields"}}, "`rewards[1]`: fns.py:yields", "asynchronously"),
+    evaluate("a judge's column", {"judge.0": {"use": "fns.py:right"}}, "`judge[0]`: `right` needs the argument `solution`"),
+    evaluate("a column beside", {"beside": {"x": {"use": "fns.py:right"}}}, "`beside.x`: `right` needs the argument `solution`"),
+    evaluate("a pairwise judge's column", {"pairwise_judge": {"use": "fns.py:right"}}, "`pairwise_judge`: `right` needs", "to `pairwise_judge.arguments`"),
     ppo("our argument", {"rewards.1.prompts": "x"}, "`rewards[1]`", "takes no argument `prompts`"),
     ppo("a broken file", {"rewards.1.use": "bad.py:f"}, "`rewards[1]`: bad.py:2", "ZeroDivisionError: division by zero", files={"bad.py": "x = 1\nx / 0\n"}),
     ppo("a file that ends the program", {"rewards.1.use": "bad.py:f"}, "`rewards[1]`: bad.py:2", "SystemExit: 0", files={"bad.py": "import sys\nsys.exit(0)\n"}),

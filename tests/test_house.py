@@ -5,11 +5,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import yaml
 
+from align.errors import BadInput, RunFailed
 from align.loop.rounds import load_loop
 from align.recipe import load_recipe
 from align.settings import STAGES
+from align.stages import runner
+from align.worker import Stopped
 from tests import tiny
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -98,6 +102,30 @@ def test_a_stage_of_ones_own_runs(base, data, tmp_path, capsys):
     path.write_text(yaml.safe_dump(values))
     tiny.run(load_recipe(str(path)).stages["count"])
     assert "tokens in 40 rows" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("body", "error", "says"),
+    [
+        ("raise ValueError('one\\n two')", RunFailed, r"own.py:Own` failed \(.*own.py:6\): ValueError: one two$"),
+        ("sys.exit(0)", RunFailed, "SystemExit: 0"),
+        ("self.run(worker)", RunFailed, "RecursionError"),
+        ("raise BadInput('no such file')", BadInput, "^no such file$"),
+        ("raise Stopped(143)", Stopped, "stopped by a signal"),
+    ],
+)
+def test_a_stage_of_ones_own_that_fails_is_one_line(body, error, says, tmp_path):
+    path = tmp_path / "own.py"
+    path.write_text(
+        "import sys\nfrom align.errors import BadInput\nfrom align.settings import StageSettings\n"
+        f"from align.worker import Stopped\nclass Own(StageSettings):\n    def run(self, worker): {body}\n"
+    )
+    recipe = tmp_path / "own.yaml"
+    recipe.write_text(yaml.safe_dump({"stage": f"{path}:Own", "model": {"base": "x/y"}, "output": "out"}))
+    settings = next(iter(load_recipe(str(recipe)).stages.values()))
+    with pytest.raises(error, match=says) as caught:
+        runner(settings)(settings, None)
+    assert "\n" not in str(caught.value)
 
 
 def test_the_custom_functions_do_what_they_say():

@@ -486,7 +486,6 @@ SERVER = {"use": "server", "url": "http://127.0.0.1:8000/v1", "model": "m"}
         (SERVER | {"api_key_env": "BAD_KEY"}, "BAD_KEY holds characters that no key has"),
         (SERVER | {"arguments": {"x": 1}}, "`judge.arguments` has no meaning with `use: server`"),
         ({"use": "{own}:nothing"}, "`judge`: .*has no `nothing`"),
-        ({"use": "{own}:length"}, "needs the argument `per`; add `per:` to `judge.arguments`"),
         ({"use": "{own}:length", "arguments": {"per": 1, "pre": 2}}, "takes no argument `pre`; did you mean `per`"),
         ({"use": "{own}:length", "arguments": {"weight": 2}}, "`judge.arguments.weight` is no argument"),
         ({"use": "{own}:length", "arguments": {"per": 1}, "question": "q.jinja"}, "`judge.question` has no meaning"),

@@ -31,6 +31,9 @@ def gold(prompts, completions, **columns):
     """A word of thanks is worth most, and other words are worth a little."""
     texts = [c if isinstance(c, str) else c[-1]["content"] for c in completions]
     return [2.0 * ("thanks" in t) - ("bad" in t) + 0.1 * len(set(t.split())) for t in texts]
+
+def right(completions, nowhere, **columns):
+    """Asks for what no prompt has."""
 '''
 
 
@@ -435,6 +438,9 @@ def test_two_loops_cannot_share_a_store(finished, base, data, tmp_path):
         ({"ppo": {"rewards": []}}, "`ppo.rewards`.* is the loop's to set"),
         ({"route": {"audit": 0.5}}, "shares of one budget and sum to 1.2"),
         ({"annotators": {"use": "nowhere.py:gold"}}, "nowhere.py"),
+        ({"annotators": {"use": "{folder}/world.py:right"}}, "`annotators`: `right` needs the argument `nowhere`; add a col"),
+        ({"judge": {"use": "{folder}/world.py:right"}}, "`judge`: `right` needs the argument `nowhere`"),
+        ({"evaluation": {"judge": [{"use": "{folder}/world.py:right"}], "prompts": {"train": "{folder}/unseen.jsonl"}}}, r"`evaluation.judge\[0\]`: `right` needs"),
         ({"sft": "runs/none"}, "runs/none is not there"),
         ({"judge": {"use": "server"}}, "needs `url`"),
         ({"rounds": 3}, "`rounds` is unknown"),
@@ -443,8 +449,9 @@ def test_two_loops_cannot_share_a_store(finished, base, data, tmp_path):
         ({"annotators": {"use": "x.py:gold", "num_annotators": 1}}, "`route.overlap` asks two people"),
         ({"collect": {"random_pairs": 0}}, "`collect.random_pairs`.* must be 1 or more"),
     ],
-)
+)  # fmt: skip
 def test_bad_recipes_are_refused_in_one_line(changes, said, base, data, tmp_path):
+    changes = json.loads(json.dumps(changes).replace("{folder}", str(tmp_path)))
     with pytest.raises(BadInput, match=said) as caught:
         run_loop(load_loop(recipe(base, data, tmp_path, **changes)), in_process)
     assert "\n" not in str(caught.value) and not (tmp_path / "loop").exists()

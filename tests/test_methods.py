@@ -501,6 +501,36 @@ def test_a_method_of_ones_own_that_breaks_the_rules(function, why, own, base):
     assert "\n" not in str(refused.value)
 
 
+@pytest.mark.parametrize(
+    ("body", "why"),
+    [
+        ("raise ValueError('one\\n two')", r"failed \(.*ends.py:3\): ValueError: one two"),
+        ("sys.exit(0)", r"failed \(.*ends.py:3\): SystemExit: 0"),
+        ("return mine(model)", r"failed \(.*ends.py:3\): RecursionError"),
+        ("return None", "returned NoneType; it must return a PeftModel"),
+    ],
+)
+def test_a_method_of_ones_own_that_fails_is_one_line(body, why, base, tmp_path):
+    path = tmp_path / "ends.py"
+    path.write_text(f"import sys\ndef mine(model):\n    {body}\n")
+    with pytest.raises(BadInput, match=why) as refused:
+        Bases(Model(base=str(base)), CPU).role(None, method=typed({"kind": f"{path}:mine"}), trainable=True)
+    assert "\n" not in str(refused.value) and "`" in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("body", "why"),
+    [
+        ("def mine(model, r, **kw): pass", "`mine` needs the argument `r`"),
+        ("mine = 3", "own.py:mine is not a function"),
+    ],
+)
+def test_a_method_of_ones_own_that_cannot_be_called_is_refused(body, why, base, data, tmp_path):
+    (tmp_path / "own.py").write_text(body + "\n")
+    values = tiny.recipe("reward", base, data, tmp_path / "out", method={"kind": f"{tmp_path}/own.py:mine"})
+    assert why in refusal(values, tmp_path)
+
+
 def test_an_unknown_argument_of_ones_own_method_is_refused(own, base, data, tmp_path):
     values = tiny.recipe("reward", base, data, tmp_path / "out", method={"kind": f"{own}:mine", "r": 2, "alpha": 4})
     assert "`mine` takes no argument `alpha`" in refusal(values, tmp_path)

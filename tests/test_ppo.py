@@ -189,6 +189,34 @@ def test_trl_rewards_run_unchanged_beside_others(base, data, runs, tmp_path):
     assert row["reward_think_format_reward"] == 0.0 and row["reward_maybe"] == 1.0 and abs(row["reward_learned"]) <= 0.5
 
 
+def test_what_a_reward_is_told_and_logs_is_kept(base, data, runs, tmp_path, capsys):
+    (tmp_path / "own.py").write_text(
+        "async def f(completions, trainer_state, log_metric, log_extra, **kw):\n"
+        "    log_metric('done', trainer_state.global_step)\n    log_metric('rows', len(completions))\n"
+        "    log_extra('words', [len(c[0]['content'].split()) for c in completions])\n"
+        "    assert trainer_state.max_steps == 2\n    return [1.0] * len(completions)\n"
+        "def never(completions, **kw):\n    return [None] * len(completions)\n"
+    )
+    rewards = [{"use": f"{tmp_path}/own.py:f"}, {"use": f"{tmp_path}/own.py:never"}]
+    tiny.run(settings(base, data, runs, tmp_path / "ppo", rewards=rewards, ppo={"num_iterations": 2}))
+    rows = read_metrics(tmp_path / "ppo")
+    assert [row.get("done") for row in rows] == [None, 0.0, 1.0] and rows[1]["rows"] == 8.0
+    assert [row["eval_done"] for row in (rows[0], rows[2])] == [0.0, 2.0]
+    assert rows[1]["reward_f"] == 1.0 and rows[1].get("reward_never") is None  # never NaN
+    samples = [json.loads(line) for line in (tmp_path / "ppo" / "samples.jsonl").read_text().splitlines()]
+    assert all(row["words"] == len(row["response"].split()) for row in samples)
+    assert "words" in capsys.readouterr().out
+
+
+def test_a_logged_figure_takes_no_other_s_place(base, data, runs, tmp_path):
+    (tmp_path / "own.py").write_text(
+        "def f(completions, log_metric, **kw):\n    log_metric('kl', 0.0)\n    return [1.0] * len(completions)\n"
+    )
+    chosen = settings(base, data, runs, tmp_path / "ppo", rewards=[{"use": f"{tmp_path}/own.py:f"}])
+    with pytest.raises(RunFailed, match="log_metric.`eval_kl`.: there is a figure of that name already"):
+        tiny.run(chosen)
+
+
 def test_the_manifest_tells_how_far_the_policy_has_moved_from_the_base(finished, base):
     assert_moved_as_told(base, finished)
 
@@ -224,6 +252,15 @@ def test_end_penalties():
     assert end_penalty(scores, ended, Ppo()).tolist() == [2.0, -1.0]
     assert end_penalty(scores, ended, Ppo(missing_eos="subtract", missing_eos_penalty=0.5)).tolist() == [2.0, 1.5]
     assert end_penalty(scores, ended, Ppo(missing_eos_penalty=None)).tolist() == [2.0, 2.0]
+
+
+@pytest.mark.parametrize("score", [-3.0, -1.0, -0.5, 0.0, 2.0])
+@pytest.mark.parametrize("how", ["replace", "subtract"])
+@pytest.mark.parametrize("penalty", [0.0, 1.0, 2.5])
+def test_no_answer_gains_by_never_ending(score, how, penalty):
+    ppo = Ppo(missing_eos=how, missing_eos_penalty=penalty)
+    found = end_penalty(torch.tensor([score, score]), torch.tensor([True, False]), ppo).tolist()
+    assert found == [score, score - penalty if how == "subtract" else min(score, -penalty)] and found[1] <= score
 
 
 def test_checkpoints_are_gone_when_finished(finished):

@@ -121,6 +121,31 @@ def test_two_processes_do_what_one_does(base, data, runs, tmp_path):
             assert a.get(key, 0.0) == pytest.approx(b.get(key, 0.0), abs=1e-5)
 
 
+@pytest.mark.parametrize(("stage", "rank"), [("ppo", 1), ("evaluate", 0)])
+def test_what_a_function_raises_on_one_process_ends_both_in_one_line(stage, rank, base, data, runs, tmp_path):
+    """A pairwise judge is asked by one process alone."""
+    (tmp_path / "own.py").write_text(
+        "import os, sys\n"
+        "def one(completions, **kw):\n    return [1.0] * len(completions)\n"
+        f"def fails(completions, **kw):\n    return sys.exit(3) if os.environ['RANK'] == '{rank}' else one(completions)\n"
+    )
+    if stage == "ppo":
+        changes = {"rewards": [{"use": f"{tmp_path}/own.py:fails"}], "launch": "ddp"}
+        path = write_recipe("ppo", base, data, runs, tmp_path, **changes)
+    else:
+        path = tmp_path / "evaluate.yaml"
+        values = {
+            "stage": "evaluate", "model": {"base": str(base)}, "output": str(tmp_path / "evaluate"), "launch": "ddp",
+            "policies": {"base": None, "sft": str(runs / "sft")}, "compare": [["sft", "base"]],
+            "judge": [{"use": f"{tmp_path}/own.py:one"}], "pairwise_judge": {"use": f"{tmp_path}/own.py:fails"},
+            "prompts": {"train": str(data / "prompts.jsonl")}, "sampling": {"max_new_tokens": 4},
+        }  # fmt: skip
+        path.write_text(yaml.safe_dump(values))
+    done = subprocess.run(**command("-m", "align.cli", "run", path), timeout=TIMEOUT, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr == f"align: the reward `fails` failed ({tmp_path}/own.py:5): SystemExit: 3\n"
+
+
 @pytest.mark.parametrize("stage", ["reward", "sft"])
 def test_two_processes_train_the_other_stages(stage, base, data, runs, tmp_path):
     for name in ("one", "two"):

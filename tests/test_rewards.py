@@ -10,7 +10,7 @@ from transformers import LlamaConfig, LlamaForSequenceClassification
 
 from align.artifact import read_manifest
 from align.data.formats import Prompt
-from align.errors import BadInput
+from align.errors import RunFailed
 from align.models.roles import Bases
 from align.rewards import Answers, build_rewards
 from align.rewards.judge import combined
@@ -102,9 +102,9 @@ def test_weights_columns_and_rows_that_no_reward_judges(bases, tmp_path):
     mix = build_rewards([Reward(use=f"{path}:red", weight=2.0), Reward(use=f"{path}:first", weight=0.5)], bases)
     totals, parts = mix(given)
     assert totals == [2.5, 0.0] and parts["red"] == [1.0, 0.0] and math.isnan(parts["first"][1])
-    with pytest.raises(BadInput, match="no reward applies to the answer to row 1"):
+    with pytest.raises(RunFailed, match="no reward applies to the answer to row 1"):
         build_rewards([Reward(use=f"{path}:first")], bases)(given)
-    with pytest.raises(BadInput, match="gave 1 scores for 2 answers"):
+    with pytest.raises(RunFailed, match="gave 1 scores for 2 answers"):
         build_rewards([Reward(use=f"{path}:short")], bases)(given)
 
 

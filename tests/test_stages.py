@@ -14,17 +14,18 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from align.artifact import checkpoints, read_manifest, state_of
+from align.data import load
 from align.data.collate import pad_left, pad_right
 from align.door import check_recipe
-from align.errors import BadInput
+from align.errors import BadInput, RunFailed
 from align.models.layout import parts_of
 from align.models.roles import Bases
 from align.models.scoring import score_sequences
 from align.models.tokenizer import load_tokenizer
 from align.recipe import load_recipe
 from align.report.checking import show
-from align.settings import Model, SftSettings
-from align.stages.reward import _reference_sequences
+from align.settings import STAGES, Model, SftSettings
+from align.stages.reward import _reference_sequences, encode_pairs
 from align.track import read_metrics
 from align.worker import Stopped, Worker
 from tests import tiny
@@ -49,6 +50,41 @@ def test_sft_and_reward_finish_and_say_so(runs):
     metrics = read_manifest(runs / "reward")["metrics"]
     assert set(metrics) == {"eval_loss", "eval_accuracy", "eval_margin", "eval_ece"}
     assert read_manifest(runs / "reward")["score_std"] > 0
+
+
+@pytest.mark.parametrize("stage", ["reward", "ensemble"])
+@pytest.mark.parametrize("source", ["reference", "validation", "split", "train"])
+def test_scores_are_normalised_on_answers_that_were_not_trained_on(source, stage, base, data, tmp_path, capsys):
+    pairs = {"train": {"path": str(data / "pairs.jsonl"), "limit": 20}}
+    if source == "validation":
+        pairs["validation"] = str(data / "pairs.jsonl")
+    if source == "split":
+        pairs["validation_split"] = 0.4
+    changes = {"reference": str(data / "sft.jsonl")} if source == "reference" else {}
+    values = tiny.recipe("reward", base, data, tmp_path / "run") | changes | {"data": pairs, "stage": stage}
+    values["train"] = values["train"] | {"max_steps": 1, "save_steps": 0}
+    if source == "validation":  # all its prompts are held out: there must be others
+        (tmp_path / "other.jsonl").write_text('{"prompt": "please", "chosen": "red", "rejected": "blue"}\n')
+        pairs["train"] = str(tmp_path / "other.jsonl")
+    settings = STAGES[stage](**values | ({"num_members": 2} if stage == "ensemble" else {}))
+    tiny.run(settings)
+    folder = tmp_path / "run" if stage == "reward" else tmp_path / "run" / "member-0"
+    manifest = read_manifest(folder)
+    assert manifest["score_source"] == {"split": "validation"}.get(source, source)
+    assert (source == "train") == (
+        "measured on pairs that were trained on" in " ".join(capsys.readouterr().out.split())
+    )
+    bases = Bases(settings.model, CPU)
+    loaded = load(settings.data, "preferences")
+    if source == "reference":
+        assert manifest["score_samples"] == 40
+        return
+    expected, _ = encode_pairs(bases.main.tokenizer, loaded.validation or loaded.train, settings.max_length)
+    sequences = [(pair.tokens.prompt_ids, answer) for pair in expected for answer in pair.tree.branches]
+    scores = score_sequences(bases.role(str(folder), head=True), *zip(*sequences, strict=True))
+    assert manifest["score_samples"] == len(scores)
+    assert manifest["score_mean"] == pytest.approx(float(scores.mean()), abs=1e-5)
+    assert manifest["score_std"] == pytest.approx(float(scores.std(correction=0)), abs=1e-5)
 
 
 def test_losses_fall(base, data, tmp_path):
@@ -169,6 +205,25 @@ def test_worker_alone_is_one_process():
     worker = Worker()
     assert worker.num_processes == 1 and list(worker.mine(3)) == [0, 1, 2]
     assert worker.gather_objects({"a": 1}) == [{"a": 1}] and worker.maximum(2.0) == 2.0
+    assert worker.agreed(lambda: 3) == 3
+
+
+@pytest.mark.parametrize("own", [None, RunFailed("mine")])
+def test_what_fails_on_one_process_is_raised_on_all_and_the_first_is_told(own, monkeypatch):
+    worker, seen = Worker(), []
+
+    def call():
+        if own is not None:
+            raise own
+
+    def gathered(value):
+        seen.append(value)
+        return [None, RunFailed("first"), value]
+
+    monkeypatch.setattr(worker, "gather_objects", gathered)
+    with pytest.raises(RunFailed, match="^first$"):
+        worker.agreed(call)
+    assert seen == [own]  # the others were told
 
 
 ALLOCATING = """

@@ -39,6 +39,7 @@ from align.data.prompts import (
 )
 from align.data.sources import Row
 from align.errors import BadInput
+from align.plugins import told
 
 Kind: TypeAlias = Literal["demonstrations", "preferences", "prompts"]
 Converter: TypeAlias = Callable[[dict[str, Any]], "dict[str, Any] | None"]
@@ -150,13 +151,13 @@ def load_converter(format: str) -> Converter | None:
 
 
 def _converted(converter: Converter, row: Row) -> dict[str, Any] | None:
-    name = getattr(converter, "__name__", repr(converter))
+    name = getattr(converter, "__name__", type(converter).__name__)
     try:
         values = converter(dict(row.values))
     except BadInput:
         raise
-    except Exception as error:  # someone else's function: say which row broke it
-        raise BadInput(f"{row.where}: format function `{name}` raised {type(error).__name__}: {error}") from error
+    except (Exception, SystemExit) as error:  # someone else's function: say which row broke it
+        raise BadInput(f"{row.where}: format function `{name}` raised {told(error)}") from error
     if values is not None and not isinstance(values, dict):
         raise BadInput(f"{row.where}: format function `{name}` gave {kind_of(values)}; it must give a dict or None")
     return values

@@ -12,6 +12,7 @@ from filelock import FileLock, Timeout
 from pydantic import ValidationError
 
 from align.artifact import MANIFEST, check_parent, differences, is_harmless, state_of, which_run, write_json
+from align.data import Prompt
 from align.door import check_model, check_recipe
 from align.errors import BadInput
 from align.feedback.database import LOOP
@@ -23,7 +24,8 @@ from align.loop.rounds import Loop
 from align.loop.steps import STEPS, Prompts, prompts_of, why_to_stop
 from align.recipe import Recipe, first_error
 from align.report.loop_page import report
-from align.rewards import check_rewards
+from align.rewards import check_columns, check_rewards
+from align.rewards.columns import missing_columns
 from align.rewards.judge import check_judge
 from align.settings import Reward, StageSettings
 from align.settings.loop import LoopSettings, Simulated
@@ -180,7 +182,9 @@ def check_loop(loop: Loop) -> Prompts:
     _check_sections(loop)
     _check_functions(loop)
     _check_output(loop)
-    return prompts_of(loop)
+    prompts = prompts_of(loop)
+    _check_columns(loop, prompts)
+    return prompts
 
 
 def _check_sections(loop: Loop) -> None:
@@ -206,6 +210,20 @@ def _check_functions(loop: Loop) -> None:
         ):
             if judge is not None:
                 check_judge(judge, key)
+    except BadInput as error:
+        raise BadInput(f"{loop.path}: {error}") from error
+
+
+def _check_columns(loop: Loop, prompts: Prompts) -> None:
+    """What reward functions ask for is in the prompts that they will see."""
+    train, unseen = (
+        [Prompt(prompt, dict(columns), "") for prompt, columns in prompts[s]] for s in ("train", "evaluation")
+    )
+    try:
+        check_columns(loop.evaluate(0, True), unseen, "evaluation.")
+        check_columns(loop.score(1), train)
+        if isinstance(loop.settings.annotators, Simulated):
+            missing_columns(loop.settings.annotators.use, {}, [*train, *unseen], key="annotators", place="")
     except BadInput as error:
         raise BadInput(f"{loop.path}: {error}") from error
 

@@ -31,7 +31,7 @@ from align.errors import BadInput
 from align.models.attention import is_flat
 from align.models.base import decoder_layers, trunk_of
 from align.models.bottleneck import BottleneckConfig
-from align.plugins import check_arguments, load_object
+from align.plugins import check_arguments, load_object, users_code
 from align.settings import Adapter, AnyMethod, Freeze, Full, Ia3, Lora, OtherPeft, OwnMethod, Prefix
 from align.wording import did_you_mean, one_line
 
@@ -49,11 +49,8 @@ def with_method(
     """
     assert not isinstance(method, Full), "a fully tuned role has weights of its own, and no adapter"
     if isinstance(method, OwnMethod):
-        with _base_unchanged(view, method.kind):
-            try:
-                model = load_object(method.kind)(view, **method.arguments)
-            except Exception as error:  # the user's function may raise anything
-                raise BadInput(f"`{method.kind}` failed: {type(error).__name__}: {one_line(error)}") from error
+        with _base_unchanged(view, method.kind), users_code(method.kind, f"`{method.kind}`", raises=BadInput):
+            model = load_object(method.kind)(view, **method.arguments)
         if not isinstance(model, PeftModel):
             raise BadInput(f"`{method.kind}` returned {type(model).__name__}; it must return a PeftModel")
         _check_config(view, model.active_peft_config)
@@ -155,7 +152,10 @@ def check_method(method: AnyMethod | None, key: str) -> None:
         if isinstance(method, OtherPeft):
             other_config(method)
         if isinstance(method, OwnMethod):
-            check_arguments(load_object(method.kind), method.arguments, supplied=("model",), where=f"`{key}`")
+            function = load_object(method.kind)
+            if not callable(function):
+                raise BadInput(f"`{key}`: {method.kind} is not a function; name one that takes (model, ...)")
+            check_arguments(function, method.arguments, supplied=("model",), where=f"`{key}`")
     except BadInput as error:
         raise error if str(error).startswith("`" + key) else BadInput(f"`{key}`: {error}") from error
 

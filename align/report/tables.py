@@ -25,18 +25,22 @@ def prompt_text(prompt: Any) -> str:
 
 
 def sample_table(rows: list[dict[str, Any]]) -> Table:
-    """Prompt, response, score and KL of some answers."""
+    """Prompt, response, score and KL of some answers, and what reward functions say of them beside."""
+    further = [name for name in rows[0] if name not in ("iteration", "prompt", "response", "score", "kl")]
     table = Table(title=f"samples, iteration {rows[0]['iteration']}", title_justify="left", expand=True)
     table.add_column("prompt", ratio=3)
     table.add_column("response", ratio=4)
     table.add_column("score", justify="right", no_wrap=True)
     table.add_column("KL", justify="right", no_wrap=True)
+    for name in further:
+        table.add_column(Text(plain(name)), ratio=1)
     for row in rows:
         table.add_row(
             Text(plain(prompt_text(row["prompt"]))),
             Text(plain(row["response"])),
             f"{row['score']:.2f}",
             f"{row['kl']:.2f}",
+            *(Text(plain(str(row.get(name, "")))) for name in further),
         )
     return table
 

@@ -18,7 +18,8 @@ from align.data.encode import encode_completion, encode_pair
 from align.data.formats import Preference, Prompt
 from align.errors import BadInput
 from align.plugins import is_reference
-from align.rewards.mix import BESIDE, Answers, build_rewards, check_reward
+from align.rewards.functions import BESIDE
+from align.rewards.mix import Answers, build_rewards, check_reward
 from align.settings import JudgeSettings, Reward
 from align.wording import did_you_mean, did_you_mean_path, one_line
 
@@ -277,7 +278,8 @@ def _check_model(model: str, key: str) -> None:
 
 
 def _by_function(settings: JudgeSettings, bases: "Bases", key: str) -> Compare:
-    """sigmoid of the difference of two rewards; one that does not apply to either answer says 1/2."""
+    """sigmoid of the difference of two rewards; one that does not apply to either answer says 1/2. What the function
+    logs is not kept: a comparison has no place for it."""
     scorer = build_rewards([_reward(settings)], bases).terms[0][2]
     tokenizer = bases.main.tokenizer
 
@@ -285,7 +287,8 @@ def _by_function(settings: JudgeSettings, bases: "Bases", key: str) -> Compare:
         if not questions:
             return [], 0
         answers = [(q, text) for text in ("a", "b") for q in questions]
-        prompts = [Prompt(q.prompt, dict(q.columns), f"`{key}`") for q, _ in answers]
+        asked = [f"question {number} of `{key}`" for number in range(1, len(questions) + 1)] * 2
+        prompts = [Prompt(q.prompt, dict(q.columns), where) for (q, _), where in zip(answers, asked, strict=True)]
         texts = [str(getattr(q, name)) for q, name in answers]
         encoded = [encode_completion(tokenizer, p.prompt, t, p.where) for p, t in zip(prompts, texts, strict=True)]
         scores = scorer(Answers(prompts, [ids for ids, _ in encoded], texts, [ids for _, ids in encoded]))

@@ -4,28 +4,26 @@ Functions have TRL's signature, `(prompts, completions, **columns_and_settings) 
 written for TRL's GRPO, or one of `trl.rewards`, runs unchanged. None says that a reward does not apply to that row.
 """
 
-import asyncio
-import inspect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
 from align.data.formats import Prompt
-from align.errors import BadInput
-from align.plugins import check_arguments, is_reference, load_object
+from align.errors import BadInput, RunFailed
+from align.plugins import is_reference, users_code
 from align.recipe import first_error
+from align.rewards.functions import BESIDE, FunctionReward, Journal, check_function, together
 from align.settings import EnsembleReward, LearnedReward, Reward
 from align.wording import did_you_mean
 
 if TYPE_CHECKING:
     from align.models.roles import Bases
 
-SUPPLIED = ("prompts", "completions", "completion_ids")  # by us; columns of the data come on top
 OF_RUNS: dict[str, type[LearnedReward] | type[EnsembleReward]] = {"learned": LearnedReward, "ensemble": EnsembleReward}
-BESIDE = ("use", "weight")  # keys of `rewards:` that are no arguments
+LARGEST = 3.4e38  # that float32 holds, in which PPO reckons
 
 
 @dataclass(frozen=True)
@@ -40,31 +38,95 @@ class Answers:
     tokenizer: Any = None  # by which the ids were made; None: that of the recipe's base
 
 
-Scorer = Callable[[Answers], list[float]]  # NaN: does not apply
+@dataclass(frozen=True)
+class Told:
+    """What a mix says of N answers."""
+
+    totals: list[float]
+    parts: dict[str, list[float]]  # each reward's own scores
+    logged: dict[str, list[float]]  # figures that functions logged: a value for each call
+    extra: list[dict[str, Any]]  # further columns of the sample table, a mapping for each answer
+
+
+Scorer = Callable[[Answers], list[float]]  # NaN, of a function only: does not apply
 
 
 class RewardMix:
-    """Weighted sum of rewards; `names` are the keys under which each is reported."""
+    """Weighted sum of rewards, each reported by its name. `journal`: what functions are told, and what they log."""
 
-    def __init__(self, terms: list[tuple[str, float, Scorer]]):
-        self.terms = terms
+    def __init__(self, terms: list[tuple[str, float, Scorer]], journal: Journal):
+        self.terms, self.journal = terms, journal
 
     def __call__(self, answers: Answers) -> tuple[list[float], dict[str, list[float]]]:
-        """The total of each row, and each term's own scores. A row to which no term applies is an error."""
+        """The total of each row, and each term's own scores.
+
+        Raises:
+            RunFailed: no term applies to a row, or what one gave is no sum of finite numbers.
+        """
         if not answers.texts:  # this process has no row of a small batch
             return [], {name: [] for name, _, _ in self.terms}
-        parts = {name: scorer(answers) for name, _, scorer in self.terms}
-        totals = []
-        for row in range(len(answers.texts)):
-            weighted = [weight * parts[name][row] for name, weight, _ in self.terms]
-            real = [value for value in weighted if not math.isnan(value)]
-            if not real:
-                raise BadInput(
-                    f"no reward applies to the answer to {answers.prompts[row].where}: "
-                    "each of `rewards` gave None or NaN"
+        parts = self._parts(answers)
+        rows = range(len(answers.texts))
+        return [self._total(answers.prompts[row], {name: parts[name][row] for name in parts}) for row in rows], parts
+
+    def told(self, answers: Answers) -> "Told":
+        """The same, with what functions logged meanwhile."""
+        totals, parts = self(answers)
+        logged, columns = self.journal.take(len(totals))
+        return Told(
+            totals, parts, logged, [{name: columns[name][row] for name in columns} for row in range(len(totals))]
+        )
+
+    def _parts(self, answers: Answers) -> dict[str, list[float]]:
+        """Each term's scores; those of asynchronous functions are awaited together, after the others, as in TRL."""
+        later = {
+            name: scorer for name, _, scorer in self.terms if isinstance(scorer, FunctionReward) and scorer.is_async
+        }
+        found = {name: scorer(answers) for name, _, scorer in self.terms if name not in later}
+        if later:
+            with users_code("", "one of the rewards " + ", ".join(f"`{name}`" for name in later)):
+                scores = together([scorer.awaited(answers) for scorer in later.values()])
+            found |= dict(zip(later, scores, strict=True))
+        return {name: found[name] for name, _, _ in self.terms}
+
+    def _total(self, prompt: Prompt, scores: dict[str, float]) -> float:
+        weighted = []
+        for name, weight, scorer in self.terms:
+            value = weight * scores[name]
+            if math.isnan(value) and isinstance(scorer, FunctionReward):
+                continue
+            if not abs(value) <= LARGEST:
+                what = f"{scores[name]:g}" + ("" if weight == 1.0 else f" x weight {weight:g}")
+                raise RunFailed(
+                    f"the reward `{name}` gave {what} for the answer to {prompt.where}: no finite number in float32"
                 )
-            totals.append(math.fsum(real))
-        return totals, parts
+            weighted.append(value)
+        if not weighted:
+            raise RunFailed(
+                f"no reward applies to the answer to {prompt.where}: each of `rewards` gave None or NaN; "
+                "add one that applies to it, or leave the row out"
+            )
+        total = math.fsum(weighted)
+        if not abs(total) <= LARGEST:
+            raise RunFailed(f"the rewards of the answer to {prompt.where} add up to {total:g}: lower their weights")
+        return total
+
+
+def means_of(logged: Sequence[Mapping[str, Sequence[float]]]) -> dict[str, float]:
+    """The mean of what each process's functions logged, by name: every call counts once, as in TRL."""
+    names = sorted({name for each in logged for name in each})
+    values = {name: [value for each in logged for value in each.get(name, ())] for name in names}
+    return {name: sum(found) / len(found) for name, found in values.items()}
+
+
+def with_logged(figures: dict[str, Any], logged: dict[str, float]) -> dict[str, Any]:
+    """Figures of ours with those that reward functions logged, none of which may take the place of one."""
+    for name in logged:
+        if name in figures or name == "step":
+            raise RunFailed(
+                f"log_metric(`{name}`): there is a figure of that name already; let the reward choose another"
+            )
+    return figures | logged
 
 
 def check_rewards(rewards: Sequence[Reward], key: str) -> None:
@@ -86,12 +148,13 @@ def check_reward(reward: Reward, key: str) -> None:
         kinds = "`learned`, `ensemble`, file.py:function or module:function"
         raise BadInput(f"`{key}`: `use: {reward.use}` is none of {kinds}{hint}")
     else:
-        _function(reward, f"`{key}`")
+        check_function(reward.use, reward.arguments, f"`{key}`")
 
 
 def build_rewards(rewards: Sequence[Reward], bases: "Bases") -> RewardMix:
     """Loads what is learned, over the bases that are in memory already where they fit."""
     terms: list[tuple[str, float, Scorer]] = []
+    journal = Journal()
     for index, reward in enumerate(rewards):
         if reward.use in OF_RUNS:
             from align.rewards import learned
@@ -99,12 +162,13 @@ def build_rewards(rewards: Sequence[Reward], bases: "Bases") -> RewardMix:
             settings = _settings_of(reward, f"rewards[{index}]")
             name, scorer = reward.use, getattr(learned, reward.use)(settings, bases)
         else:
-            function = _function(reward, f"`rewards[{index}]`")
-            name, scorer = getattr(function, "__name__", "reward"), _function_scorer(function, reward.arguments)
+            function = check_function(reward.use, reward.arguments, f"`rewards[{index}]`")
+            scorer = FunctionReward(reward.use, function, reward.arguments, journal)
+            name = scorer.name
         if name in (term[0] for term in terms):
             name = f"{name}_{index}"
         terms.append((name, reward.weight, scorer))
-    return RewardMix(terms)
+    return RewardMix(terms, journal)
 
 
 def _settings_of(reward: Reward, key: str) -> Any:
@@ -113,67 +177,3 @@ def _settings_of(reward: Reward, key: str) -> Any:
         return cls(**reward.arguments)
     except ValidationError as error:
         raise BadInput(first_error(error, cls, f"{key}.", beside=BESIDE)) from error
-
-
-def _function(reward: Reward, where: str) -> Callable[..., Any]:
-    try:
-        function = load_object(reward.use)
-    except BadInput as error:
-        raise BadInput(f"{where}: {error}") from error
-    if not callable(function):
-        raise BadInput(f"{where}: {reward.use} is not a function; name one that takes (prompts, completions, ...)")
-    check_arguments(function, reward.arguments, supplied=SUPPLIED, where=where, beside=BESIDE)
-    return function  # type: ignore[no-any-return]
-
-
-def _function_scorer(function: Callable[..., Any], arguments: dict[str, Any]) -> Scorer:
-    parameters = inspect.signature(function).parameters
-    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-
-    def score(answers: Answers) -> list[float]:
-        named = [key for key, p in parameters.items() if p.default is p.empty and p.kind is not p.VAR_KEYWORD]
-        columns: dict[str, Any] = {
-            key: [None] * len(answers.texts) for key in named
-        }  # of a column that no row here has
-        columns |= {
-            key: [p.columns.get(key) for p in answers.prompts]
-            for key in sorted({key for p in answers.prompts for key in p.columns})
-        }
-        given: dict[str, Any] = (
-            columns
-            | {
-                "prompts": [_as_trl(p.prompt) for p in answers.prompts],
-                "completions": [_completion(p, text) for p, text in zip(answers.prompts, answers.texts, strict=True)],
-                "completion_ids": [list(ids) for ids in answers.ids],
-            }
-            | arguments
-        )
-        if not takes_any:
-            given = {key: value for key, value in given.items() if key in parameters}
-        scores = function(**given)
-        if inspect.isawaitable(scores):
-            scores = asyncio.run(_awaited(scores))
-        return _checked(scores, len(answers.texts), getattr(function, "__name__", "the reward"))
-
-    return score
-
-
-async def _awaited(scores: Any) -> Any:
-    return await scores
-
-
-def _checked(scores: Any, count: int, name: str) -> list[float]:
-    if len(scores) != count:
-        raise BadInput(f"the reward `{name}` gave {len(scores)} scores for {count} answers")
-    values = [math.nan if score is None else float(score) for score in scores]
-    if any(math.isinf(value) for value in values):
-        raise BadInput(f"the reward `{name}` gave an infinite score")
-    return values
-
-
-def _as_trl(prompt: Any) -> Any:
-    return prompt if isinstance(prompt, str) else [dict(message) for message in prompt]
-
-
-def _completion(prompt: Prompt, text: str) -> Any:
-    return text if isinstance(prompt.prompt, str) else [{"role": "assistant", "content": text}]

@@ -139,7 +139,7 @@ class RewardSettings(StageSettings):
     max_length: Annotated[int, Field(ge=8)] = 1024
     train: Training = Training(learning_rate=1e-4)
     center_rewards_coefficient: NonNegative = 0.01
-    reference: Sources = ()  # demonstrations to measure score mean and std on; none: the training pairs' answers
+    reference: Sources = ()  # demonstrations to measure score mean and std on; none: the held-out pairs' answers
 
     def data_sections(self) -> dict[str, tuple[str, Data]]:
         sections = {"data": ("preferences", self.data)}
@@ -250,7 +250,7 @@ class Ppo(Settings):
     kl_horizon: Count = 10_000  # sequences
     kl_budget: Positive | None = None  # stop past this sequence KL, keep the best checkpoint under it
     missing_eos_penalty: float | None = 1.0  # None: no penalty
-    missing_eos: Literal["replace", "subtract"] = "replace"  # the score becomes -penalty, or loses it
+    missing_eos: Literal["replace", "subtract"] = "replace"  # the score becomes -penalty at the most, or loses it
     ratio_tolerance: Positive | None = None  # of the first minibatch: max |log ratio|, in 16 bits its mean
     save_steps: Interval = 10
     eval_steps: Interval = 10

@@ -4,6 +4,7 @@ import importlib
 from collections.abc import Callable
 from typing import Any
 
+from align.plugins import users_code
 from align.settings import STAGES, StageSettings
 
 
@@ -11,4 +12,12 @@ def runner(settings: StageSettings) -> Callable[[Any, Any], None]:
     """The function that runs this stage: ours, or the `run` method of the user's own settings class."""
     if settings.stage in STAGES:
         return importlib.import_module(f"align.stages.{settings.stage}").run  # type: ignore[no-any-return]
-    return lambda stage, worker: stage.run(worker)
+    return _run_own
+
+
+def _run_own(stage: Any, worker: Any) -> None:
+    """The user's own stage: whatever it raises is one line, but that it was asked to stop."""
+    from align.worker import Stopped
+
+    with users_code(stage.stage, f"`{stage.stage}`", passes=(Stopped,)):
+        stage.run(worker)

@@ -7,8 +7,9 @@ ties as halves; its interval is Wilson's at 95 %.
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
@@ -24,7 +25,7 @@ from align.models.scoring import reads_whole
 from align.parents import remarks_on_parents
 from align.report.page import unseen, wins
 from align.report.tables import markdown_table, result_table, save_samples
-from align.rewards import Answers, RewardMix, build_rewards
+from align.rewards import Answers, RewardMix, build_rewards, check_columns, means_of, with_logged
 from align.rewards.judge import Judge, Question, build_judge
 from align.rollout.draw import uniforms
 from align.rollout.reading import read_all
@@ -50,6 +51,8 @@ class Judged:
     ended: list[bool]
     entropies: list[float]  # mean over an answer's tokens, nats
     beside: list[dict[str, float]]  # the recipe's other scores, by name
+    extra: list[dict[str, Any]] = field(default_factory=list)  # columns that reward functions log
+    logged: dict[str, float] = field(default_factory=dict)  # and figures: means over their calls
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,7 @@ def run(settings: EvaluateSettings, worker: Worker) -> None:
         begin(settings, bases.main.fingerprint)
     worker.wait()
     loaded = load(settings.prompts, "prompts")
+    remarks = [*remarks_on_parents(settings), *check_columns(settings, (*loaded.train, *loaded.validation))]
     rows = _fitting(loaded.validation or loaded.train, bases, settings)
     if not rows:
         raise BadInput(f"`prompts`: none has at most {settings.max_prompt_length} tokens (`max_prompt_length`)")
@@ -81,10 +85,8 @@ def run(settings: EvaluateSettings, worker: Worker) -> None:
     reference = bases.role(settings.policies[reference_name])
     tracker = Tracker(settings, total=len(settings.policies), start=0, shown=("score", "kl"), is_main=worker.is_main)
     try:
-        for remark in remarks_on_parents(settings):
-            tracker.say(remark)
         seen = seen_prompts(settings.policies.values(), rows)
-        for message in seen.messages(f"{len(rows)} prompts"):
+        for message in (*remarks, *seen.messages(f"{len(rows)} prompts")):
             tracker.say(message)
         judged = {}
         for number, (name, folder) in enumerate(settings.policies.items(), 1):
@@ -92,7 +94,8 @@ def run(settings: EvaluateSettings, worker: Worker) -> None:
             speaker = Speaker(bases.role(folder), bases.tokenizer(folder))
             judged[name] = _judge(speaker, reference, rows, judge, beside, settings, worker)
             found = judged[name]
-            tracker.log(number, {"policy": name, "score": _mean(found.scores), "kl": _mean(found.kl)})
+            shown = {"policy": name, "score": _mean(found.scores), "kl": _mean(found.kl)}
+            tracker.log(number, with_logged(shown, found.logged))
         metrics = {"prompts": len(rows), "seen_prompts": seen.figure} | _metrics(judged, settings, reference_name)
         metrics |= _pair_metrics(settings, bases, worker, tracker)
         if settings.pairwise_judge is not None:
@@ -146,14 +149,17 @@ def _judge(
     texts = [decode_completion(tokenizer, ids, end_ids) for ids in rollouts.answers]
     ended = rollouts.ended.tolist()
     answers = Answers([rows[i] for i in mine], rollouts.prompts, texts, rollouts.answers, ended, tokenizer)
-    scores, _ = judge(answers)
-    others_say = {name: mix(answers)[0] for name, mix in beside.items()}
-    further = [{name: values[i] for name, values in others_say.items()} for i in range(len(texts))]
-    columns = (kl.tolist(), rollouts.lengths.tolist(), rollouts.ended.tolist(), entropies.tolist(), further)
-    found = list(zip(texts, scores, *columns, strict=True))
+    mixes = {"": judge} | beside
+    told = worker.agreed(lambda: {name: mix.told(answers) for name, mix in mixes.items()})
+    further = [{name: told[name].totals[i] for name in beside} for i in range(len(texts))]
+    extra = [{column: x for each in told.values() for column, x in each.extra[i].items()} for i in range(len(texts))]
+    columns = (kl.tolist(), rollouts.lengths.tolist(), ended, entropies.tolist(), further, extra)
+    found = list(zip(texts, told[""].totals, *columns, strict=True))
     parts = worker.gather_objects(found)
     whole = [parts[i % len(parts)][i // len(parts)] for i in range(len(rows))]
-    return Judged(*(list(column) for column in zip(*whole, strict=True)))
+    logged = means_of([each for part in worker.gather_objects([t.logged for t in told.values()]) for each in part])
+    said = Judged(*(list(column) for column in zip(*whole, strict=True)))  # type: ignore[arg-type]
+    return replace(said, logged=logged)
 
 
 def _metrics(judged: dict[str, Judged], settings: EvaluateSettings, reference: str) -> dict:
@@ -230,7 +236,7 @@ def _write(
                 "iteration": 0,
                 "prompt": prompt.prompt,
                 **{
-                    name: {"response": j.texts[i], "score": j.scores[i], "kl": j.kl[i]} | j.beside[i]
+                    name: {"response": j.texts[i], "score": j.scores[i], "kl": j.kl[i]} | j.beside[i] | j.extra[i]
                     for name, j in judged.items()
                 },
             }

@@ -31,7 +31,7 @@ from align.parents import remarks_on_parents
 from align.phases import Phases
 from align.report.curves import ppo_curves
 from align.report.tables import sample_table, save_samples
-from align.rewards import build_rewards
+from align.rewards import build_rewards, check_columns, with_logged
 from align.settings import AnyMethod, Lora, Ppo, PpoSettings
 from align.stages import checkpoint, kl_budget
 from align.stages.costs import adapter_bytes, kl_to_base
@@ -71,11 +71,18 @@ class _Run:
             progress=self.progress,
         )
 
+    def tell_rewards(self, done: int) -> None:
+        """How many iterations are done, for reward functions that ask."""
+        journal, ppo = self.cast.rewards.journal, self.settings.ppo
+        journal.step, journal.num_steps = done, ppo.num_iterations
+        journal.epoch = done * ppo.prompts_per_iteration / len(self.train)
+
 
 def run(settings: PpoSettings, worker: Worker) -> None:
     """Trains a policy, or goes on from the newest checkpoint, and saves it as a PEFT folder."""
     cast = cast_roles(settings, worker)
     loaded = load(settings.prompts, "prompts")
+    remarks = check_columns(settings, (*loaded.train, *loaded.validation))
     train, said = prompt_rows(cast, loaded.train, settings.max_prompt_length)
     held_out, _ = prompt_rows(cast, loaded.validation[: settings.ppo.max_eval_prompts], settings.max_prompt_length)
     if not train:
@@ -103,7 +110,7 @@ def run(settings: PpoSettings, worker: Worker) -> None:
     this = _Run(settings, worker, cast, train, held_out, learners, roles, progress, tracker, seen)
     try:
         told = seen.messages(f"{len(held_out)} held-out prompts") if seen.count else []
-        words = *loaded.messages, *unread(cast.tokenizer, loaded.train), said, *told
+        words = *loaded.messages, *unread(cast.tokenizer, loaded.train), said, *told, *remarks
         for message in (*words, *_remarks(cast, settings)):
             tracker.say(message)
         _loop(this)
@@ -136,6 +143,7 @@ def _iterate(this: _Run, iteration: int) -> dict[str, float]:
     settings, ppo, progress, cast = this.settings, this.settings.ppo, this.progress, this.cast
     phases = Phases(this.worker.device)
     rows = row_order(len(this.train), ppo.prompts_per_iteration, iteration - 1, settings.seed)
+    this.tell_rewards(iteration - 1)
     scored = sample_and_score(
         cast,
         [this.train[i] for i in rows],
@@ -171,7 +179,7 @@ def _iterate(this: _Run, iteration: int) -> dict[str, float]:
     progress["step"] = iteration
     if ppo.eval_steps and not this.held_out and (iteration % ppo.eval_steps == 0 or iteration == ppo.num_iterations):
         _show_samples(this, scored, experience, iteration)
-    return found | update | _speeds(scored, phases, ppo)
+    return with_logged(found | update | _speeds(scored, phases, ppo), scored.logged)
 
 
 def cast_roles(settings: PpoSettings, worker: Worker) -> Cast:
@@ -265,6 +273,7 @@ def make_learners(cast: Cast, settings: PpoSettings, worker: Worker) -> dict[str
 def _evaluate(this: _Run, iteration: int) -> dict[str, float]:
     """Score and KL on the held-out prompts, always with the same random numbers; keeps the best under the budget."""
     settings = this.settings
+    this.tell_rewards(iteration)
     scored = sample_and_score(
         this.cast,
         this.held_out,
@@ -281,7 +290,7 @@ def _evaluate(this: _Run, iteration: int) -> dict[str, float]:
     kl, error = mean_and_error([moments(experience.kl.sum(1))])
     if settings.ppo.kl_budget is not None:
         _keep(this, iteration, score, kl, settings.ppo.kl_budget)
-    return {
+    found = {
         "eval_score": float(scored.scores.mean()),
         "eval_score_penalised": score,
         "eval_score_std": float(scored.scores.std(correction=0)),
@@ -290,6 +299,7 @@ def _evaluate(this: _Run, iteration: int) -> dict[str, float]:
         "eval_response_length": float(scored.rollouts.lengths.float().mean()),
         "eval_eos_share": float(scored.rollouts.ended.float().mean()),
     }
+    return with_logged(found, {f"eval_{name}": value for name, value in scored.logged.items()})
 
 
 def _keep(this: _Run, iteration: int, score: float, kl: float, budget: float) -> None:
@@ -321,6 +331,7 @@ def _show_samples(this: _Run, scored: Scored, experience: Experience, iteration:
             "score": float(scored.scores[i]),
             "kl": float(experience.kl[i].sum()),
         }
+        | scored.extra[i]
         for i in range(min(count, len(scored.texts)))
     ]
     save_samples(Path(this.settings.output), iteration, rows)

@@ -4,9 +4,11 @@ Sampling and scoring are dealt over the processes by row and gathered, so that f
 whole batch: advantages, whitening and all figures are plain maths on it, the same however many processes there are.
 """
 
+import math
 from dataclasses import dataclass
 from functools import partial
 from operator import itemgetter
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,7 +27,7 @@ from align.models.budget import training_tokens
 from align.models.layout import Tree, parts_of
 from align.models.roles import Bases, Role
 from align.phases import Phases
-from align.rewards import Answers, RewardMix
+from align.rewards import Answers, RewardMix, means_of
 from align.rollout.draw import uniforms
 from align.rollout.reading import read_all
 from align.rollout.rollouts import Rollouts, by_row, rollouts_of
@@ -82,6 +84,8 @@ class Scored:
     values: Tensor  # (B, R)
     scores: Tensor  # (B,) weighted sum of the rewards
     parts: dict[str, list[float]]  # each reward's own scores
+    logged: dict[str, float]  # figures that reward functions log: means over their calls
+    extra: list[dict[str, Any]]  # columns of the sample table that they log, a mapping for each row
 
 
 @dataclass(frozen=True)
@@ -132,26 +136,30 @@ def sample_and_score(
         texts = [decode_completion(cast.tokenizer, ids, cast.end_ids) for ids in rollouts.answers]
         asked = [row.prompt for row in rows]
         ended = rollouts.ended.tolist()
-        scores, parts = cast.rewards(Answers(asked, rollouts.prompts, texts, rollouts.answers, ended, cast.tokenizer))
+        answers = Answers(asked, rollouts.prompts, texts, rollouts.answers, ended, cast.tokenizer)
+        told = worker.agreed(partial(cast.rewards.told, answers))
     series = policy.logprobs, reference.logprobs, policy.entropies, critic.values
     own = [
         (
             number,
             answer,
             texts[i],
-            scores[i],
-            {name: part[i] for name, part in parts.items()},
+            told.totals[i],
+            {name: part[i] for name, part in told.parts.items()},
+            told.extra[i],
             *(tensor[i, : len(answer)].tolist() for tensor in series),
         )
         for i, (number, answer) in enumerate(zip(mine, rollouts.answers, strict=True))
     ]
     whole = [row for part in worker.gather_objects(own) for row in part]
-    return _whole([row for row in prompts for _ in range(num_generations)], sorted(whole, key=itemgetter(0)), cast)
+    means = means_of(worker.gather_objects(told.logged))
+    prompts = [row for row in prompts for _ in range(num_generations)]
+    return _whole(prompts, sorted(whole, key=itemgetter(0)), cast, means)
 
 
-def _whole(prompts: list[PromptRow], rows: list[tuple], cast: Cast) -> Scored:
+def _whole(prompts: list[PromptRow], rows: list[tuple], cast: Cast, logged: dict[str, float]) -> Scored:
     """The rows of all processes as tensors."""
-    _, answers, texts, scores, parts, *series = (list(column) for column in zip(*rows, strict=True))
+    _, answers, texts, scores, parts, extra, *series = (list(column) for column in zip(*rows, strict=True))
     rollouts = rollouts_of([row.ids for row in prompts], answers, end_ids=cast.end_ids)
     logprobs, reference, entropies, values = (by_row(column, max(map(len, answers))) for column in series)
     return Scored(
@@ -164,6 +172,8 @@ def _whole(prompts: list[PromptRow], rows: list[tuple], cast: Cast) -> Scored:
         values,
         torch.tensor(scores),
         {name: [part[name] for part in parts] for name in parts[0]},
+        logged,
+        extra,
     )
 
 
@@ -182,12 +192,16 @@ def assess(scored: Scored, kl_coef: float, ppo: Ppo) -> Experience:
 
 
 def end_penalty(scores: Tensor, ended: Tensor, ppo: Ppo) -> Tensor:
-    """Scores (B,) after the penalty for an answer without an end token (Stiennon et al. 2020: the score becomes -1)."""
+    """Scores (B,) after the penalty for an answer without an end token.
+
+    `replace`: the score becomes min(score, -penalty). Stiennon et al. (2020) set it to -1, by which an answer that
+    scores less would gain by never ending.
+    """
     if ppo.missing_eos_penalty is None:
         return scores
     penalised = scores - ppo.missing_eos_penalty
     if ppo.missing_eos == "replace":
-        penalised = torch.full_like(scores, -ppo.missing_eos_penalty)
+        penalised = scores.clamp(max=-ppo.missing_eos_penalty)
     return torch.where(ended, scores, penalised)
 
 
@@ -321,10 +335,11 @@ def figures(scored: Scored, experience: Experience, kl_coef: float) -> dict[str,
     """What an iteration is logged with, from the whole batch."""
     mask = scored.rollouts.response_mask
     spread = scored.scores.std(correction=0)
+    applied = {name: [score for score in part if not math.isnan(score)] for name, part in scored.parts.items()}
     return {
         "score": float(scored.scores.mean()),
         "score_std": float(spread),
-        **{f"reward_{name}": float(np.nanmean(part)) for name, part in scored.parts.items()},
+        **{f"reward_{name}": sum(real) / len(real) for name, real in applied.items() if real},
         "kl": float(experience.kl.sum(1).mean()),
         "kl_coef": kl_coef,
         "entropy": float(masked_mean(scored.entropies, mask)),

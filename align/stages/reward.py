@@ -1,8 +1,8 @@
 """The reward stage: a scalar head and an adapter on preference pairs.
 
 Bradley-Terry with soft labels, weights and margins; accuracy, margin and calibration on pairs held out; mean and
-standard deviation of the score measured afterwards and kept with the checkpoint, so that PPO gets scores around 0 of
-size 1. What was saved is loaded again and must give the same scores.
+standard deviation of the score measured afterwards, on answers that it was not trained on, and kept with the
+checkpoint, so that PPO gets scores around 0 of size 1. What was saved is loaded again and must give the same scores.
 """
 
 import math
@@ -45,6 +45,10 @@ from align.worker import Worker
 
 PROBE_ROWS = 8
 REFERENCE_ROWS = 512  # answers that mean and deviation of the score are measured on
+TRAINED_ON = (
+    "mean and deviation of the score will be measured on pairs that were trained on, where scores lie further apart; "
+    "hold some out (`data.validation_split`), or give a `reference`"
+)
 PROBE_TOLERANCE = 1e-4
 Sequences = tuple[Sequence[Ids], Sequence[Ids]]  # prompts, and an answer to each
 
@@ -72,7 +76,9 @@ def run(settings: RewardSettings, worker: Worker) -> None:
     if not train:
         raise BadInput(f"`data`: no pair is left to train on; {said}")
     mean_weight = sum(pair.preference.weight for pair in train) / len(train)
-    reference = _reference_sequences(settings, tokenizer, train)  # read now: bad ones must not cost a training run
+    reference = _reference_sequences(
+        settings, tokenizer, validation or train
+    )  # read now: bad ones must not cost a training run
     role = bases.role(None, method=settings.method, trainable=True, head=True)
     if settings.train.gradient_checkpointing:
         role.causal.gradient_checkpointing_enable({"use_reentrant": False})
@@ -94,7 +100,8 @@ def run(settings: RewardSettings, worker: Worker) -> None:
         settings, total=num_steps, start=start, shown=("loss", "accuracy", "eval_accuracy"), is_main=worker.is_main
     )
     try:
-        words = *loaded.messages, *unread(tokenizer, loaded.train), said, ending_message(tokenizer)
+        untouched = "" if score_source(settings, validation) != "train" else TRAINED_ON
+        words = *loaded.messages, *unread(tokenizer, loaded.train), said, ending_message(tokenizer), untouched
         for message in (*words, available(t.optim, worker.device)[1]):
             tracker.say(message)
         costs = Costs(worker)
@@ -266,17 +273,24 @@ def _finish(
         _check_saved(bases, folder, role, (reference[0][:PROBE_ROWS], reference[1][:PROBE_ROWS]))
         reward_curves(folder)
         cost |= {"kl_to_base": kl_to_base(role, bases), "adapter_bytes": adapter_bytes(folder)}
-        finish(folder, metrics=metrics, cost=cost, score_mean=mean, score_std=std, score_samples=len(scores), **WHOLE)
+        score = {"score_mean": mean, "score_std": std, "score_samples": len(scores)}
+        source = score_source(settings, validation)
+        finish(folder, metrics=metrics, cost=cost, score_source=source, **score, **WHOLE)
         checkpoint.clear(settings.output)
         shown = "".join(f", {name.removeprefix('eval_')} {value:.3f}" for name, value in metrics.items())
         tracker.say(f"reward model in {settings.output}: score {mean:.3f} +- {std:.3f}{shown}")
     worker.wait()
 
 
-def _reference_sequences(settings: RewardSettings, tokenizer: Any, train: list[Pair]) -> Sequences:
-    """What the score is normalised on, as prompts and answers: the recipe's demonstrations, else the pairs' answers."""
+def score_source(settings: RewardSettings, validation: Sequence[Pair]) -> str:
+    """What the score is normalised on: `reference`, else `validation`, and `train` only where there is neither."""
+    return "reference" if settings.reference else "validation" if validation else "train"
+
+
+def _reference_sequences(settings: RewardSettings, tokenizer: Any, pairs: list[Pair]) -> Sequences:
+    """The same as prompts and answers: the recipe's demonstrations, else the answers of `pairs`."""
     if not settings.reference:
-        pairs = train[: REFERENCE_ROWS // 2]
+        pairs = pairs[: REFERENCE_ROWS // 2]
         return [p.tokens.prompt_ids for p in pairs for _ in range(2)], [a for p in pairs for a in p.tree.branches]
     rows = load(Data(train=settings.reference), "demonstrations").train[:REFERENCE_ROWS]
     encoded = [encode_pair(tokenizer, _as_pair(row), settings.max_length) for row in rows]

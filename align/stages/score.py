@@ -18,6 +18,7 @@ from align.data import Prompt, encode_completion
 from align.models.budget import reading_tokens
 from align.models.layout import parts_of
 from align.models.roles import Bases, Role
+from align.rewards import check_columns
 from align.rewards.judge import Question, build_judge
 from align.rewards.learned import ensemble_members
 from align.rewards.mix import Answers
@@ -33,12 +34,17 @@ EMBEDDING_SIZE = 32  # numbers of a prompt's embedding that are kept, by a fixed
 
 def run(settings: ScoreSettings, worker: Worker) -> None:
     """Scores, pairs, and asks the judge. The processes share the scoring; the judge is asked by one."""
+    rows = read_lines(Path(settings.candidates) / CANDIDATES)
+    prompts = [Prompt(row["prompt"], row["columns"], f"answer {number}") for number, row in enumerate(rows, 1)]
+    remarks = check_columns(settings, prompts)
     bases = Bases(settings.model, worker.device)
     if worker.is_main:
         begin(settings, bases.main.fingerprint)
     worker.wait()
     tracker = Tracker(settings, total=1, start=0, shown=("pairs",), is_main=worker.is_main)
     try:
+        for remark in remarks:
+            tracker.say(remark)
         _score(settings, bases, tracker, worker)
     finally:
         tracker.close()
