@@ -1,19 +1,32 @@
 """Everything that can be wrong with a recipe is found here, before models are loaded and anything is written."""
 
 import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from align.artifact import MANIFEST, check_parent, fingerprint, read_manifest, state_of
 from align.data import load, looks_like_hub_id
 from align.errors import BadInput
+from align.models.facts import (
+    INDEX,
+    WEIGHTS,
+    Facts,
+    check_classifier,
+    check_generates,
+    check_quantised,
+    check_tokenizer,
+    read_facts,
+)
 from align.recipe import Recipe
 from align.rewards import check_reward, check_rewards
 from align.rewards.judge import check_judge
 from align.settings import (
     PEFT_METHODS_IN_4_BITS,
     AnyMethod,
+    CollectSettings,
     Data,
     EvaluateSettings,
     Freeze,
@@ -28,7 +41,8 @@ from align.settings import (
     SftSettings,
     StageSettings,
 )
-from align.wording import did_you_mean_path
+from align.surroundings import cached_folder, check_wandb, check_writable, look_at_hub
+from align.wording import did_you_mean_path, one_line
 
 
 def check_recipe(recipe: Recipe) -> dict[str, str]:
@@ -47,8 +61,19 @@ def check_recipe(recipe: Recipe) -> dict[str, str]:
                 if maker != name and _same(folder) not in made:
                     raise BadInput(f"`{key}`: {folder} is made by stage `{maker}`, which comes later; put it before")
             states[name] = _check_stage(settings, made)
+            _hub_remarks(settings)
         made[_same(settings.output)] = settings
     return states
+
+
+def remarks(recipe: Recipe) -> list[str]:
+    """What a sound recipe's user should know beforehand, a line each: lengths past the trained ones, an unseen Hub."""
+    found = []
+    for settings in recipe.stages.values():
+        facts = _facts(settings)
+        found += [] if facts is None else [line for line, is_fault in _over_length(settings, facts) if not is_fault]
+        found += _hub_remarks(settings)
+    return list(dict.fromkeys(found))
 
 
 def check_stage(recipe: Recipe, name: str) -> str:
@@ -80,6 +105,11 @@ def _check_stage(settings: StageSettings, made: dict[str, StageSettings]) -> str
             check_judge(settings.pairwise_judge, "pairwise_judge")
     if isinstance(settings, ScoreSettings) and settings.judge is not None:
         check_judge(settings.judge, "judge")
+    if _same(settings.output) == _same(settings.model.base):
+        raise BadInput(
+            f"`output`: {settings.output} is `model.base`, or would stand in its place; choose another folder"
+        )
+    check_wandb(settings.track)
     for key, (folder, kinds) in settings.parents().items():
         if _same(folder) == _same(settings.output):
             raise BadInput(f"`{key}`: {folder} is this stage's own output; name the run to start from")
@@ -87,17 +117,20 @@ def _check_stage(settings: StageSettings, made: dict[str, StageSettings]) -> str
         if maker is None:
             check_parent(folder, _kinds_that_do(folder, kinds), f"`{key}`")
             _check_run_before(settings, folder, key)
+            if "*" in kinds and not (Path(folder) / MANIFEST).is_file():
+                _check_made_elsewhere(folder, f"`{key}`")
         else:
             _check_stage_before(settings, folder, key, maker, kinds)
     state = state_of(settings)
     if state != "finished":
+        check_writable(settings.output)
         for key, (kind, data) in settings.data_sections().items():
             _check_data(key, kind, data)
     return state
 
 
 def _same(folder: str) -> str:
-    return str(Path(folder).resolve())
+    return os.path.realpath(folder)
 
 
 def _is_on_hub(name: str) -> bool:
@@ -117,7 +150,7 @@ def check_model(settings: StageSettings) -> None:
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             raise BadInput(f"`model.base`: {model.base} holds no config.json, so it is no transformers model; {cure}")
-        if not list(folder.glob("*.safetensors")):
+        if not any((folder / name).is_file() for name in (WEIGHTS, INDEX)):
             raise BadInput(f"`model.base`: {model.base} holds no safetensors (pickled weights are not loaded); {cure}")
     elif not _is_on_hub(model.base):
         hint = did_you_mean_path(folder, folders=True) or f"; {cure}"
@@ -128,12 +161,104 @@ def check_model(settings: StageSettings) -> None:
     if model.chat_template is not None and not Path(model.chat_template).is_file():
         hint = did_you_mean_path(Path(model.chat_template)) or "; name a Jinja file"
         raise BadInput(f"`model.chat_template`: {model.chat_template} is not there{hint}")
+    facts = _facts(settings)
+    if facts is not None:
+        _check_facts(settings, facts)
     _check_method(settings, key, method)
     if isinstance(settings, SftSettings) and settings.packing and model.attn_implementation == "eager":
         raise BadInput(
             "`packing: true` is exact with `attn_implementation` sdpa or flash_attention_2; with eager set "
             "`packing: false`"
         )
+
+
+def _facts(settings: StageSettings) -> Facts | None:
+    """What the base says of itself; None for one on the Hub that is not in the cache."""
+    model = settings.model
+    folder = Path(model.base) if Path(model.base).is_dir() else cached_folder(model.base, model.revision)
+    try:
+        return None if folder is None else read_facts(folder)
+    except BadInput as error:
+        raise BadInput(f"`model.base`: {error}") from error
+
+
+def _check_facts(settings: StageSettings, facts: Facts) -> None:
+    """Whether the base can be what the recipe takes it for, and is as long as the recipe's texts may be."""
+    check_quantised(facts.config, settings.model.load_in, f"`model.base`: {settings.model.base}")
+    check_generates(facts, "`model.base`")
+    template = settings.model.chat_template
+    written = None if template is None else Path(template).read_text(encoding="utf-8", errors="replace")
+    check_tokenizer(facts, written, "`model.base`")
+    for line, is_fault in _over_length(settings, facts):
+        if is_fault:
+            raise BadInput(line)
+
+
+def _over_length(settings: StageSettings, facts: Facts) -> Iterator[tuple[str, bool]]:
+    """Lengths that the recipe allows and the base's positions do not reach: a line, and whether it cannot run."""
+    known = facts.positions()
+    if known is None:
+        return
+    positions, is_end = known
+    base = settings.model.base
+    for key, length in _lengths(settings):
+        if length > positions and is_end:
+            yield f"{key}: {length:,} tokens are over the {positions:,} positions that {base} has; lower it", True
+        elif length > positions:
+            yield f"{key}: {length:,} tokens are over the {positions:,} that {base} was trained for", False
+
+
+def _lengths(settings: StageSettings) -> Iterator[tuple[str, int]]:
+    """Key and tokens of the longest sequences that a stage may give its base."""
+    method = _method(settings)[1]
+    prefix = method.num_virtual_tokens if isinstance(method, Prefix) else 0
+    beside = f" and a prefix of {prefix}" if prefix else ""
+    if isinstance(settings, (SftSettings, RewardSettings)):
+        yield f"`max_length`{beside}", settings.max_length + prefix
+    if isinstance(settings, (PpoSettings, EvaluateSettings, CollectSettings)):
+        length = settings.max_prompt_length + settings.sampling.max_new_tokens + prefix
+        yield f"`max_prompt_length` and `sampling.max_new_tokens`{beside}", length
+    if isinstance(settings, EvaluateSettings) and settings.reward is not None:
+        yield "`reward.max_length`", settings.reward.max_length
+
+
+def _hub_remarks(settings: StageSettings) -> list[str]:
+    """Looks at what the recipe takes from the Hub and the cache does not hold; says where it could not look, and why.
+
+    Raises:
+        BadInput: it is not there.
+    """
+    model, found = settings.model, []
+    if _is_on_hub(model.base) and cached_folder(model.base, model.revision) is None:
+        found.append(look_at_hub(model.base, model.revision, "`model.base`"))
+    for key, (folder, kinds) in settings.parents().items():
+        if "*" in kinds and _is_on_hub(folder) and cached_folder(folder, None) is None:
+            found.append(look_at_hub(folder, None, f"`{key}`"))
+    for key, (_, data) in settings.data_sections().items():
+        for source in (*data.train, *data.validation):
+            if _is_on_hub(source.path):
+                found.append(look_at_hub(source.path, getattr(source, "revision", None), f"`{key}`", "dataset"))
+    return [line for line in found if line]
+
+
+def _check_made_elsewhere(folder: str, where: str) -> None:
+    """A learned reward without a manifest: a sequence classifier, or an adapter of one."""
+    adapter = Path(folder) / "adapter_config.json"
+    if adapter.is_file():
+        task = _adapter_config(adapter).get("task_type")
+        if task != "SEQ_CLS":
+            raise BadInput(f"{where}: {folder} is an adapter for {task or 'no task'}; a reward's is for SEQ_CLS")
+        return
+    place = Path(folder) if Path(folder).is_dir() else cached_folder(folder, None)
+    if place is not None:
+        check_classifier(place, where)
+
+
+def _adapter_config(path: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise BadInput(f"{path} is damaged ({one_line(error, 100)}); save the adapter again") from error
 
 
 def _check_method(settings: StageSettings, key: str, method: AnyMethod | None) -> None:
@@ -184,7 +309,8 @@ def _method(settings: StageSettings) -> tuple[str, AnyMethod | None]:
 
 def _kinds_that_do(folder: str, kinds: tuple[str, ...]) -> tuple[str, ...]:
     """`kinds`, with `*` only for what transformers may be able to load."""
-    is_model = _is_on_hub(folder) or (Path(folder) / "config.json").is_file()
+    files = (Path(folder) / name for name in ("config.json", "adapter_config.json"))
+    is_model = _is_on_hub(folder) or any(file.is_file() for file in files)
     return kinds if is_model else tuple(kind for kind in kinds if kind != "*")
 
 
@@ -192,8 +318,10 @@ def _check_run_before(settings: StageSettings, folder: str, key: str) -> None:
     """Of a finished run with an adapter."""
     config = Path(folder) / "adapter_config.json"
     if config.is_file():
-        if json.loads(config.read_text(encoding="utf-8")).get("peft_type") == "PREFIX_TUNING":
+        if _adapter_config(config).get("peft_type") == "PREFIX_TUNING":
             _check_prefix(settings, key, f"`{key}`: {folder} holds a prefix, which")
+        if not (Path(folder) / MANIFEST).is_file():
+            return
         manifest = read_manifest(folder)
         _check_adapter(settings, folder, key, str(manifest.get("base")), manifest.get("base_fingerprint"))
 

@@ -11,12 +11,16 @@ from align.data import encode_demonstration, encode_pair, encode_prompt, load, l
 from align.recipe import Recipe
 from align.report.tables import plain
 from align.settings import AnyMethod, Data, Full, Lora, PpoSettings, RewardSettings, SftSettings, StageSettings
+from align.wording import safe
 
 STATES = {"new": "new", "running": "was stopped; goes on", "finished": "finished already"}
 
 
-def show(recipe: Recipe, states: dict[str, str]) -> None:
-    """Prints, stage by stage: resolved recipe, what it reads and writes, what it trains, one sample."""
+def show(recipe: Recipe, states: dict[str, str], plans: dict[str, str], remarks: list[str]) -> None:
+    """Prints, stage by stage: resolved recipe, what it reads and writes, how it starts, what it trains, one sample.
+
+    `plans`: how each stage that is to run will be started; `remarks`: what is sound and still worth a word.
+    """
     console = Console(soft_wrap=True)
     for name, settings in recipe.stages.items():
         console.rule(Text(f"{name} ({settings.stage})"), align="left")
@@ -27,13 +31,17 @@ def show(recipe: Recipe, states: dict[str, str]) -> None:
         for key, (kind, data) in settings.data_sections().items():
             console.print(Text(f"reads   {_counts(kind, data)}  ({key})"))
         console.print(Text(f"writes  {settings.output}  ({STATES[states[name]]})"))
+        if name in plans:
+            console.print(Text(f"starts  {plans[name]}"))
         method = getattr(settings, "method", None) or getattr(getattr(settings, "policy", None), "method", None)
         if method is None and isinstance(settings, PpoSettings) and settings.policy.path is None:
             method = Lora()
         if method is not None:
             console.print(Text(f"trains  {_trainable(settings, method)}"))
         _show_sample(console, settings)
-    console.print(f"{recipe.path}: sound", style="bold")
+    for remark in remarks:
+        console.print(Text(safe(f"note    {remark}"), style="yellow"))
+    console.print(Text(safe(f"{recipe.path}: sound"), style="bold"))
 
 
 def _is_far(data: Data) -> bool:
