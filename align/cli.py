@@ -6,8 +6,8 @@ from typing import Annotated
 
 import typer
 
-from align.errors import BadInput
-from align.wording import safe
+from align.errors import BadInput, RunFailed
+from align.wording import safe, trouble_with_files
 
 app = typer.Typer(
     add_completion=False,
@@ -215,12 +215,21 @@ def report(
 
 
 def main() -> None:
-    """Entry point: bad input is one line and exit code 2."""
+    """Entry point: bad input is one line and exit code 2, a file that cannot be read or written one and code 1."""
     try:
         app(standalone_mode=True)
     except BadInput as error:
         print(safe(f"align: {error}"), file=sys.stderr)
         sys.exit(2)
+    except RunFailed as error:
+        print(safe(f"align: {error}"), file=sys.stderr)
+        sys.exit(1)
+    except OSError as error:
+        told = trouble_with_files(error)
+        if told is None:
+            raise
+        print(safe(f"align: {told}"), file=sys.stderr)
+        sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -190,14 +190,14 @@ def _is_off(value: Any) -> bool:
     return value in (None, False, "", {}, []) or (isinstance(value, str) and value.lower() in ("no", "false"))
 
 
-def _num_chosen(gpu_ids: Any, num_gpus: int, path: Path) -> int:
-    """How many of the machine's GPUs a config file's `gpu_ids` leaves to its processes."""
+def _chosen_gpus(gpu_ids: Any, path: Path) -> set[int] | None:
+    """The GPUs that a config file's `gpu_ids` leaves to its processes; None: all."""
     if gpu_ids in (None, "all"):
-        return num_gpus
+        return None
     ids = str(gpu_ids).split(",")
     if isinstance(gpu_ids, (bool, dict, list)) or not all(each.strip().isdecimal() for each in ids):
         raise BadInput(f"{path}: gpu_ids must be `all` or numbers such as 0,1, not {brief(gpu_ids)}")
-    return len({each.strip() for each in ids if int(each) < num_gpus})
+    return {int(each) for each in ids}
 
 
 def _plan_from_file(path: Path, num_processes: int | None = None) -> LaunchPlan:
@@ -210,8 +210,9 @@ def _plan_from_file(path: Path, num_processes: int | None = None) -> LaunchPlan:
     else:
         arguments += ["--num_processes", str(num_processes)]
     here = max(1, num_processes // num_machines)
+    chosen = _chosen_gpus(config.get("gpu_ids"), path)
     num_gpus = 0 if config.get("use_cpu", False) or kind == "MULTI_CPU" else _num_gpus()
-    num_gpus = _num_chosen(config.get("gpu_ids"), num_gpus, path)
+    num_gpus = num_gpus if chosen is None else sum(each < num_gpus for each in chosen)
     device: Literal["cpu", "cuda"] = "cuda" if num_gpus else "cpu"
     if kind == "MULTI_GPU":
         if not config.get("use_cpu", False) and here > num_gpus:

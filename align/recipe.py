@@ -31,6 +31,8 @@ SHARED_KEYS = ("model", "seed", "launch", "track")
 PIPELINE_KEYS = (*SHARED_KEYS, "output", "stages")
 MOST_VALUES = 100_000  # of a recipe, each anchor counted as often as it is referred to
 LONGEST_STAGE = 60
+MOST_LETTERS = 10_000_000
+REFERENCE = re.compile(r"\$\{([^${}:]+)\}")
 TOO_DEEP = "nested too deep to be read; a recipe is a few levels deep"
 OVERRIDE_KEY = re.compile(r"[^.\[\]]+(\.[^.\[\]]+|\[\d+\])*")
 
@@ -143,6 +145,9 @@ def _resolved(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
         except RecursionError as error:
             raise BadInput(f"override `{_cut(item)}` cannot be applied to {path}: it is {TOO_DEEP}") from error
     try:
+        raw = OmegaConf.to_container(config)
+        if _num_letters(raw, raw, {}) > MOST_LETTERS:
+            raise BadInput(f"{path} holds over {MOST_LETTERS:,} letters once its `${{...}}` are filled in")
         values = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
         key = str(error.full_key)
@@ -181,6 +186,23 @@ def _read(path: Path) -> DictConfig:
     if not isinstance(config, DictConfig) or not config:
         raise BadInput(f"{path} must be a mapping with a `stage:` or a `stages:` key")
     return config
+
+
+def _num_letters(value: Any, recipe: Any, counted: dict[str, int]) -> int:
+    """About how long `value` is when each `${...}` in it, such as `${a.b}`, is filled in: counted, not made."""
+    if isinstance(value, (dict, list)):
+        parts = value.values() if isinstance(value, dict) else value
+        return 1 + sum(_num_letters(part, recipe, counted) for part in parts)
+    if not isinstance(value, str):
+        return 1
+    for name in (names := REFERENCE.findall(value)):
+        if name not in counted:
+            counted[name] = 0  # while its own are counted: a reference to itself is OmegaConf's to refuse
+            target = recipe
+            for part in name.split("."):
+                target = target.get(part) if isinstance(target, dict) else None
+            counted[name] = _num_letters(target, recipe, counted)
+    return len(value) + sum(counted[name] for name in names)
 
 
 def _cut(text: str) -> str:

@@ -127,6 +127,7 @@ HEAD = "stage: sft\nmodel: {base: model}\noutput: out\ndata: {train: data/sft.js
 LAUGHS = "vars:\n  a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
     f"  a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]\n" for i in range(1, 9)
 )
+REFERENCES = "vars:\n  a0: xxxxxxxxxx\n" + "".join(f"  a{i}: {f'${{vars.a{i - 1}}}' * 4}\n" for i in range(1, 40))
 TEXTS = [
     sft(name, {}, *says, files={"recipe.yaml": HEAD + more})
     for name, more, says in (
@@ -135,6 +136,7 @@ TEXTS = [
         ("a billion laughs", LAUGHS, ("holds over 100,000 values",)),
         ("an anchor within itself", "vars: &a [*a]\n", ("holds over 100,000 values",)),
         ("a number of 5,000 digits", "seed: " + "9" * 5000, ("cannot be read",)),
+        ("a billion references", REFERENCES, ("holds over 10,000,000 letters",)),
         ("two documents", "---\na: 1\n", ("recipe.yaml:5", "another document")),
         ("a key that is null", "train: {null: 2}\n", ("`train` in recipe.yaml",)),
         ("a key that is a list", "train: {[1]: 2}\n", ("recipe.yaml:5",)),

@@ -21,7 +21,8 @@ def show(recipe: Recipe, states: dict[str, str], plans: dict[str, str], remarks:
 
     `plans`: how each stage that is to run will be started; `remarks`: what is sound and still worth a word.
     """
-    console = Console(soft_wrap=True)
+    console = Console()
+    console.soft_wrap = not console.is_terminal  # a file keeps its lines whole, a narrow terminal its words
     for name, settings in recipe.stages.items():
         console.rule(Text(f"{name} ({settings.stage})"), align="left")
         values = settings.model_dump(mode="json", by_alias=True, exclude_defaults=True)
