@@ -1,5 +1,6 @@
 """What `align check` shows of a recipe that is sound."""
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,13 @@ from align.report.tables import plain
 from align.settings import AnyMethod, Data, Full, Lora, PpoSettings, RewardSettings, SftSettings, StageSettings
 from align.wording import safe
 
+NOTHING: Mapping[str, str] = {}
 STATES = {"new": "new", "running": "was stopped; goes on", "finished": "finished already"}
 
 
-def show(recipe: Recipe, states: dict[str, str], plans: dict[str, str], remarks: list[str]) -> None:
+def show(
+    recipe: Recipe, states: dict[str, str], plans: Mapping[str, str] = NOTHING, remarks: Sequence[str] = ()
+) -> None:
     """Prints, stage by stage: resolved recipe, what it reads and writes, how it starts, what it trains, one sample.
 
     `plans`: how each stage that is to run will be started; `remarks`: what is sound and still worth a word.
