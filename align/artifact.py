@@ -29,6 +29,7 @@ from align.identity import (
     is_folder_name,
     made_of,
 )
+from align.plain_json import dumps
 from align.settings import StageSettings
 from align.wording import brief, did_you_mean_path, one_line
 
@@ -63,7 +64,7 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
 
 def write_json(path: Path, values: Any, *, private: bool = False) -> None:
     """Writes JSON atomically; `private`: for its owner alone."""
-    text = json.dumps(values, indent=2, ensure_ascii=False, default=str) + "\n"
+    text = dumps(values, indent=2, ensure_ascii=False, default=str) + "\n"
 
     def write(temporary: Path) -> None:
         temporary.touch(mode=0o600 if private else 0o666)
@@ -89,7 +90,7 @@ def write_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> int:
         nonlocal count
         with temporary.open("w", encoding="utf-8", errors="backslashreplace") as file:  # half a pair: its escape
             for row in rows:
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+                file.write(dumps(row, ensure_ascii=False) + "\n")
                 count += 1
 
     write_atomically(path, write)

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from align.errors import BadInput, RunFailed
-from align.wording import safe
+from align.wording import safe, trouble_with_files
 
 app = typer.Typer(
     add_completion=False,
@@ -18,6 +18,17 @@ app = typer.Typer(
 
 feedback = typer.Typer(no_args_is_help=True, help="Bring labels into a loop's store, and out of it.")
 app.add_typer(feedback, name="feedback")
+
+
+def _at_home(value: str | None) -> str | None:
+    """A path of the command line, `~` as the home folder even where the shell has left it."""
+    from align.settings.fields import at_home
+
+    try:
+        return None if value is None else at_home(value)
+    except ValueError as error:
+        raise BadInput(f"{value!r}: {error}") from error
+
 
 RecipeName = Annotated[
     str,
@@ -40,14 +51,16 @@ def run(recipe: RecipeName, overrides: Overrides = None) -> None:
 @app.command()
 def check(recipe: RecipeName, overrides: Overrides = None) -> None:
     """Validate a recipe and show what it would do: files, trainable parameters, and tokens that carry loss."""
-    from align.door import check_recipe
+    from align.door import check_recipe, remarks
+    from align.pipeline import launches
     from align.recipe import load_recipe
 
     loaded = load_recipe(recipe, overrides or [])
     states = check_recipe(loaded)
+    plans = launches(loaded, states)
     from align.report.checking import show
 
-    show(loaded, states)
+    show(loaded, states, {name: plan.description for name, plan in plans.items()}, remarks(loaded))
 
 
 @app.command()
@@ -61,7 +74,9 @@ def compare(
         int | None, typer.Option(help="Try rates so long only; then the best for the budget.")
     ] = None,
     rates: Annotated[list[str] | None, typer.Option(help="lora=1e-4,2e-4 instead of the sources' rates.")] = None,
-    out: Annotated[str | None, typer.Option(help="Folder of runs and report; <output>-compare if left out.")] = None,
+    out: Annotated[
+        str | None, typer.Option(callback=_at_home, help="Folder of runs and report; <output>-compare if left out.")
+    ] = None,
 ) -> None:
     """Run a stage with each tuning method on your data, and show which one to take."""
     from align.compare import compare as compare_methods
@@ -91,8 +106,8 @@ def loop(recipe: RecipeName, overrides: Overrides = None) -> None:
 
 @app.command()
 def merge(
-    run: Annotated[str, typer.Argument(metavar="RUN", help="Folder of an sft or ppo run.")],
-    out: Annotated[str, typer.Argument(metavar="OUT", help="A new folder.")],
+    run: Annotated[str, typer.Argument(metavar="RUN", callback=_at_home, help="Folder of an sft or ppo run.")],
+    out: Annotated[str, typer.Argument(metavar="OUT", callback=_at_home, help="A new folder.")],
 ) -> None:
     """Merge a run's adapter into its base: a plain transformers folder."""
     from align.artifact import read_manifest
@@ -120,12 +135,16 @@ def recipes() -> None:
 
 @app.command()
 def label(
-    run: Annotated[str, typer.Argument(metavar="RUN", help="A loop's folder, its store.db, or a database URL.")],
+    run: Annotated[
+        str, typer.Argument(metavar="RUN", callback=_at_home, help="A loop's folder, its store.db, or a database URL.")
+    ],
     host: Annotated[str, typer.Option(help="The address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="0: any that is free.")] = 8765,
     add: Annotated[list[str] | None, typer.Option(help="NAME of a person who gets a new sign-in link.")] = None,
     admin: Annotated[list[str] | None, typer.Option(help="The same, for one who sees the overview too.")] = None,
-    guidelines: Annotated[str | None, typer.Option(help="A Markdown file shown above the answers.")] = None,
+    guidelines: Annotated[
+        str | None, typer.Option(callback=_at_home, help="A Markdown file shown above the answers.")
+    ] = None,
     allow_host: Annotated[list[str] | None, typer.Option(help="A name by which people reach the page.")] = None,
     lease_seconds: Annotated[float, typer.Option(help="How long a pair waits for a page that has gone away.")] = 120.0,
 ) -> None:
@@ -147,8 +166,10 @@ def label(
 
 @feedback.command("export")
 def export_feedback(
-    run: Annotated[str, typer.Argument(metavar="RUN", help="A loop's folder, its store.db, or a database URL.")],
-    file: Annotated[str, typer.Argument(metavar="FILE", help="A new .jsonl file.")],
+    run: Annotated[
+        str, typer.Argument(metavar="RUN", callback=_at_home, help="A loop's folder, its store.db, or a database URL.")
+    ],
+    file: Annotated[str, typer.Argument(metavar="FILE", callback=_at_home, help="A new .jsonl file.")],
     format: Annotated[str, typer.Option(help="trl: labelled pairs, as TRL reads them; labels: every label.")] = "trl",
     with_ties: Annotated[bool, typer.Option("--with-ties", help="trl: also pairs left undecided.")] = False,
 ) -> None:
@@ -162,8 +183,13 @@ def export_feedback(
 
 @feedback.command("import")
 def import_feedback(
-    run: Annotated[str, typer.Argument(metavar="RUN", help="A loop's folder, its store.db, or a database URL.")],
-    file: Annotated[str, typer.Argument(metavar="FILE", help="Preferences in a format that the reward stage reads.")],
+    run: Annotated[
+        str, typer.Argument(metavar="RUN", callback=_at_home, help="A loop's folder, its store.db, or a database URL.")
+    ],
+    file: Annotated[
+        str,
+        typer.Argument(metavar="FILE", callback=_at_home, help="Preferences in a format that the reward stage reads."),
+    ],
 ) -> None:
     """Take preferences that people have given elsewhere, as labels of round 0."""
     from align.feedback.exchange import import_run
@@ -172,7 +198,7 @@ def import_feedback(
 
 
 @app.command()
-def status(run: Annotated[str, typer.Argument(metavar="RUN", help="A run's folder.")]) -> None:
+def status(run: Annotated[str, typer.Argument(metavar="RUN", callback=_at_home, help="A run's folder.")]) -> None:
     """Print a run's manifest."""
     from align.artifact import read_manifest
 
@@ -180,7 +206,9 @@ def status(run: Annotated[str, typer.Argument(metavar="RUN", help="A run's folde
 
 
 @app.command()
-def report(run: Annotated[str, typer.Argument(metavar="RUN", help="A loop's folder, or any stage's run.")]) -> None:
+def report(
+    run: Annotated[str, typer.Argument(metavar="RUN", callback=_at_home, help="A loop's folder, or any stage's run.")],
+) -> None:
     """Write RUN/report.html, one page that opens offline: figures, curves, costs and samples."""
     from align.report.loop_page import report as write_report
 
@@ -191,9 +219,18 @@ def main() -> None:
     """Entry point: bad input is one line and exit code 2; what fails on the way is one line and exit code 1."""
     try:
         app(standalone_mode=True)
-    except (BadInput, RunFailed) as error:
+    except BadInput as error:
         print(safe(f"align: {error}"), file=sys.stderr)
-        sys.exit(2 if isinstance(error, BadInput) else 1)
+        sys.exit(2)
+    except RunFailed as error:
+        print(safe(f"align: {error}"), file=sys.stderr)
+        sys.exit(1)
+    except OSError as error:
+        told = trouble_with_files(error)
+        if told is None:
+            raise
+        print(safe(f"align: {told}"), file=sys.stderr)
+        sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -311,9 +311,10 @@ def _measured(settings: StageSettings) -> dict[str, float]:
     if isinstance(settings, PpoSettings):
         best = read_manifest(settings.output)["metrics"]["best"]  # under a KL budget: the one that was kept
         if best is not None:
-            return {"eval_score": best["score"], "eval_kl": best["kl"]}
+            return {f"eval_{key}": best[key] for key in ("score", "kl") if best[key] is not None}
         return next((row for row in reversed(read_metrics(settings.output)) if "eval_score" in row), {})
-    return dict(read_manifest(settings.output)["metrics"])
+    metrics = read_manifest(settings.output)["metrics"]
+    return {key: value for key, value in metrics.items() if value is not None}  # null: it was no number
 
 
 def _best(order: Order, trials: list[Trial]) -> Trial:
@@ -337,7 +338,8 @@ def _steps_in(order: Order, pilot: Trial) -> int:
 
 def _result(trial: Trial, swept: list[Trial], gold: dict[str, float]) -> Result:
     has_run = math.isfinite(trial.quality)
-    cost: dict[str, float] = read_manifest(trial.settings.output)["cost"] if has_run else {}
+    told = read_manifest(trial.settings.output)["cost"] if has_run else {}
+    cost: dict[str, float] = {key: value for key, value in told.items() if value is not None}
     measured = _measured(trial.settings) if has_run else {}
     steps = _num_steps(trial.settings)
     others = {key: float(measured[key]) for key in OTHERS[trial.settings.stage] if key in measured}
@@ -393,7 +395,7 @@ def _gold(order: Order, launch: LaunchPlan, trials: list[Trial]) -> dict[str, fl
                 print(f"no judge's score: {reason}", flush=True)
                 return {}
         scores = read_manifest(settings.output)["metrics"]["policies"]
-        found |= {name: float(scores[name]["score"]) for name in policies}
+        found |= {name: float(scores[name]["score"]) for name in policies if scores[name]["score"] is not None}
     return found
 
 

@@ -8,6 +8,15 @@ from typing import Any
 from align.artifact import state_of
 from align.data import Loaded, load, looks_like_hub_id
 from align.errors import BadInput
+from align.models.facts import (
+    INDEX,
+    WEIGHTS,
+    Facts,
+    check_generates,
+    check_quantised,
+    check_tokenizer,
+    read_facts,
+)
 from align.parents import check_parents, check_prefix, is_on_hub, method_of, resolved
 from align.recipe import Recipe
 from align.rewards import check_columns, check_reward, check_rewards
@@ -15,6 +24,7 @@ from align.rewards.judge import check_judge
 from align.settings import (
     PEFT_METHODS_IN_4_BITS,
     AnyMethod,
+    CollectSettings,
     Data,
     EvaluateSettings,
     Freeze,
@@ -24,10 +34,12 @@ from align.settings import (
     OwnMethod,
     PpoSettings,
     Prefix,
+    RewardSettings,
     ScoreSettings,
     SftSettings,
     StageSettings,
 )
+from align.surroundings import cached_folder, check_wandb, check_writable, look_at_hub
 from align.wording import did_you_mean_path
 
 
@@ -47,8 +59,19 @@ def check_recipe(recipe: Recipe) -> dict[str, str]:
                 if maker != name and resolved(folder) not in made:
                     raise BadInput(f"`{key}`: {folder} is made by stage `{maker}`, which comes later; put it before")
             states[name] = _check_stage(settings, made)
+            _hub_remarks(settings)
         made[resolved(settings.output)] = settings
     return states
+
+
+def remarks(recipe: Recipe) -> list[str]:
+    """What a sound recipe's user should know beforehand, a line each: lengths past the trained ones, an unseen Hub."""
+    found = []
+    for settings in recipe.stages.values():
+        facts = _facts(settings)
+        found += [] if facts is None else [line for line, is_fault in _over_length(settings, facts) if not is_fault]
+        found += _hub_remarks(settings)
+    return list(dict.fromkeys(found))
 
 
 def check_stage(recipe: Recipe, name: str) -> str:
@@ -80,9 +103,15 @@ def _check_stage(settings: StageSettings, made: dict[str, StageSettings]) -> str
             check_judge(settings.pairwise_judge, "pairwise_judge")
     if isinstance(settings, ScoreSettings) and settings.judge is not None:
         check_judge(settings.judge, "judge")
+    if resolved(settings.output) == resolved(settings.model.base):
+        raise BadInput(
+            f"`output`: {settings.output} is `model.base`, or would stand in its place; choose another folder"
+        )
+    check_wandb(settings.track)
     check_parents(settings, made)
     state = state_of(settings)
     if state != "finished":
+        check_writable(settings.output)
         for key, (kind, data) in settings.data_sections().items():
             loaded = _check_data(key, kind, data)
             if kind == "prompts" and loaded is not None:
@@ -102,7 +131,7 @@ def check_model(settings: StageSettings) -> None:
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             raise BadInput(f"`model.base`: {model.base} holds no config.json, so it is no transformers model; {cure}")
-        if not list(folder.glob("*.safetensors")):
+        if not any((folder / name).is_file() for name in (WEIGHTS, INDEX)):
             raise BadInput(f"`model.base`: {model.base} holds no safetensors (pickled weights are not loaded); {cure}")
     elif not is_on_hub(model.base):
         hint = did_you_mean_path(folder, folders=True) or f"; {cure}"
@@ -113,12 +142,84 @@ def check_model(settings: StageSettings) -> None:
     if model.chat_template is not None and not Path(model.chat_template).is_file():
         hint = did_you_mean_path(Path(model.chat_template)) or "; name a Jinja file"
         raise BadInput(f"`model.chat_template`: {model.chat_template} is not there{hint}")
+    facts = _facts(settings)
+    if facts is not None:
+        _check_facts(settings, facts)
     _check_method(settings, key, method)
     if isinstance(settings, SftSettings) and settings.packing and model.attn_implementation == "eager":
         raise BadInput(
             "`packing: true` is exact with `attn_implementation` sdpa or flash_attention_2; with eager set "
             "`packing: false`"
         )
+
+
+def _facts(settings: StageSettings) -> Facts | None:
+    """What the base says of itself; None for one on the Hub that is not in the cache."""
+    model = settings.model
+    folder = Path(model.base) if Path(model.base).is_dir() else cached_folder(model.base, model.revision)
+    try:
+        return None if folder is None else read_facts(folder)
+    except BadInput as error:
+        raise BadInput(f"`model.base`: {error}") from error
+
+
+def _check_facts(settings: StageSettings, facts: Facts) -> None:
+    """Whether the base can be what the recipe takes it for, and is as long as the recipe's texts may be."""
+    check_quantised(facts.config, settings.model.load_in, f"`model.base`: {settings.model.base}")
+    check_generates(facts, "`model.base`")
+    template = settings.model.chat_template
+    written = None if template is None else Path(template).read_text(encoding="utf-8", errors="replace")
+    check_tokenizer(facts, written, "`model.base`")
+    for line, is_fault in _over_length(settings, facts):
+        if is_fault:
+            raise BadInput(line)
+
+
+def _over_length(settings: StageSettings, facts: Facts) -> Iterator[tuple[str, bool]]:
+    """Lengths that the recipe allows and the base's positions do not reach: a line, and whether it cannot run."""
+    known = facts.positions()
+    if known is None:
+        return
+    positions, is_end = known
+    base = settings.model.base
+    for key, length in _lengths(settings):
+        if length > positions and is_end:
+            yield f"{key}: {length:,} tokens are over the {positions:,} positions that {base} has; lower it", True
+        elif length > positions:
+            yield f"{key}: {length:,} tokens are over the {positions:,} that {base} was trained for", False
+
+
+def _lengths(settings: StageSettings) -> Iterator[tuple[str, int]]:
+    """Key and tokens of the longest sequences that a stage may give its base."""
+    method = method_of(settings)[1]
+    prefix = method.num_virtual_tokens if isinstance(method, Prefix) else 0
+    beside = f" and a prefix of {prefix}" if prefix else ""
+    if isinstance(settings, (SftSettings, RewardSettings)):
+        yield f"`max_length`{beside}", settings.max_length + prefix
+    if isinstance(settings, (PpoSettings, EvaluateSettings, CollectSettings)):
+        length = settings.max_prompt_length + settings.sampling.max_new_tokens + prefix
+        yield f"`max_prompt_length` and `sampling.max_new_tokens`{beside}", length
+    if isinstance(settings, EvaluateSettings) and settings.reward is not None:
+        yield "`reward.max_length`", settings.reward.max_length
+
+
+def _hub_remarks(settings: StageSettings) -> list[str]:
+    """Looks at what the recipe takes from the Hub and the cache does not hold; says where it could not look, and why.
+
+    Raises:
+        BadInput: it is not there.
+    """
+    model, found = settings.model, []
+    if is_on_hub(model.base) and cached_folder(model.base, model.revision) is None:
+        found.append(look_at_hub(model.base, model.revision, "`model.base`"))
+    for key, (folder, kinds) in settings.parents().items():
+        if "*" in kinds and is_on_hub(folder) and cached_folder(folder, None) is None:
+            found.append(look_at_hub(folder, None, f"`{key}`"))
+    for key, (_, data) in settings.data_sections().items():
+        for source in (*data.train, *data.validation):
+            if is_on_hub(source.path):
+                found.append(look_at_hub(source.path, getattr(source, "revision", None), f"`{key}`", "dataset"))
+    return [line for line in found if line]
 
 
 def _check_method(settings: StageSettings, key: str, method: AnyMethod | None) -> None:

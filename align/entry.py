@@ -16,7 +16,7 @@ from align.processes import PARENT_PID, die_with_parent, read_status, write_stat
 from align.recipe import Recipe, load_recipe
 from align.settings import StageSettings
 from align.stages import runner
-from align.wording import safe
+from align.wording import safe, trouble_with_files
 from align.worker import Stopped, Worker, quiet_libraries, seed_everything
 
 
@@ -50,8 +50,9 @@ def main(kind: str | None = None, arguments: list[str] | None = None) -> None:
         code, message = stop.code, str(stop)
     except RunFailed as error:
         code, message = 1, f"align: {error}"
-    except Exception:
-        message = traceback.format_exc()
+    except Exception as failure:
+        trouble = trouble_with_files(failure) if isinstance(failure, OSError) else None
+        message = traceback.format_exc() if trouble is None else f"align: {trouble}"
     is_first, told = os.environ.get("RANK", "0") == "0", os.environ.get("ALIGN_STATUS_FILE")
     if not is_first:
         time.sleep(1.0)  # let the first process say it first

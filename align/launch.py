@@ -40,9 +40,29 @@ from align.processes import (
 )
 from align.resources import recipes_folder
 from align.settings import StageSettings
+from align.wording import brief, did_you_mean, one_line
 
 NAMED = ("cpu", "gpu", "ddp")
 SUPPORTED = ("NO", "MULTI_CPU", "MULTI_GPU")
+OBEYED = (
+    *("compute_environment", "distributed_type", "use_cpu", "num_processes", "num_machines", "machine_rank"),
+    *("main_process_ip", "main_process_port", "gpu_ids", "rdzv_backend", "same_network", "enable_cpu_affinity"),
+    *("debug", "main_training_function"),
+)
+NOT_OBEYED = (
+    *("downcast_bf16", "fp8_config", "dynamo_config", "deepspeed_config", "fsdp_config", "megatron_lm_config"),
+    *("parallelism_config", "mpirun_config", "gradient_accumulation_steps", "command_file", "commands"),
+    *("tpu_name", "tpu_zone", "tpu_use_cluster", "tpu_use_sudo", "tpu_vm", "tpu_env"),
+)
+# what a scheduler or a parent's launcher leaves behind: of another job than the one that is started here
+INHERITED = (
+    *("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE", "ROLE_RANK"),
+    *("ROLE_NAME", "ROLE_WORLD_SIZE", "NODE_RANK", "NPROC", "FORK_LAUNCHED", "CROSS_RANK", "CROSS_SIZE"),
+)
+FAMILIES = (
+    *("MASTER_", "TORCHELASTIC_", "ACCELERATE_", "FSDP_", "MEGATRON_LM_", "DEEPSPEED_", "PARALLELISM_CONFIG_"),
+    *("FP8_", "PMI_", "PMIX_", "OMPI_COMM_", "MV2_COMM_", "MPI_LOCAL", "PET_"),
+)
 _LOOK_EVERY = 0.1  # seconds
 
 
@@ -66,8 +86,13 @@ def plan(launch: str | None) -> LaunchPlan:
 
     None is the file that `accelerate config` wrote, where there is one; else a GPU, where there is one; else the
     CPU. `ddp` is every GPU of the machine, or two processes on the CPU where there is none.
-    Raises BadInput for a GPU that is not there and for a config file that the stages cannot run under.
+    Raises BadInput for a GPU that is not there, for a config file that the stages cannot run under, and for a
+    precision that the environment asks for and nobody would obey.
     """
+    for name in ("ACCELERATE_MIXED_PRECISION", "ACCELERATE_DYNAMO_BACKEND"):
+        if not _is_off(os.environ.get(name)):
+            cure = "unset it; the stages compute as `model.load_in` says (such as bfloat16)"
+            raise BadInput(f"{name}={os.environ[name]} in the environment is not obeyed: {cure}")
     if launch is None:
         default = _default_config()
         if default is not None:
@@ -109,27 +134,70 @@ def _read_config(path: Path) -> dict[str, Any]:
     """The entries of a config file. Raises BadInput where the stages do not run under what it asks for."""
     try:
         config = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise BadInput(f"{path} cannot be read as YAML: {' '.join(str(error).split())}") from error
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        raise BadInput(f"{path} cannot be read as YAML: {one_line(error)}") from error
     if not isinstance(config, dict):
         raise BadInput(f"{path} is no accelerate config file: it must hold `key: value` lines")
     kind = config.get("distributed_type")
     if kind is False:
         raise BadInput(f"{path}: write distributed_type: 'NO' in quotes; YAML reads a bare NO as false")
     if kind not in SUPPORTED:
-        raise BadInput(f"{path}: distributed_type {kind} is not supported; the stages run under {', '.join(SUPPORTED)}")
+        raise BadInput(
+            f"{path}: distributed_type {one_line(kind)} is not supported; the stages run under {', '.join(SUPPORTED)}"
+        )
     if config.get("compute_environment", "LOCAL_MACHINE") != "LOCAL_MACHINE":
-        raise BadInput(f"{path}: compute_environment must be LOCAL_MACHINE, not {config['compute_environment']}")
-    for key in ("parallelism_config", "mpirun_config"):
-        if config.get(key):
-            raise BadInput(f"{path}: {key} is not supported; remove it")
+        raise BadInput(f"{path}: compute_environment must be LOCAL_MACHINE, not {brief(config['compute_environment'])}")
+    for key in config:
+        if key not in (*OBEYED, *NOT_OBEYED, "mixed_precision"):
+            raise BadInput(f"{path}: `{key}` is no key of accelerate's{did_you_mean(str(key), OBEYED)}")
+    _check_obeyed(config, path)
     if kind != "MULTI_GPU":
         config.setdefault("num_processes", 1)
-    for key in ("num_processes", "num_machines"):
-        number = config.setdefault(key, 1)
-        if not isinstance(number, int) or number < 1:
-            raise BadInput(f"{path}: {key} must be a whole number from 1 up, not {number!r}")
+    for key, least, most in (
+        ("num_processes", 1, 2**16),
+        ("num_machines", 1, 2**16),
+        ("machine_rank", 0, int(config["num_machines"]) - 1 if _is_count(config.get("num_machines")) else 0),
+        ("main_process_port", 0, 2**16 - 1),
+    ):
+        number = config.get(key) if key in config else config.setdefault(key, 1) if key.startswith("num_") else None
+        if number is not None and (not _is_count(number) or not least <= number <= most):
+            raise BadInput(f"{path}: {key} must be a whole number from {least} to {most}, not {brief(number)}")
+    if not isinstance(config.get("use_cpu", False), bool):
+        raise BadInput(f"{path}: use_cpu must be true or false, not {brief(config['use_cpu'])}")
     return config
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _check_obeyed(config: dict[str, Any], path: Path) -> None:
+    """Raises BadInput for what is asked of accelerate and would be left undone without a word."""
+    precision = config.get("mixed_precision")
+    if not _is_off(precision):
+        raise BadInput(
+            f"{path}: mixed_precision {brief(precision)} is not obeyed: the stages compute as the recipe's "
+            "`model.load_in` says; set it to 'no' here, and there `model.load_in: bfloat16`"
+        )
+    for key in NOT_OBEYED:
+        value = config.get(key)
+        given = [v for k, v in value.items() if k != "dynamo_use_fullgraph"] if isinstance(value, dict) else [value]
+        if not all(_is_off(each) for each in given):
+            raise BadInput(f"{path}: {key} is not obeyed by the stages ({brief(value)}); remove it")
+
+
+def _is_off(value: Any) -> bool:
+    return value in (None, False, "", {}, []) or (isinstance(value, str) and value.lower() in ("no", "false"))
+
+
+def _chosen_gpus(gpu_ids: Any, path: Path) -> set[int] | None:
+    """The GPUs that a config file's `gpu_ids` leaves to its processes; None: all."""
+    if gpu_ids in (None, "all"):
+        return None
+    ids = str(gpu_ids).split(",")
+    if isinstance(gpu_ids, (bool, dict, list)) or not all(each.strip().isdecimal() for each in ids):
+        raise BadInput(f"{path}: gpu_ids must be `all` or numbers such as 0,1, not {brief(gpu_ids)}")
+    return {int(each) for each in ids}
 
 
 def _plan_from_file(path: Path, num_processes: int | None = None) -> LaunchPlan:
@@ -142,7 +210,9 @@ def _plan_from_file(path: Path, num_processes: int | None = None) -> LaunchPlan:
     else:
         arguments += ["--num_processes", str(num_processes)]
     here = max(1, num_processes // num_machines)
+    chosen = _chosen_gpus(config.get("gpu_ids"), path)
     num_gpus = 0 if config.get("use_cpu", False) or kind == "MULTI_CPU" else _num_gpus()
+    num_gpus = num_gpus if chosen is None else sum(each < num_gpus for each in chosen)
     device: Literal["cpu", "cuda"] = "cuda" if num_gpus else "cpu"
     if kind == "MULTI_GPU":
         if not config.get("use_cpu", False) and here > num_gpus:
@@ -242,7 +312,7 @@ def _environment(plan: LaunchPlan, status_file: Path, launch_id: str, grace_seco
     # last, so that nothing of the user's is hidden: our own package must be found from any working directory
     path = [os.environ.get("PYTHONPATH", ""), str(Path(__file__).resolve().parent.parent)]
     return {
-        **os.environ,
+        **{key: value for key, value in os.environ.items() if key not in INHERITED and not key.startswith(FAMILIES)},
         **plan.environment,
         "ALIGN_EXPECTED_PROCESSES": str(plan.expected_processes),
         "ALIGN_EXPECTED_DEVICE": plan.expected_device,

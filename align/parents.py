@@ -4,6 +4,7 @@ All that is read here are small JSON files and the headers of weights.
 """
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from align.identity import (
     same,
     template_of,
 )
+from align.models.facts import check_classifier, check_generates, read_facts, read_shapes
 from align.settings import (
     AnyMethod,
     EvaluateSettings,
@@ -30,6 +32,7 @@ from align.settings import (
     SftSettings,
     StageSettings,
 )
+from align.surroundings import cached_folder
 from align.wording import one_line
 
 HEAD = "score.weight"  # of a sequence classifier, as transformers and PEFT name it
@@ -54,12 +57,14 @@ def check_parents(settings: StageSettings, made: dict[str, StageSettings]) -> No
         check_parent(folder, _kinds_that_do(folder, kinds), f"`{key}`")
         if (Path(folder) / MANIFEST).is_file():
             _check_run_before(settings, folder, key)
-        elif "reward" not in kinds or key == "critic.from":
+        elif is_reward(key):
+            _check_scorer(folder, key)
+        else:
             _check_made_elsewhere(settings, folder, key)
 
 
 def resolved(folder: str) -> str:
-    return str(Path(folder).resolve())
+    return os.path.realpath(folder)
 
 
 def is_on_hub(name: str) -> bool:
@@ -224,17 +229,47 @@ def _text_of(path: str) -> str:
 # ------------------------------------------------------------------------------------------------- made elsewhere
 
 
-def _check_made_elsewhere(settings: StageSettings, folder: str, key: str) -> None:
-    """Of an adapter by PEFT or TRL, or a transformers model. What is on the Hub is looked at when it loads."""
-    if not Path(folder).is_dir():
-        return
-    if not list(Path(folder).glob("*.safetensors")):
-        raise BadInput(f"`{key}`: {folder} holds no safetensors (pickled weights are not loaded); {SAME_FOLDER_CURE}")
+def _check_scorer(folder: str, key: str) -> None:
+    """A learned reward without a manifest: a sequence classifier, or an adapter of one."""
     if (Path(folder) / ADAPTER_CONFIG).is_file():
-        _check_foreign_adapter(settings, folder, key)
+        task = _adapter_config(folder).get("task_type")
+        if task != "SEQ_CLS":
+            raise BadInput(f"`{key}`: {folder} is an adapter for {task or 'no task'}; a reward's is for SEQ_CLS")
+        return
+    place = _place(folder)
+    if place is not None:
+        check_classifier(place, f"`{key}`")
+
+
+def _place(name: str) -> Path | None:
+    """Where a model lies on this disk: its folder, or the Hub's cache; None where it has yet to be fetched."""
+    return Path(name) if Path(name).is_dir() else cached_folder(name, None)
+
+
+def _check_made_elsewhere(settings: StageSettings, folder: str, key: str) -> None:
+    """A policy, a reference or a critic: an adapter by PEFT or TRL, or a transformers model."""
+    place = _place(folder)
+    if place is None:
+        return
+    if not list(place.glob("*.safetensors")):
+        raise BadInput(f"`{key}`: {folder} holds no safetensors (pickled weights are not loaded); {SAME_FOLDER_CURE}")
+    if (place / ADAPTER_CONFIG).is_file():
+        _check_foreign_adapter(settings, str(place), key)
+    elif key == "critic.from":
+        check_classifier(place, f"`{key}`")
     else:
-        _check_foreign_model(folder, key)
-    _check_speech(settings, folder, key)
+        _check_foreign_policy(place, key)
+    _check_speech(settings, str(place), key)
+
+
+def _check_foreign_policy(place: Path, key: str) -> None:
+    facts = read_facts(place)
+    if "SequenceClassification" in facts.architecture:
+        raise BadInput(
+            f"`{key}`: {place} holds a {facts.architecture}, which writes no text; name it as "
+            "`rewards: [{use: learned, from: ...}]`"
+        )
+    check_generates(facts, f"`{key}`")
 
 
 def _check_foreign_adapter(settings: StageSettings, folder: str, key: str) -> None:
@@ -273,40 +308,16 @@ def _check_foreign_adapter(settings: StageSettings, folder: str, key: str) -> No
 
 def _check_shapes(folder: str, base: str, key: str) -> None:
     """Every LoRA layer of the adapter is as wide as the base's layer of that name."""
-    from safetensors import safe_open
-
-    layers: dict[str, list[int]] = {}
-    for file in sorted(Path(base).glob("*.safetensors")):
-        with safe_open(file, framework="np") as weights:
-            layers |= {name: list(weights.get_slice(name).get_shape()) for name in weights.keys()}  # noqa: SIM118
-    for file in sorted(Path(folder).glob("*.safetensors")):
-        with safe_open(file, framework="np") as weights:
-            for name in weights.keys():  # noqa: SIM118  # not a mapping
-                layer, is_a, _ = name.removeprefix("base_model.model.").rpartition(".lora_A.weight")
-                shape = layers.get(f"{layer}.weight")
-                width = weights.get_slice(name).get_shape()[1] if is_a else 0
-                if is_a and shape is not None and len(shape) == 2 and width not in shape:
-                    raise BadInput(
-                        f"`{key}`: the adapter in {folder} does not fit {base}: {layer} takes {width} numbers there, "
-                        f"and {shape[1]} here; use the base that it was made over"
-                    )
-
-
-def _check_foreign_model(folder: str, key: str) -> None:
-    try:
-        config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise BadInput(f"`{key}`: {folder}/config.json cannot be read: {one_line(error)}") from error
-    names = [str(name) for name in config.get("architectures") or ()]
-    is_classifier = any("SequenceClassification" in name for name in names)
-    if key == "critic.from" and not is_classifier:
-        raise BadInput(f"`{key}`: {folder} is a language model without a head; name a reward model, or leave it out")
-    if key != "critic.from" and names and not any("CausalLM" in name or "LMHead" in name for name in names):
-        cure = ", a classifier: name it as `rewards: [{use: learned, from: ...}]`" if is_classifier else ""
-        raise BadInput(f"`{key}`: {folder} holds a {names[0]}, which is no causal language model{cure}")
-    labels = config.get("id2label") or {}
-    if key == "critic.from" and (config.get("num_labels") or len(labels) or 2) != 1:
-        raise BadInput(f"`{key}`: {folder} gives {len(labels) or 2} labels, and a value is one number; name another")
+    place = _place(base)
+    layers = {} if place is None else read_facts(place).shapes
+    for name, shape in read_shapes(Path(folder) / "adapter_model.safetensors").items():
+        layer, is_a, _ = name.removeprefix("base_model.model.").rpartition(".lora_A.weight")
+        here = layers.get(f"{layer}.weight", ())
+        if is_a and len(here) == 2 and shape[1] not in here:
+            raise BadInput(
+                f"`{key}`: the adapter in {folder} does not fit {base}: {layer} takes {shape[1]} numbers there, and "
+                f"{here[1]} here; use the base that it was made over"
+            )
 
 
 def _adapter_config(folder: str) -> dict[str, Any]:

@@ -3,9 +3,27 @@
 import time
 from pathlib import Path
 
-from align.door import check_recipe
-from align.launch import plan, run_stage
+from align.door import check_recipe, remarks
+from align.errors import BadInput
+from align.launch import LaunchPlan, plan, run_stage
 from align.recipe import Recipe
+from align.wording import safe
+
+
+def launches(recipe: Recipe, states: dict[str, str]) -> dict[str, LaunchPlan]:
+    """How each stage that is not finished will be started, by its name.
+
+    Raises:
+        BadInput: with the stage's name: it cannot be started so.
+    """
+    found: dict[str, LaunchPlan] = {}
+    for name, stage in recipe.stages.items():
+        try:
+            if states[name] != "finished":
+                found[name] = plan(stage.launch)
+        except BadInput as error:
+            raise BadInput(f"{recipe.path}: {f'stage `{name}`: ' if recipe.is_pipeline else ''}{error}") from error
+    return found
 
 
 def run_recipe(recipe: Recipe, overrides: list[str]) -> int:
@@ -15,7 +33,9 @@ def run_recipe(recipe: Recipe, overrides: list[str]) -> int:
         BadInput: something is wrong with the recipe; nothing was started and nothing was written.
     """
     states = check_recipe(recipe)
-    plans = {name: plan(stage.launch) for name, stage in recipe.stages.items() if states[name] != "finished"}
+    plans = launches(recipe, states)
+    for remark in remarks(recipe):
+        print(safe(f"note: {remark}"), flush=True)
     started = time.perf_counter()
     for number, (name, stage) in enumerate(recipe.stages.items(), 1):
         title = f"[{number}/{len(recipe.stages)}] {name}"

@@ -7,6 +7,7 @@ A recipe is one stage (`stage: ppo`, ...) or a pipeline (`stages: {sft: {...}, p
 """
 
 import io
+import os
 import re
 import typing
 from collections.abc import Callable, Iterable, Sequence
@@ -23,10 +24,16 @@ from align.errors import BadInput
 from align.plugins import is_reference, load_object
 from align.resources import recipes_folder
 from align.settings import STAGES, StageSettings
+from align.settings.fields import at_home
 from align.wording import brief, did_you_mean, did_you_mean_path, one_line
 
 SHARED_KEYS = ("model", "seed", "launch", "track")
 PIPELINE_KEYS = (*SHARED_KEYS, "output", "stages")
+MOST_VALUES = 100_000  # of a recipe, each anchor counted as often as it is referred to
+LONGEST_STAGE = 60
+MOST_LETTERS = 10_000_000
+REFERENCE = re.compile(r"\$\{([^${}:]+)\}")
+TOO_DEEP = "nested too deep to be read; a recipe is a few levels deep"
 OVERRIDE_KEY = re.compile(r"[^.\[\]]+(\.[^.\[\]]+|\[\d+\])*")
 
 
@@ -54,7 +61,10 @@ def find_recipe(name: str) -> Path:
     Raises:
         BadInput: no such file, with the nearest name there is.
     """
-    path = Path(name)
+    try:
+        path = Path(at_home(name))
+    except ValueError as error:
+        raise BadInput(f"there is no recipe `{brief(name).strip(chr(39))}`: {error}") from error
     if path.is_file():
         return path
     folder = recipes_folder()
@@ -89,11 +99,14 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
         raise BadInput(f"`stages` in {path} must map at least one name to a stage, as in `sft: {{stage: sft, ...}}`")
     shared = {key: values[key] for key in SHARED_KEYS if key in values}
     stages = {}
+    if not isinstance(values.get("output", ""), str):
+        raise BadInput(f"`output`{where('output')} must be text{_shown(values['output'])}")
     for stage_name, own in values["stages"].items():
         if not isinstance(own, dict):
-            raise BadInput(f"`stages.{stage_name}` in {path} must be a mapping with a `stage:` key")
-        if not str(stage_name).replace("-", "_").isidentifier():
-            raise BadInput(f"`stages.{stage_name}` in {path}: a stage's name is letters, digits, `_` and `-`")
+            raise BadInput(f"`stages.{_cut(str(stage_name))}` in {path} must be a mapping with a `stage:` key")
+        if not str(stage_name).replace("-", "_").isidentifier() or len(str(stage_name)) > LONGEST_STAGE:
+            what = f"a stage's name is letters, digits, `_` and `-`, {LONGEST_STAGE} at the most"
+            raise BadInput(f"`stages.{_cut(str(stage_name))}` in {path}: {what}")
         given = shared | ({"output": f"{values['output']}/{stage_name}"} if values.get("output") else {}) | own
         stages[str(stage_name)] = _validated(given, where, prefix=f"stages.{stage_name}.")
     _outputs_differ(stages, path)
@@ -115,25 +128,32 @@ def read_recipe(name: str, overrides: Sequence[str]) -> tuple[Path, dict[str, An
 def _resolved(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
     """The YAML as plain values, overrides applied and interpolations resolved."""
     here = path.resolve().parent
-    OmegaConf.register_resolver("here", lambda name: str(here / name), replace=True)
+    OmegaConf.register_resolver("here", lambda name: str(here / os.path.expanduser(name)), replace=True)
     config = _read(path)
     for item in overrides:
         key, equals, text = item.partition("=")
         if not equals or not OVERRIDE_KEY.fullmatch(key):
-            raise BadInput(f"override `{item}` is not of the form a.b=value")
+            raise BadInput(f"override `{_cut(item)}` is not of the form a.b=value")
         try:
             parsed: Any = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))  # `${...}` still to resolve
             OmegaConf.update(config, key, parsed["value"] if text else None, merge=True, force_add=True)
         except (OmegaConfBaseException, yaml.YAMLError) as error:
-            raise BadInput(f"override `{item}` cannot be applied to {path}: {_reason(error)}") from error
+            raise BadInput(f"override `{_cut(item)}` cannot be applied to {path}: {_reason(error)}") from error
         except (TypeError, ValueError, AttributeError) as error:
             cure = "it does not fit what is there; an entry of a list is named as in `rewards[0]`"
-            raise BadInput(f"override `{item}` cannot be applied to {path}: {cure}") from error
+            raise BadInput(f"override `{_cut(item)}` cannot be applied to {path}: {cure}") from error
+        except RecursionError as error:
+            raise BadInput(f"override `{_cut(item)}` cannot be applied to {path}: it is {TOO_DEEP}") from error
     try:
+        raw = OmegaConf.to_container(config)
+        if _num_letters(raw, raw, {}) > MOST_LETTERS:
+            raise BadInput(f"{path} holds over {MOST_LETTERS:,} letters once its `${{...}}` are filled in")
         values = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
         key = str(error.full_key)
         raise BadInput(f"`{key}`{_where(path, overrides)(key)}: {_reason(error)}") from error
+    except RecursionError as error:
+        raise BadInput(f"{path} cannot be resolved: a value refers to itself, or is {TOO_DEEP}") from error
     return typing.cast(dict[str, Any], values)
 
 
@@ -145,7 +165,11 @@ def _read(path: Path) -> DictConfig:
     except OSError as error:
         raise BadInput(f"{path} cannot be read: {error.strerror}") from error
     try:
+        if _num_values(yaml.compose(text, yaml.SafeLoader), {}) > MOST_VALUES:
+            raise BadInput(f"{path} holds over {MOST_VALUES:,} values, its anchors filled in; a recipe has a few dozen")
         config = OmegaConf.load(io.StringIO(text))
+    except RecursionError as error:
+        raise BadInput(f"{path} is {TOO_DEEP}") from error
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line if error.problem_mark else 0
         is_tab = "\t" in "".join(text.splitlines()[line : line + 1])
@@ -155,11 +179,45 @@ def _read(path: Path) -> DictConfig:
         raise BadInput(f"{path} is not YAML: {_reason(error)}") from error
     except OmegaConfBaseException as error:
         raise BadInput(f"`{error.full_key}` in {path}: {_reason(error)}") from error
+    except ValueError as error:  # a number or date that Python cannot hold
+        raise BadInput(f"{path} holds a value that cannot be read: {one_line(error)}") from error
     except OSError:  # OmegaConf's word for a number
         config = None
     if not isinstance(config, DictConfig) or not config:
         raise BadInput(f"{path} must be a mapping with a `stage:` or a `stages:` key")
     return config
+
+
+def _num_letters(value: Any, recipe: Any, counted: dict[str, int]) -> int:
+    """About how long `value` is when each `${...}` in it, such as `${a.b}`, is filled in: counted, not made."""
+    if isinstance(value, (dict, list)):
+        parts = value.values() if isinstance(value, dict) else value
+        return 1 + sum(_num_letters(part, recipe, counted) for part in parts)
+    if not isinstance(value, str):
+        return 1
+    for name in (names := REFERENCE.findall(value)):
+        if name not in counted:
+            counted[name] = 0  # while its own are counted: a reference to itself is OmegaConf's to refuse
+            target = recipe
+            for part in name.split("."):
+                target = target.get(part) if isinstance(target, dict) else None
+            counted[name] = _num_letters(target, recipe, counted)
+    return len(value) + sum(counted[name] for name in names)
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _num_values(node: yaml.Node | None, counted: dict[int, int]) -> int:
+    """How many values `node` stands for when its anchors are filled in: counted, not made."""
+    if not isinstance(node, yaml.CollectionNode):
+        return 1
+    if id(node) not in counted:
+        counted[id(node)] = MOST_VALUES  # while its own are counted: an anchor within itself has no end
+        inner = (part for entry in node.value for part in (entry if isinstance(entry, tuple) else (entry,)))
+        counted[id(node)] = 1 + sum(_num_values(part, counted) for part in inner)
+    return counted[id(node)]
 
 
 def _reason(error: Exception) -> str:
@@ -183,7 +241,9 @@ def _validated(values: dict[str, Any], where: Callable[[str], str], prefix: str)
     kind, key = values.get("stage"), f"{prefix}stage"
     if kind is None:
         raise BadInput(f"`{key}` is missing{where(key)}; one of: {', '.join(STAGES)}, or file.py:Class")
-    cls = STAGES.get(str(kind)) or _stage_class(str(kind), f"`{key}: {brief(kind).strip(chr(39))}`{where(key)}")
+    cls = STAGES.get(str(kind)) or _stage_class(
+        os.path.expanduser(str(kind)), f"`{key}: {brief(kind).strip(chr(39))}`{where(key)}"
+    )
     try:
         return cls.model_validate(values)
     except ValidationError as error:
@@ -219,10 +279,10 @@ PLAIN = {  # pydantic's kinds of error, in plain words
     "string_type": "text",
     "tuple_type": "a list",
     "dict_type": "a mapping",
-    "greater_than": "above {gt:g}",
-    "greater_than_equal": "{ge:g} or more",
-    "less_than": "below {lt:g}",
-    "less_than_equal": "at most {le:g}",
+    "greater_than": "above {gt:.16g}",
+    "greater_than_equal": "{ge:.16g} or more",
+    "less_than": "below {lt:.16g}",
+    "less_than_equal": "at most {le:.16g}",
     "too_short": "a list of at least {min_length}",
     "too_long": "a list of at most {max_length}",
 }
@@ -369,10 +429,15 @@ def _models_in(annotation: Any) -> list[type[BaseModel]]:
 def _outputs_differ(stages: dict[str, StageSettings], path: Path) -> None:
     seen: dict[str, str] = {}
     for name, stage in stages.items():
-        output = str(Path(stage.output).resolve())
+        output = os.path.realpath(stage.output)
         if output in seen:
             raise BadInput(
                 f"`stages.{name}.output` in {path} is also that of `stages.{seen[output]}`: "
                 f"{stage.output}; give each its own"
             )
+        for other, earlier in seen.items():
+            (long, inner), (short, outer) = sorted(((output, name), (other, earlier)), key=lambda e: -len(e[0]))
+            if long.startswith(f"{short}{os.sep}"):
+                what = f"is inside that of `stages.{outer}`: {stages[inner].output}; put them side by side"
+                raise BadInput(f"`stages.{inner}.output` in {path} {what}")
         seen[output] = name

@@ -10,7 +10,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from align.artifact import recipe_of, write_text
+from align.plain_json import dumps
 from align.settings import StageSettings
+from align.surroundings import wandb_mode
 from align.wording import safe
 
 METRICS = "metrics.jsonl"
@@ -53,8 +55,7 @@ class Tracker:
         """Records the metrics of `step` (counted from 1)."""
         if not self.is_main:
             return
-        json.dump({"step": step, **metrics}, self._file)
-        self._file.write("\n")
+        self._file.write(dumps({"step": step, **metrics}) + "\n")
         self._file.flush()
         if self._wandb is not None:
             self._wandb.log(metrics, step=step)
@@ -84,15 +85,16 @@ class Tracker:
 
 
 def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
-    """The logged steps of a run, in order; a line cut off by a crash is left out."""
+    """The logged steps of a run, in order; a line cut off by a crash is left out, and so is a figure that is null."""
     path = Path(folder) / METRICS
     if not path.is_file():
         return []
     rows = []
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
-            rows.append(json.loads(line))
-        except ValueError:
+            row = json.loads(line, parse_constant=lambda name: None)  # files of before held NaN
+            rows.append({key: value for key, value in row.items() if value is not None})
+        except (ValueError, AttributeError):
             continue
     return rows
 
@@ -100,22 +102,24 @@ def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
 def _forget_after(path: Path, step: int) -> None:
     """Drops what was logged after the step that the run resumes from (all of it at 0): those steps come again."""
     kept = [row for row in read_metrics(path.parent) if row["step"] <= step] if step else []
-    write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
+    write_text(path, "".join(dumps(row) + "\n" for row in kept))
 
 
 def _start_wandb(settings: StageSettings) -> Any:
-    track = settings.track
-    if track.wandb_project is None or track.wandb_mode == "disabled":
+    """Where the recipe is silent, wandb's own environment variables hold: it reads all but these by itself."""
+    track, mode = settings.track, wandb_mode(settings.track)
+    if mode in (None, "disabled"):
         return None
     import wandb
 
     os.environ.setdefault("WANDB_SILENT", "true")
+    own_id = f"{Path(settings.output).name}-{abs(hash_of(settings)):x}"[-64:]
     return wandb.init(
         project=track.wandb_project,
         name=track.wandb_name,
-        mode=track.wandb_mode,
-        dir=settings.output,
-        id=f"{Path(settings.output).name}-{abs(hash_of(settings)):x}"[:64],
+        mode=mode,
+        dir=os.environ.get("WANDB_DIR") or settings.output,
+        id=os.environ.get("WANDB_RUN_ID") or own_id,
         resume="allow",
         config=json.loads(settings.model_dump_json(by_alias=True)),
     )

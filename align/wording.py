@@ -1,5 +1,6 @@
 """Words that messages share: the nearest name, a value kept short, an error of somebody else's on one line."""
 
+import errno
 import unicodedata
 from collections.abc import Iterable
 from difflib import get_close_matches
@@ -40,3 +41,10 @@ def safe(text: str) -> str:
 def one_line(error: object, width: int = 200) -> str:
     """What an error says, on one line of `width` characters at the most."""
     return shorten(str(error), width, placeholder=" ...")
+
+
+def trouble_with_files(error: OSError) -> str | None:
+    """What a disk or a permission refused, in a line; None where the error is of another sort, such as a network's."""
+    if error.filename is None and error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+        return None
+    return one_line(f"{error.filename}: {error.strerror}" if error.filename is not None else str(error.strerror))

@@ -47,6 +47,7 @@ class Worker:
                 "share whole; use `launch: cpu`, `gpu` or `ddp`"
             )
         self._check_mode()
+        self._check_precision()
         if self.device.type == "cpu":
             keep_freed_memory()
         self._signal = 0
@@ -65,6 +66,17 @@ class Worker:
         device = os.environ.get("ALIGN_EXPECTED_DEVICE") or self.device.type
         if self.device.type != device:
             raise BadInput(f"the device {device} was asked for and {self.device.type} is used; check `launch`")
+
+    def _check_precision(self) -> None:
+        """What accelerate would do to prepared models, which ours are not, is not left undone without a word."""
+        state = self.accelerator.state
+        compiler = state.dynamo_plugin.backend.value.lower() if state.dynamo_plugin is not None else "no"
+        for name, value in (("mixed_precision", self.accelerator.mixed_precision), ("dynamo_backend", compiler)):
+            if value != "no":
+                raise BadInput(
+                    f"accelerate's {name}: {value} is not obeyed: the stages compute as `model.load_in` says; set it "
+                    "to no, and `model.load_in: bfloat16`"
+                )
 
     def _ask_to_stop(self, number: int, frame: FrameType | None) -> None:
         self._signal = number

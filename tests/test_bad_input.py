@@ -31,6 +31,7 @@ HEAVY = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "pyar
 GONE = object()  # as a value: take the key out
 
 MODEL = {"base": "model"}
+NO_TENSORS = (2).to_bytes(8, "little") + b"{}"  # a safetensors file of none
 SOUND: dict[str, dict[str, Any]] = {
     "sft": {"stage": "sft", "model": MODEL, "output": "out", "data": {"train": "data/sft.jsonl"}},
     "reward": {"stage": "reward", "model": MODEL, "output": "out", "data": {"train": "data/pairs.jsonl"}},
@@ -90,7 +91,7 @@ def build(folder: Path) -> None:
     for name, config in (("model", "{}"), ("other_model", '{"hidden_size": 8}')):
         (folder / name).mkdir()
         (folder / name / "config.json").write_text(config)
-        (folder / name / "model.safetensors").write_bytes(b"")
+        (folder / name / "model.safetensors").write_bytes(NO_TENSORS)
     (folder / "empty_model").mkdir()
     (folder / "pickled").mkdir()
     (folder / "pickled" / "config.json").write_text("{}")

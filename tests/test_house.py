@@ -18,11 +18,11 @@ from tests import tiny
 
 ROOT = Path(__file__).resolve().parents[1]
 FLOORS = [  # a module may import from lower floors and from its own package
-    {"errors", "registering", "resources", "processes", "wording", "maths"},
+    {"errors", "registering", "resources", "processes", "wording", "plain_json", "maths"},
     {"plugins"},
     {"settings"},
     {"identity"},
-    {"recipe", "artifact", "phases"},
+    {"recipe", "artifact", "phases", "surroundings"},
     {"track", "data"},
     {"feedback"},
     {"models"},

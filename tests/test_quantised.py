@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from align.artifact import read_manifest
 from align.errors import BadInput
-from align.models.base import bytes_per_parameter
+from align.models.base import bytes_per_parameter, load_base
 from align.models.merging import merge
 from align.models.roles import Bases
 from align.settings import Model
@@ -82,3 +82,28 @@ def test_only_policies_are_merged(runs, tmp_path):
         merge(str(runs / "reward"), str(tmp_path / "merged"))
     with pytest.raises(BadInput, match=r"no manifest\.json|is not there"):
         merge(str(tmp_path / "nowhere"), str(tmp_path / "merged"))
+
+
+@pytest.fixture(scope="module")
+def in_4_bits_already(base, tmp_path_factory):
+    """The tiny base as transformers saves it from 4 bits, single quantisation and a dtype of its own."""
+    folder = tmp_path_factory.mktemp("already")
+    how = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
+    model = AutoModelForCausalLM.from_pretrained(base, quantization_config=how, device_map={"": "cpu"})
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(base).save_pretrained(folder)
+    return folder
+
+
+def test_a_base_that_is_in_4_bits_already_trains_and_merges(in_4_bits_already, data, tmp_path):
+    model = {"base": str(in_4_bits_already)} | NF4
+    tiny.run(tiny.settings("sft", in_4_bits_already, data, tmp_path / "sft", model=model, method={"kind": "qlora"}))
+    assert merge(str(tmp_path / "sft"), str(tmp_path / "merged")) < 1e-4
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert not hasattr(merged.config, "quantization_config")
+
+
+@pytest.mark.parametrize("load_in", ["float32", "bfloat16"])
+def test_a_base_that_is_in_4_bits_already_is_read_as_no_other(in_4_bits_already, load_in):
+    with pytest.raises(BadInput, match="quantised already.*`model.load_in: nf4`"):
+        load_base(Model(base=str(in_4_bits_already), load_in=load_in), torch.device("cpu"))

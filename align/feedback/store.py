@@ -147,7 +147,9 @@ class Store:
         """Writes numbers of a round; a name that is there already gets the new value."""
         with self.writing() as session:
             for name, value in values.items():
-                session.merge(Metric(round=round_, name=name, value=None if isnan(value) else float(value)))
+                session.merge(
+                    Metric(round=round_, name=name, value=None if value is None or isnan(value) else float(value))
+                )
 
     def metrics(self) -> dict[int, dict[str, float]]:
         """round -> name -> value."""

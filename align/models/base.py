@@ -4,12 +4,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from align.errors import BadInput
 from align.identity import fingerprint, hub_commit
 from align.models.attention import use_flat_attention
+from align.models.facts import check_quantised
 from align.models.tokenizer import first_line, load_tokenizer
 from align.settings import Model
 
@@ -31,9 +33,9 @@ def load_base(settings: Model, device: torch.device) -> Base:
     Raises:
         BadInput: the model cannot be loaded, or its logits are not its output layer applied to its trunk's states.
     """
-    quantisation = None
-    if settings.load_in == "nf4":
-        quantisation = BitsAndBytesConfig(
+    quantisation = {}  # None would take from a base that is quantised already what it says of itself
+    if not _is_quantised(settings) and settings.load_in == "nf4":
+        quantisation["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=settings.bnb_4bit_use_double_quant,
@@ -47,20 +49,39 @@ def load_base(settings: Model, device: torch.device) -> Base:
             revision=settings.revision,
             dtype=compute_dtype(settings, device),
             attn_implementation=settings.attn_implementation,
-            quantization_config=quantisation,
+            **quantisation,
             device_map={"": device},
             use_safetensors=True,
         )
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
         raise BadInput(f"`model.base`: {settings.base} cannot be loaded: {first_line(error)}") from error
     model.requires_grad_(False).eval()
     switch_dropout_off(model)
+    if settings.load_in == "nf4":
+        _computes_in(model, compute_dtype(settings, device))
     _same_4_bit_arithmetic(model)
     _plain_sampling(model)
     _check_trunk(model, settings.base)
     use_flat_attention(model, trunk_of(model))
     what = fingerprint(settings.base, settings.revision)
     return Base(model, load_tokenizer(settings), what, settings.base, settings.revision)
+
+
+def _is_quantised(settings: Model) -> bool:
+    """Whether the base is in 4 bits as it was saved, and is read as it is; another form of the kind is refused."""
+    try:
+        config = AutoConfig.from_pretrained(settings.base, revision=settings.revision).to_dict()
+    except (OSError, ValueError) as error:
+        raise BadInput(f"`model.base`: {settings.base} cannot be loaded: {first_line(error)}") from error
+    check_quantised(config, settings.load_in, f"`model.base`: {settings.base}")
+    return bool(config.get("quantization_config"))
+
+
+def _computes_in(model: torch.nn.Module, dtype: torch.dtype) -> None:
+    """4-bit layers that were saved so bring the dtype of whoever saved them."""
+    for module in model.modules():
+        if hasattr(module, "compute_dtype"):
+            module.compute_dtype = dtype  # type: ignore[assignment]
 
 
 def compute_dtype(settings: Model, device: torch.device) -> torch.dtype:

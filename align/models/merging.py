@@ -87,8 +87,7 @@ def merge(run: str, out: str) -> float:
     ids = _probe_ids(tokenizer, device)
     before = _logits(bases.role(run), ids)
     if bases.settings.load_in == "nf4":
-        bases.main.model.dequantize()  # in place: the roles made from here on are views over plain weights
-        cast(Any, bases.main.model).is_loaded_in_4bit = False  # which transformers leaves set, and IA3 asks
+        _dequantise(bases.main.model)  # in place: the roles made from here on are views over plain weights
     merged: Any = bases.role(run).model.merge_and_unload()  # type: ignore[operator]
     if merged.get_output_embeddings().weight is not merged.get_input_embeddings().weight:  # tied before, perhaps
         merged.config.get_text_config().tie_word_embeddings = merged.config.tie_word_embeddings = False
@@ -97,6 +96,17 @@ def merge(run: str, out: str) -> float:
         tokenizer.save_pretrained(path)
     again: Any = AutoModelForCausalLM.from_pretrained(target, dtype=merged.dtype, device_map={"": device}).eval()
     return max(float((a - b).abs().max()) for a, b in zip(before, _logits(Role(again), ids), strict=True))
+
+
+def _dequantise(model: Any) -> None:
+    model.dequantize()
+    model.is_loaded_in_4bit = False  # which transformers leaves set, and IA3 asks
+    steps = getattr(model, "_weight_conversions", None) or []  # by which it would undo, in saving, how it was read
+    model._weight_conversions = [step for step in steps if not _reads_4_bits(step)]
+
+
+def _reads_4_bits(step: Any) -> bool:
+    return any(type(operation).__name__.startswith("Bnb4bit") for operation in getattr(step, "operations", ()))
 
 
 def _probe_ids(tokenizer: Any, device: torch.device) -> list[torch.Tensor]:

@@ -1,5 +1,6 @@
 """What `align check` shows of a recipe that is sound."""
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +24,21 @@ from align.settings import (
     SftSettings,
     StageSettings,
 )
+from align.wording import safe
 
+NOTHING: Mapping[str, str] = {}
 STATES = {"new": "new", "running": "was stopped; goes on", "finished": "finished already"}
 
 
-def show(recipe: Recipe, states: dict[str, str]) -> None:
-    """Prints, stage by stage: resolved recipe, what it reads and writes, what it trains, one sample."""
-    console = Console(soft_wrap=True)
+def show(
+    recipe: Recipe, states: dict[str, str], plans: Mapping[str, str] = NOTHING, remarks: Sequence[str] = ()
+) -> None:
+    """Prints, stage by stage: resolved recipe, what it reads and writes, how it starts, what it trains, one sample.
+
+    `plans`: how each stage that is to run will be started; `remarks`: what is sound and still worth a word.
+    """
+    console = Console()
+    console.soft_wrap = not console.is_terminal  # a file keeps its lines whole, a narrow terminal its words
     for name, settings in recipe.stages.items():
         console.rule(Text(f"{name} ({settings.stage})"), align="left")
         values = settings.model_dump(mode="json", by_alias=True, exclude_defaults=True)
@@ -39,13 +48,17 @@ def show(recipe: Recipe, states: dict[str, str]) -> None:
         for key, (kind, data) in settings.data_sections().items():
             console.print(Text(f"reads   {_counts(kind, data)}  ({key})"))
         console.print(Text(f"writes  {settings.output}  ({STATES[states[name]]})"))
+        if name in plans:
+            console.print(Text(f"starts  {plans[name]}"))
         method = getattr(settings, "method", None) or getattr(getattr(settings, "policy", None), "method", None)
         if method is None and isinstance(settings, PpoSettings) and settings.policy.path is None:
             method = Lora()
         if method is not None:
             console.print(Text(f"trains  {_trainable(settings, method)}"))
         _show_sample(console, settings)
-    console.print(f"{recipe.path}: sound", style="bold")
+    for remark in remarks:
+        console.print(Text(safe(f"note    {remark}"), style="yellow"))
+    console.print(Text(safe(f"{recipe.path}: sound"), style="bold"))
 
 
 def _is_far(data: Data) -> bool:

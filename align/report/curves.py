@@ -66,7 +66,7 @@ def ppo_curves(folder: Path) -> None:
 
     rows = read_metrics(folder)
     figure, axes = new_figure(3)
-    trained = [row for row in rows if "score" in row]
+    trained = [row for row in rows if {"score", "kl"} <= row.keys()]
     points = axes[0].scatter(
         [r["kl"] for r in trained],
         [r["score"] for r in trained],
@@ -74,7 +74,7 @@ def ppo_curves(folder: Path) -> None:
         c=[r["step"] for r in trained],
         cmap=LinearSegmentedColormap.from_list("iterations", [PALE_BLUE, INK]),
     )
-    evaluated = [row for row in rows if "eval_score" in row]
+    evaluated = [row for row in rows if {"eval_score", "eval_kl"} <= row.keys()]
     if evaluated:
         axes[0].plot(
             [r["eval_kl"] for r in evaluated],

@@ -54,9 +54,9 @@ def save_samples(folder: Path, iteration: int, rows: list[dict[str, Any]]) -> No
 
 def result_table(title: str, columns: list[str], rows: list[list[str]]) -> Table:
     """A plain table: first column to the left, the others to the right."""
-    table = Table(title=title, title_justify="left")
+    table = Table(title=Text(title), title_justify="left")
     for index, column in enumerate(columns):
-        table.add_column(column, justify="left" if index == 0 else "right")
+        table.add_column(Text(column), justify="left" if index == 0 else "right")
     for row in rows:
         table.add_row(*(Text(cell) for cell in row))
     return table

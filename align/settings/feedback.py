@@ -4,7 +4,7 @@ from typing import Annotated, ClassVar
 
 from pydantic import Field
 
-from align.settings.fields import Count, Interval, Positive
+from align.settings.fields import Count, Interval, Location, Positive
 from align.settings.judge import JudgeSettings
 from align.settings.stages import POLICIES, Data, Parents, RewardSettings, Sampling, StageSettings
 
@@ -13,14 +13,14 @@ class EnsembleSettings(RewardSettings):
     """Several reward models on the same pairs, each with a seed and an order of its own, in `<output>/member-<k>`."""
 
     kind: ClassVar[str] = "ensemble"
-    num_members: Annotated[int, Field(ge=2)] = 4
+    num_members: Annotated[int, Field(ge=2, le=1000)] = 4
 
 
 class CollectSettings(StageSettings):
     """Several answers to each prompt from several policies, in candidates.jsonl."""
 
     kind: ClassVar[str] = "collect"
-    policies: Annotated[dict[str, str | None], Field(min_length=1)]  # name -> run folder; null: the base
+    policies: Annotated[dict[str, Location | None], Field(min_length=1)]  # name -> run folder; null: the base
     prompts: Data
     num_generations: dict[str, Count] = Field(default_factory=dict)  # of each policy; those not named give 4
     temperatures: Annotated[tuple[Positive, ...], Field(min_length=1)] = (1.0,)  # taken in turn, answer by answer
@@ -39,8 +39,8 @@ class ScoreSettings(StageSettings):
     """What an ensemble, and a judge, say of candidates: scores of each, pairs of them, and who is better."""
 
     kind: ClassVar[str] = "score"
-    candidates: str  # a collect run
-    ensemble: str | None = None  # None: nothing has been learned yet, and pairs are drawn by chance
+    candidates: Location  # a collect run
+    ensemble: Location | None = None  # None: nothing has been learned yet, and pairs are drawn by chance
     judge: JudgeSettings | None = None
     best_worst: bool = True  # pair the best answer with the worst, by the ensemble
     random_pairs: Interval = 1  # further pairs of each prompt, by chance

@@ -1,8 +1,9 @@
 """Kinds of values that a recipe may hold, and the frozen section that they stand in."""
 
+import os
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 
 def _no_switch(value: Any) -> Any:
@@ -11,11 +12,48 @@ def _no_switch(value: Any) -> Any:
     return value
 
 
+MOST = 2**53  # the largest count up to which a float, too, counts every one
+LONGEST_NAME, LONGEST_PATH = 255, 4096  # bytes: what file systems take
+
+
+def at_home(path: str) -> str:
+    """`path` with a leading `~` or `~name` as that user's home folder, as a shell reads it.
+
+    Raises:
+        ValueError: no such user, or a path that no file system takes.
+    """
+    found = os.path.expanduser(path)
+    if found.startswith("~"):
+        raise ValueError(f"there is no user `{found.partition('/')[0][1:]}`; a folder of that name is `./{path}`")
+    if any(ord(character) < 32 or 0xD800 <= ord(character) <= 0xDFFF for character in found):
+        raise ValueError("a path holds no control characters and no half characters; write it anew")
+    longest = max(len(os.fsencode(name)) for name in found.split("/"))
+    if longest > LONGEST_NAME or len(os.fsencode(found)) >= LONGEST_PATH:
+        size = f"a name of {longest}" if longest > LONGEST_NAME else f"{len(os.fsencode(found))}"
+        raise ValueError(f"it has {size} bytes; file systems take {LONGEST_NAME} in a name and {LONGEST_PATH} in all")
+    return found
+
+
+def _at_home(value: Any) -> Any:
+    return at_home(value) if isinstance(value, str) else value
+
+
+def _named(value: str) -> str:
+    if not value:
+        raise ValueError("name a folder")
+    return value
+
+
+Location = Annotated[str, BeforeValidator(_at_home)]  # a path, or what stands in a path's place: a Hub id, `file.py:f`
+Folder = Annotated[Location, AfterValidator(_named)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0), BeforeValidator(_no_switch)]
 Positive = Annotated[float, Field(gt=0.0), BeforeValidator(_no_switch)]
 NonNegative = Annotated[float, Field(ge=0.0), BeforeValidator(_no_switch)]
-Count = Annotated[int, Field(ge=1), BeforeValidator(_no_switch)]
-Interval = Annotated[int, Field(ge=0), BeforeValidator(_no_switch)]  # every so many steps; 0 = never
+Count = Annotated[int, Field(ge=1, le=MOST), BeforeValidator(_no_switch)]
+Interval = Annotated[int, Field(ge=0, le=MOST), BeforeValidator(_no_switch)]  # every so many steps; 0 = never
+Seed = Annotated[
+    int, Field(ge=0, lt=2**32 - 2**20), BeforeValidator(_no_switch)
+]  # NumPy's end at 2**32; rounds add to it
 
 
 class Settings(BaseModel):

@@ -4,17 +4,17 @@ from typing import Any
 
 from pydantic import Field, model_validator
 
-from align.settings.fields import Interval, NonNegative, Positive, Settings
+from align.settings.fields import Interval, Location, NonNegative, Positive, Settings
 
 
 class JudgeSettings(Settings):
     """Who compares two answers. `model`: a model's log-probabilities of A and B, averaged over both orders."""
 
-    use: str = "model"  # model | server | file.py:function, a reward in TRL's signature
-    model: str | None = None  # a folder or Hub id (None: the stage's base); of a server: its name there
+    use: Location = "model"  # model | server | file.py:function, a reward in TRL's signature
+    model: Location | None = None  # a folder or Hub id (None: the stage's base); of a server: its name there
     url: str | None = None  # of `use: server`: such as http://127.0.0.1:8000/v1
     api_key_env: str | None = None  # the environment variable that holds the server's key
-    question: str | None = None  # a Jinja file with {{prompt}}, {{a}}, {{b}}; None: ours
+    question: Location | None = None  # a Jinja file with {{prompt}}, {{a}}, {{b}}; None: ours
     scale: Positive = 1.0  # of `file.py:function`: P(a is better) = sigmoid((score a - score b) / scale)
     max_retries: Interval = 4
     timeout: Positive = 60.0  # seconds

@@ -4,7 +4,18 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from align.settings.fields import Count, Fraction, Interval, NonNegative, Positive, Settings
+from align.settings.fields import (
+    Count,
+    Folder,
+    Fraction,
+    Interval,
+    Location,
+    NonNegative,
+    Positive,
+    Seed,
+    Settings,
+    at_home,
+)
 from align.settings.judge import JudgeSettings
 from align.settings.stages import Data, Model, Reward, Sampling, Track
 
@@ -47,7 +58,7 @@ class Route(Settings):
 class Simulated(Settings):
     """Annotators that know a gold score and err, for tests and studies."""
 
-    use: str  # file.py:function in TRL's reward signature: the gold score
+    use: Location  # file.py:function in TRL's reward signature: the gold score
     num_annotators: Count = 3
     noise: Fraction = 0.1  # of answers that are turned round
     tie_margin: NonNegative = 0.0  # a difference of at most so much is a tie
@@ -85,18 +96,20 @@ class Evaluation(Settings):
 
 
 def _as_run(value: Any) -> Any:
-    return {"from": value} if isinstance(value, str) else value
+    run = value.get("from") if isinstance(value, dict) else value
+    rest = value if isinstance(value, dict) else {}
+    return {**rest, "from": at_home(run)} if isinstance(run, str) else value
 
 
 class LoopSettings(Settings):
     """A loop. `sft`, `ensemble` and `ppo` hold the keys of these stages; data, outputs and parents are the loop's."""
 
-    output: str
+    output: Folder
     model: Model
-    seed: Interval = 0
-    launch: str | None = None
+    seed: Seed = 0
+    launch: Location | None = None
     track: Track = Track()
-    store: str | None = None  # a database URL; None: SQLite, in <output>/store.db
+    store: Location | None = None  # a database URL; None: SQLite, in <output>/store.db
     num_rounds: Count = 3
     sft: Annotated[dict[str, Any], BeforeValidator(_as_run)]  # an SFT run's folder, or an SFT stage to run first
     prompts: Data

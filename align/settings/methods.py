@@ -5,7 +5,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BeforeValidator, ConfigDict, Discriminator, Tag, field_validator
 
 from align.plugins import is_reference
-from align.settings.fields import Count, Fraction, Positive, Settings
+from align.settings.fields import Count, Fraction, Location, Positive, Settings
 from align.wording import did_you_mean
 
 
@@ -104,7 +104,7 @@ class OwnMethod(Settings):
 
     model_config = ConfigDict(extra="allow", frozen=True, allow_inf_nan=False)
     tag: ClassVar[str] = "own"
-    kind: str
+    kind: Location
 
     @property
     def arguments(self) -> dict[str, Any]:

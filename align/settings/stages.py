@@ -7,7 +7,19 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from align.settings.fields import Count, Fraction, Interval, NonNegative, Positive, Settings
+from align.settings.fields import (
+    MOST,
+    Count,
+    Folder,
+    Fraction,
+    Interval,
+    Location,
+    NonNegative,
+    Positive,
+    Seed,
+    Settings,
+    at_home,
+)
 from align.settings.judge import JudgeSettings
 from align.settings.methods import Lora, MethodOrLora
 from align.wording import did_you_mean
@@ -16,12 +28,12 @@ from align.wording import did_you_mean
 class Model(Settings):
     """The base that every role is a view over."""
 
-    base: str
+    base: Folder
     load_in: Literal["float32", "bfloat16", "nf4"] = "float32"
     bnb_4bit_use_double_quant: bool = True
     attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
     revision: str | None = None
-    chat_template: str | None = None  # a Jinja file; None: the tokenizer's own
+    chat_template: Location | None = None  # a Jinja file; None: the tokenizer's own
 
 
 Optimizer = Literal["adamw_torch_fused", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit"]  # transformers' names
@@ -30,11 +42,11 @@ Optimizer = Literal["adamw_torch_fused", "adamw_8bit", "paged_adamw_8bit", "page
 class Source(Settings):
     """One data set: a local .jsonl / .json / .csv / .parquet file, or a data set's Hub id."""
 
-    path: str
+    path: Location
     name: str | None = None  # the Hub configuration
     split: str = "train"  # the Hub split
     revision: str | None = None  # the Hub revision
-    format: str = "auto"  # or file.py:function
+    format: Location = "auto"  # or file.py:function
     weight: Positive = 1.0  # 2 = every row twice an epoch, 0.25 = a fixed quarter of the rows
     limit: Count | None = None  # the first so many rows
 
@@ -70,7 +82,7 @@ class Training(Settings):
 
     learning_rate: Positive = 2e-4
     num_train_epochs: Positive = 1.0
-    max_steps: int = -1  # > 0 overrides num_train_epochs
+    max_steps: Annotated[int, Field(ge=-1, le=MOST)] = -1  # > 0 overrides num_train_epochs
     per_device_train_batch_size: Count = 8  # rows of a step; how many go in a pass is max_batch_tokens' affair
     gradient_accumulation_steps: Count = 1
     max_batch_tokens: Count | None = None  # of a pass: memory only; None: 1 GiB of activations, GPU 4
@@ -92,7 +104,7 @@ class Track(Settings):
     """metrics.jsonl is always written; wandb when asked for."""
 
     wandb_project: str | None = None
-    wandb_mode: Literal["online", "offline", "disabled"] = "online"
+    wandb_mode: Literal["online", "offline", "disabled"] | None = None  # None: what WANDB_MODE says, or online
     wandb_name: str | None = None
 
 
@@ -100,11 +112,11 @@ class StageSettings(Settings):
     """What every stage has. A stage of your own subclasses this and adds `run(self, worker)`."""
 
     kind: ClassVar[str] = "custom"
-    stage: str
-    output: str
+    stage: Location
+    output: Folder
     model: Model
-    seed: Interval = 0
-    launch: str | None = None
+    seed: Seed = 0
+    launch: Location | None = None
     track: Track = Track()
 
     def parents(self) -> Parents:
@@ -122,7 +134,7 @@ class SftSettings(StageSettings):
     kind: ClassVar[str] = "sft"
     method: MethodOrLora = Lora()
     data: Data
-    max_length: Annotated[int, Field(ge=8)] = 1024
+    max_length: Annotated[int, Field(ge=8, le=MOST)] = 1024
     packing: bool = True
     train: Training = Training()
 
@@ -136,7 +148,7 @@ class RewardSettings(StageSettings):
     kind: ClassVar[str] = "reward"
     method: MethodOrLora = Lora()
     data: Data
-    max_length: Annotated[int, Field(ge=8)] = 1024
+    max_length: Annotated[int, Field(ge=8, le=MOST)] = 1024
     train: Training = Training(learning_rate=1e-4)
     center_rewards_coefficient: NonNegative = 0.01
     reference: Sources = ()  # demonstrations to measure score mean and std on; none: the held-out pairs' answers
@@ -152,8 +164,20 @@ class Reward(BaseModel):
     """One term of the reward. `use: learned`, `ensemble` or `file.py:function`; its siblings are its arguments."""
 
     model_config = ConfigDict(extra="allow", frozen=True, allow_inf_nan=False)
-    use: str
+    use: Location
     weight: float = 1.0
+
+    @model_validator(mode="before")
+    @classmethod
+    def _its_run_is_a_path(cls, values: Any) -> Any:
+        """`from` of a run is a path like any other; of a function it is an argument, which stays as it is."""
+        if (
+            isinstance(values, dict)
+            and values.get("use") in ("learned", "ensemble")
+            and isinstance(values.get("from"), str)
+        ):
+            return {**values, "from": at_home(values["from"])}
+        return values
 
     @property
     def arguments(self) -> dict[str, Any]:
@@ -163,7 +187,7 @@ class Reward(BaseModel):
 class LearnedReward(Settings):
     """Arguments of `use: learned`: one of our reward runs, or any transformers sequence classifier."""
 
-    path: str = Field(alias="from")
+    path: Location = Field(alias="from")
     normalize: bool = True  # (score - mean) / std, as measured on the reference samples of that run
     clip: Positive | None = None  # after normalising
     max_batch_tokens: Count | None = None  # of a pass: memory only
@@ -174,7 +198,7 @@ class LearnedReward(Settings):
 class EnsembleReward(Settings):
     """Arguments of `use: ensemble`: what an ensemble's members agree on (Coste et al. 2023)."""
 
-    path: str = Field(alias="from")
+    path: Location = Field(alias="from")
     how: Literal["mean", "minimum", "variance"] = "mean"  # variance: how far they disagree, for reports
     penalty: NonNegative = 0.5  # of the members' variance, taken from their mean
     max_batch_tokens: Count | None = None  # of a pass: memory only
@@ -183,21 +207,21 @@ class EnsembleReward(Settings):
 class Policy(Settings):
     """Where the policy starts: an SFT (or PPO) run's folder, or the base itself when `from` is left out."""
 
-    path: str | None = Field(default=None, alias="from")
+    path: Location | None = Field(default=None, alias="from")
     method: MethodOrLora | None = None  # None: go on with that run's adapter
 
 
 class Reference(Settings):
     """The policy that PPO's KL is measured to."""
 
-    path: str = Field(alias="from")
+    path: Location = Field(alias="from")
 
 
 class Critic(Settings):
     """The value function: a head on the policy's trunk, or an adapter of its own, as which `from` can only mean."""
 
     kind: Literal["trunk", "adapter"] = "trunk"
-    path: str | None = Field(default=None, alias="from")  # a reward run to start from; None: the policy's start
+    path: Location | None = Field(default=None, alias="from")  # a reward run to start from; None: the policy's start
     learning_rate: Positive | None = None  # None: the policy's
     warmup_iterations: Interval = 0  # iterations in which only the critic learns
 
@@ -323,16 +347,16 @@ class PpoSettings(StageSettings):
 class PairCheck(Settings):
     """Accuracy of a reward run on pairs that it should not have seen; how many it has is told."""
 
-    path: str = Field(alias="from")
+    path: Location = Field(alias="from")
     data: Data
-    max_length: Annotated[int, Field(ge=8)] = 1024
+    max_length: Annotated[int, Field(ge=8, le=MOST)] = 1024
 
 
 class EvaluateSettings(StageSettings):
     """Samples several policies on the same prompts, scores them, and compares them two by two."""
 
     kind: ClassVar[str] = "evaluate"
-    policies: Annotated[dict[str, str | None], Field(min_length=1)]  # name -> run folder; null: the base
+    policies: Annotated[dict[str, Location | None], Field(min_length=1)]  # name -> run folder; null: the base
     compare: tuple[tuple[str, str], ...] = ()  # (challenger, incumbent), by the scores of `judge`
     pairwise_judge: JudgeSettings | None = None  # says beside, of the same answers, which of the two is better
     reference: str | None = None  # the policy that KL is measured to
