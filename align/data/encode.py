@@ -244,7 +244,11 @@ def _answer_turns(
 
 def _stop_elsewhere(full: str, upto: str, start: int, content: str) -> int:
     """Where a turn ends that is rendered differently once more turns follow: Qwen3 opens the last answer alone with a
-    <think> block, and leaves out the thoughts of earlier ones. It is found by its text and ending."""
+    <think> block, and leaves out the thoughts of earlier ones; others end the last alone with the eos. It is found by
+    its text and ending."""
+    num_same = num_alike(full, upto)
+    if content and start + len(content) <= upto.rfind(content) + len(content) <= num_same:
+        return num_same
     for words in (content, content.rpartition("</think>")[2].strip()):
         at = full.find(words, start) if words and words in upto else -1
         ending = upto[upto.rindex(words) + len(words) :] if at >= 0 else ""
