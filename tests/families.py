@@ -98,6 +98,10 @@ FAMILIES = {
         _turns(r"{{ '<|role|>' + m['role'] + '<|/role|>' + m['content'] + '<|end|>\n' }}", "<|role|>assistant<|/role|>"),
         ("<|role|>", "<|/role|>", "<|end|>"), "<|end|>", after="\n",
     ),
+    "eos after all": Family(
+        CHATML + "{% if not add_generation_prompt %}{{ eos_token }}{% endif %}", (*IM, "<|endoftext|>"), "<|im_end|>",
+        eos="<|endoftext|>", after="\n<|endoftext|>",
+    ),
     "no end": Family(
         _turns(r"{{ m['role'] + ': ' + m['content'] + '\n' }}", "assistant: "), (), "<|endoftext|>", eos="<|endoftext|>"
     ),

@@ -155,6 +155,13 @@ def test_a_classifier_of_one_or_two_segments(architecture, pair, is_pair, prompt
     assert scores(tmp_path, given, pair=pair) == pytest.approx(expected, abs=1e-5)
 
 
+def test_text_that_was_rendered_already_has_its_opening_and_its_separator_once(tmp_path):
+    model, tokenizer = encoder(tmp_path, "bert")
+    expected = card(model, tokenizer("two plus two ? four", return_tensors="pt"))
+    found = scores(tmp_path, answers(["<cls> two plus two ? ", "two plus two ? "], ["four <sep>", "four"]), pair=False)
+    assert found == pytest.approx([expected, expected], abs=1e-5)
+
+
 def test_a_chat_template_is_the_sign_of_one_segment(tmp_path):
     model, tokenizer = encoder(tmp_path, "bert")
     tokenizer.chat_template = "{{ '<cls>' }}{% for m in messages %}{{ m['content'] + ' <sep> ' }}{% endfor %}"

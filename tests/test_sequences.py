@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 
 from align.artifact import read_manifest
 from align.data import Prompt, encode_completion, encode_prompt, end_token_ids
+from align.errors import BadInput
 from align.models.roles import Bases
 from align.rewards import Answers, build_rewards
 from align.settings import EvaluateSettings, Model, Reward
@@ -150,6 +151,12 @@ def test_a_runs_own_tokenizer_is_used_over_the_main_base_too(base, reward, by_pe
     expected = [by_peft(rendered(own, text)) for text in TEXTS[:2]]
     expected.append(by_peft(rendered(own, TEXTS[2], continue_final_message=True)))
     assert found == pytest.approx(expected, abs=1e-5)
+
+
+def test_a_reward_run_reads_no_pairs_of_segments(base, reward):
+    bases = Bases(Model(base=str(base)), CPU)
+    with pytest.raises(BadInput, match="`pair` is for classifiers made elsewhere; .* is a reward run: leave it out"):
+        build_rewards([Reward(use="learned", **{"from": str(reward), "pair": False})], bases)
 
 
 def test_a_policy_under_a_template_that_opens_a_thought_trains_by_a_learned_reward(

@@ -61,7 +61,8 @@ class EncodedPair:
 
 
 class _Discontinuous(Exception):
-    """The template does not render the conversation as a continuation of its earlier turns."""
+    """The template does not render the conversation as a continuation of its earlier turns; with what it opens the
+    answer with and leaves out where the answer is rendered."""
 
 
 def encode_demonstration(tokenizer: PreTrainedTokenizerBase, demonstration: Demonstration, max_length: int) -> Encoded:
@@ -190,8 +191,8 @@ def _encode_chat(
     full = render(tokenizer, messages, d.where, template=d.template)
     try:
         turns = list(_answer_turns(tokenizer, messages, learnt, full, d))
-    except _Discontinuous:
-        return _encode_by_marks(tokenizer, messages, learnt, d)
+    except _Discontinuous as error:
+        return _encode_by_marks(tokenizer, messages, learnt, d, opening=str(error))
     chunks, position = [], 0
     for turn in turns:
         chunks += [full[position : turn.start], full[turn.start : turn.stop]]
@@ -232,7 +233,7 @@ def _answer_turns(
         head = render(tokenizer, messages[:index], where, is_prompt=True, template=template)
         upto = render(tokenizer, messages[: index + 1], where, template=template)
         if not full.startswith(head) or not upto.startswith(head):
-            raise _Discontinuous
+            raise _Discontinuous(head[num_alike(head, upto) :])
         content = str(messages[index].get("content") or "").strip()
         stop = len(upto)
         if not full.startswith(upto):
@@ -243,7 +244,11 @@ def _answer_turns(
 
 def _stop_elsewhere(full: str, upto: str, start: int, content: str) -> int:
     """Where a turn ends that is rendered differently once more turns follow: Qwen3 opens the last answer alone with a
-    <think> block, and leaves out the thoughts of earlier ones. It is found by its text and ending."""
+    <think> block, and leaves out the thoughts of earlier ones; others end the last alone with the eos. It is found by
+    its text and ending."""
+    num_same = num_alike(full, upto)
+    if content and start + len(content) <= upto.rfind(content) + len(content) <= num_same:
+        return num_same
     for words in (content, content.rpartition("</think>")[2].strip()):
         at = full.find(words, start) if words and words in upto else -1
         ending = upto[upto.rindex(words) + len(words) :] if at >= 0 else ""
@@ -270,11 +275,13 @@ def _encode_by_marks(
     messages: tuple[Message, ...],
     learnt: Sequence[bool],
     demonstration: Demonstration,
+    *,
+    opening: str,
 ) -> tuple[list[int], list[bool]]:
     """Ids and mask by the template's own `{% generation %}` marks, which cover every assistant turn."""
     where, template = demonstration.where, demonstration.template
     if not GENERATION_MARK.search(tokenizer.get_chat_template(tools=template.get("tools"))):
-        raise discontinuous(where, "to one with {% generation %} marks around assistant turns")
+        raise discontinuous(where, "to one with {% generation %} marks around assistant turns", opening)
     out = apply(tokenizer, messages, where, template, return_dict=True, return_assistant_tokens_mask=True)
     ids, ends = list(out["input_ids"]), end_token_ids(tokenizer)
     turns = iter([is_on for message, is_on in zip(messages, learnt, strict=True) if message["role"] == "assistant"])

@@ -16,7 +16,7 @@ from transformers.utils import find_adapter_config_file
 
 from align.data import Prompt, Text, ending_of
 from align.data.collate import pad_right
-from align.data.templates import ids_of, render
+from align.data.templates import render
 from align.errors import BadInput
 from align.models.budget import reading_tokens
 from align.models.layout import Tree, passes_of
@@ -169,8 +169,9 @@ def _conversation(tokenizer: Any, prompt: Prompt, text: str, ended: bool) -> str
 
 
 def _opens_already(tokenizer: Any, text: str) -> bool:
-    """Whether a text was rendered already: it begins with the token that the tokenizer would put first."""
-    return tokenizer.bos_token_id is not None and ids_of(tokenizer, text)[:1] == [tokenizer.bos_token_id]
+    """Whether a text was rendered already: it begins with the special token that the tokenizer would put first."""
+    first, second = [*tokenizer(text, verbose=False)["input_ids"][:2], None, None][:2]
+    return first == second and first in tokenizer.all_special_ids
 
 
 # -------------------------------------------------------------------------------------------------------------- scoring

@@ -56,6 +56,10 @@ def ensemble_members(
 
 
 def _ours(settings: LearnedReward, bases: Bases) -> Scorer:
+    if settings.pair is not None:
+        raise BadInput(
+            f"`rewards`: `pair` is for classifiers made elsewhere; {settings.path} is a reward run: leave it out"
+        )
     manifest = read_manifest(settings.path)
     role = bases.role(settings.path, head=True)
     tokenizer = AutoTokenizer.from_pretrained(settings.path)

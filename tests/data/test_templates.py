@@ -185,7 +185,9 @@ def test_a_template_that_opens_a_thought() -> None:
         assert head + tail == rendered and tokenizer.decode(tail) == "four<|im_end|>\n"
     with pytest.raises(BadInput, match=r"x:1: .* opens answers with '<think>\\n'.*; set `model.chat_template"):
         encode_pair(tokenizer, Preference((USER,), (FOUR,), (SIX,), 1.0, 1.0, 0.0, "x:1"), 999)  # type: ignore[arg-type]
-    with pytest.raises(BadInput, match="x:1: .*`model.chat_template: path.jinja`"):
+    with pytest.raises(
+        BadInput, match=r"x:1: .* opens answers with '<think>\\n'.*; set `model.chat_template: path.jinja`"
+    ):
         encode_demonstration(tokenizer, demonstration(USER, FOUR), 999)
 
 
