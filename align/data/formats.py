@@ -42,8 +42,8 @@ from align.errors import BadInput
 
 Kind: TypeAlias = Literal["demonstrations", "preferences", "prompts"]
 Converter: TypeAlias = Callable[[dict[str, Any]], "dict[str, Any] | None"]
-ANSWERS_TO_PROMPTS = (("chosen", "rejected"), ("completion",), ("output",))
 ANSWERING = ("assistant", "gpt")
+MAX_LINE = 1000  # characters of a refusal
 RESERVED_COLUMNS = ("prompts", "completions")  # what a reward function is called with
 
 
@@ -108,6 +108,14 @@ def parse(row: Row, kind: Kind, format: str | Converter = "auto") -> Example | N
     `format` is "auto", a reference to a function, or the function. `BadInput` says file, field and cure.
     """
     converter = load_converter(format) if isinstance(format, str) else format
+    try:
+        return _example(row, kind, converter)
+    except BadInput as error:
+        line = " ".join(str(error).splitlines())  # others' names, values and errors may have several
+        raise BadInput(line if len(line) <= MAX_LINE else f"{line[:MAX_LINE]} ...") from error
+
+
+def _example(row: Row, kind: Kind, converter: Converter | None) -> Example | None:
     given = row.values if converter is None else _converted(converter, row)
     if given is None:
         return None
@@ -204,11 +212,12 @@ def _read_whole(values: Mapping[str, Any], where: str) -> str:
     text = _answer(read_string(values["text"], where, "text"), where, "text")
     if system := read_system(values, where):
         raise BadInput(f"{where}: `{system[0]}` stands beside `text`, which is whole; write messages, or drop it")
-    if (stated := stated_prompt(values, where)) is not None:
-        raise BadInput(
-            f"{where}: `{stated[0]}` stands beside `text`, all of which would carry loss; rename `text` to"
-            f" `completion` (a prompt that it repeats is cut off), or drop `{stated[0]}`"
-        )
+    for name in PROMPT_FIELDS:
+        if is_stated(values.get(name)):
+            raise BadInput(
+                f"{where}: `{name}` stands beside `text`, all of which would carry loss; rename `text` to `completion`"
+                f" (a prompt that it repeats is cut off), or drop `{name}`"
+            )
     return text
 
 
@@ -296,7 +305,7 @@ def _prompt(values: dict[str, Any], where: str) -> tuple[Text, dict[str, Any]]:
     for name in RESERVED_COLUMNS:
         if name in values:
             raise BadInput(f"{where}: `{name}` is a name reward functions are called with; rename the field")
-    answers = next((each for each in ANSWERS_TO_PROMPTS if all(is_stated(values.get(name)) for name in each)), ())
+    answers = _answers_beside(values, layout)
     if answers:
         prompt = prompt_and_answers(values, answers, where)[0]
     else:
@@ -309,6 +318,19 @@ def _prompt(values: dict[str, Any], where: str) -> tuple[Text, dict[str, Any]]:
     template = template_of(values, where)
     _check_rendered(prompt, template, where)
     return prompt, template
+
+
+def _answers_beside(values: Mapping[str, Any], layout: tuple[str, ...]) -> tuple[str, ...]:
+    """The fields whose answers say what the prompt beside them is: a turn of the user's, or text. Other columns may be
+    called so in a file of prompts; they are the rewards' affair."""
+    if len(layout) == 2:
+        return layout
+    for fields in (("chosen", "rejected"), ("completion",)) if "prompt" in values else (("chosen", "rejected"),):
+        given = [values.get(name) for name in fields]
+        turns = [[value] if isinstance(value, dict) else value for value in given]
+        if all(isinstance(each, list) and each and all(isinstance(turn, dict) for turn in each) for each in turns):
+            return fields
+    return ()
 
 
 def _check_rendered(prompt: Text, template: Mapping[str, Any], where: str) -> None:

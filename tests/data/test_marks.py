@@ -59,6 +59,15 @@ def test_what_is_no_verdict_is_left_alone(name: str, value: Any) -> None:
     assert parse(Row({"messages": [Q, A], name: value}, WHERE), "demonstrations") is not None
 
 
+def test_marks_and_columns_of_numpy() -> None:
+    numpy = pytest.importorskip("numpy")
+    row = {"messages": [Q, A], "embedding": numpy.zeros(3), "label": numpy.bool_(True)}
+    assert parse(Row(row, WHERE), "demonstrations") is not None
+    for value in (numpy.bool_(False), numpy.int64(0), numpy.float32(0)):
+        with pytest.raises(BadInput, match="an answer marked bad"):
+            parse(Row({**row, "label": value}, WHERE), "demonstrations")
+
+
 @pytest.mark.parametrize("ending", ["jsonl", "csv", "parquet"])
 def test_bad_answers_are_skipped_and_counted_whatever_the_file(tmp_path: Path, ending: str) -> None:
     marks = [False, True, False, True]

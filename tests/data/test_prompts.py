@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from align.data import Kind, Row, load, parse
+from align.data import Kind, Prompt, Row, load, parse
 from align.data.transcripts import split_texts, without_prompt
 from align.errors import BadInput
 from align.settings import Data
@@ -128,6 +128,9 @@ SAME: dict[str, tuple[dict[str, Any], Any]] = {  # row -> its prompt, for each k
     "rendered text beside messages": ({"messages": [Q, A], "text": "<user>why?</user><bot>so.</bot>"}, (Q,)),
     "messages twice": ({"messages": [Q, A], "conversations": SHAREGPT}, (Q,)),
     "empty fields of CSV": ({"prompt": "why?", "completion": "so.", "text": "", "instruction": ""}, "why?"),
+    "a formatted prompt beside Alpaca": (
+        {"prompt": "### Instruction:\nwhy?\n### Response:\n", "instruction": "why?", "output": "so."}, (Q,),
+    ),
     "a context that is part of the prompt": ({"instruction": "Read: a b. Why?", "context": "a b.", "output": "so."}, (user("Read: a b. Why?"),)),
 }  # fmt: skip
 
@@ -187,6 +190,20 @@ DIFFERING: dict[str, tuple[Kind, dict[str, Any], str]] = {
 def test_a_row_that_states_two_things(what: str) -> None:
     kind, row, expected = DIFFERING[what]
     assert expected in refusal(kind, **row)
+
+
+def test_empty_fields_are_none_whichever_they_are() -> None:
+    empty = {"messages": "", "prompt": "", "completion": "", "instruction": "", "output": "", "text": "", "system": ""}
+    assert read("demonstrations", **{**empty, "text": "Once"}).completion == "Once"
+    assert read("demonstrations", **{**empty, "prompt": "why?", "completion": "so."}).prompt == "why?"
+    assert read("demonstrations", **{**empty, "instruction": "why?", "output": "so."}).prompt == (Q,)
+    assert read("demonstrations", **{**empty, "messages": [Q, A]}).prompt == (Q,)
+    assert read("prompts", **{**empty, "prompt": "why?"}).prompt == "why?"
+
+
+def test_columns_of_prompts_are_left_to_rewards() -> None:
+    for more in ({"completion": 3}, {"output": ["4"]}, {"chosen": 1, "rejected": 0}, {"completion": ["4", "5"]}):
+        assert read("prompts", prompt="why?", **more) == Prompt("why?", more, WHERE)
 
 
 def test_csv_and_jsonl_are_read_alike(tmp_path: Path) -> None:
