@@ -151,6 +151,15 @@ def test_a_row_has_the_same_prompt_in_every_stage(what: str) -> None:
     assert num_read >= 2
 
 
+@pytest.mark.parametrize("what", [*SAME, *BESIDE])
+def test_a_prompt_that_was_read_is_read_again_beside_its_columns(what: str) -> None:
+    row = SAME[what][0] if what in SAME else {**BESIDE[what][1], "system": "be brief"}
+    once = read("prompts", **row)
+    turns = once.prompt if isinstance(once.prompt, str) else [dict(turn) for turn in once.prompt]
+    again = read("prompts", **{**once.columns, "prompt": turns})
+    assert (again.prompt, again.columns) == (once.prompt, once.columns)
+
+
 DIFFERING: dict[str, tuple[Kind, dict[str, Any], str]] = {
     "messages and prompt": ("demonstrations", {"messages": [Q, A], "prompt": "who?"}, "`messages` and `prompt` state two"),
     "messages and instruction": (
@@ -171,7 +180,7 @@ DIFFERING: dict[str, tuple[Kind, dict[str, Any], str]] = {
     ),
     "output and text": ("demonstrations", {"text": "Once", "output": "no."}, "`text` and `output` state two answers"),
     "prompts": ("prompts", {"prompt": [Q], "messages": [user("who?"), A]}, "`prompt` and `messages` state two prompts"),
-    "texts": ("prompts", {"prompt": "why?", "instruction": "who?"}, "`prompt` and `instruction` state two prompts"),
+    "texts": ("prompts", {"prompt": "why?", "instruction": "who?"}, "`instruction` and `prompt` state two prompts"),
     "pair": ("preferences", {"prompt": "who?", "chosen": [Q, A], "rejected": [Q, B]}, "`prompt` is not what `chosen`, `rejected` open"),
     "pair and messages": ("preferences", {"prompt": [user("who?")], "messages": [Q, A], **PAIR}, "state two prompts"),
     "a system message in one": ("prompts", {"prompt": [Q], "messages": [S, Q, A]}, "`prompt` and `messages` state two"),
