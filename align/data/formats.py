@@ -170,20 +170,20 @@ def _converted(converter: Converter, row: Row) -> dict[str, Any] | None:
     return values
 
 
-def _layouts(values: Mapping[str, Any], kind: Kind, where: str) -> list[tuple[str, ...]]:
-    """The layouts whose fields are all there, in their order; else `BadInput` about the one that comes nearest.
+def _layout(values: Mapping[str, Any], kind: Kind, where: str) -> tuple[str, ...]:
+    """The first layout whose fields are all there; else `BadInput` about the one that comes nearest.
 
     Empty fields (CSV has no other way to leave one out) count where nothing else is there: they have their own line.
     """
     for names in ([name for name in values if is_stated(values[name])], list(values)):
-        found = [layout for layout in LAYOUTS[kind] if all(name in names for name in layout)]
-        if found:
-            return found
+        for layout in LAYOUTS[kind]:
+            if all(name in names for name in layout):
+                return layout
     raise BadInput(f"{where}: {missing_fields(values, kind)}")
 
 
 def _demonstration(values: dict[str, Any], where: str) -> Demonstration:
-    layout = _layouts(values, "demonstrations", where)[0]
+    layout = _layout(values, "demonstrations", where)
     check_verdict(values, where, "demonstration", is_class=layout == ("text",))
     check_weight(values, where)
     template = template_of(values, where)
@@ -195,13 +195,13 @@ def _demonstration(values: dict[str, Any], where: str) -> Demonstration:
     elif layout in (("messages",), ("conversations",)):
         name = layout[0]
         prompt, completion = _conversation(values, name, where)
-        learnt = _learnt(values[name], prompt, completion, where, name)
+        learnt = _learnt(values[name], completion, where, name)
     else:
         prompt, (completion,) = prompt_and_answers(values, layout[1:], where)
         _check_answer(prompt, completion, where, layout[1])
         _check_context(values[layout[0]], where, layout[0])
         if not isinstance(completion, str):
-            learnt = _learnt(values[layout[1]], (), completion, where, layout[1])
+            learnt = _learnt(values[layout[1]], completion, where, layout[1])
     _check_rendered(prompt, template, where)
     check_answers(values, layout, f"{as_text(prompt)}\n{as_text(completion)}", where)
     return Demonstration(prompt, completion, where, template, learnt)
@@ -232,19 +232,14 @@ def _conversation(values: Mapping[str, Any], name: str, where: str) -> tuple[tup
     return messages[:first], messages[first:]
 
 
-def _learnt(
-    given: Any, prompt: tuple[Message, ...], completion: tuple[Message, ...], where: str, name: str
-) -> tuple[bool, ...] | None:
+def _learnt(given: Any, completion: tuple[Message, ...], where: str, name: str) -> tuple[bool, ...] | None:
     """Which messages of `completion` carry loss, by the marks of the turns of `given` that it ends with.
 
     Raises:
         BadInput: no turn is left to learn, or one that is no answer is to be learnt.
     """
-    turns = [given] if isinstance(given, dict) else given
-    if isinstance(turns, str):
-        return None
-    marks = [turn_is_learnt(turn, where, f"{name}[{index}]") for index, turn in enumerate(turns)]
-    if not any(mark is not None for mark in marks):
+    marks = [turn_is_learnt(turn, where, f"{name}[{index}]") for index, turn in enumerate(_turns(given))]
+    if all(mark is None for mark in marks):
         return None
     own, before = marks[-len(completion) :], marks[: -len(completion)]
     roles = [message["role"] for message in completion]
@@ -260,8 +255,8 @@ def _learnt(
 
 def _check_context(given: Any, where: str, name: str) -> None:
     """Marks in a prompt of its own, no turn of which carries loss."""
-    for index, turn in enumerate([given] if isinstance(given, dict) else given):
-        if isinstance(turn, dict) and turn_is_learnt(turn, where, f"{name}[{index}]"):
+    for index, turn in enumerate(_turns(given)):
+        if turn_is_learnt(turn, where, f"{name}[{index}]"):
             raise BadInput(
                 f"{where}: `{name}[{index}]` is marked to be learnt, but a prompt is context; write the row as"
                 " `messages`, or drop the mark"
@@ -269,8 +264,9 @@ def _check_context(given: Any, where: str, name: str) -> None:
 
 
 def _preference(values: dict[str, Any], where: str) -> Preference:
-    (layout,) = _layouts(values, "preferences", where)
-    check_verdict(values, where, "preference", is_class=True)
+    layout = _layout(values, "preferences", where)
+    beside = {name: value for name, value in values.items() if name not in layout}
+    check_verdict(beside, where, "preference", is_class=True)
     prompt, (chosen, rejected) = prompt_and_answers(values, layout, where)
     check_prompt(prompt, where, "prompt")
     for name, answer in zip(layout, (chosen, rejected), strict=True):
@@ -285,14 +281,17 @@ def _preference(values: dict[str, Any], where: str) -> Preference:
 
 def _check_whole(given: Any, where: str, name: str) -> None:
     """A score is of a whole answer: no turn of one can be left out of the loss."""
-    if isinstance(given, str):
-        return
-    for index, turn in enumerate([given] if isinstance(given, dict) else given):
+    for index, turn in enumerate(_turns(given)):
         if turn_is_learnt(turn, where, f"{name}[{index}]") is False and turn.get("role", turn.get("from")) in ANSWERING:
             raise BadInput(
                 f"{where}: `{name}[{index}]` is marked not to be learnt, but a pair is of two whole answers; drop the"
                 " mark, or leave the row out"
             )
+
+
+def _turns(given: Any) -> list[dict[str, Any]]:
+    """A field's messages as they stand, marks and all; none of text."""
+    return [] if isinstance(given, str) else [given] if isinstance(given, dict) else list(given)
 
 
 def _said(answer: Text) -> Any:
@@ -301,7 +300,7 @@ def _said(answer: Text) -> Any:
 
 def _prompt(values: dict[str, Any], where: str) -> tuple[Text, dict[str, Any]]:
     """The prompt that the row has as a demonstration or a preference too, and its template's arguments."""
-    layout = _layouts(values, "prompts", where)[0]
+    layout = _layout(values, "prompts", where)
     for name in RESERVED_COLUMNS:
         if name in values:
             raise BadInput(f"{where}: `{name}` is a name reward functions are called with; rename the field")

@@ -98,6 +98,14 @@ def test_a_pair_marked_bad_is_no_preference(name: str, value: Any) -> None:
         parse(Row(row, WHERE), "preferences")
 
 
+def test_answers_of_a_pair_that_are_words_of_truth() -> None:
+    for chosen, rejected in (("False", "True"), ("no", "yes"), ("bad", "good")):
+        pair = parse(Row({"prompt": "a?", "chosen": chosen, "rejected": rejected}, WHERE), "preferences")
+        assert pair is not None and (pair.chosen, pair.rejected) == (chosen, rejected)
+        example = parse(Row({"prompt": "a?", "completion": chosen}, WHERE), "demonstrations")
+        assert example is not None and example.completion == chosen
+
+
 # ---------------------------------------------------------------------------------------------------------------- turns
 
 NOT_LEARNT = [
