@@ -450,8 +450,6 @@ def test_a_row_left_undecided_is_imported_as_a_tie(other, tmp_path, mark):
 @pytest.mark.parametrize(
     ("row", "why"),
     [
-        ({"tools": [{"a": 1}]}, "`tools` is for the chat template, and labels do not keep it"),
-        ({"chat_template_kwargs": {"a": 1}}, "`a` is for the chat template"),
         ({"chosen": [{"role": "assistant", "content": "", "tool_calls": [{}]}]}, "`chosen` has `tool_calls`"),
         ({"rejected": [{"role": "assistant", "content": "a", "reasoning_content": "b"}]}, "has `reasoning_content`"),
     ],
@@ -462,3 +460,14 @@ def test_what_labels_cannot_keep_is_not_imported(other, tmp_path, row, why):
     with pytest.raises(BadInput, match=why):
         import_preferences(other, write(tmp_path / "in.jsonl", [pair | sides | row]))
     assert other.pairs() == []
+
+
+def test_tools_come_in_and_go_out_with_their_pairs(other, tmp_path):
+    tools = [{"type": "function", "function": {"name": "add"}}]
+    answers = {side: [{"role": "assistant", "content": side}] for side in ("chosen", "rejected")}
+    row = {"prompt": TURNS[:1] + [{"role": "user", "content": "a"}], **answers}
+    further = {"tools": json.dumps(tools), "chat_template_kwargs": {"enable_thinking": False}}
+    import_preferences(other, write(tmp_path / "in.jsonl", [row | further]))
+    write_preferences(tmp_path / "out.jsonl", labelled(other))
+    (pair,) = load(Data(train=[Source(path=str(tmp_path / "out.jsonl"))]), "preferences").train
+    assert pair.template == {"tools": tools, "enable_thinking": False}

@@ -40,7 +40,9 @@ SYNONYMS = {
 
 def is_stated(value: Any) -> bool:
     """Whether a field says anything: not missing, blank or empty."""
-    return value is not None and not (isinstance(value, str) and not value.strip()) and value not in ([], {}, ())
+    if isinstance(value, str):
+        return bool(value.strip())
+    return value is not None and not (isinstance(value, (list, tuple, dict)) and not value)
 
 
 def check_supported(values: Mapping[str, Any], where: str) -> None:
@@ -169,7 +171,7 @@ def _check_scores(values: Mapping[str, Any], where: str) -> None:
             continue
         try:
             sides.setdefault(what, {})[side] = (name, float(value))
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             continue
     for both in sides.values():
         if len(both) == 2 and both["rejected"][1] > both["chosen"][1]:

@@ -92,7 +92,9 @@ def _read_message(item: Any, where: str, field: str) -> Message:
     if not isinstance(item, dict):
         raise BadInput(f"{where}: `{field}` is {kind_of(item)}; a message is {{role, content}}")
     role_key, content_key = ("from", "value") if "from" in item and "role" not in item else ("role", "content")
-    further = _further_keys(item, (role_key, content_key), where, field)
+    if item.get("content") not in (None, item.get(content_key)):
+        raise BadInput(f"{where}: `{field}` has `{content_key}` and `content`, which differ; keep one of them")
+    further = _further_keys(item, (role_key, content_key, "content"), where, field)
     is_call = any(key in further for key in CALLS)
     for key in (role_key, content_key):
         if item.get(key) is None and not (is_call and key == content_key):
@@ -116,13 +118,17 @@ def _further_keys(item: dict[str, Any], own: Iterable[str], where: str, field: s
     further = {
         key: read_json(value, where, f"{field}.{key}")
         for key, value in item.items()
-        if key not in own and value is not None and value not in ([], {}) and not is_mark(key, value)
+        if key not in own and value is not None and not _is_empty(value) and not is_mark(key, value)
     }
     if "tool_calls" in further:
         further["tool_calls"] = read_objects(further["tool_calls"], where, f"{field}.tool_calls")
         if not further["tool_calls"]:
             del further["tool_calls"]
     return further
+
+
+def _is_empty(value: Any) -> bool:
+    return isinstance(value, (list, tuple, dict)) and not value
 
 
 def read_objects(value: Any, where: str, field: str) -> list[Any]:

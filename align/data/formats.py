@@ -43,8 +43,8 @@ from align.plugins import told
 
 Kind: TypeAlias = Literal["demonstrations", "preferences", "prompts"]
 Converter: TypeAlias = Callable[[dict[str, Any]], "dict[str, Any] | None"]
-ANSWERS_TO_PROMPTS = (("chosen", "rejected"), ("completion",), ("output",))
 ANSWERING = ("assistant", "gpt")
+MAX_LINE = 1000  # characters of a refusal
 RESERVED_COLUMNS = ("prompts", "completions")  # what a reward function is called with
 
 
@@ -109,6 +109,14 @@ def parse(row: Row, kind: Kind, format: str | Converter = "auto") -> Example | N
     `format` is "auto", a reference to a function, or the function. `BadInput` says file, field and cure.
     """
     converter = load_converter(format) if isinstance(format, str) else format
+    try:
+        return _example(row, kind, converter)
+    except BadInput as error:
+        line = " ".join(str(error).splitlines())  # others' names, values and errors may have several
+        raise BadInput(line if len(line) <= MAX_LINE else f"{line[:MAX_LINE]} ...") from error
+
+
+def _example(row: Row, kind: Kind, converter: Converter | None) -> Example | None:
     given = row.values if converter is None else _converted(converter, row)
     if given is None:
         return None
@@ -163,20 +171,20 @@ def _converted(converter: Converter, row: Row) -> dict[str, Any] | None:
     return values
 
 
-def _layouts(values: Mapping[str, Any], kind: Kind, where: str) -> list[tuple[str, ...]]:
-    """The layouts whose fields are all there, in their order; else `BadInput` about the one that comes nearest.
+def _layout(values: Mapping[str, Any], kind: Kind, where: str) -> tuple[str, ...]:
+    """The first layout whose fields are all there; else `BadInput` about the one that comes nearest.
 
     Empty fields (CSV has no other way to leave one out) count where nothing else is there: they have their own line.
     """
     for names in ([name for name in values if is_stated(values[name])], list(values)):
-        found = [layout for layout in LAYOUTS[kind] if all(name in names for name in layout)]
-        if found:
-            return found
+        for layout in LAYOUTS[kind]:
+            if all(name in names for name in layout):
+                return layout
     raise BadInput(f"{where}: {missing_fields(values, kind)}")
 
 
 def _demonstration(values: dict[str, Any], where: str) -> Demonstration:
-    layout = _layouts(values, "demonstrations", where)[0]
+    layout = _layout(values, "demonstrations", where)
     check_verdict(values, where, "demonstration", is_class=layout == ("text",))
     check_weight(values, where)
     template = template_of(values, where)
@@ -188,13 +196,13 @@ def _demonstration(values: dict[str, Any], where: str) -> Demonstration:
     elif layout in (("messages",), ("conversations",)):
         name = layout[0]
         prompt, completion = _conversation(values, name, where)
-        learnt = _learnt(values[name], prompt, completion, where, name)
+        learnt = _learnt(values[name], completion, where, name)
     else:
         prompt, (completion,) = prompt_and_answers(values, layout[1:], where)
         _check_answer(prompt, completion, where, layout[1])
         _check_context(values[layout[0]], where, layout[0])
         if not isinstance(completion, str):
-            learnt = _learnt(values[layout[1]], (), completion, where, layout[1])
+            learnt = _learnt(values[layout[1]], completion, where, layout[1])
     _check_rendered(prompt, template, where)
     check_answers(values, layout, f"{as_text(prompt)}\n{as_text(completion)}", where)
     return Demonstration(prompt, completion, where, template, learnt)
@@ -205,11 +213,12 @@ def _read_whole(values: Mapping[str, Any], where: str) -> str:
     text = _answer(read_string(values["text"], where, "text"), where, "text")
     if system := read_system(values, where):
         raise BadInput(f"{where}: `{system[0]}` stands beside `text`, which is whole; write messages, or drop it")
-    if (stated := stated_prompt(values, where)) is not None:
-        raise BadInput(
-            f"{where}: `{stated[0]}` stands beside `text`, all of which would carry loss; rename `text` to"
-            f" `completion` (a prompt that it repeats is cut off), or drop `{stated[0]}`"
-        )
+    for name in PROMPT_FIELDS:
+        if is_stated(values.get(name)):
+            raise BadInput(
+                f"{where}: `{name}` stands beside `text`, all of which would carry loss; rename `text` to `completion`"
+                f" (a prompt that it repeats is cut off), or drop `{name}`"
+            )
     return text
 
 
@@ -224,19 +233,14 @@ def _conversation(values: Mapping[str, Any], name: str, where: str) -> tuple[tup
     return messages[:first], messages[first:]
 
 
-def _learnt(
-    given: Any, prompt: tuple[Message, ...], completion: tuple[Message, ...], where: str, name: str
-) -> tuple[bool, ...] | None:
+def _learnt(given: Any, completion: tuple[Message, ...], where: str, name: str) -> tuple[bool, ...] | None:
     """Which messages of `completion` carry loss, by the marks of the turns of `given` that it ends with.
 
     Raises:
         BadInput: no turn is left to learn, or one that is no answer is to be learnt.
     """
-    turns = [given] if isinstance(given, dict) else given
-    if isinstance(turns, str):
-        return None
-    marks = [turn_is_learnt(turn, where, f"{name}[{index}]") for index, turn in enumerate(turns)]
-    if not any(mark is not None for mark in marks):
+    marks = [turn_is_learnt(turn, where, f"{name}[{index}]") for index, turn in enumerate(_turns(given))]
+    if all(mark is None for mark in marks):
         return None
     own, before = marks[-len(completion) :], marks[: -len(completion)]
     roles = [message["role"] for message in completion]
@@ -252,8 +256,8 @@ def _learnt(
 
 def _check_context(given: Any, where: str, name: str) -> None:
     """Marks in a prompt of its own, no turn of which carries loss."""
-    for index, turn in enumerate([given] if isinstance(given, dict) else given):
-        if isinstance(turn, dict) and turn_is_learnt(turn, where, f"{name}[{index}]"):
+    for index, turn in enumerate(_turns(given)):
+        if turn_is_learnt(turn, where, f"{name}[{index}]"):
             raise BadInput(
                 f"{where}: `{name}[{index}]` is marked to be learnt, but a prompt is context; write the row as"
                 " `messages`, or drop the mark"
@@ -261,8 +265,9 @@ def _check_context(given: Any, where: str, name: str) -> None:
 
 
 def _preference(values: dict[str, Any], where: str) -> Preference:
-    (layout,) = _layouts(values, "preferences", where)
-    check_verdict(values, where, "preference", is_class=True)
+    layout = _layout(values, "preferences", where)
+    beside = {name: value for name, value in values.items() if name not in layout}
+    check_verdict(beside, where, "preference", is_class=True)
     prompt, (chosen, rejected) = prompt_and_answers(values, layout, where)
     check_prompt(prompt, where, "prompt")
     for name, answer in zip(layout, (chosen, rejected), strict=True):
@@ -277,14 +282,17 @@ def _preference(values: dict[str, Any], where: str) -> Preference:
 
 def _check_whole(given: Any, where: str, name: str) -> None:
     """A score is of a whole answer: no turn of one can be left out of the loss."""
-    if isinstance(given, str):
-        return
-    for index, turn in enumerate([given] if isinstance(given, dict) else given):
+    for index, turn in enumerate(_turns(given)):
         if turn_is_learnt(turn, where, f"{name}[{index}]") is False and turn.get("role", turn.get("from")) in ANSWERING:
             raise BadInput(
                 f"{where}: `{name}[{index}]` is marked not to be learnt, but a pair is of two whole answers; drop the"
                 " mark, or leave the row out"
             )
+
+
+def _turns(given: Any) -> list[dict[str, Any]]:
+    """A field's messages as they stand, marks and all; none of text."""
+    return [] if isinstance(given, str) else [given] if isinstance(given, dict) else list(given)
 
 
 def _said(answer: Text) -> Any:
@@ -293,11 +301,11 @@ def _said(answer: Text) -> Any:
 
 def _prompt(values: dict[str, Any], where: str) -> tuple[Text, dict[str, Any]]:
     """The prompt that the row has as a demonstration or a preference too, and its template's arguments."""
-    layout = _layouts(values, "prompts", where)[0]
+    layout = _layout(values, "prompts", where)
     for name in RESERVED_COLUMNS:
         if name in values:
             raise BadInput(f"{where}: `{name}` is a name reward functions are called with; rename the field")
-    answers = next((each for each in ANSWERS_TO_PROMPTS if all(is_stated(values.get(name)) for name in each)), ())
+    answers = _answers_beside(values, layout)
     if answers:
         prompt = prompt_and_answers(values, answers, where)[0]
     else:
@@ -310,6 +318,19 @@ def _prompt(values: dict[str, Any], where: str) -> tuple[Text, dict[str, Any]]:
     template = template_of(values, where)
     _check_rendered(prompt, template, where)
     return prompt, template
+
+
+def _answers_beside(values: Mapping[str, Any], layout: tuple[str, ...]) -> tuple[str, ...]:
+    """The fields whose answers say what the prompt beside them is: a turn of the user's, or text. Other columns may be
+    called so in a file of prompts; they are the rewards' affair."""
+    if len(layout) == 2:
+        return layout
+    for fields in (("chosen", "rejected"), ("completion",)) if "prompt" in values else (("chosen", "rejected"),):
+        given = [values.get(name) for name in fields]
+        turns = [[value] if isinstance(value, dict) else value for value in given]
+        if all(isinstance(each, list) and each and all(isinstance(turn, dict) for turn in each) for each in turns):
+            return fields
+    return ()
 
 
 def _check_rendered(prompt: Text, template: Mapping[str, Any], where: str) -> None:

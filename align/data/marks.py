@@ -80,7 +80,10 @@ def plain_name(name: str) -> str:
 
 def shown(value: Any) -> str:
     """A value as JSON writes it, for a message."""
-    return json.dumps(value, ensure_ascii=False, default=str)
+    try:
+        return json.dumps(value, ensure_ascii=False, default=str)
+    except (ValueError, RecursionError):  # an integer of thousands of digits, a list without end
+        return f"a {type(value).__name__} too large to show"
 
 
 def truth(value: Any) -> bool | None:
@@ -95,6 +98,10 @@ def truth(value: Any) -> bool | None:
             value = float(value)
         except ValueError:
             return None
+    elif (
+        hasattr(value, "dtype") and getattr(value, "size", 0) == 1
+    ):  # a format function's numpy, which has own booleans
+        value = value.item()
     if isinstance(value, (bool, int, float)) and value in (-1, 0, 1):
         return value == 1
     return None
@@ -144,17 +151,17 @@ def turn_is_learnt(turn: Mapping[str, Any], where: str, field: str) -> bool | No
     found: dict[str, bool] = {}
     for name, value in turn.items():
         plain = plain_name(name)
-        if value is None or value == "" or plain not in MARKS:
+        if value is None or (isinstance(value, str) and not value) or plain not in MARKS:
             continue
         if plain in NOT_HONOURED:
-            if value in ([], {}):
+            if isinstance(value, (list, dict)) and not value:
                 continue
             raise BadInput(
                 f"{where}: `{field}.{name}` cannot be honoured: {NOT_HONOURED[plain]}; write `train: true` or `false`"
             )
         if plain in OF_LOSS:
             said = truth(value)
-            if said is None or value in (-1, "-1"):
+            if said is None or str(value) in ("-1", "-1.0"):
                 raise BadInput(
                     f"{where}: `{field}.{name}` is {shown(value)}; a turn carries loss or does not: write 1 or 0"
                     " (a source as a whole may have a `weight`)"
@@ -174,7 +181,8 @@ def check_weight(values: Mapping[str, Any], where: str) -> None:
         plain = plain_name(name)
         if plain in PARALLEL and isinstance(value, (list, tuple)) and value:
             raise BadInput(f"{where}: `{name}` is a list beside the turns; mark each message (`train: false`) instead")
-        if plain in WEIGHTS and value not in ("", [], ()) and not _is_one(value):
+        is_empty = isinstance(value, (str, list, tuple)) and not value
+        if plain in WEIGHTS and not is_empty and not _is_one(value):
             raise BadInput(
                 f"{where}: `{name}` is {shown(value)}, but demonstrations have no weight of their own: give a source a"
                 " `weight`, or leave the row out"
@@ -184,7 +192,7 @@ def check_weight(values: Mapping[str, Any], where: str) -> None:
 def _is_one(value: Any) -> bool:
     try:
         return float(value) == 1.0
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return False
 
 

@@ -32,9 +32,8 @@ def stated_prompt(values: Mapping[str, Any], where: str) -> tuple[str, Text] | N
     found = found or [(field, _read_prompt(values, field, where)) for field in fields[:1]]
     if not found:
         return None
-    # whose turn it is, and what came before, is said by a conversation alone; Alpaca's fields always make one
-    is_taken = (each for each in found if not isinstance(each[1], str) and each[0] != "instruction")
-    field, prompt = next(is_taken, found[0])
+    # whose turn it is, and what came before, is said by a conversation alone
+    field, prompt = next((each for each in found if not isinstance(each[1], str)), found[0])
     for other, text in found:
         if other != field and not _agree(prompt, text, is_exact="instruction" not in (field, other)):
             raise BadInput(f"{where}: `{field}` and `{other}` state two prompts that differ; keep one of them")
@@ -138,7 +137,8 @@ def _alpaca_prompt(values: Mapping[str, Any], where: str) -> tuple[Message, ...]
         raise BadInput(f"{where}: `instruction` is an empty prompt; fill it, or leave the row out")
     given = read_string(values.get("input", ""), where, "input")
     turns: list[dict[str, Any]] = []
-    for pair in values.get("history") or ():
+    history = values.get("history") or ()
+    for pair in history if isinstance(history, (list, tuple)) else [history]:
         if not isinstance(pair, (list, tuple)) or len(pair) != 2:
             raise BadInput(f"{where}: `history` must be a list of [question, answer] pairs")
         turns += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from align.artifact import write_lines
 from align.data import Preference, parse, read_rows
+from align.data.beside import TEMPLATE, is_stated
 from align.data.conversations import MEANT
 from align.errors import BadInput
 from align.feedback.backup import Moved, export_labels, import_labels, looks_like_labels
@@ -86,6 +87,7 @@ def write_preferences(path: str | Path, rows: Iterable[Labelled]) -> Moved:
             "round": row.pair.round,
             "comparison": row.pair.id,
         }
+        values |= {name: row.pair.columns[name] for name in TEMPLATE if is_stated(row.pair.columns.get(name))}
         lines.append(values)
     write_lines(Path(path), lines)
     return Moved(len(lines), left_out=num_left_out)
@@ -99,10 +101,11 @@ def import_preferences(store: Store, path: str | Path, *, limit: int | None = No
     name a machine as their `source` (an export of our own) are left out: they are nobody's judgement. A row's weight
     and margin are not kept.
     Raises:
-        BadInput: a row cannot be read, has answers of several turns or with calls and thoughts, arguments of the chat
-            template, or a prompt that is evaluated on.
+        BadInput: a row cannot be read, has answers of several turns or with calls or thoughts, or a prompt that is
+            evaluated on.
     """
     rows: list[tuple[Any, str, str, float]] = []
+    columns: list[dict[str, Any]] = []
     num_left_out = 0
     for row in read_rows(Source(path=str(path), limit=limit)):
         preference = parse(row, "preferences")
@@ -110,7 +113,8 @@ def import_preferences(store: Store, path: str | Path, *, limit: int | None = No
             num_left_out += 1
             continue
         rows.append((_content(preference.prompt), *_answers(preference), preference.probability))
-    prompts = store.add_prompts([(prompt, {}) for prompt, _, _, _ in rows], IMPORTED)
+        columns.append({"chat_template_kwargs": dict(preference.template)} if preference.template else {})
+    prompts = store.add_prompts([(row[0], own) for row, own in zip(rows, columns, strict=True)], IMPORTED)
     pairs = [(prompt, chosen, rejected) for prompt, (_, chosen, rejected, _) in zip(prompts, rows, strict=True)]
     # in an order that tells nothing: else a would be the chosen one in every pair
     drawn = _draw(store, [(prompt, text) for prompt, *texts in pairs for text in sorted(texts, key=_mixed)])
@@ -140,9 +144,6 @@ def _content(prompt: Any) -> Any:
 
 def _answers(preference: Preference) -> tuple[str, str]:
     """Both answers as text: what a store keeps, and people compare."""
-    if preference.template:
-        name = next(iter(preference.template))
-        raise BadInput(f"{preference.where}: `{name}` is for the chat template, and labels do not keep it; drop it")
     texts = []
     for name, answer in (("chosen", preference.chosen), ("rejected", preference.rejected)):
         if not isinstance(answer, str):

@@ -59,6 +59,15 @@ def test_what_is_no_verdict_is_left_alone(name: str, value: Any) -> None:
     assert parse(Row({"messages": [Q, A], name: value}, WHERE), "demonstrations") is not None
 
 
+def test_marks_and_columns_of_numpy() -> None:
+    numpy = pytest.importorskip("numpy")
+    row = {"messages": [Q, A], "embedding": numpy.zeros(3), "label": numpy.bool_(True)}
+    assert parse(Row(row, WHERE), "demonstrations") is not None
+    for value in (numpy.bool_(False), numpy.int64(0), numpy.float32(0)):
+        with pytest.raises(BadInput, match="an answer marked bad"):
+            parse(Row({**row, "label": value}, WHERE), "demonstrations")
+
+
 @pytest.mark.parametrize("ending", ["jsonl", "csv", "parquet"])
 def test_bad_answers_are_skipped_and_counted_whatever_the_file(tmp_path: Path, ending: str) -> None:
     marks = [False, True, False, True]
@@ -87,6 +96,14 @@ def test_a_pair_marked_bad_is_no_preference(name: str, value: Any) -> None:
     row = {"prompt": "why", "chosen": "so", "rejected": "no", name: value}
     with pytest.raises(BadInput, match=f"`{name}` .* is no preference"):
         parse(Row(row, WHERE), "preferences")
+
+
+def test_answers_of_a_pair_that_are_words_of_truth() -> None:
+    for chosen, rejected in (("False", "True"), ("no", "yes"), ("bad", "good")):
+        pair = parse(Row({"prompt": "a?", "chosen": chosen, "rejected": rejected}, WHERE), "preferences")
+        assert pair is not None and (pair.chosen, pair.rejected) == (chosen, rejected)
+        example = parse(Row({"prompt": "a?", "completion": chosen}, WHERE), "demonstrations")
+        assert example is not None and example.completion == chosen
 
 
 # ---------------------------------------------------------------------------------------------------------------- turns

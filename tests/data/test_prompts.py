@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from align.data import Kind, Row, load, parse
+from align.data import Kind, Prompt, Row, load, parse
 from align.data.transcripts import split_texts, without_prompt
 from align.errors import BadInput
 from align.settings import Data
@@ -128,6 +128,9 @@ SAME: dict[str, tuple[dict[str, Any], Any]] = {  # row -> its prompt, for each k
     "rendered text beside messages": ({"messages": [Q, A], "text": "<user>why?</user><bot>so.</bot>"}, (Q,)),
     "messages twice": ({"messages": [Q, A], "conversations": SHAREGPT}, (Q,)),
     "empty fields of CSV": ({"prompt": "why?", "completion": "so.", "text": "", "instruction": ""}, "why?"),
+    "a formatted prompt beside Alpaca": (
+        {"prompt": "### Instruction:\nwhy?\n### Response:\n", "instruction": "why?", "output": "so."}, (Q,),
+    ),
     "a context that is part of the prompt": ({"instruction": "Read: a b. Why?", "context": "a b.", "output": "so."}, (user("Read: a b. Why?"),)),
 }  # fmt: skip
 
@@ -146,6 +149,15 @@ def test_a_row_has_the_same_prompt_in_every_stage(what: str) -> None:
         assert read(kind, **row).prompt == prompt
         num_read += 1
     assert num_read >= 2
+
+
+@pytest.mark.parametrize("what", [*SAME, *BESIDE])
+def test_a_prompt_that_was_read_is_read_again_beside_its_columns(what: str) -> None:
+    row = SAME[what][0] if what in SAME else {**BESIDE[what][1], "system": "be brief"}
+    once = read("prompts", **row)
+    turns = once.prompt if isinstance(once.prompt, str) else [dict(turn) for turn in once.prompt]
+    again = read("prompts", **{**once.columns, "prompt": turns})
+    assert (again.prompt, again.columns) == (once.prompt, once.columns)
 
 
 DIFFERING: dict[str, tuple[Kind, dict[str, Any], str]] = {
@@ -168,7 +180,7 @@ DIFFERING: dict[str, tuple[Kind, dict[str, Any], str]] = {
     ),
     "output and text": ("demonstrations", {"text": "Once", "output": "no."}, "`text` and `output` state two answers"),
     "prompts": ("prompts", {"prompt": [Q], "messages": [user("who?"), A]}, "`prompt` and `messages` state two prompts"),
-    "texts": ("prompts", {"prompt": "why?", "instruction": "who?"}, "`prompt` and `instruction` state two prompts"),
+    "texts": ("prompts", {"prompt": "why?", "instruction": "who?"}, "`instruction` and `prompt` state two prompts"),
     "pair": ("preferences", {"prompt": "who?", "chosen": [Q, A], "rejected": [Q, B]}, "`prompt` is not what `chosen`, `rejected` open"),
     "pair and messages": ("preferences", {"prompt": [user("who?")], "messages": [Q, A], **PAIR}, "state two prompts"),
     "a system message in one": ("prompts", {"prompt": [Q], "messages": [S, Q, A]}, "`prompt` and `messages` state two"),
@@ -187,6 +199,20 @@ DIFFERING: dict[str, tuple[Kind, dict[str, Any], str]] = {
 def test_a_row_that_states_two_things(what: str) -> None:
     kind, row, expected = DIFFERING[what]
     assert expected in refusal(kind, **row)
+
+
+def test_empty_fields_are_none_whichever_they_are() -> None:
+    empty = {"messages": "", "prompt": "", "completion": "", "instruction": "", "output": "", "text": "", "system": ""}
+    assert read("demonstrations", **{**empty, "text": "Once"}).completion == "Once"
+    assert read("demonstrations", **{**empty, "prompt": "why?", "completion": "so."}).prompt == "why?"
+    assert read("demonstrations", **{**empty, "instruction": "why?", "output": "so."}).prompt == (Q,)
+    assert read("demonstrations", **{**empty, "messages": [Q, A]}).prompt == (Q,)
+    assert read("prompts", **{**empty, "prompt": "why?"}).prompt == "why?"
+
+
+def test_columns_of_prompts_are_left_to_rewards() -> None:
+    for more in ({"completion": 3}, {"output": ["4"]}, {"chosen": 1, "rejected": 0}, {"completion": ["4", "5"]}):
+        assert read("prompts", prompt="why?", **more) == Prompt("why?", more, WHERE)
 
 
 def test_csv_and_jsonl_are_read_alike(tmp_path: Path) -> None:
