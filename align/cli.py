@@ -187,12 +187,15 @@ def report(run: Annotated[str, typer.Argument(metavar="RUN", help="A loop's fold
 
 
 def main() -> None:
-    """Entry point: bad input is one line and exit code 2; what fails on the way is one line and exit code 1."""
+    """Entry point: bad input is one line and exit code 2."""
     try:
         app(standalone_mode=True)
-    except (BadInput, RunFailed) as error:
+    except BadInput as error:
         print(safe(f"align: {error}"), file=sys.stderr)
-        sys.exit(2 if isinstance(error, BadInput) else 1)
+        sys.exit(2)
+    except RunFailed as error:
+        print(safe(f"align: {error}"), file=sys.stderr)
+        sys.exit(1)
 
 
 if __name__ == "__main__":
