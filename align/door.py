@@ -2,18 +2,20 @@
 
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 from align.artifact import MANIFEST, check_parent, fingerprint, read_manifest, state_of
 from align.data import Loaded, load, looks_like_hub_id
 from align.errors import BadInput
+from align.plugins import users_code
 from align.recipe import Recipe
 from align.rewards import check_columns, check_reward, check_rewards
 from align.rewards.judge import check_judge
 from align.settings import (
     PEFT_METHODS_IN_4_BITS,
+    STAGES,
     AnyMethod,
     Data,
     EvaluateSettings,
@@ -60,9 +62,12 @@ def check_stage(recipe: Recipe, name: str) -> str:
 
 @contextmanager
 def _naming(recipe: Recipe, name: str) -> Iterator[None]:
-    """Puts the recipe's file, and in a pipeline the stage, before what is wrong."""
+    """Puts the recipe's file, and in a pipeline the stage, before what is wrong; what a stage of the user's own raises
+    is wrong too."""
+    kind = recipe.stages[name].stage
     try:
-        yield
+        with nullcontext() if kind in STAGES else users_code(kind, f"`{kind}`", raises=BadInput):
+            yield
     except BadInput as error:
         stage = f"stage `{name}`: " if recipe.is_pipeline else ""
         raise BadInput(f"{recipe.path}: {stage}{error}") from error

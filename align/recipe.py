@@ -10,6 +10,7 @@ import io
 import re
 import typing
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from omegaconf.errors import GrammarParseError, InterpolationKeyError, MissingMa
 from pydantic import BaseModel, ValidationError
 
 from align.errors import BadInput
-from align.plugins import is_reference, load_object
+from align.plugins import is_reference, load_object, users_code
 from align.resources import recipes_folder
 from align.settings import STAGES, StageSettings
 from align.wording import brief, did_you_mean, did_you_mean_path, one_line
@@ -184,8 +185,12 @@ def _validated(values: dict[str, Any], where: Callable[[str], str], prefix: str)
     if kind is None:
         raise BadInput(f"`{key}` is missing{where(key)}; one of: {', '.join(STAGES)}, or file.py:Class")
     cls = STAGES.get(str(kind)) or _stage_class(str(kind), f"`{key}: {brief(kind).strip(chr(39))}`{where(key)}")
+    is_own = str(kind) not in STAGES
     try:
-        return cls.model_validate(values)
+        with (
+            users_code(str(kind), f"`{kind}`", raises=BadInput, passes=(ValidationError,)) if is_own else nullcontext()
+        ):
+            return cls.model_validate(values)
     except ValidationError as error:
         raise BadInput(first_error(error, cls, prefix, where)) from error
 
