@@ -216,7 +216,7 @@ def report(
 
 
 def main() -> None:
-    """Entry point: bad input is one line and exit code 2; what fails on the way is one line and exit code 1."""
+    """Entry point: bad input is one line and exit code 2."""
     try:
         app(standalone_mode=True)
     except BadInput as error:

@@ -1,7 +1,7 @@
 """Everything that can be wrong with a recipe is found here, before models are loaded and anything is written."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +18,13 @@ from align.models.facts import (
     read_facts,
 )
 from align.parents import check_parents, check_prefix, is_on_hub, method_of, resolved
+from align.plugins import users_code
 from align.recipe import Recipe
 from align.rewards import check_columns, check_reward, check_rewards
 from align.rewards.judge import check_judge
 from align.settings import (
     PEFT_METHODS_IN_4_BITS,
+    STAGES,
     AnyMethod,
     CollectSettings,
     Data,
@@ -82,9 +84,12 @@ def check_stage(recipe: Recipe, name: str) -> str:
 
 @contextmanager
 def _naming(recipe: Recipe, name: str) -> Iterator[None]:
-    """Puts the recipe's file, and in a pipeline the stage, before what is wrong."""
+    """Puts the recipe's file, and in a pipeline the stage, before what is wrong; what a stage of the user's own raises
+    is wrong too."""
+    kind = recipe.stages[name].stage
     try:
-        yield
+        with nullcontext() if kind in STAGES else users_code(kind, f"`{kind}`", raises=BadInput):
+            yield
     except BadInput as error:
         stage = f"stage `{name}`: " if recipe.is_pipeline else ""
         raise BadInput(f"{recipe.path}: {stage}{error}") from error

@@ -5,7 +5,6 @@ import importlib
 import importlib.util
 import inspect
 import sys
-from asyncio import CancelledError
 from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -48,8 +47,8 @@ def users_code(
     """
     try:
         yield
-    except (Exception, SystemExit, CancelledError) as error:
-        if isinstance(error, (BadInput, RunFailed, *passes)):
+    except BaseException as error:  # the user's code may raise anything
+        if isinstance(error, (KeyboardInterrupt, BadInput, RunFailed, *passes)):
             raise
         raise raises(f"{what} failed{_place(reference, error)}: {told(error)}") from error
 
@@ -134,8 +133,10 @@ def _module_of_file(given: Path) -> Any:
     try:
         # not by the module's own loader, which would write a __pycache__ beside the user's file
         exec(compile(path.read_bytes(), str(path), "exec", dont_inherit=True), vars(module))
-    except (Exception, SystemExit) as error:  # the user's file may raise anything
+    except BaseException as error:  # the user's file may raise anything
         del sys.modules[name]
+        if isinstance(error, KeyboardInterrupt):
+            raise
         raise BadInput(f"{given}:{_line_in(path, error)}: cannot be imported: {told(error)}") from error
     return module
 

@@ -11,6 +11,7 @@ import os
 import re
 import typing
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from omegaconf.errors import GrammarParseError, InterpolationKeyError, MissingMa
 from pydantic import BaseModel, ValidationError
 
 from align.errors import BadInput
-from align.plugins import is_reference, load_object
+from align.plugins import is_reference, load_object, users_code
 from align.resources import recipes_folder
 from align.settings import STAGES, StageSettings
 from align.settings.fields import at_home
@@ -244,8 +245,12 @@ def _validated(values: dict[str, Any], where: Callable[[str], str], prefix: str)
     cls = STAGES.get(str(kind)) or _stage_class(
         os.path.expanduser(str(kind)), f"`{key}: {brief(kind).strip(chr(39))}`{where(key)}"
     )
+    is_own = str(kind) not in STAGES
     try:
-        return cls.model_validate(values)
+        with (
+            users_code(str(kind), f"`{kind}`", raises=BadInput, passes=(ValidationError,)) if is_own else nullcontext()
+        ):
+            return cls.model_validate(values)
     except ValidationError as error:
         raise BadInput(first_error(error, cls, prefix, where)) from error
 

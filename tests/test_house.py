@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from align.door import check_recipe
 from align.errors import BadInput, RunFailed
 from align.loop.rounds import load_loop
 from align.recipe import load_recipe
@@ -125,6 +126,32 @@ def test_a_stage_of_ones_own_that_fails_is_one_line(body, error, says, tmp_path)
     settings = next(iter(load_recipe(str(recipe)).stages.values()))
     with pytest.raises(error, match=says) as caught:
         runner(settings)(settings, None)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("body", "says"),
+    [
+        (
+            "@field_validator('x')\n    def no(cls, v): raise RuntimeError('one\\n two')",
+            "own.py:6.: RuntimeError: one two",
+        ),
+        ("@field_validator('x')\n    def no(cls, v): sys.exit(0)", "own.py:6.: SystemExit: 0"),
+        ("@field_validator('x')\n    def no(cls, v): raise ValueError('three only')", "`x`.*: three only"),
+        ("def parents(self):\n        sys.exit(0)", "own.py:6.: SystemExit: 0"),
+        ("def data_sections(self):\n        return 1 / 0", "own.py:6.: ZeroDivisionError"),
+    ],
+)
+def test_what_a_stage_of_ones_own_says_of_itself_may_fail_too(body, says, base, tmp_path):
+    (tmp_path / "own.py").write_text(
+        "import sys\nfrom align.settings import StageSettings\nfrom pydantic import field_validator\n"
+        f"class Own(StageSettings):\n    {body}\n    x: int = 1\n    def run(self, worker): pass\n"
+    )
+    recipe = tmp_path / "own.yaml"
+    values = {"stage": f"{tmp_path}/own.py:Own", "model": {"base": str(base)}, "output": str(tmp_path / "out"), "x": 2}
+    recipe.write_text(yaml.safe_dump(values))
+    with pytest.raises(BadInput, match=says) as caught:
+        check_recipe(load_recipe(str(recipe)))
     assert "\n" not in str(caught.value)
 
 

@@ -1,5 +1,6 @@
 """Reward functions of the user's: whatever they give or do is a number a row, or one line that says what is wrong."""
 
+import copy
 import json
 import math
 import sys
@@ -134,6 +135,8 @@ RAISED = {
     "an exit with words": ("sys.exit('done')", "SystemExit: done"),
     "an exit without a code": ("raise SystemExit", ": SystemExit"),
     "without end": ("return f(completions)", "RecursionError"),
+    "an error of no kind": ("raise type('Strange', (BaseException,), {})('no')", "Strange: no"),
+    "many at once": ("raise ExceptionGroup('many', [ValueError('a'), TypeError('b')])", "ExceptionGroup: many .2 sub"),
     "a task given up": ("raise asyncio.CancelledError", "CancelledError"),
     "deep in a library": ("np.linalg.inv(np.zeros((2, 2)))", "LinAlgError: Singular matrix"),
     "from a generator": ("yield 1.0; raise OSError(2, 'gone')", "FileNotFoundError: .*gone"),
@@ -269,6 +272,8 @@ def test_the_state_and_the_logs_of_a_trainer_are_lent(mine):
     assert told.totals == [2.25, 2.25] and told.logged == {"share": [0.5, 1.0]}
     assert told.extra == [{"length": 3, "what": "nan"}, {"length": 4, "what": 0.5}]
     json.dumps(told.extra, allow_nan=False)
+    state = mix.journal.lent()["trainer_state"]
+    assert state.is_world_process_zero and state.log_history == [] and copy.deepcopy(state).global_step == 3
     assert mix.told(answers()).logged == {} and mix.told(answers()).extra == []  # taken, and a process without rows
 
 

@@ -162,9 +162,9 @@ def _converted(converter: Converter, row: Row) -> dict[str, Any] | None:
     name = getattr(converter, "__name__", type(converter).__name__)
     try:
         values = converter(dict(row.values))
-    except BadInput:
+    except (BadInput, KeyboardInterrupt):
         raise
-    except (Exception, SystemExit) as error:  # someone else's function: say which row broke it
+    except BaseException as error:  # someone else's function: say which row broke it
         raise BadInput(f"{row.where}: format function `{name}` raised {told(error)}") from error
     if values is not None and not isinstance(values, dict):
         raise BadInput(f"{row.where}: format function `{name}` gave {kind_of(values)}; it must give a dict or None")

@@ -10,7 +10,7 @@ import inspect
 import math
 from collections.abc import Awaitable, Callable, Mapping, Sequence, Set
 from contextlib import AbstractContextManager, suppress
-from functools import cache, partial
+from functools import cache, cached_property, partial
 from itertools import islice
 from numbers import Complex, Real
 from typing import TYPE_CHECKING, Any
@@ -29,6 +29,24 @@ OUR_COLUMNS = ("iteration", "prompt", "response", "score", "kl")  # of samples.j
 GRACE = 5.0  # seconds in which an asynchronous reward must end, once another has failed
 
 
+class _State:
+    """transformers' TrainerState, made when it is looked at: most functions never do, and it takes seconds to load."""
+
+    def __init__(self, **values: float):
+        self._values = values
+
+    @cached_property
+    def _state(self) -> Any:
+        from transformers import TrainerState
+
+        return TrainerState(**self._values)  # type: ignore[arg-type]
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):  # of copying and pickling
+            raise AttributeError(name)
+        return getattr(self._state, name)
+
+
 class Journal:
     """How far the run is, for `trainer_state`; and what functions log, until it is taken."""
 
@@ -39,9 +57,7 @@ class Journal:
 
     def lent(self) -> dict[str, Any]:
         """What every function may take, by its name in TRL."""
-        from transformers import TrainerState
-
-        state = TrainerState(global_step=self.step, max_steps=self.num_steps, epoch=self.epoch)
+        state = _State(global_step=self.step, max_steps=self.num_steps, epoch=self.epoch)
         return {"trainer_state": state, "log_metric": self.log_metric, "log_extra": self.log_extra}
 
     def log_metric(self, name: str, value: float) -> None:
