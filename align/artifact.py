@@ -34,6 +34,7 @@ from align.settings import StageSettings
 from align.wording import brief, did_you_mean_path, one_line
 
 MANIFEST = "manifest.json"
+DISTRIBUTION = "align-rlhf"  # the import's name is another project's on the index
 VERSIONED = ("align", "torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate")
 NOT_PART_OF_A_RUN = ("launch", "track", "output")  # keys that may change between a run and its resumption
 MEMORY_AND_SPEED = (  # keys of any section that change neither what is learnt nor what is kept
@@ -298,7 +299,7 @@ def finish(folder: str | Path, **values: Any) -> None:
 
 def _version(name: str) -> str:
     try:
-        return importlib.metadata.version(name)
+        return importlib.metadata.version(DISTRIBUTION if name == "align" else name)
     except importlib.metadata.PackageNotFoundError:
         return "not installed"
 

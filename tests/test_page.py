@@ -428,7 +428,7 @@ def test_the_command_refuses_with_a_cure(tmp_path):
 
 def test_without_the_extra_the_cure_is_its_name(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "align.feedback.page.server", None)
-    assert "pip install 'align[label]'" in refused(str(tmp_path), {})
+    assert "pip install 'align-rlhf[label]'" in refused(str(tmp_path), {})
 
 
 def test_names_of_hosts():

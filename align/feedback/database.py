@@ -15,7 +15,7 @@ from align.wording import one_line
 LOOP = "loop.json"  # in a loop's folder: its recipe, resolved
 BUSY_SECONDS = 30  # that a writer waits for another one
 WRITERS_LOCK = 0x616C69676E  # "align": PostgreSQL's advisory lock of those who write
-CURE = "write a file's path or postgresql+psycopg://USER@HOST/DATABASE (pip install 'align[postgres]')"
+CURE = "write a file's path or postgresql+psycopg://USER@HOST/DATABASE (pip install 'align-rlhf[postgres]')"
 
 
 def store_of(run: str | Path) -> str:

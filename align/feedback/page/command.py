@@ -35,7 +35,7 @@ def label(
         from align.feedback.queue import Queue
         from align.feedback.store import Store
     except ImportError as error:
-        raise BadInput(f"the labelling page needs `{error.name}`: pip install 'align[label]'") from error
+        raise BadInput(f"the labelling page needs `{error.name}`: pip install 'align-rlhf[label]'") from error
 
     if not 2 <= lease_seconds <= 86_400:
         raise BadInput(f"--lease-seconds is {lease_seconds:g}; it goes from 2 to 86400 (a day)")
