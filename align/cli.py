@@ -51,11 +51,12 @@ def run(recipe: RecipeName, overrides: Overrides = None) -> None:
 @app.command()
 def check(recipe: RecipeName, overrides: Overrides = None) -> None:
     """Validate a recipe and show what it would do: files, trainable parameters, and tokens that carry loss."""
-    from align.door import check_recipe, remarks
-    from align.pipeline import launches
     from align.recipe import load_recipe
 
     loaded = load_recipe(recipe, overrides or [])
+    from align.door import check_recipe, remarks
+    from align.pipeline import launches
+
     states = check_recipe(loaded)
     plans = launches(loaded, states)
     from align.report.checking import show
