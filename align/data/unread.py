@@ -90,6 +90,8 @@ def _is_read(
 
 
 def _is_taken(tokenizer: PreTrainedTokenizerBase, template: Mapping[str, Any], name: str) -> bool:
+    if name == "tools" and isinstance(tokenizer.chat_template, dict) and "tool_use" in tokenizer.chat_template:
+        return True  # they choose the template, whatever it writes of them
     names = _names(_source(tokenizer, template))
     return names is None or name in names[1]
 

@@ -118,6 +118,14 @@ def test_a_template_that_writes_whole_messages_reads_every_key() -> None:
     encode_prompt(tokenizer, example)
 
 
+def test_tools_that_choose_a_template_are_read() -> None:
+    tokenizer = make_tokenizer(CHATML)
+    tokenizer.chat_template = {"default": CHATML, "tool_use": "a" + CHATML}  # type: ignore[assignment]
+    example = parse(Row({"messages": [Q, A], "tools": TOOLS}, WHERE), "prompts")
+    assert example is not None
+    assert str(tokenizer.decode(encode_prompt(tokenizer, example))).startswith("a<|im_start|>")
+
+
 def test_a_name_that_a_template_makes_itself_is_not_read() -> None:
     own = "{% for m in messages %}{% set thinking = '' %}{{ thinking + m['content'] + '<|im_end|>' }}{% endfor %}"
     example = parse(Row({"messages": [Q, {**A, "thinking": "a"}]}, WHERE), "demonstrations")
