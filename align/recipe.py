@@ -2,13 +2,10 @@
 
 A recipe is one stage (`stage: ppo`, ...) or a pipeline (`stages: {sft: {...}, ppo: {...}}`), whose top-level keys
 `model`, `seed`, `launch` and `track` hold for every stage that does not give its own, and whose stages write to
-`<output>/<name>` unless they say otherwise. `${...}` refers to other keys, `${here:FILE}` to a file beside the recipe;
-`vars:` is a place for values that are only referred to.
+`<output>/<name>` unless they say otherwise.
 """
 
-import io
 import os
-import re
 import typing
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
@@ -16,26 +13,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import GrammarParseError, InterpolationKeyError, MissingMandatoryValue, OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 
 from align.errors import BadInput
 from align.plugins import is_reference, load_object, users_code
-from align.resources import recipes_folder
+from align.recipe_file import cut, quoted_names, read_recipe
 from align.settings import STAGES, StageSettings
-from align.settings.fields import at_home
-from align.wording import brief, did_you_mean, did_you_mean_path, one_line
+from align.wording import brief, did_you_mean, one_line
 
 SHARED_KEYS = ("model", "seed", "launch", "track")
 PIPELINE_KEYS = (*SHARED_KEYS, "output", "stages")
-MOST_VALUES = 100_000  # of a recipe, each anchor counted as often as it is referred to
 LONGEST_STAGE = 60
-MOST_LETTERS = 10_000_000
-REFERENCE = re.compile(r"\$\{([^${}:]+)\}")
-TOO_DEEP = "nested too deep to be read; a recipe is a few levels deep"
-OVERRIDE_KEY = re.compile(r"[^.\[\]]+(\.[^.\[\]]+|\[\d+\])*")
 
 
 @dataclass(frozen=True)
@@ -54,32 +42,6 @@ class Recipe:
             count = "no" if not found else "more than one"
             raise BadInput(f"{self.path} has {count} stage of kind `{kind}`; its stages: {have}")
         return found[0]
-
-
-def find_recipe(name: str) -> Path:
-    """The file that `name` means: a path, or the name of a recipe that travels with the package (`quickstart`).
-
-    Raises:
-        BadInput: no such file, with the nearest name there is.
-    """
-    try:
-        path = Path(at_home(name))
-    except ValueError as error:
-        raise BadInput(f"there is no recipe `{brief(name).strip(chr(39))}`: {error}") from error
-    if path.is_file():
-        return path
-    folder = recipes_folder()
-    for candidate in (folder / name, folder / f"{name}.yaml", folder / name / f"{name}.yaml"):
-        if candidate.is_file() and candidate.suffix in (".yaml", ".yml"):
-            return candidate
-    if name and path.is_dir():
-        raise BadInput(f"{name} is a folder; name the recipe file in it")
-    shipped = [p for p in folder.rglob("*.yaml") if p.parent.name != "accelerate"]
-    ours = [p.parent if p.parent.name == p.stem else p.with_suffix("") for p in shipped]
-    hint = did_you_mean_path(path, ending=(".yaml", ".yml")) or did_you_mean(
-        name, [str(p.relative_to(folder)) for p in ours]
-    )
-    raise BadInput(f"there is no recipe `{name}`{hint or '; give the path of a YAML file'}")
 
 
 def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
@@ -104,138 +66,14 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
         raise BadInput(f"`output`{where('output')} must be text{_shown(values['output'])}")
     for stage_name, own in values["stages"].items():
         if not isinstance(own, dict):
-            raise BadInput(f"`stages.{_cut(str(stage_name))}` in {path} must be a mapping with a `stage:` key")
+            raise BadInput(f"`stages.{cut(str(stage_name))}` in {path} must be a mapping with a `stage:` key")
         if not str(stage_name).replace("-", "_").isidentifier() or len(str(stage_name)) > LONGEST_STAGE:
             what = f"a stage's name is letters, digits, `_` and `-`, {LONGEST_STAGE} at the most"
-            raise BadInput(f"`stages.{_cut(str(stage_name))}` in {path}: {what}")
+            raise BadInput(f"`stages.{cut(str(stage_name))}` in {path}: {what}")
         given = shared | ({"output": f"{values['output']}/{stage_name}"} if values.get("output") else {}) | own
         stages[str(stage_name)] = _validated(given, where, prefix=f"stages.{stage_name}.")
     _outputs_differ(stages, path)
     return Recipe(path, stages, is_pipeline=True)
-
-
-def read_recipe(name: str, overrides: Sequence[str]) -> tuple[Path, dict[str, Any], Callable[[str], str]]:
-    """The file, its values with overrides applied (less `vars`), and what says of a key where it stands.
-
-    Raises:
-        BadInput: with the file, or the override, and the cure.
-    """
-    path = find_recipe(name)
-    values = _resolved(path, overrides)
-    values.pop("vars", None)
-    return path, values, _where(path, overrides)
-
-
-def _resolved(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
-    """The YAML as plain values, overrides applied and interpolations resolved."""
-    here = path.resolve().parent
-    OmegaConf.register_resolver("here", lambda name: str(here / os.path.expanduser(name)), replace=True)
-    config = _read(path)
-    for item in overrides:
-        key, equals, text = item.partition("=")
-        if not equals or not OVERRIDE_KEY.fullmatch(key):
-            raise BadInput(f"override `{_cut(item)}` is not of the form a.b=value")
-        try:
-            parsed: Any = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))  # `${...}` still to resolve
-            OmegaConf.update(config, key, parsed["value"] if text else None, merge=True, force_add=True)
-        except (OmegaConfBaseException, yaml.YAMLError) as error:
-            raise BadInput(f"override `{_cut(item)}` cannot be applied to {path}: {_reason(error)}") from error
-        except (TypeError, ValueError, AttributeError) as error:
-            cure = "it does not fit what is there; an entry of a list is named as in `rewards[0]`"
-            raise BadInput(f"override `{_cut(item)}` cannot be applied to {path}: {cure}") from error
-        except RecursionError as error:
-            raise BadInput(f"override `{_cut(item)}` cannot be applied to {path}: it is {TOO_DEEP}") from error
-    try:
-        raw = OmegaConf.to_container(config)
-        if _num_letters(raw, raw, {}) > MOST_LETTERS:
-            raise BadInput(f"{path} holds over {MOST_LETTERS:,} letters once its `${{...}}` are filled in")
-        values = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
-    except OmegaConfBaseException as error:
-        key = str(error.full_key)
-        raise BadInput(f"`{key}`{_where(path, overrides)(key)}: {_reason(error)}") from error
-    except RecursionError as error:
-        raise BadInput(f"{path} cannot be resolved: a value refers to itself, or is {TOO_DEEP}") from error
-    return typing.cast(dict[str, Any], values)
-
-
-def _read(path: Path) -> DictConfig:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise BadInput(f"{path} is not UTF-8 (byte {error.start}); save it as UTF-8") from error
-    except OSError as error:
-        raise BadInput(f"{path} cannot be read: {error.strerror}") from error
-    try:
-        if _num_values(yaml.compose(text, yaml.SafeLoader), {}) > MOST_VALUES:
-            raise BadInput(f"{path} holds over {MOST_VALUES:,} values, its anchors filled in; a recipe has a few dozen")
-        config = OmegaConf.load(io.StringIO(text))
-    except RecursionError as error:
-        raise BadInput(f"{path} is {TOO_DEEP}") from error
-    except yaml.MarkedYAMLError as error:
-        line = error.problem_mark.line if error.problem_mark else 0
-        is_tab = "\t" in "".join(text.splitlines()[line : line + 1])
-        reason = "a tab; indent with spaces" if is_tab else _reason(error)
-        raise BadInput(f"{path}:{line + 1}: not YAML: {reason}") from error
-    except yaml.YAMLError as error:
-        raise BadInput(f"{path} is not YAML: {_reason(error)}") from error
-    except OmegaConfBaseException as error:
-        raise BadInput(f"`{error.full_key}` in {path}: {_reason(error)}") from error
-    except ValueError as error:  # a number or date that Python cannot hold
-        raise BadInput(f"{path} holds a value that cannot be read: {one_line(error)}") from error
-    except OSError:  # OmegaConf's word for a number
-        config = None
-    if not isinstance(config, DictConfig) or not config:
-        raise BadInput(f"{path} must be a mapping with a `stage:` or a `stages:` key")
-    return config
-
-
-def _num_letters(value: Any, recipe: Any, counted: dict[str, int]) -> int:
-    """About how long `value` is when each `${...}` in it, such as `${a.b}`, is filled in: counted, not made."""
-    if isinstance(value, (dict, list)):
-        parts = value.values() if isinstance(value, dict) else value
-        return 1 + sum(_num_letters(part, recipe, counted) for part in parts)
-    if not isinstance(value, str):
-        return 1
-    for name in (names := REFERENCE.findall(value)):
-        if name not in counted:
-            counted[name] = 0  # while its own are counted: a reference to itself is OmegaConf's to refuse
-            target = recipe
-            for part in name.split("."):
-                target = target.get(part) if isinstance(target, dict) else None
-            counted[name] = _num_letters(target, recipe, counted)
-    return len(value) + sum(counted[name] for name in names)
-
-
-def _cut(text: str) -> str:
-    return text if len(text) <= 80 else text[:77] + "..."
-
-
-def _num_values(node: yaml.Node | None, counted: dict[int, int]) -> int:
-    """How many values `node` stands for when its anchors are filled in: counted, not made."""
-    if not isinstance(node, yaml.CollectionNode):
-        return 1
-    if id(node) not in counted:
-        counted[id(node)] = MOST_VALUES  # while its own are counted: an anchor within itself has no end
-        inner = (part for entry in node.value for part in (entry if isinstance(entry, tuple) else (entry,)))
-        counted[id(node)] = 1 + sum(_num_values(part, counted) for part in inner)
-    return counted[id(node)]
-
-
-def _reason(error: Exception) -> str:
-    """What OmegaConf or the YAML reader says, without their own context."""
-    if isinstance(error, GrammarParseError):
-        return "a `${...}` in it is not closed, or not well formed"
-    if isinstance(error, InterpolationKeyError):
-        name = "".join(_quoted(error)[:1])
-        return f"`${{{name}}}` refers to a key that is not there; name it from the top of the recipe"
-    if isinstance(error, MissingMandatoryValue):
-        return "`???` stands for a value that is missing; give it here or as an override"
-    if isinstance(error, yaml.MarkedYAMLError):
-        begun = f" {error.context} (line {error.context_mark.line + 1})" if error.context and error.context_mark else ""
-        cure = "; a recipe holds plain values only" if "constructor for the tag" in str(error.problem) else ""
-        return one_line(f"{error.problem}{begun}{cure}")
-    text = str(error).strip().split("\n")[0]
-    return one_line(re.sub(r"^\w+ raised while resolving interpolation: ", "", text))
 
 
 def _validated(values: dict[str, Any], where: Callable[[str], str], prefix: str) -> StageSettings:
@@ -318,13 +156,13 @@ def first_error(
         return f"`{key}` is missing{where(key)}; add it"
     if kind == "union_tag_invalid":
         name, value = str(context["discriminator"]).strip("'"), context["tag"]
-        return _not_one_of(f"{key}.{name}", _quoted(context["expected_tags"]), value, where(key))
+        return _not_one_of(f"{key}.{name}", quoted_names(context["expected_tags"]), value, where(key))
     if kind == "value_error":
         subject = f"`{key}`{where(key)}" if key else where(key).removeprefix(" in ")
         return f"{subject}: {context['error']}{_shown(value)}"
     same = [item for item in details if _walk(cls, item["loc"])[0] == names]  # one for each type that would do
     if kind == "literal_error" and len(same) == 1:
-        return _not_one_of(key, _quoted(context["expected"]), value, where(key))
+        return _not_one_of(key, quoted_names(context["expected"]), value, where(key))
     wanted = " or ".join(dict.fromkeys(_wanted(item, known) for item in same))
     cure = "; put it in quotes" if wanted == "text" and isinstance(value, (int, float)) else ""
     return f"`{key}`{where(key)} must be {wanted}{_shown(value)}{cure}"
@@ -332,16 +170,11 @@ def first_error(
 
 def _wanted(detail: Any, known: list[str]) -> str:
     if detail["type"] == "literal_error":
-        return " or ".join(f"`{name}`" for name in _quoted(detail["ctx"]["expected"]))
+        return " or ".join(f"`{name}`" for name in quoted_names(detail["ctx"]["expected"]))
     if detail["type"] in NO_MAPPING:
         return f"a mapping with keys such as {one_line(', '.join(dict.fromkeys(known)), 120)}"
     plain = PLAIN.get(detail["type"])
     return plain.format(**detail.get("ctx", {})) if plain else f"another value ({one_line(detail['msg'])})"
-
-
-def _quoted(names: object) -> list[str]:
-    """The names in pydantic's "'a', 'b' or 'c'"."""
-    return re.findall(r"'([^']*)'", str(names))
 
 
 def _not_one_of(key: str, names: list[str], value: Any, where: str) -> str:
@@ -370,21 +203,6 @@ def _unknown_beside_stages(key: str, stages: Any, where: str) -> str:
         if cls is not None and key in _fields(cls):
             return f"`{key}` is unknown{where}; did you mean `stages.{name}.{key}`?"
     return _unknown(key, PIPELINE_KEYS, "", where)
-
-
-def _where(path: Path, overrides: Sequence[str]) -> Callable[[str], str]:
-    """Says of a key whether it stands in the file or in an override."""
-    given = [re.sub(r"\.(\d+)", r"[\1]", item.partition("=")[0]) for item in overrides]
-
-    def where(key: str) -> str:
-        is_overridden = any(_is_within(key, other) or _is_within(other, key) for other in given)
-        return f" in the override of {path}" if is_overridden else f" in {path}"
-
-    return where
-
-
-def _is_within(key: str, other: str) -> bool:
-    return key == other or key.startswith((f"{other}.", f"{other}["))
 
 
 def _walk(cls: type[BaseModel], location: tuple[str | int, ...]) -> tuple[list[str], list[str]]:

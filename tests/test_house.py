@@ -22,7 +22,7 @@ FLOORS = [  # a module may import from lower floors and from its own package
     {"errors", "registering", "resources", "processes", "wording", "plain_json", "maths"},
     {"plugins"},
     {"settings"},
-    {"identity"},
+    {"identity", "recipe_file"},
     {"recipe", "artifact", "phases", "surroundings"},
     {"track", "data"},
     {"feedback"},

@@ -10,7 +10,8 @@ from pydantic import ValidationError
 from align.artifact import member_folders
 from align.errors import BadInput
 from align.identity import TEMPLATE_FILE, template_of
-from align.recipe import SHARED_KEYS, first_error, read_recipe
+from align.recipe import SHARED_KEYS, first_error
+from align.recipe_file import read_recipe
 from align.settings import (
     STAGES,
     CollectSettings,
