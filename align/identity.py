@@ -8,6 +8,7 @@ the id alone, which any commit of that id may be.
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from pathlib import Path
@@ -18,6 +19,8 @@ from align.settings import Data, Model, StageSettings
 
 UNKNOWN = "none"  # the fingerprint of what is not there, or that an earlier version did not take
 ENDS = 1 << 20  # bytes at both ends of a weights file that are read
+HUB_ID = re.compile(r"\b[\w.-]+\b/\b[\w.-]+\b", re.ASCII)  # the rule of the Hub, less its length and double dots
+LONGEST_ID = 96
 HUB_SECONDS = 5.0  # that the Hub is waited for
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -121,8 +124,8 @@ def hub_commit(name: str, revision: str | None = None, kind: str = "model") -> s
     from huggingface_hub import constants
     from huggingface_hub.file_download import repo_folder_name
 
-    if name.count("/") != 1 or name.startswith((".", "/", "~")) or Path(name).parent.is_dir():
-        return None  # no id: a folder that is not there
+    if is_folder_name(name):
+        return None
     try:
         if not constants.HF_HUB_OFFLINE:
             found = huggingface_hub.HfApi().repo_info(name, revision=revision, repo_type=kind, timeout=HUB_SECONDS)
@@ -245,7 +248,8 @@ def base_of(manifest: Mapping[str, Any], run: str | Path) -> str:
 
 def is_folder_name(name: str) -> bool:
     """Whether a model's name can only be a folder's: it is no `owner/name`, or `owner` is a folder here."""
-    return name.count("/") != 1 or name.startswith((".", "/", "~")) or Path(name).parent.is_dir()
+    is_id = HUB_ID.fullmatch(name) and len(name) <= LONGEST_ID and "--" not in name and ".." not in name
+    return not is_id or Path(name).parent.is_dir()
 
 
 def _places(manifest: Mapping[str, Any], run: Path) -> list[str]:

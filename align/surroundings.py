@@ -12,6 +12,7 @@ from typing import Any, Literal, get_args
 from urllib.parse import urlsplit
 
 from align.errors import BadInput
+from align.identity import ADAPTER_CONFIG, is_folder_name
 from align.settings import Track
 from align.wording import one_line
 
@@ -121,8 +122,10 @@ def look_at_hub(name: str, revision: str | None, where: str, kind: str = "model"
 
 
 def cached_folder(name: str, revision: str | None) -> Path | None:
-    """The folder in the Hub's cache where this model's files are, if its configuration is there."""
+    """The folder in the Hub's cache where this model's or adapter's files are, if its configuration is there."""
+    if is_folder_name(name):
+        return None
     from huggingface_hub import try_to_load_from_cache
 
-    found = try_to_load_from_cache(name, "config.json", revision=revision)
-    return Path(found).parent if isinstance(found, str) else None
+    found = (try_to_load_from_cache(name, file, revision=revision) for file in ("config.json", ADAPTER_CONFIG))
+    return next((Path(path).parent for path in found if isinstance(path, str)), None)
