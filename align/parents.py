@@ -32,7 +32,7 @@ from align.settings import (
     SftSettings,
     StageSettings,
 )
-from align.surroundings import cached_folder
+from align.surroundings import cached_folder, may_be_fetched
 from align.wording import one_line
 
 HEAD = "score.weight"  # of a sequence classifier, as transformers and PEFT name it
@@ -54,7 +54,7 @@ def check_parents(settings: StageSettings, made: dict[str, StageSettings]) -> No
         if maker is not None:
             _check_stage_before(settings, folder, key, maker, kinds)
             continue
-        check_parent(folder, _kinds_that_do(folder, kinds), f"`{key}`")
+        check_start(folder, kinds, f"`{key}`")
         if (Path(folder) / MANIFEST).is_file():
             _check_run_before(settings, folder, key)
         elif is_reward(key):
@@ -89,10 +89,12 @@ def check_prefix(settings: StageSettings, key: str, what: str) -> None:
         raise BadInput(f"{what} cannot sample with `sampling.cache_implementation: static`; leave it out")
 
 
-def _kinds_that_do(folder: str, kinds: tuple[str, ...]) -> tuple[str, ...]:
-    """`kinds`, with `*` only for what transformers or PEFT may be able to load."""
-    is_model = is_on_hub(folder) or any((Path(folder) / name).is_file() for name in ("config.json", ADAPTER_CONFIG))
-    return kinds if is_model else tuple(kind for kind in kinds if kind != "*")
+def check_start(folder: str, kinds: tuple[str, ...], where: str) -> None:
+    """Raises BadInput unless `folder` is a finished run of one of `kinds`, or (`*`) something that transformers or PEFT
+    may be able to load: a folder of theirs, or a Hub id that is in the cache or can be asked for."""
+    is_model = any((Path(folder) / name).is_file() for name in ("config.json", ADAPTER_CONFIG))
+    is_model = is_model or (is_on_hub(folder) and may_be_fetched(folder))
+    check_parent(folder, kinds if is_model else tuple(kind for kind in kinds if kind != "*"), where)
 
 
 def remarks_on_parents(settings: StageSettings) -> list[str]:

@@ -121,6 +121,13 @@ def look_at_hub(name: str, revision: str | None, where: str, kind: str = "model"
     return ""
 
 
+def may_be_fetched(name: str) -> bool:
+    """Whether a model of this Hub id can be had: it is in the cache, or the Hub is not switched off."""
+    from huggingface_hub import constants
+
+    return cached_folder(name, None) is not None or not constants.HF_HUB_OFFLINE
+
+
 def cached_folder(name: str, revision: str | None) -> Path | None:
     """The folder in the Hub's cache where this model's or adapter's files are, if its configuration is there."""
     if is_folder_name(name):

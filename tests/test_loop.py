@@ -172,13 +172,16 @@ def test_people_compare_policies_and_their_votes_train_nothing(finished):
     assert not texts & {prompt_hash(row["prompt"]) for row in read_lines(loop.folder(1) / "pairs.jsonl")}
     rows = {prompt_hash(r["prompt"]): r for r in read_lines(loop.folder(1) / "evaluate" / "samples.jsonl")}
     said = {label.comparison_id: label.outcome for label in store.labels() if label.comparison_id in pairs}
+    asked = dict(sorted(pairs.items()))  # incumbent after incumbent, of which two may have said the same
     for row in store.result(1, "vote")["compare"]:
-        won = []
-        for key, pair in pairs.items():
+        won, prompts = [], set()
+        for key, pair in list(asked.items()):
             mine, theirs = (
                 rows[prompt_hash(pair.prompt)][row[side]]["response"] for side in ("challenger", "incumbent")
             )
-            if {pair.a, pair.b} == {mine, theirs}:
+            if {pair.a, pair.b} == {mine, theirs} and prompt_hash(pair.prompt) not in prompts:
+                prompts.add(prompt_hash(pair.prompt))
+                del asked[key]
                 won.append({"a": pair.a == mine, "b": pair.b == mine}.get(said[key], 0.5))
         won += [0.5] * (row["prompts"] - len(won))  # who said the same was not asked about
         assert row["prompts"] == 2 and row["win_rate"] == pytest.approx(sum(won) / 2)
@@ -192,7 +195,14 @@ def test_a_label_that_the_ensemble_had_contradicted_gets_a_second_look(base, dat
     people = {"use": f"{tmp_path}/world.py:gold", "noise": 0.5}
     loop = load_loop(
         recipe(
-            base, data, tmp_path, num_rounds=3, route=route | {"overlap": 0.0}, annotators=people, stop={"patience": 0}
+            base,
+            data,
+            tmp_path,
+            num_rounds=3,
+            seed=1,
+            route=route | {"overlap": 0.0},
+            annotators=people,
+            stop={"patience": 0},
         )
     )
     assert run_loop(loop, in_process) == 0

@@ -172,7 +172,7 @@ def test_an_answer_wins_only_what_it_wins_in_both_orders():
 
     judged = {"new": answered("good", "even", "one", "same"), "old": answered("bad", "other", "two", "same")}
     settings = SimpleNamespace(compare=[("new", "old"), ("old", "new"), ("new", "old")])
-    rows = [(Prompt(f"prompt {i}", {}, "here"), [1]) for i in range(4)]
+    rows = [Prompt(f"prompt {i}", {}, "here") for i in range(4)]
     worker = SimpleNamespace(stop_if_asked=lambda save: None)
     found = judge_metrics(Judge(), judged, rows, settings, worker)
     # a win; a win in one order only; a verdict that turns; the same words, which nobody is asked about

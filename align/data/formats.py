@@ -94,6 +94,8 @@ class Prompt:
 
 Example: TypeAlias = "Demonstration | Preference | Prompt"
 
+OF_A_LOOP = ("source", "reason", "round", "comparison")  # where a labelled pair is from, as a loop writes it
+
 
 @overload
 def parse(row: Row, kind: Literal["demonstrations"], format: str | Converter = ...) -> Demonstration | None: ...
@@ -138,6 +140,7 @@ def unused_columns(values: Mapping[str, Any], kind: Kind) -> list[str]:
         return []
     own = {*PROMPT_FIELDS, *OF_ALPACA, *SYSTEM, *TEMPLATE, *(name for layout in LAYOUTS[kind] for name in layout)}
     own |= set(NUMBERS) if kind == "preferences" else set(WEIGHTS)
+    own |= set(OF_A_LOOP) if "comparison" in values else set()
     return [name for name, value in values.items() if name not in own and is_stated(value) and not is_mark(name, value)]
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 from pydantic import ValidationError
 
-from align.artifact import MANIFEST, check_parent, differences, is_harmless, state_of, which_run, write_json
+from align.artifact import MANIFEST, differences, is_harmless, state_of, which_run, write_json
 from align.data import Prompt
 from align.door import check_model, check_recipe
 from align.errors import BadInput
@@ -22,6 +22,7 @@ from align.launch import plan, start
 from align.loop.context import Context, Halt, Start
 from align.loop.rounds import Loop
 from align.loop.steps import STEPS, Prompts, prompts_of, why_to_stop
+from align.parents import check_start
 from align.recipe import Recipe, first_error
 from align.report.loop_page import report
 from align.rewards import check_columns, check_rewards
@@ -196,7 +197,7 @@ def _check_sections(loop: Loop) -> None:
         except BadInput as error:
             raise BadInput(f"{loop.path}: in `{section}`: {error}") from error
     if "from" in loop.settings.ppo.get("critic", {}) and ppo.critic.path is not None:
-        check_parent(ppo.critic.path, SCORERS, f"{loop.path}: `ppo.critic.from`")
+        check_start(ppo.critic.path, SCORERS, f"{loop.path}: `ppo.critic.from`")
 
 
 def _check_functions(loop: Loop) -> None:

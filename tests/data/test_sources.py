@@ -144,13 +144,13 @@ def hub(monkeypatch: pytest.MonkeyPatch, load: object) -> None:
 def test_hub_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 
-    def load(path: str, name: str | None, split: str) -> list[dict[str, str]]:
-        asked.append((path, name, split))
+    def load(path: str, name: str | None, split: str, revision: str | None) -> list[dict[str, str]]:
+        asked.append((path, name, split, revision))
         return ROWS
 
     hub(monkeypatch, load)
-    rows = list(read_rows(Source(path="org/name", name="main", split="test", limit=2)))
-    assert asked == [("org/name", "main", "test")]
+    rows = list(read_rows(Source(path="org/name", name="main", split="test", limit=2, revision="v1")))
+    assert asked == [("org/name", "main", "test", "v1")]
     assert [(row.values, row.where) for row in rows] == [
         (ROWS[0], "org/name[test]:item 1"),
         (ROWS[1], "org/name[test]:item 2"),
@@ -158,7 +158,7 @@ def test_hub_rows(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_hub_failure_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    def load(path: str, name: str | None, split: str) -> None:
+    def load(path: str, name: str | None, split: str, revision: str | None) -> None:
         raise ConnectionError("no network\nmany\nmore lines")
 
     hub(monkeypatch, load)

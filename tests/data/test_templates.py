@@ -262,7 +262,7 @@ def test_templates_that_fail_are_one_line(template: Any, expected: str) -> None:
 
 def test_named_templates_with_a_default() -> None:
     tokenizer = tokenizer_of(FAMILIES["chatml"])
-    tokenizer.chat_template = {"default": CHATML, "tool_use": "{{ 'with tools ' }}" + CHATML}
+    tokenizer.chat_template = {"default": CHATML, "tool_use": "{{ 'with tools ' ~ tools | length }}" + CHATML}
     example = Prompt((USER,), {}, "x:1")  # type: ignore[arg-type]
     assert tokenizer.decode(encode_prompt(tokenizer, example)).startswith("<|im_start|>user")
     with_tools = Prompt((USER,), {}, "x:1", {"tools": [{"name": "add"}]})  # type: ignore[arg-type]
