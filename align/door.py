@@ -223,7 +223,7 @@ def _hub_remarks(settings: StageSettings) -> list[str]:
     for key, (_, data) in settings.data_sections().items():
         for source in (*data.train, *data.validation):
             if is_on_hub(source.path):
-                found.append(look_at_hub(source.path, getattr(source, "revision", None), f"`{key}`", "dataset"))
+                found.append(look_at_hub(source.path, source.revision, f"`{key}`", "dataset"))
     return [line for line in found if line]
 
 
