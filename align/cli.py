@@ -59,6 +59,9 @@ def check(recipe: RecipeName, overrides: Overrides = None) -> None:
 
     states = check_recipe(loaded)
     plans = launches(loaded, states)
+    from align.worker import quiet_libraries
+
+    quiet_libraries()
     from align.report.checking import show
 
     show(loaded, states, {name: plan.description for name, plan in plans.items()}, remarks(loaded))
