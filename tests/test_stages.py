@@ -1,5 +1,6 @@
 """Each stage in this process on the tiny base: what it writes, what opens it, and what must not depend on batching."""
 
+import importlib.metadata
 import json
 import os
 import platform
@@ -43,7 +44,7 @@ def test_sft_and_reward_finish_and_say_so(runs):
     for stage in ("sft", "reward"):
         manifest = read_manifest(runs / stage)
         assert manifest["kind"] == stage and manifest["status"] == "finished"
-        assert manifest["versions"]["torch"] == torch.__version__
+        assert manifest["versions"]["torch"] == importlib.metadata.version("torch")
         assert (runs / stage / "curves.png").read_bytes().startswith(b"\x89PNG")
         assert not checkpoints(runs / stage)
         assert [row["step"] for row in read_metrics(runs / stage) if "loss" in row] == [1, 2, 3, 4]
