@@ -35,6 +35,12 @@ EARLIER = Path(__file__).parent / "earlier" / "runs-0.1.0.tar.gz"
 CPU = torch.device("cpu")
 
 
+@pytest.fixture(autouse=True)
+def somewhere_else(tmp_path, monkeypatch):
+    """What the tests write by a relative path, they write in a folder of their own."""
+    monkeypatch.chdir(tmp_path)
+
+
 # ------------------------------------------------------------------------------------- runs that an earlier version left
 
 
