@@ -280,6 +280,7 @@ def begin(settings: StageSettings, base_fingerprint: str, *, base: str | None = 
             "status": "running",
             "base": base,
             "base_path": os.path.abspath(base) if Path(base).is_dir() else None,
+            "base_from_here": os.path.relpath(base, folder) if Path(base).is_dir() else None,
             "base_fingerprint": base_fingerprint,
             "made_of": made_of(settings),
             "parents": _parents(settings),

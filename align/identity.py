@@ -10,6 +10,7 @@ import json
 import os
 import re
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from align.settings import Data, Model, StageSettings
 
 UNKNOWN = "none"  # the fingerprint of what is not there, or that an earlier version did not take
 ENDS = 1 << 20  # bytes at both ends of a weights file that are read
+MIDDLE = 256  # and in the middle of each of its tensors
 HUB_ID = re.compile(r"\b[\w.-]+\b/\b[\w.-]+\b", re.ASCII)  # the rule of the Hub, less its length and double dots
 LONGEST_ID = 96
 HUB_SECONDS = 5.0  # that the Hub is waited for
@@ -36,6 +38,7 @@ TOKENIZER_FILES = (
     "generation_config.json",  # whose end tokens answers are sampled to
 )
 TEMPLATE_FILE = "chat_template.jinja"
+NAMED_TEMPLATES = "additional_chat_templates/*.jinja"  # beside it
 ADAPTER_CONFIG = "adapter_config.json"
 PLACES = ("base_model_name_or_path", "revision")  # of an adapter's config: where its base lies, not what it is
 
@@ -44,22 +47,25 @@ PLACES = ("base_model_name_or_path", "revision")  # of an adapter's config: wher
 
 
 def fingerprint(base: str, revision: str | None = None) -> str:
-    """A short hash of a local base: config, file names and sizes, and both ends of every weights file.
+    """A short hash of a local base: config, file names and sizes, and both ends of every weights file; and after a
+    colon, one of the middle of every tensor, which an earlier version did not take.
 
     Enough to tell one base from another without reading gigabytes. A Hub id's is `id@commit`.
     """
     folder = Path(base)
     if not folder.is_dir():
         return _of_hub(base, revision, "model")
-    digest = hashlib.sha256()
+    ends, middles = hashlib.sha256(), hashlib.sha256()
     for file in sorted(folder.glob("*.safetensors")) + sorted(folder.glob("config.json")):
-        _add_ends(digest, file)
-    return digest.hexdigest()[:16]
+        _add_ends(ends, file)
+        _add_middles(middles, file)
+    return f"{ends.hexdigest()[:16]}:{middles.hexdigest()[:16]}"
 
 
 def tokenizer_fingerprint(folder: str | Path) -> str:
-    """Of the tokenizer's files, chat template and end tokens of generation in a local folder."""
-    return _of_files(Path(folder) / name for name in TOKENIZER_FILES)
+    """Of the tokenizer's files, chat templates and end tokens of generation in a local folder."""
+    folder = Path(folder)
+    return _of_files([*(folder / name for name in TOKENIZER_FILES), *sorted(folder.glob(NAMED_TEMPLATES))])
 
 
 def contents(folder: str | Path) -> str:
@@ -68,6 +74,7 @@ def contents(folder: str | Path) -> str:
     digest = hashlib.sha256()
     for file in sorted(folder.glob("*.safetensors")) + sorted(folder.glob("config.json")):
         _add_ends(digest, file)
+        _add_middles(digest, file)
     config = folder / ADAPTER_CONFIG
     if config.is_file():
         values = json.loads(config.read_text(encoding="utf-8"))
@@ -78,12 +85,18 @@ def contents(folder: str | Path) -> str:
 
 def same(before: str | None, now: str | None) -> bool:
     """Whether two fingerprints may be of one thing: equal, or one of them not known."""
-    if before in (None, UNKNOWN) or now in (None, UNKNOWN) or before == now:
+    if before is None or now is None or UNKNOWN in (before, now) or _agree(before, now):
         return True
     ids = [each.rpartition("@") for each in (str(before), str(now))]
     is_open = [not at for _, at, _ in ids]  # a Hub id whose commit is not known
     names = [name if at else commit for name, at, commit in ids]
     return any(is_open) and names[0] == names[1]
+
+
+def _agree(before: str, now: str) -> bool:
+    """Whether two known fingerprints are equal, as far as both go: an earlier version's ends before the colon."""
+    parts = [each.partition(":") for each in (before, now)]
+    return parts[0][0] == parts[1][0] and ("" in (parts[0][2], parts[1][2]) or before == now)
 
 
 def _of_files(files: Iterable[Path]) -> str:
@@ -101,6 +114,18 @@ def _add_ends(digest: Any, file: Path) -> None:
         digest.update(handle.read(ENDS))
         handle.seek(max(0, size - ENDS))
         digest.update(handle.read())
+
+
+def _add_middles(digest: Any, file: Path) -> None:
+    """A few bytes of every tensor of a weights file: weights that were tuned in some layers differ nowhere else."""
+    with suppress(OSError, ValueError, TypeError, KeyError, AttributeError), file.open("rb") as handle:  # or damaged
+        start = int.from_bytes(handle.read(8), "little") + 8
+        if file.suffix != ".safetensors" or start > file.stat().st_size:
+            return
+        tensors = json.loads(handle.read(start - 8))
+        for begin, end in sorted(each["data_offsets"] for name, each in tensors.items() if name != "__metadata__"):
+            handle.seek(start + (begin + end) // 2)
+            digest.update(handle.read(min(MIDDLE, end - begin)))
 
 
 def _of_file(path: Path) -> str:
@@ -172,7 +197,9 @@ def data_parts(data: Data, key: str) -> dict[str, dict[str, str]]:
             place = f"{key}.{side}[{number}]"
             found[place] = _of_path("data", source.path, source.revision)
             if ".py:" in source.format:
-                found[f"{place}.format"] = _of_path("format function", source.format.rpartition(":")[0])
+                file, _, name = source.format.rpartition(":")
+                part = _of_path("format function", file)
+                found[f"{place}.format"] = part | {"fingerprint": f"{part['fingerprint']}:{name}"}
     return found
 
 
@@ -211,7 +238,7 @@ def equal_paths(before: Mapping[str, Mapping[str, str]], now: Mapping[str, Mappi
     keys = set()
     for key, was in before.items():
         value = now[key]["fingerprint"] if key in now else UNKNOWN
-        if value == UNKNOWN or value != was["fingerprint"]:
+        if UNKNOWN in (value, was["fingerprint"]) or not _agree(was["fingerprint"], value):
             continue
         keys |= {key, f"{key}.path", key.replace(".train[", "[") + ".path"}  # `reference` is itself a list of sources
         if "@" in value:  # the commit is the same, whatever named it
@@ -222,8 +249,9 @@ def equal_paths(before: Mapping[str, Mapping[str, str]], now: Mapping[str, Mappi
 # ------------------------------------------------------------------------------------------------- a run's own base
 
 
-def base_of(manifest: Mapping[str, Any], run: str | Path) -> str:
-    """Where the base that a run's adapter stands over is now: as the manifest names it, from here, or where it was.
+def base_of(manifest: Mapping[str, Any], run: str | Path, *, recipes: str | None = None) -> str:
+    """Where the base that a run's adapter stands over is now: as the manifest names it, from here, or where it was, or
+    where it would be if it had moved together with the run; or it is the `recipes` own.
 
     Raises:
         BadInput: it is nowhere, or what is there are other weights than those that the run was trained over.
@@ -234,7 +262,8 @@ def base_of(manifest: Mapping[str, Any], run: str | Path) -> str:
         if not same(wanted, now):
             raise BadInput(f"{run} was trained over {wanted}, and the Hub has {now} now: name its `revision`")
         return name
-    places = [place for place in (name, *_places(manifest, Path(run))) if Path(place).is_dir()]
+    candidates = [name, *_places(manifest, Path(run)), *([] if recipes is None else [recipes])]
+    places = [place for place in candidates if Path(place).is_dir()]
     if not places:
         raise BadInput(f"{run} was trained over the base {name}, which is not there: bring it back")
     found = [fingerprint(place) for place in places]
@@ -256,6 +285,8 @@ def _places(manifest: Mapping[str, Any], run: Path) -> list[str]:
     """Where else a base may lie: where the run began from, or beside one of the folders that the run is in."""
     name = str(manifest["base"])
     recorded = [str(manifest["base_path"])] if manifest.get("base_path") else []
+    if manifest.get("base_from_here"):
+        recorded.append(os.path.normpath(run.resolve() / manifest["base_from_here"]))
     return recorded + ([] if os.path.isabs(name) else [str(parent / name) for parent in run.resolve().parents])
 
 

@@ -5,6 +5,7 @@ All that is read here are small JSON files and the headers of weights.
 
 import json
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from align.data import looks_like_hub_id
 from align.errors import BadInput
 from align.identity import (
     ADAPTER_CONFIG,
+    TEMPLATE_FILE,
     base_of,
     fingerprint,
     has_tokenizer,
@@ -26,6 +28,7 @@ from align.settings import (
     AnyMethod,
     EvaluateSettings,
     Full,
+    Model,
     PpoSettings,
     Prefix,
     RewardSettings,
@@ -37,6 +40,7 @@ from align.wording import one_line
 
 HEAD = "score.weight"  # of a sequence classifier, as transformers and PEFT name it
 SPEAKERS = ("policy.", "policies.", "reference.")  # keys of what samples, or is compared with what samples
+REWRITING = ("pissa", "olora", "corda", "loftq", "lora_ga")  # ways to start LoRA of PEFT that move the base
 SAME_FOLDER_CURE = "name a folder that save_pretrained wrote"
 
 
@@ -52,15 +56,18 @@ def check_parents(settings: StageSettings, made: dict[str, StageSettings]) -> No
             raise BadInput(f"`{key}`: {folder} is this stage's own output; name the run to start from")
         maker = made.get(resolved(folder))
         if maker is not None:
-            _check_stage_before(settings, folder, key, maker, kinds)
+            _check_stage_before(settings, folder, key, made, kinds)
+            _check_speech(settings, folder, key, made)
             continue
         check_start(folder, kinds, f"`{key}`")
         if (Path(folder) / MANIFEST).is_file():
             _check_run_before(settings, folder, key)
+            _check_speech(settings, folder, key, made)
         elif is_reward(key):
             _check_scorer(folder, key)
         else:
             _check_made_elsewhere(settings, folder, key)
+            _check_speech(settings, folder, key, made)
 
 
 def resolved(folder: str) -> str:
@@ -110,7 +117,7 @@ def remarks_on_parents(settings: StageSettings) -> list[str]:
                 )
         elif (Path(folder) / ADAPTER_CONFIG).is_file() and not is_reward(key):
             named = _adapter_config(folder).get("base_model_name_or_path")
-            if named != settings.model.base:
+            if named and named != settings.model.base:
                 said.append(
                     f"`{key}`: the adapter in {folder} names the base {named}; here it is {settings.model.base}"
                 )
@@ -121,7 +128,7 @@ def remarks_on_parents(settings: StageSettings) -> list[str]:
 
 
 def _check_run_before(settings: StageSettings, folder: str, key: str) -> None:
-    """Of a finished run: its base, and the template and tokens that it was trained with."""
+    """Of a finished run: its base, and what its method asks for."""
     manifest = read_manifest(folder)
     members = [str(Path(folder) / name) for name in manifest.get("members", ())]
     for run in members or [folder]:
@@ -130,26 +137,24 @@ def _check_run_before(settings: StageSettings, folder: str, key: str) -> None:
         if _adapter_config(run).get("peft_type") == "PREFIX_TUNING":
             check_prefix(settings, key, f"`{key}`: {run} holds a prefix, which")
         _check_base(settings, run, key, read_manifest(run))
-    if not members:
-        _check_speech(settings, folder, key)
 
 
 def _check_base(settings: StageSettings, folder: str, key: str, manifest: dict[str, Any]) -> None:
     """The base is where it was, and what it was. A policy's or critic's is the recipe's; rewards bring their own."""
     try:
-        place = base_of(manifest, folder)
+        place = base_of(manifest, folder, recipes=settings.model.base)
     except BadInput as error:
-        if same(manifest.get("base_fingerprint"), fingerprint(settings.model.base, settings.model.revision)):
-            return  # gone from where it was, and the recipe has it
         raise BadInput(f"`{key}`: {error}") from error
-    if is_reward(key) or (Path(place) / MANIFEST).is_file():  # one that stands over a fully tuned run
+    if is_reward(key):
+        return
+    _no_second_method(settings, folder, key)
+    if (Path(place) / MANIFEST).is_file():  # it stands over a fully tuned run
         return
     if not same(manifest.get("base_fingerprint"), fingerprint(settings.model.base, settings.model.revision)):
         raise BadInput(
             f"`{key}`: {folder} is an adapter over the base {manifest.get('base')}, and this recipe's "
             f"`model.base` is {settings.model.base}; use the same base"
         )
-    _no_second_method(settings, folder, key)
 
 
 def is_reward(key: str) -> bool:
@@ -166,61 +171,111 @@ def _no_second_method(settings: StageSettings, folder: str, key: str) -> None:
 
 
 def _check_stage_before(
-    settings: StageSettings, folder: str, key: str, maker: StageSettings, kinds: tuple[str, ...]
+    settings: StageSettings, folder: str, key: str, made: dict[str, StageSettings], kinds: tuple[str, ...]
 ) -> None:
     """Of a stage of the same pipeline, before it has run."""
+    maker = made[resolved(folder)]
     if maker.kind not in kinds:
         wanted = " or ".join(f"`{kind}`" for kind in kinds if kind != "*")
         raise BadInput(f"`{key}`: {folder} will be a run of kind `{maker.kind}`; name one of kind {wanted}")
     method = method_of(maker)[1]
     if isinstance(method, Prefix):
         check_prefix(settings, key, f"`{key}`: {folder} will hold a prefix, which")
-    is_over_ours = fingerprint(maker.model.base, maker.model.revision) == fingerprint(
+    if is_reward(key) or isinstance(method, Full) or (method is None and not isinstance(maker, PpoSettings)):
+        return
+    _no_second_method(settings, folder, key)
+    base = _recipes_base(maker, made)
+    if base is not None and fingerprint(base.base, base.revision) != fingerprint(
         settings.model.base, settings.model.revision
-    )
-    if method is not None and not isinstance(method, Full) and not is_reward(key):
-        if not is_over_ours:
-            raise BadInput(
-                f"`{key}`: {folder} will be an adapter over the base {maker.model.base}, and this recipe's "
-                f"`model.base` is {settings.model.base}; use the same base"
-            )
-        _no_second_method(settings, folder, key)
-    own, theirs = settings.model.chat_template, maker.model.chat_template
-    if key.startswith(SPEAKERS) and own is not None and _text_of(own) != (None if theirs is None else _text_of(theirs)):
-        trained_with = f"the template in {theirs}" if theirs else "its tokenizer's own template"
+    ):
         raise BadInput(
-            f"`model.chat_template`: {own} is not what {folder} (`{key}`) will be trained with, {trained_with}: leave "
-            "it out, or give both stages the same"
+            f"`{key}`: {folder} will be an adapter over the base {base.base}, and this recipe's `model.base` is "
+            f"{settings.model.base}; use the same base"
         )
+
+
+def _recipes_base(maker: StageSettings, made: dict[str, StageSettings]) -> Model | None:
+    """What the adapter that a stage will write stands over, where that is its `model.base`: None where it is a whole
+    model that the stage starts from."""
+    start = maker.policy.path if isinstance(maker, PpoSettings) else None
+    if start is None:
+        return maker.model
+    before = made.get(resolved(start))
+    if before is not None:
+        return None if isinstance(method_of(before)[1], Full) else _recipes_base(before, made)
+    is_over_it = (Path(start) / ADAPTER_CONFIG).is_file() and same(
+        read_manifest(start).get("base_fingerprint") if (Path(start) / MANIFEST).is_file() else None,
+        fingerprint(maker.model.base, maker.model.revision),
+    )
+    return maker.model if is_over_it else None
 
 
 # ------------------------------------------------------------------------------------- the template and the tokens
 
 
-def _check_speech(settings: StageSettings, folder: str, key: str) -> None:
+@dataclass(frozen=True)
+class Speech:
+    """What a model reads and writes by: its chat template ("": none), and the folder that its tokenizer is in."""
+
+    template: str
+    tokens: str
+
+
+def _speech_of(folder: str | None, model: Model, made: dict[str, StageSettings]) -> Speech | None:
+    """Of the model in `folder`, there or to be made, or (None) of the recipe's base; None: not known here."""
+    maker = None if folder is None else made.get(resolved(folder))
+    if maker is not None:
+        return _speech_of(maker.policy.path if isinstance(maker, PpoSettings) else None, maker.model, made)
+    place = _place(folder or model.base)
+    if folder is not None and place is not None and not has_tokenizer(place):
+        return _speech_of(None, model, made)  # an adapter that brings none
+    if place is None or not has_tokenizer(place):
+        return None
+    given = model.chat_template if folder is None else None
+    return Speech((template_of(place) or "").strip() if given is None else _text_of(given), str(place))
+
+
+def _check_speech(settings: StageSettings, folder: str, key: str, made: dict[str, StageSettings]) -> None:
     """A model is used with the template and the tokens that it was trained with, or not at all."""
-    if is_reward(key) or not has_tokenizer(folder):
+    own = None if is_reward(key) else _speech_of(folder, settings.model, made)
+    if own is None:
         return
-    given, own = settings.model.chat_template, template_of(folder)
-    if given is not None and key.startswith(SPEAKERS) and _text_of(given) != (own or "").strip():
-        trained_with = f"the template in {folder}/chat_template.jinja" if own else "no chat template"
+    given = settings.model.chat_template
+    if given is not None and key.startswith(SPEAKERS) and _text_of(given) != own.template:
+        trained_with = "another chat template" if own.template else "no chat template"
+        if (Path(folder) / TEMPLATE_FILE).is_file():
+            trained_with = f"the template in {folder}/{TEMPLATE_FILE}"
         raise BadInput(
             f"`model.chat_template`: {given} is not what {folder} (`{key}`) was trained with, {trained_with}: leave "
             "`model.chat_template` out"
         )
+    if isinstance(settings, EvaluateSettings):
+        _check_same_tokens_as_reference(settings, own, folder, key, made)
     if not isinstance(settings, PpoSettings) or key not in ("reference.from", "critic.from"):
         return
-    policy = settings.policy.path
-    place = policy or settings.model.base
-    if not has_tokenizer(place):
-        return  # on the Hub, or made by a stage that has yet to run
-    if not have_same_tokens(place, folder):
-        raise BadInput(f"`{key}`: {folder} has other tokens than the policy's {place}; name one with the same")
-    theirs = _text_of(given) if policy is None and given is not None else (template_of(place) or "").strip()
-    if theirs != (own or "").strip():
+    policy, name = _speech_of(settings.policy.path, settings.model, made), settings.policy.path or settings.model.base
+    if policy is None:
+        return  # on the Hub
+    if not have_same_tokens(policy.tokens, own.tokens):
+        raise BadInput(f"`{key}`: {folder} has other tokens than the policy's {name}; name one with the same")
+    if policy.template != own.template:
         raise BadInput(
-            f"`{key}`: {folder} was trained with another chat template than the policy's {place}: it would read turns "
+            f"`{key}`: {folder} was trained with another chat template than the policy's {name}: it would read turns "
             "that it has never seen; name one that was trained with the same template"
+        )
+
+
+def _check_same_tokens_as_reference(
+    settings: EvaluateSettings, own: Speech, folder: str, key: str, made: dict[str, StageSettings]
+) -> None:
+    """KL is between two models' probabilities of the same ids."""
+    name = settings.reference or next(iter(settings.policies))
+    reference = settings.policies.get(name)
+    theirs = _speech_of(reference, settings.model, made)
+    if theirs is not None and not have_same_tokens(theirs.tokens, own.tokens):
+        raise BadInput(
+            f"`{key}`: {folder} has other tokens than the reference {name} ({reference or settings.model.base}), so "
+            "there is no KL between them; evaluate it in a recipe of its own"
         )
 
 
@@ -261,7 +316,6 @@ def _check_made_elsewhere(settings: StageSettings, folder: str, key: str) -> Non
         check_classifier(place, f"`{key}`")
     else:
         _check_foreign_policy(place, key)
-    _check_speech(settings, str(place), key)
 
 
 def _check_foreign_policy(place: Path, key: str) -> None:
@@ -277,16 +331,11 @@ def _check_foreign_policy(place: Path, key: str) -> None:
 def _check_foreign_adapter(settings: StageSettings, folder: str, key: str) -> None:
     config = _adapter_config(folder)
     kind, base = str(config.get("peft_type")), settings.model.base
-    if config.get("bias", "none") != "none":
+    changed = _changed_in_base(config)
+    if changed is not None:
         raise BadInput(
-            f"`{key}`: the adapter in {folder} trains biases of its base (`bias: {config['bias']}`), which roles "
-            "share: merge it with PEFT (`merge_and_unload`) and name that folder as `model.base`"
-        )
-    layers = sorted(set(config.get("modules_to_save") or ()) - {"score", "classifier"})
-    if layers:
-        raise BadInput(
-            f"`{key}`: the adapter in {folder} brings whole layers of its own ({', '.join(layers)}), which roles "
-            "share: merge it with PEFT (`merge_and_unload`) and name that folder as `model.base`"
+            f"`{key}`: the adapter in {folder} {changed}, which roles share: merge it with PEFT (`merge_and_unload`) "
+            "and name that folder as `model.base`"
         )
     if kind in ("PROMPT_TUNING", "P_TUNING", "MULTITASK_PROMPT_TUNING", "ADAPTION_PROMPT"):
         raise BadInput(f"`{key}`: {folder} holds an adapter of kind {kind}, which is not supported; use `kind: lora`")
@@ -297,7 +346,7 @@ def _check_foreign_adapter(settings: StageSettings, folder: str, key: str) -> No
         cure = "as `rewards: [{use: learned, from: ...}]`" if key != "critic.from" else "a reward model"
         raise BadInput(f"`{key}`: the adapter in {folder} is {what} adapter; name it {cure}")
     named = str(config.get("base_model_name_or_path") or "")
-    is_known = Path(named).is_dir() or is_on_hub(named)
+    is_known = named != "" and (Path(named).is_dir() or is_on_hub(named))
     differs = named != base and is_known and Path(named).is_dir() == Path(base).is_dir()
     if differs and not same(fingerprint(named, config.get("revision")), fingerprint(base, settings.model.revision)):
         raise BadInput(
@@ -308,8 +357,21 @@ def _check_foreign_adapter(settings: StageSettings, folder: str, key: str) -> No
     _check_shapes(folder, base, key)
 
 
+def _changed_in_base(config: dict[str, Any]) -> str | None:
+    """What an adapter changes in its base, as its config says; None where it leaves it as it is."""
+    if config.get("bias", "none") != "none":
+        return f"trains biases of its base (`bias: {config['bias']}`)"
+    layers = sorted(set(config.get("modules_to_save") or ()) - {"score", "classifier"})
+    if layers:
+        return f"brings whole layers of its own ({', '.join(layers)})"
+    start = config.get("init_lora_weights")
+    if isinstance(start, str) and start.startswith(REWRITING):
+        return f"was started by `{start}`, which rewrites weights of its base"
+    return None
+
+
 def _check_shapes(folder: str, base: str, key: str) -> None:
-    """Every LoRA layer of the adapter is as wide as the base's layer of that name."""
+    """Every LoRA layer of the adapter is as wide as the base's layer of that name, and embeddings are as large."""
     place = _place(base)
     layers = {} if place is None else read_facts(place).shapes
     for name, shape in read_shapes(Path(folder) / "adapter_model.safetensors").items():
@@ -319,6 +381,13 @@ def _check_shapes(folder: str, base: str, key: str) -> None:
             raise BadInput(
                 f"`{key}`: the adapter in {folder} does not fit {base}: {layer} takes {shape[1]} numbers there, and "
                 f"{here[1]} here; use the base that it was made over"
+            )
+        saved = name.removeprefix("base_model.model.").replace(".base_layer.weight", ".weight")
+        if layers.get(saved, shape) != shape:
+            raise BadInput(
+                f"`{key}`: the adapter in {folder} brings embeddings of its own ({saved}: {shape[0]} tokens, and "
+                f"{layers[saved][0]} in {base}), which roles share: merge it with PEFT (`merge_and_unload`) and name "
+                "that folder as `model.base`"
             )
 
 

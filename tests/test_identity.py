@@ -185,8 +185,8 @@ LOADS = {  # what loads the sft or reward run
     "rewards": lambda: check(ppo(policy={}, critic={})),
     "policies": lambda: check(evaluate()),
     "merge": lambda: merge("runs/sft", "merged"),
-    "a role": lambda: Bases(Model(base="other"), CPU).role("runs/sft"),
-    "a reward": lambda: Bases(Model(base="other"), CPU).role("runs/reward", head=True),
+    "a role": lambda: Bases(Model(base="base"), CPU).role("runs/sft"),
+    "a reward": lambda: Bases(Model(base="base"), CPU).role("runs/reward", head=True),
 }
 
 

@@ -19,6 +19,7 @@ from align.models.linear import reading_layer
 from align.models.lora import FusedLinear
 from align.models.roles import Bases, Role
 from align.settings import Model
+from align.wording import one_line
 
 UNMERGEABLE = {
     "BOTTLENECK": "its layers are not linear, so that no matrix of the base can stand for them",
@@ -41,6 +42,8 @@ def merged_view(role: Role) -> Role:
     layers = [layer for layer in model.modules() if isinstance(layer, BaseTunerLayer)]
     if not layers or not all(isinstance(layer, (LoraLayer, IA3Layer)) for layer in layers):
         return role  # nothing to merge, or nothing that can be
+    if any(any(getattr(layer, "lora_bias", {}).values()) for layer in layers):  # the base has no place for it
+        return role
     adapted = {id(p) for layer in layers for p in layer.get_base_layer().parameters()}  # IA3 scales biases too
     uses = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
     if any(uses[p] > 1 for p in adapted):  # a tied layer's adapter must not move its twin
@@ -88,7 +91,10 @@ def merge(run: str, out: str) -> float:
     before = _logits(bases.role(run), ids)
     if bases.settings.load_in == "nf4":
         _dequantise(bases.main.model)  # in place: the roles made from here on are views over plain weights
-    merged: Any = bases.role(run).model.merge_and_unload()  # type: ignore[operator]
+    try:
+        merged: Any = bases.role(run).model.merge_and_unload()  # type: ignore[operator]
+    except (RuntimeError, ValueError, NotImplementedError) as error:
+        raise BadInput(f"the adapter in {run} cannot be merged: PEFT says: {one_line(error)}") from error
     if merged.get_output_embeddings().weight is not merged.get_input_embeddings().weight:  # tied before, perhaps
         merged.config.get_text_config().tie_word_embeddings = merged.config.tie_word_embeddings = False
     with folder_in_one_go(target) as path:

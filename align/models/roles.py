@@ -169,7 +169,8 @@ class Bases:
         if not (Path(folder) / MANIFEST).is_file():  # made elsewhere: it is meant for the recipe's base
             return self.main
         manifest = read_manifest(folder)
-        return self.load(base_of(manifest, folder), revision=manifest["recipe"]["model"].get("revision"))
+        place = base_of(manifest, folder, recipes=self.settings.base)
+        return self.load(place, revision=manifest["recipe"]["model"].get("revision"))
 
     def tokenizer(self, folder: str | None) -> PreTrainedTokenizerBase:
         """The tokenizer, template included, that the model in `folder` was trained with."""
@@ -239,6 +240,9 @@ def _with_saved_adapter(model: PreTrainedModel, folder: str, trainable: bool) ->
     weights = load_peft_weights(folder, device=str(model.device))
     head = weights.pop(head_key(peft_model), None)
     wanted = {name: tensor.shape for name, tensor in adapter_weights(peft_model).items()}
+    for name in weights.keys() - wanted.keys():
+        if _is_the_bases(weights[name], name, peft_model, folder):
+            del weights[name]
     given = {name: tensor.shape for name, tensor in weights.items()}
     for name in sorted(wanted.keys() | given.keys()):
         if wanted.get(name) != given.get(name):
@@ -248,6 +252,23 @@ def _with_saved_adapter(model: PreTrainedModel, folder: str, trainable: bool) ->
             )
     set_peft_model_state_dict(peft_model, weights)
     return peft_model, head
+
+
+def _is_the_bases(weight: Tensor, name: str, model: PeftModel, folder: str) -> bool:
+    """Whether it is an embedding that PEFT saves beside an adapter of it, and that the base has too.
+
+    Raises:
+        BadInput: the base has another: roles share it.
+    """
+    own = dict(model.named_parameters(remove_duplicate=False)).get(name)
+    if own is None:
+        return False
+    if own.shape != weight.shape or not torch.equal(own, weight.to(own.dtype)):
+        raise BadInput(
+            f"the adapter in {folder} brings embeddings of its own ({name}), which roles share: merge it with PEFT "
+            "(`merge_and_unload`, `save_pretrained`) and name that folder"
+        )
+    return True
 
 
 def _shape(shape: torch.Size | None) -> str:
