@@ -28,6 +28,7 @@ from align.identity import (
     fingerprint,
     is_folder_name,
     made_of,
+    same,
 )
 from align.plain_json import dumps
 from align.settings import StageSettings
@@ -191,7 +192,7 @@ def state_of(settings: StageSettings) -> str:
             "choose another output, or delete that folder"
         )
     for key, parent in runs_now.items():
-        if runs_before.get(key, {}).get("manifest", UNKNOWN) not in (parent["manifest"], UNKNOWN):
+        if not same(runs_before.get(key, {}).get("manifest"), parent["manifest"]):
             raise BadInput(
                 f"`output`: {folder} was made from another run than {parent['path']} holds now (`{key}`); delete "
                 f"{folder} to run this stage again, or choose another output"
@@ -245,10 +246,13 @@ def _parents(settings: StageSettings) -> dict[str, dict[str, str]]:
 
 
 def which_run(folder: str) -> str:
-    """The hash of a run's manifest, or the fingerprint of a model that is no run of ours."""
+    """The hash of a run's manifest, and after a colon of its members', which an earlier version did not take; or the
+    fingerprint of a model that is no run of ours."""
     path = Path(folder) / MANIFEST
     if path.is_file():
-        return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+        members = [file.read_bytes() for file in sorted(path.parent.glob(f"member-*/{MANIFEST}"))]
+        own, theirs = (hashlib.sha256(text).hexdigest()[:16] for text in (path.read_bytes(), b"".join(members)))
+        return f"{own}:{theirs}" if members else own
     return contents(folder) if Path(folder).is_dir() else UNKNOWN if is_folder_name(folder) else fingerprint(folder)
 
 

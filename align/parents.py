@@ -40,6 +40,7 @@ from align.wording import one_line
 
 HEAD = "score.weight"  # of a sequence classifier, as transformers and PEFT name it
 SPEAKERS = ("policy.", "policies.", "reference.")  # keys of what samples, or is compared with what samples
+JUDGES = ("judge.model", "pairwise_judge.model")
 REWRITING = ("pissa", "olora", "corda", "loftq", "lora_ga")  # ways to start LoRA of PEFT that move the base
 SAME_FOLDER_CURE = "name a folder that save_pretrained wrote"
 
@@ -63,7 +64,7 @@ def check_parents(settings: StageSettings, made: dict[str, StageSettings]) -> No
         if (Path(folder) / MANIFEST).is_file():
             _check_run_before(settings, folder, key)
             _check_speech(settings, folder, key, made)
-        elif is_reward(key):
+        elif is_reward(key) and key not in JUDGES:
             _check_scorer(folder, key)
         else:
             _check_made_elsewhere(settings, folder, key)
@@ -158,8 +159,8 @@ def _check_base(settings: StageSettings, folder: str, key: str, manifest: dict[s
 
 
 def is_reward(key: str) -> bool:
-    """Whether what stands at this key scores, over a base and with a tokenizer of its own."""
-    return key.startswith(("rewards", "judge", "beside", "ensemble", "reward."))
+    """Whether what stands at this key scores or judges, over a base and with a tokenizer of its own."""
+    return key.startswith(("rewards", "judge", "beside", "ensemble", "reward.")) or key in JUDGES
 
 
 def _no_second_method(settings: StageSettings, folder: str, key: str) -> None:

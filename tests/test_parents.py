@@ -243,3 +243,72 @@ def test_what_peft_cannot_merge_is_one_line(base, data, here):
     tiny.run(settings.model_copy(update={"ppo": settings.ppo.model_copy(update={"num_iterations": 1})}))
     with pytest.raises(BadInput, match="cannot be merged: .*lora_bias"):
         merge("ppo", "merged")
+
+
+# ------------------------------------------------------------------------------------------- judges and ensembles
+
+
+def evaluation(base, data, here, **judge):
+    values = {"prompts": {"train": str(data / "prompts.jsonl")}, "judge": [REWARD], "policies": {"a": None, "b": None}}
+    values |= {"compare": [["a", "b"]], "pairwise_judge": judge}
+    return tiny.recipe("evaluate", base, data, here / "evaluate", **values)
+
+
+def states(values, here):
+    (here / "one.yaml").write_text(yaml.safe_dump(values))
+    return list(check_recipe(load_recipe(str(here / "one.yaml"))).values())
+
+
+def test_the_model_that_judges_is_part_of_a_run(base, data, runs, here):
+    shutil.copytree(runs / "sft", here / "sft")
+    values = evaluation(base, data, here, model="sft")
+    begin(load_recipe(str(_written(values, here))).stages["one"], fingerprint(str(base)))
+    assert states(values, here) == ["running"]
+    _change(here / "sft" / "adapter_model.safetensors")
+    with pytest.raises(BadInput, match="pairwise_judge.model.*changed since the run finished"):
+        states(values, here)
+    with pytest.raises(BadInput, match="pairwise_judge.model.*kind `reward`"):  # it writes no letter
+        states(evaluation(base, data, here, model=str(runs / "reward")), here)
+
+
+def test_a_judge_over_another_base_is_its_own(base, data, here):
+    other = tiny.make_base(here / "other", seed=5)
+    tiny.run(tiny.settings("sft", other, data, here / "sft"))
+    assert states(evaluation(base, data, here, model="sft"), here) == ["new"]
+    _change(other / "model.safetensors")
+    with pytest.raises(BadInput, match="pairwise_judge.model.*base has changed since"):
+        states(evaluation(base, data, here, model="sft"), here)
+
+
+def test_the_question_of_a_judge_is_part_of_a_run(base, data, here):
+    (here / "question.jinja").write_text("{{ prompt }} {{ a }} {{ b }}")
+    values = evaluation(base, data, here, question="question.jinja")
+    begin(load_recipe(str(_written(values, here))).stages["one"], fingerprint(str(base)))
+    (here / "question.jinja").write_text("{{ prompt }} {{ b }} {{ a }}")
+    with pytest.raises(BadInput, match="the question in question.jinja has changed since"):
+        states(values, here)
+
+
+def test_a_member_of_an_ensemble_in_the_place_of_another_is_noticed(base, data, here):
+    values = tiny.recipe("reward", base, data, here / "ensemble", num_members=2) | {"stage": "ensemble"}
+    values["train"]["max_steps"] = 1
+    tiny.run(load_recipe(str(_written(values, here))).stages["one"])
+    values = tiny.recipe("ppo", base, data, here / "ppo", policy={}, critic={})
+    values["rewards"] = [{"use": "ensemble", "from": "ensemble"}]
+    begin(load_recipe(str(_written(values, here))).stages["one"], fingerprint(str(base)))
+    assert states(values, here) == ["running"]
+    shutil.rmtree("ensemble/member-0")
+    shutil.copytree("ensemble/member-1", "ensemble/member-0")
+    with pytest.raises(BadInput, match=r"another run than ensemble.*rewards\[0\].from"):
+        states(values, here)
+
+
+def _written(values, here):
+    (here / "one.yaml").write_text(yaml.safe_dump(values))
+    return here / "one.yaml"
+
+
+def _change(weights):
+    from safetensors.torch import load_file
+
+    save_file({key: value + 0.01 for key, value in load_file(weights).items()}, weights, metadata={"format": "pt"})

@@ -48,4 +48,6 @@ class ScoreSettings(StageSettings):
 
     def parents(self) -> Parents:
         found: Parents = {"candidates": (self.candidates, ("collect",))}
+        if self.judge is not None and self.judge.run is not None:
+            found["judge.model"] = (self.judge.run, POLICIES)
         return found | ({} if self.ensemble is None else {"ensemble": (self.ensemble, ("ensemble",))})

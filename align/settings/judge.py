@@ -28,3 +28,8 @@ class JudgeSettings(Settings):
                 "`use: server` needs `url` (such as http://127.0.0.1:8000/v1) and the `model`'s name there"
             )
         return self
+
+    @property
+    def run(self) -> str | None:
+        """Folder or Hub id of the model that judges; None: the stage's base, a server or a function."""
+        return self.model if self.use == "model" else None

@@ -384,6 +384,8 @@ class EvaluateSettings(StageSettings):
         found: Parents = {f"policies.{name}": (path, POLICIES) for name, path in self.policies.items() if path}
         if self.reward is not None:
             found["reward.from"] = (self.reward.path, ("reward",))
+        if self.pairwise_judge is not None and self.pairwise_judge.run is not None:
+            found["pairwise_judge.model"] = (self.pairwise_judge.run, POLICIES)
         found |= learned_parents("judge", self.judge)
         return found | learned_parents("beside", tuple(self.beside.values()), names=tuple(self.beside))
 
