@@ -17,7 +17,7 @@ from align.models.facts import (
     check_tokenizer,
     read_facts,
 )
-from align.parents import check_parents, check_prefix, is_on_hub, method_of, resolved
+from align.parents import SPEAKERS, check_parents, check_prefix, is_on_hub, method_of, resolved
 from align.plugins import users_code
 from align.recipe import Recipe
 from align.rewards import check_columns, check_reward, check_rewards
@@ -70,8 +70,7 @@ def remarks(recipe: Recipe) -> list[str]:
     """What a sound recipe's user should know beforehand, a line each: lengths past the trained ones, an unseen Hub."""
     found = []
     for settings in recipe.stages.values():
-        facts = _facts(settings)
-        found += [] if facts is None else [line for line, is_fault in _over_length(settings, facts) if not is_fault]
+        found += [line for line, is_fault in _over_length(settings) if not is_fault]
         found += _hub_remarks(settings)
     return list(dict.fromkeys(found))
 
@@ -114,6 +113,7 @@ def _check_stage(settings: StageSettings, made: dict[str, StageSettings]) -> str
         )
     check_wandb(settings.track)
     check_parents(settings, made)
+    _check_lengths(settings)
     state = state_of(settings)
     if state != "finished":
         check_writable(settings.output)
@@ -169,29 +169,44 @@ def _facts(settings: StageSettings) -> Facts | None:
 
 
 def _check_facts(settings: StageSettings, facts: Facts) -> None:
-    """Whether the base can be what the recipe takes it for, and is as long as the recipe's texts may be."""
+    """Whether the base can be what the recipe takes it for."""
     check_quantised(facts.config, settings.model.load_in, f"`model.base`: {settings.model.base}")
     check_generates(facts, "`model.base`")
     template = settings.model.chat_template
     written = None if template is None else Path(template).read_text(encoding="utf-8", errors="replace")
     check_tokenizer(facts, written, "`model.base`")
-    for line, is_fault in _over_length(settings, facts):
+
+
+def _check_lengths(settings: StageSettings) -> None:
+    """Raises BadInput where a model that reads the recipe's texts is not as long as these may be."""
+    for line, is_fault in _over_length(settings):
         if is_fault:
             raise BadInput(line)
 
 
-def _over_length(settings: StageSettings, facts: Facts) -> Iterator[tuple[str, bool]]:
-    """Lengths that the recipe allows and the base's positions do not reach: a line, and whether it cannot run."""
-    known = facts.positions()
-    if known is None:
-        return
-    positions, is_end = known
-    base = settings.model.base
-    for key, length in _lengths(settings):
-        if length > positions and is_end:
-            yield f"{key}: {length:,} tokens are over the {positions:,} positions that {base} has; lower it", True
-        elif length > positions:
-            yield f"{key}: {length:,} tokens are over the {positions:,} that {base} was trained for", False
+def _over_length(settings: StageSettings) -> Iterator[tuple[str, bool]]:
+    """Lengths that the recipe allows and a model's positions do not reach: a line, and whether it cannot run."""
+    for name, facts in _readers(settings):
+        known = facts.positions()
+        if known is None:
+            continue
+        positions, is_end = known
+        for key, length in _lengths(settings):
+            if length > positions and is_end:
+                yield f"{key}: {length:,} tokens are over the {positions:,} positions that {name} has; lower it", True
+            elif length > positions:
+                yield f"{key}: {length:,} tokens are over the {positions:,} that {name} was trained for", False
+
+
+def _readers(settings: StageSettings) -> Iterator[tuple[str, Facts]]:
+    """The base, and every whole model that reads the same sequences, as far as they are on this disk."""
+    facts = _facts(settings)
+    if facts is not None:
+        yield settings.model.base, facts
+    for key, (folder, _) in settings.parents().items():
+        place = Path(folder) if Path(folder).is_dir() else cached_folder(folder, None)
+        if key.startswith((*SPEAKERS, "critic.")) and place is not None and (place / "config.json").is_file():
+            yield folder, read_facts(place)
 
 
 def _lengths(settings: StageSettings) -> Iterator[tuple[str, int]]:

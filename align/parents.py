@@ -23,7 +23,7 @@ from align.identity import (
     same,
     template_of,
 )
-from align.models.facts import check_classifier, check_generates, read_facts, read_shapes
+from align.models.facts import check_classifier, check_generates, check_tokenizer, read_facts, read_shapes
 from align.settings import (
     AnyMethod,
     EvaluateSettings,
@@ -38,7 +38,7 @@ from align.settings import (
 from align.surroundings import cached_folder, may_be_fetched
 from align.wording import one_line
 
-HEAD = "score.weight"  # of a sequence classifier, as transformers and PEFT name it
+HEADS = ("score.weight", "classifier.weight", "classifier.out_proj.weight")  # of sequence classifiers
 SPEAKERS = ("policy.", "policies.", "reference.")  # keys of what samples, or is compared with what samples
 JUDGES = ("judge.model", "pairwise_judge.model")
 REWRITING = ("pissa", "olora", "corda", "loftq", "lora_ga")  # ways to start LoRA of PEFT that move the base
@@ -293,6 +293,7 @@ def _check_scorer(folder: str, key: str) -> None:
         task = _adapter_config(folder).get("task_type")
         if task != "SEQ_CLS":
             raise BadInput(f"`{key}`: {folder} is an adapter for {task or 'no task'}; a reward's is for SEQ_CLS")
+        _check_shapes(folder, None, key)
         return
     place = _place(folder)
     if place is not None:
@@ -327,6 +328,7 @@ def _check_foreign_policy(place: Path, key: str) -> None:
             "`rewards: [{use: learned, from: ...}]`"
         )
     check_generates(facts, f"`{key}`")
+    check_tokenizer(facts, None, f"`{key}`")
 
 
 def _check_foreign_adapter(settings: StageSettings, folder: str, key: str) -> None:
@@ -371,11 +373,15 @@ def _changed_in_base(config: dict[str, Any]) -> str | None:
     return None
 
 
-def _check_shapes(folder: str, base: str, key: str) -> None:
-    """Every LoRA layer of the adapter is as wide as the base's layer of that name, and embeddings are as large."""
-    place = _place(base)
+def _check_shapes(folder: str, base: str | None, key: str) -> None:
+    """Every LoRA layer of the adapter is as wide as the base's layer of that name (None: it brings its own base),
+    embeddings are as large, and a head gives one number."""
+    place = None if base is None else _place(base)
     layers = {} if place is None else read_facts(place).shapes
-    for name, shape in read_shapes(Path(folder) / "adapter_model.safetensors").items():
+    weights = Path(folder) / "adapter_model.safetensors"
+    for name, shape in read_shapes(weights).items() if weights.is_file() else ():
+        if name.endswith(HEADS) and "lora_" not in name and shape[0] != 1:
+            raise BadInput(f"`{key}`: the adapter in {folder} gives {shape[0]} labels; a reward has one")
         layer, is_a, _ = name.removeprefix("base_model.model.").rpartition(".lora_A.weight")
         here = layers.get(f"{layer}.weight", ())
         if is_a and len(here) == 2 and shape[1] not in here:

@@ -8,9 +8,9 @@ import torch
 import yaml
 from peft import IA3Config, LoraConfig, get_peft_model
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from align.artifact import begin, state_of
+from align.artifact import begin, read_manifest, state_of
 from align.door import check_recipe
 from align.errors import BadInput
 from align.identity import fingerprint, same, tokenizer_fingerprint
@@ -155,8 +155,6 @@ def test_bases_of_stages_that_have_yet_to_be_run_are_compared(base, data, here):
 
 
 def test_there_is_no_kl_between_models_of_different_tokens(base, data, here):
-    from transformers import AutoTokenizer
-
     shutil.copytree(base, here / "other")
     tokenizer = AutoTokenizer.from_pretrained(base)
     tokenizer.add_tokens(["lamps"])
@@ -243,6 +241,45 @@ def test_what_peft_cannot_merge_is_one_line(base, data, here):
     tiny.run(settings.model_copy(update={"ppo": settings.ppo.model_copy(update={"num_iterations": 1})}))
     with pytest.raises(BadInput, match="cannot be merged: .*lora_bias"):
         merge("ppo", "merged")
+
+
+@pytest.mark.parametrize("role", ["critic", "rewards"])
+def test_a_classifiers_adapter_of_two_labels_is_no_reward(base, data, here, role):
+    config = LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["q_proj"])
+    model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=2)
+    get_peft_model(model, config).save_pretrained("theirs")
+    own = {"critic": {}, "rewards": [REWARD], "policy": {}}
+    own |= {"critic": {"from": "theirs"}} if role == "critic" else {"rewards": [{"use": "learned", "from": "theirs"}]}
+    with pytest.raises(BadInput, match=f"{role}.*theirs gives 2 labels"):
+        check({"ppo": stage("ppo", base, data, **own)}, here)
+
+
+@pytest.mark.parametrize("tokens", [20, 21, 24])
+def test_a_whole_policy_of_more_tokens_than_the_recipes_base_trains(base, data, here, tokens):
+    """Its KL to the base is that to what it started from."""
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    if tokens == 21:
+        tokenizer.add_tokens(["lamps"])
+    model = AutoModelForCausalLM.from_pretrained(base)
+    model.resize_token_embeddings(tokens)
+    model.save_pretrained("theirs")
+    tokenizer.save_pretrained("theirs")
+    settings = tiny.settings("ppo", base, data, here / "ppo", policy={"from": "theirs"}, critic={}, rewards=[REWARD])
+    tiny.run(settings.model_copy(update={"ppo": settings.ppo.model_copy(update={"num_iterations": 1})}))
+    assert 0 <= read_manifest("ppo")["cost"]["kl_to_base"] < 1
+
+
+@pytest.mark.parametrize("role", ["policy", "reference", "policies"])
+def test_a_whole_model_is_as_long_as_its_texts_may_be(base, data, here, role):
+    tiny.make_base(here / "short", kind="gpt2")  # 64 positions
+    if role == "policies":
+        values = {"prompts": {"train": str(data / "prompts.jsonl")}, "judge": [REWARD], "policies": {"a": "short"}}
+        recipe = stage("evaluate", base, data, **values)
+    else:
+        values = {"policy": {}, "critic": {}, "rewards": [REWARD]} | {role: {"from": "short"}}
+        recipe = stage("ppo", base, data, **values)
+    with pytest.raises(BadInput, match="over the 64 positions that short has"):
+        check({"last": recipe}, here)
 
 
 # ------------------------------------------------------------------------------------------- judges and ensembles

@@ -61,15 +61,25 @@ class Costs:
 
 
 @torch.no_grad()
-def kl_to_base(role: Role, bases: Bases) -> float:
-    """Mean KL(base || role) over the next token on unrelated text, in nats a token: what tuning has made it forget."""
-    base, tokenizer = bases.role(None), bases.main.tokenizer
+def kl_to_base(role: Role, bases: Bases, start: str | None = None) -> float:
+    """Mean KL(base || role) over the next token on unrelated text, in nats a token: what tuning has made it forget.
+
+    The base is the recipe's; where that has other tokens than the role, it is the model in `start`, which the role
+    started from.
+    """
+    base, tokenizer, own = bases.role(None), bases.main.tokenizer, bases.tokenizer(start)
+    if _num_logits(base) != _num_logits(role) or tokenizer.get_vocab() != own.get_vocab():
+        base, tokenizer = bases.role(start), own
     found = []
     for text in UNRELATED:
         tree = Tree(tokenizer(text)["input_ids"], [[]])
         logits = (each.logits(each.states(each.layout([tree]))) for each in (base, role))  # (T, V) each
         found.append(exact_kl(*logits))
     return float(torch.cat(found).mean())
+
+
+def _num_logits(role: Role) -> int:
+    return int(role.causal.get_output_embeddings().weight.shape[0])
 
 
 def adapter_bytes(folder: str | Path) -> int:

@@ -307,7 +307,7 @@ def _keep(this: _Run, iteration: int, score: float, kl: float, budget: float) ->
     place, cast = kl_budget.place(this.progress, score, kl, budget), this.cast
     if place is None:
         return
-    moved = kl_to_base(cast.policy, cast.bases)
+    moved = kl_to_base(cast.policy, cast.bases, this.settings.policy.path)
     this.progress[place] = {"iteration": iteration, "score": score, "kl": kl, "kl_to_base": moved}
     if this.worker.is_main:
         with folder_in_one_go(_best_folder(this.settings, iteration)) as folder:
@@ -394,7 +394,7 @@ def _finish(this: _Run) -> None:
             tracker.say(told)
             moved = kept.get("kl_to_base")  # a run that an earlier version began has none
         else:
-            moved = kl_to_base(cast.policy, cast.bases)
+            moved = kl_to_base(cast.policy, cast.bases, settings.policy.path)
             save_role(Role(cast.policy.model), folder, base_name=cast.base.name, revision=cast.base.revision)
         cast.tokenizer.save_pretrained(folder)
         ppo_curves(folder)
