@@ -130,12 +130,25 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
     if not path.is_file():
         cure = "; run the stage that makes it first, or correct the path"
         if Path(folder).is_dir():
-            raise BadInput(f"{folder} is not a run's folder: it has no {MANIFEST}{cure}")
+            raise BadInput(f"{Path(folder)} is not a run's folder: it has no {MANIFEST}{cure}")
+        if Path(folder).exists():
+            raise BadInput(f"{folder} is a file; name the folder of a run")
         raise BadInput(f"{folder} is not there{did_you_mean_path(Path(folder), folders=True) or cure}")
     try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        _check_shape(manifest)
+    except (ValueError, RecursionError) as error:
         raise BadInput(f"{path} is damaged ({one_line(error)}); delete the folder and run its stage again") from error
+    return dict(manifest)
+
+
+def _check_shape(manifest: Any) -> None:
+    """Raises ValueError unless what is there of a manifest is of the type that everyone takes it for."""
+    if not isinstance(manifest, dict) or not isinstance(manifest.get("kind"), str):
+        raise ValueError("it is no object with a `kind`")
+    for name, type_ in (("status", str), ("recipe", dict), ("parents", dict), ("made_of", dict), ("metrics", dict)):
+        if not isinstance(manifest.get(name, type_()), type_):
+            raise ValueError(f"`{name}` is {brief(manifest[name])}")
 
 
 def check_parent(folder: str, kinds: tuple[str, ...], where: str) -> None:

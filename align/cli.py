@@ -63,7 +63,9 @@ def check(recipe: RecipeName, overrides: Overrides = None) -> None:
 
     quiet_libraries()
     from align.report.checking import show
+    from align.worker import quiet_libraries
 
+    quiet_libraries()
     show(loaded, states, {name: plan.description for name, plan in plans.items()}, remarks(loaded))
 
 

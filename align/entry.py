@@ -4,6 +4,7 @@ Validates again (the stage may be started by hand), runs, and writes its exit co
 """
 
 import os
+import signal
 import sys
 import time
 import traceback
@@ -48,6 +49,8 @@ def main(kind: str | None = None, arguments: list[str] | None = None) -> None:
         code, message = 2, str(error)
     except Stopped as stop:
         code, message = stop.code, str(stop)
+    except KeyboardInterrupt:  # before the worker took the signal
+        code, message = 128 + signal.SIGINT, "stopped by a signal; nothing new to save"
     except RunFailed as error:
         code, message = 1, f"align: {error}"
     except Exception as failure:

@@ -77,10 +77,19 @@ def contents(folder: str | Path) -> str:
         _add_middles(digest, file)
     config = folder / ADAPTER_CONFIG
     if config.is_file():
-        values = json.loads(config.read_text(encoding="utf-8"))
-        digest.update(json.dumps({k: v for k, v in values.items() if k not in PLACES}, sort_keys=True).encode())
+        digest.update(_settings_of(config))
     digest.update(tokenizer_fingerprint(folder).encode())
     return digest.hexdigest()[:16]
+
+
+def _settings_of(adapter_config: Path) -> bytes:
+    """An adapter's settings without the places that they name; of a damaged file, all that it holds."""
+    whole = adapter_config.read_bytes()
+    try:
+        values = json.loads(whole)
+        return json.dumps({k: v for k, v in values.items() if k not in PLACES}, sort_keys=True).encode()
+    except (ValueError, AttributeError, RecursionError):
+        return whole
 
 
 def same(before: str | None, now: str | None) -> bool:

@@ -90,7 +90,7 @@ def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
     rows = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             row = json.loads(line, parse_constant=lambda name: None)  # files of before held NaN
             rows.append({key: value for key, value in row.items() if value is not None})

@@ -311,6 +311,7 @@ def test_paths_are_shown_as_written(place: Path, folder: str, capsys: pytest.Cap
     recipe = load_recipe(f"{folder}/recipe.yaml")
     show(recipe, check_recipe(recipe), {"recipe": f"one process ({folder}/a.yaml)"}, [f"of {folder}"])
     shown = capsys.readouterr().out
+    assert shown.startswith("note    ")  # the last words are of the stage, and the verdict
     for text in (f"{folder}/recipe.yaml: sound", f"{folder}/out", f"({folder}/a.yaml)", f"of {folder}"):
         assert text in shown.replace("\n", ""), shown
 
@@ -524,6 +525,8 @@ def test_what_is_written_is_json_and_read_again(tmp_path: Path) -> None:
     found = [json.loads(text, parse_constant=refuse) for text in texts]
     assert found[0] == {"a": None, "b": [None, {"c": None}], "d": [1.5, None], "e": 2, "f": True}
     assert read_metrics(tmp_path) == [{"step": 1, "kl": 0.5}, {"step": 2, "kl": 0.5}]
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1}\n\xff\xfe\n[]\n3\n{"st')
+    assert read_metrics(tmp_path) == [{"step": 1}]
 
 
 def load_settings(folder: Path) -> Any:

@@ -170,6 +170,16 @@ def test_a_file_is_whole_or_as_it_was(store, tmp_path):
     assert not list(tmp_path.glob(".*tmp"))
 
 
+@pytest.mark.parametrize("own", [{"weight": 2.0}, {"margin": 1.0}, {"weight": 0.5, "margin": -1}, {"weight": "3"}])
+def test_a_weight_that_is_not_kept_is_said(own, tmp_path):
+    pair = {"prompt": "one", "chosen": "good", "rejected": "bad"}
+    says = "weight or margin of 1 rows not kept"
+    assert says in import_run(str(tmp_path / "a.db"), write(tmp_path / "a.jsonl", [pair | own]))
+    assert says not in import_run(
+        str(tmp_path / "b.db"), write(tmp_path / "b.jsonl", [pair | {"weight": 1, "margin": 0}])
+    )
+
+
 def test_preferences_come_in_once(store, tmp_path):
     rows = [
         {"prompt": "one", "chosen": "good", "rejected": "bad"},
@@ -181,9 +191,9 @@ def test_preferences_come_in_once(store, tmp_path):
     ]
     rows[3]["prompt"] = [{"role": "user", "content": "colour?"}]
     path = write(tmp_path / "in.jsonl", rows)
-    assert import_preferences(store, path) == Moved(4, known=1, left_out=1)
+    assert import_preferences(store, path) == Moved(4, known=1, left_out=1, weighed=1)
     before = store.pairs(), store.candidates(0)[-1].id
-    assert import_preferences(store, path) == Moved(0, known=5, left_out=1)
+    assert import_preferences(store, path) == Moved(0, known=5, left_out=1, weighed=1)
     assert (store.pairs(), store.candidates(0)[-1].id) == before
     found = {frozenset((row.pair.a, row.pair.b)): row for row in labelled(store)}
     assert len(found) == 4
@@ -208,7 +218,7 @@ def test_preferences_come_in_once(store, tmp_path):
     assert store.prompts(split="imported")[labelled(store)[0].pair.prompt_id]["prompt"] == "one"
     (number,) = store.add_prompts([("one", {"answer": 1})], "train")
     assert store.prompts(split="train") == {number: {"prompt": "one", "columns": {"answer": 1}}}
-    assert import_preferences(store, path) == Moved(0, known=5, left_out=1)
+    assert import_preferences(store, path) == Moved(0, known=5, left_out=1, weighed=1)
     assert store.prompts(split="train") == {number: {"prompt": "one", "columns": {"answer": 1}}}
     queue = Queue(store)
     assert queue.next(store.add_annotator("Ada"), count=9) == []  # nobody is asked what is known

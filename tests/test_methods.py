@@ -403,6 +403,33 @@ def test_what_cannot_be_merged_says_why(name, why, base, data, tmp_path):
     assert "\n" not in str(refused.value) and not (tmp_path / "merged").exists()
 
 
+def test_a_damaged_run_is_not_merged(base, data, tmp_path):
+    run = sft_run("lora", "float32", base, data, tmp_path / "run")
+    config, manifest = run / "adapter_config.json", run / "manifest.json"
+    whole = json.loads(manifest.read_text())
+    for text in ("", "{", "[]", "\x00"):
+        before = config.read_text()
+        config.write_text(text)
+        with pytest.raises(BadInput, match="has changed since the run finished"):
+            merge(str(run), str(tmp_path / "merged"))
+        config.write_text(before)
+    for damaged in (
+        [],
+        {},
+        3,
+        None,
+        {"kind": 3},
+        {"kind": "sft"},
+        {"kind": "sft", "status": 1},
+        whole | {"recipe": []},
+        whole | {"recipe": {}},
+    ):
+        manifest.write_text(json.dumps(damaged))
+        with pytest.raises(BadInput, match="manifest.json is damaged"):
+            merge(str(run), str(tmp_path / "merged"))
+    assert not (tmp_path / "merged").exists()
+
+
 def test_packing_with_a_prefix_keeps_documents_apart(base, data, tmp_path):
     """All rows in one step, whose loss is that of the start."""
     train, losses = {"max_steps": 1, "per_device_train_batch_size": 35}, []

@@ -45,6 +45,7 @@ CALLED: dict[str, tuple[str, ...]] = {  # our field -> what others call it
     ),
     "text": ("content", "body", "passage", "story", "raw_text"),
 }  # fmt: skip
+QUESTIONS = (*(name for name in CALLED["prompt"] if name not in ("user", "human", "src")), "context", "history")
 RENAMED_TO: dict[str, tuple[tuple[str, ...], ...]] = {  # in this order
     "demonstrations": (("prompt", "completion"), ("instruction", "output"), ("messages",), ("text",)),
     "preferences": (("chosen", "rejected"),),

@@ -12,7 +12,9 @@ from typing import Any, cast
 
 from align.data.beside import is_stated, read_system, with_system
 from align.data.conversations import Message, Text, check_order, read_messages, read_string, read_text, says
-from align.data.transcripts import split_texts, without_prompt
+from align.data.hints import QUESTIONS
+from align.data.marks import plain_name
+from align.data.transcripts import is_transcript, split_texts, without_prompt
 from align.errors import BadInput
 
 PROMPT_FIELDS = ("prompt", "messages", "conversations", "instruction")
@@ -68,6 +70,7 @@ def _beside_texts(
     values: Mapping[str, Any], stated: tuple[str, Text] | None, answers: list[str], where: str
 ) -> tuple[Text, list[Text]]:
     if stated is None:
+        _check_question(values, answers, where)
         if system := read_system(values, where):
             raise BadInput(
                 f"{where}: `{system[0]}` stands beside text that holds its prompt; give `prompt` a field of its own, or"
@@ -82,6 +85,20 @@ def _beside_texts(
             return given, list(answers)
     prompt_turns = _as_turns(given, values, where)
     return prompt_turns, [(Message(role="assistant", content=a),) if a.strip() else a for a in answers]
+
+
+def _check_question(values: Mapping[str, Any], answers: list[str], where: str) -> None:
+    """Refuses answers that hold no prompt beside a field which is called like one: what they share is none."""
+    if is_transcript(answers[0]):
+        return
+    for name, given in values.items():
+        if plain_name(name) not in QUESTIONS or not isinstance(given, str) or not given.strip():
+            continue
+        if not all(_holds(answer, given) for answer in answers):
+            raise BadInput(
+                f"{where}: `prompt` is missing, and the answers do not repeat `{name}`; rename it to `prompt`, or"
+                " drop it"
+            )
 
 
 def _as_turns(prompt: Text, values: Mapping[str, Any], where: str) -> tuple[Message, ...]:

@@ -19,6 +19,7 @@ ANSWER_OPENS = tuple(  # where a transcript's answer begins, the surest sign fir
         r"\s(?:AI|Bot|Response|Answer|A|TL;DR):",
     )
 )
+SURE = 4  # of the signs: those that nobody writes within an answer
 WAITS = re.compile(r"[:>\]\n]\s*\Z")  # how a prompt ends that waits for its answer
 MIN_WORDS = 3  # a shorter prompt may open an answer by chance: "Hello" and "Hello, you"
 NO_SPACES = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"  # each letter is a word
@@ -35,6 +36,11 @@ def without_prompt(prompt: str, answers: list[str]) -> list[str]:
     rests = [_after(prompt, answer) for answer in answers] if is_telling else []
     whole = [rest for rest in rests if rest is not None]
     return whole if len(whole) == len(answers) else answers
+
+
+def is_transcript(text: str) -> bool:
+    """Whether a text says for certain where its answer opens."""
+    return any(opens.search(text) for opens in ANSWER_OPENS[:SURE])
 
 
 def _after(prompt: str, answer: str) -> str | None:

@@ -37,11 +37,13 @@ SET = OF_COMPARISON[3:]  # what is set after a comparison was added
 
 @dataclass(frozen=True)
 class Moved:
-    """What became of the rows or labels of a file: taken (or written), there already, left out."""
+    """What became of the rows or labels of a file: taken (or written), there already, left out; and how many of those
+    read had a weight or margin of their own, which a store does not keep."""
 
     taken: int
     known: int = 0
     left_out: int = 0
+    weighed: int = 0
 
 
 def export_labels(store: Store, path: str | Path) -> Moved:

@@ -99,19 +99,21 @@ def import_preferences(store: Store, path: str | Path, *, limit: int | None = No
 
     Of a pair that is in it twice the first row counts; one left undecided (`tie`, probability 1/2) is a tie. Rows that
     name a machine as their `source` (an export of our own) are left out: they are nobody's judgement. A row's weight
-    and margin are not kept.
+    and margin are not kept, and such rows counted.
+
     Raises:
         BadInput: a row cannot be read, has answers of several turns or with calls or thoughts, or a prompt that is
             evaluated on.
     """
     rows: list[tuple[Any, str, str, float]] = []
     columns: list[dict[str, Any]] = []
-    num_left_out = 0
+    num_left_out = num_weighed = 0
     for row in read_rows(Source(path=str(path), limit=limit)):
         preference = parse(row, "preferences")
         if preference is None or row.values.get("source") in MACHINES:
             num_left_out += 1
             continue
+        num_weighed += (preference.weight, preference.margin) != (1.0, 0.0)
         rows.append((_content(preference.prompt), *_answers(preference), preference.probability))
         columns.append({"chat_template_kwargs": dict(preference.template)} if preference.template else {})
     prompts = store.add_prompts([(row[0], own) for row, own in zip(rows, columns, strict=True)], IMPORTED)
@@ -131,7 +133,7 @@ def import_preferences(store: Store, path: str | Path, *, limit: int | None = No
         key = f"{IMPORTED}-{comparison}"
         labels.setdefault(key, NewLabel(comparison, "human", outcome, key, annotator_id=annotator, probability=own))
     num_new = store.add_labels(labels.values())  # last: a file whose import was cut off is simply imported again
-    return Moved(num_new, known=len(rows) - num_new, left_out=num_left_out)
+    return Moved(num_new, known=len(rows) - num_new, left_out=num_left_out, weighed=num_weighed)
 
 
 def _as_answer(text: str, prompt: Any) -> Any:
@@ -230,4 +232,5 @@ def import_run(run: str, file: str | Path, *, limit: int | None = None) -> str:
     finally:
         store.close()
     left_out = f", {moved.left_out} left out" if moved.left_out else ""
-    return f"{file}: {moved.taken} labels taken, {moved.known} known already{left_out}"
+    weighed = f"; weight or margin of {moved.weighed} rows not kept: a store has labels alone" if moved.weighed else ""
+    return f"{file}: {moved.taken} labels taken, {moved.known} known already{left_out}{weighed}"

@@ -12,7 +12,7 @@ from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from align.artifact import folder_in_one_go, read_manifest
+from align.artifact import MANIFEST, folder_in_one_go, read_manifest
 from align.errors import BadInput
 from align.identity import base_of, check_contents
 from align.models.linear import reading_layer
@@ -71,19 +71,21 @@ def merge(run: str, out: str) -> float:
     manifest = read_manifest(folder)
     if not (folder / "adapter_config.json").is_file():
         raise BadInput(f"{run} holds no adapter: it is a whole model already")
+    if "model" not in manifest.get("recipe", {}):
+        raise BadInput(f"{folder / MANIFEST} is damaged (it names no model); run its stage again")
     if manifest["kind"] == "reward":
         raise BadInput(f"{run} is a reward model; `align merge` merges policies (sft, ppo)")
-    if manifest["status"] != "finished":
+    if manifest.get("status") != "finished":
         raise BadInput(f"the run in {run} is not finished; start it again to go on with it")
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise BadInput(f"{out} is not empty; name a new folder")
+    check_contents(folder, manifest)
     kind = str(getattr(PeftConfig.from_pretrained(run).peft_type, "value", ""))
     if kind in UNMERGEABLE:
         raise BadInput(
             f"the adapter in {run} cannot be merged: {UNMERGEABLE[kind]}; open it with PEFT (`import align`)"
         )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    check_contents(folder, manifest)
     settings = Model(**manifest["recipe"]["model"])
     bases = Bases(settings.model_copy(update={"base": base_of(manifest, folder), "chat_template": None}), device)
     tokenizer = AutoTokenizer.from_pretrained(folder)

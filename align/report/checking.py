@@ -33,12 +33,14 @@ STATES = {"new": "new", "running": "was stopped; goes on", "finished": "finished
 def show(
     recipe: Recipe, states: dict[str, str], plans: Mapping[str, str] = NOTHING, remarks: Sequence[str] = ()
 ) -> None:
-    """Prints, stage by stage: resolved recipe, what it reads and writes, how it starts, what it trains, one sample.
+    """Prints stage by stage: resolved recipe, what it reads and writes, how it starts, what it trains, one sample.
 
-    `plans`: how each stage that is to run will be started; `remarks`: what is sound and still worth a word.
+    `plans`: how each stage that is to run will be started; `remarks`: what is sound and still worth a word, said first.
     """
     console = Console()
     console.soft_wrap = not console.is_terminal  # a file keeps its lines whole, a narrow terminal its words
+    for remark in remarks:  # first: the last words on a sound recipe are its sample and the verdict
+        console.print(Text(safe(f"note    {remark}"), style="yellow"))
     for name, settings in recipe.stages.items():
         console.rule(Text(f"{name} ({settings.stage})"), align="left")
         values = settings.model_dump(mode="json", by_alias=True, exclude_defaults=True)
@@ -56,8 +58,6 @@ def show(
         if method is not None:
             console.print(Text(f"trains  {_trainable(settings, method)}"))
         _show_sample(console, settings)
-    for remark in remarks:
-        console.print(Text(safe(f"note    {remark}"), style="yellow"))
     console.print(Text(safe(f"{recipe.path}: sound"), style="bold"))
 
 

@@ -312,6 +312,32 @@ def test_an_implicit_prompt_ends_at_a_real_boundary(what: str) -> None:
     assert read("prompts", chosen=chosen, rejected=rejected).prompt == prompt
 
 
+@pytest.mark.parametrize("system", ["", "be brief"])
+@pytest.mark.parametrize("name", ["question", "Question", "query", "input", "context", "history", "problem"])
+def test_answers_that_begin_alike_are_no_prompt_beside_a_question(name: str, system: str) -> None:
+    row = {
+        name: "Is it red?",
+        "system": system,
+        "chosen": "Yes, it is red. Answer: yes",
+        "rejected": "Yes, it is. Answer: no",
+    }
+    for kind in ("preferences", "prompts"):
+        assert f"the answers do not repeat `{name}`; rename it to `prompt`" in refusal(kind, **row)
+
+
+BESIDE_TRANSCRIPTS: tuple[dict[str, Any], ...] = (
+    {"question": "what?"}, {"input": "id 3"}, {"context": "a chat"}, {"problem": 3}, {"query": ""}, {"user": "ann"},
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("beside", BESIDE_TRANSCRIPTS)
+def test_a_transcript_holds_its_prompt_whatever_stands_beside_it(beside: dict[str, Any]) -> None:
+    texts = {"chosen": "\n\nHuman: why?\n\nAssistant: so.", "rejected": "\n\nHuman: why?\n\nAssistant: no."}
+    assert read("preferences", **texts, **beside).prompt == "\n\nHuman: why?\n\nAssistant:"
+    repeated = {"chosen": "What is it? It is a cat", "rejected": "What is it? It is a dog"}
+    assert read("preferences", **repeated, question="What is it?").prompt == "What is it?"
+
+
 @pytest.mark.parametrize(("chosen", "rejected"), [("black", "blue"), ("abc", "xyz"), ("3.14", "3.15"), (" a", " b")])
 def test_texts_without_a_boundary(chosen: str, rejected: str) -> None:
     assert "do not begin alike up to the end of a word; add it" in refusal(
