@@ -35,7 +35,6 @@ TOKENIZER_FILES = (
     "merges.txt",
     "chat_template.jinja",
     "chat_template.json",
-    "generation_config.json",  # whose end tokens answers are sampled to
 )
 TEMPLATE_FILE = "chat_template.jinja"
 NAMED_TEMPLATES = "additional_chat_templates/*.jinja"  # beside it
@@ -63,9 +62,11 @@ def fingerprint(base: str, revision: str | None = None) -> str:
 
 
 def tokenizer_fingerprint(folder: str | Path) -> str:
-    """Of the tokenizer's files, chat templates and end tokens of generation in a local folder."""
+    """Of the tokenizer's files, chat templates and the tokens that end generation in a local folder."""
     folder = Path(folder)
-    return _of_files([*(folder / name for name in TOKENIZER_FILES), *sorted(folder.glob(NAMED_TEMPLATES))])
+    files = _of_files([*(folder / name for name in TOKENIZER_FILES), *sorted(folder.glob(NAMED_TEMPLATES))])
+    ends = _json_of(folder / "generation_config.json").get("eos_token_id")  # answers are sampled to these
+    return files if ends is None else f"{files} ends at {ends}"
 
 
 def contents(folder: str | Path) -> str:

@@ -239,6 +239,7 @@ HARMLESS = {
     "an absolute path of the data": {"prompts.train": [{"path": "{here}/data/prompts.jsonl"}]},
     "another spelling of the run before": {"policy.from": "{here}/runs/sft"},
     "the launcher": {"launch": "ddp"},
+    "how others would sample": {},
     "recomputed activations": {"ppo.gradient_checkpointing": True},
     "a pass of the reward": {"rewards": [{"use": "learned", "from": "runs/reward", "max_batch_tokens": 32}]},
 }
@@ -248,6 +249,8 @@ HARMLESS = {
 def test_what_changes_no_figure_makes_no_other_run(house, change):
     values = tiny.recipe("ppo", Path("base"), Path("data"), Path("runs/ppo"))
     begin(ppo(), fingerprint("base"))
+    if not HARMLESS[change]:
+        edit_json("base/generation_config.json", temperature=0.5)
     for key, value in HARMLESS[change].items():
         *parents, last = key.split(".")
         section = values
