@@ -551,5 +551,5 @@ def test_the_command_prints_the_path_and_refuses_what_is_no_run(loop, tmp_path):
     with pytest.raises(BadInput, match=r"is not a run's folder"):
         report(tmp_path)
     (tmp_path / "loop.json").write_text("[")
-    with pytest.raises(BadInput, match=r"loop\.json cannot be read"):
+    with pytest.raises(BadInput, match=r"loop\.json is damaged"):
         report(tmp_path)

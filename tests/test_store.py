@@ -14,10 +14,11 @@ from sqlalchemy import func, select, text
 from sqlalchemy.exc import IntegrityError
 
 from align.errors import BadInput
-from align.feedback.database import LOOP, store_of
+from align.feedback.database import LOOP, read_loop, store_of
 from align.feedback.rows import answers_of_people
 from align.feedback.schema import Candidate, Comparison, Fact, Label
 from align.feedback.store import NewLabel, Store
+from align.report.loop_facts import read as read_facts
 from tests import databases
 from tests.databases import fill
 
@@ -406,3 +407,12 @@ def test_where_a_loops_store_is(tmp_path):
     assert store_of(tmp_path) == str(tmp_path / "store.db")
     (tmp_path / LOOP).write_text('{"store": "postgresql+psycopg://h/d"}')
     assert store_of(tmp_path) == "postgresql+psycopg://h/d"
+
+
+@pytest.mark.parametrize("damaged", ["", "{", "[]", "null", "3", '"a"', "\ufeff{}", "[" * 100_000])
+def test_a_damaged_loop_is_one_line_to_whoever_reads_it(damaged, tmp_path):
+    (tmp_path / "loop.json").write_text(damaged, encoding="utf-8")
+    for reader in (read_loop, store_of, read_facts):
+        with pytest.raises(BadInput, match=r"loop\.json is damaged .*bring it back") as refused:
+            reader(tmp_path)
+        assert "\n" not in str(refused.value)

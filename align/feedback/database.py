@@ -13,18 +13,33 @@ from align.errors import BadInput
 from align.wording import one_line
 
 LOOP = "loop.json"  # in a loop's folder: its recipe, resolved
+DAMAGED_CURE = "bring it back from a copy, or choose another output to begin anew"
 BUSY_SECONDS = 30  # that a writer waits for another one
 WRITERS_LOCK = 0x616C69676E  # "align": PostgreSQL's advisory lock of those who write
 CURE = "write a file's path or postgresql+psycopg://USER@HOST/DATABASE (pip install 'align-rlhf[postgres]')"
+
+
+def read_loop(folder: Path) -> dict[str, Any]:
+    """What loop.json in a loop's folder says; nothing where the loop has not begun.
+
+    Raises:
+        BadInput: it is damaged.
+    """
+    path = folder / LOOP
+    try:
+        found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except (ValueError, RecursionError) as error:
+        raise BadInput(f"{path} is damaged ({one_line(error)}); {DAMAGED_CURE}") from error
+    if not isinstance(found, dict):
+        raise BadInput(f"{path} is damaged (it is no object); {DAMAGED_CURE}")
+    return found
 
 
 def store_of(run: str | Path) -> str:
     """Where the store of a loop's folder is, as its recipe says; a store itself (a file or a database URL) stays."""
     if "://" in str(run) or Path(run).is_file() or str(run).endswith(".db"):
         return str(run)
-    recipe = Path(run) / LOOP
-    named = json.loads(recipe.read_text(encoding="utf-8")).get("store") if recipe.is_file() else None
-    return str(named or Path(run) / "store.db")
+    return str(read_loop(Path(run)).get("store") or Path(run) / "store.db")
 
 
 def store_url(where: str) -> str:

@@ -15,7 +15,7 @@ from align.artifact import MANIFEST, differences, is_harmless, state_of, which_r
 from align.data import Prompt
 from align.door import check_model, check_recipe
 from align.errors import BadInput
-from align.feedback.database import LOOP
+from align.feedback.database import LOOP, read_loop
 from align.feedback.store import Store
 from align.identity import changed_part, data_parts, equal_paths, model_parts
 from align.launch import plan, start
@@ -116,7 +116,7 @@ def _open(loop: Loop) -> Store:
     Raises:
         BadInput: the store cannot be opened, or is another loop's, whose rounds would be taken for this one's.
     """
-    mark = _written(loop).get(MARK) or uuid.uuid4().hex
+    mark = read_loop(loop.out).get(MARK) or uuid.uuid4().hex
     store = Store(loop.store, create=True)
     try:
         if store.fact(MARK) not in (None, mark):
@@ -128,12 +128,6 @@ def _open(loop: Loop) -> Store:
     except BaseException:
         store.close()
         raise
-
-
-def _written(loop: Loop) -> dict:
-    """What loop.json says; nothing where the loop has not begun."""
-    file = loop.out / LOOP
-    return dict(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else {}
 
 
 def _round(this: Context) -> None:
@@ -231,7 +225,7 @@ def _check_columns(loop: Loop, prompts: Prompts) -> None:
 
 def _check_output(loop: Loop) -> None:
     """The folder is new, or this loop's."""
-    if written := _written(loop):
+    if written := read_loop(loop.out):
         parts_before, parts = written.get(MADE_OF, {}), _made_of(loop)
         before, now = _values(_as_read_now(loop, written)), _values(loop.settings)
         equal = equal_paths(parts_before, parts)

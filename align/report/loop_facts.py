@@ -1,6 +1,5 @@
 """What a loop's folder and its store say, in one place: also of a loop that is under way."""
 
-import json
 import math
 from collections import defaultdict
 from collections.abc import Mapping
@@ -10,14 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from align.artifact import MANIFEST, read_manifest
-from align.errors import BadInput
-from align.feedback.database import LOOP, store_of
+from align.feedback.database import read_loop, store_of
 from align.feedback.exchange import people_say
 from align.feedback.queue import Progress, Queue
 from align.feedback.schema import Label
 from align.feedback.store import Pair, Store
 from align.report.page import read_rows
-from align.wording import one_line
 
 STEPS = ("collect", "score", "route", "label", "merge", "reward", "heldout", "ppo", "evaluate", "vote", "decide")
 MACHINES = ("reward", "judge")
@@ -109,11 +106,7 @@ def read(folder: Path) -> Facts:
     Raises:
         BadInput: loop.json is damaged, or the store cannot be opened.
     """
-    path = folder / LOOP
-    try:
-        recipe = dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
-        raise BadInput(f"{path} cannot be read ({one_line(error)}); start the loop again, it writes it anew") from error
+    recipe = read_loop(folder)
     store = Store(store_of(folder))
     try:
         done: dict[int, dict[str, Found]] = defaultdict(dict)

@@ -5,10 +5,11 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from align.feedback.database import LOOP
 from align.feedback.schema import EVALUATION
 from align.report import loop_labels, stage_page
 from align.report.curves import ACCENT, INK, PALE
-from align.report.loop_facts import LOOP, STEPS, Facts, Found, read
+from align.report.loop_facts import STEPS, Facts, Found, read
 from align.report.page import (
     NONE,
     Page,
