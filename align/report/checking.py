@@ -115,7 +115,7 @@ def _show_sample(console: Console, settings: StageSettings) -> None:
             return
         parts = [
             (name, [*((t, False) for t in pair.prompt_ids), *((t, True) for t in ids)])
-            for name, ids in (("chosen  ", pair.chosen_ids), ("rejected", pair.rejected_ids))
+            for name, ids in (("chosen   ", pair.chosen_ids), ("rejected ", pair.rejected_ids))
         ]
     else:
         parts = [("prompt  ", [(token, False) for token in encode_prompt(tokenizer, row)])]
