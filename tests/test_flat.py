@@ -53,12 +53,12 @@ NOT_FLAT = {
 class Case:
     """A base on disk, roles over it, and transformers' own model of the same weights."""
 
-    def __init__(self, folder: Path, kind: str, attention: str, changes: dict[str, Any]):
+    def __init__(self, folder: Path, kind: str, attention: str, changes: dict[str, Any], device: torch.device = CPU):
         tiny.make_base(folder, kind=kind, hidden=32, seed=1, **changes)
-        self.bases = Bases(Model(base=str(folder), attn_implementation=attention), CPU)
+        self.bases = Bases(Model(base=str(folder), attn_implementation=attention), device)
         self.role = self.bases.role(None)
         own = "sdpa" if kind == "alibi" else "eager"  # Falcon's two kinds of attention scale alibi differently
-        self.plain = AutoModelForCausalLM.from_pretrained(folder, attn_implementation=own).eval()
+        self.plain = AutoModelForCausalLM.from_pretrained(folder, attn_implementation=own).to(device).eval()
         self.folder = folder
 
     def lora(self, bases: Bases | None = None, **settings: Any) -> tuple[Role, PeftModel]:
@@ -68,8 +68,8 @@ class Case:
         generator = torch.Generator().manual_seed(3)
         for name, p in role.named_parameters():
             if "lora_" in name:
-                p.data += torch.randn(p.shape, generator=generator) * 0.03
-        plain = AutoModelForCausalLM.from_pretrained(self.folder, attn_implementation="eager")
+                p.data += (torch.randn(p.shape, generator=generator) * 0.03).to(p.device)
+        plain = AutoModelForCausalLM.from_pretrained(self.folder, attn_implementation="eager").to(role.device)
         wrapped = with_method(plain, method, None, head=False).eval()
         adapter = {name: p for name, p in role.model.state_dict().items() if "lora_" in name}
         assert not wrapped.load_state_dict(adapter, strict=False).unexpected_keys
@@ -108,7 +108,7 @@ def make_trees(seed: int = 0) -> list[Tree]:
 def plain_states(model: Any, row: list[int]) -> torch.Tensor:
     """(T, H) of one row, nothing beside it."""
     causal = model.get_base_model() if isinstance(model, PeftModel) else model
-    return causal.base_model(input_ids=torch.tensor([row]), use_cache=False).last_hidden_state[0]
+    return causal.base_model(input_ids=torch.tensor([row], device=causal.device), use_cache=False).last_hidden_state[0]
 
 
 def plain_readings(model: Any, prompt: list[int], answer: list[int], temperature: float):

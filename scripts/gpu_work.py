@@ -1,0 +1,161 @@
+"""The parts of gpu.sh that are measured: ceilings of the card, and PPO iterations beside what they cost at least.
+
+    python scripts/gpu_work.py --work DIR --out DIR rates
+    python scripts/gpu_work.py --work DIR --out DIR ppo 8b --load-in nf4 --prompts 8 --tokens 512 512
+
+Weights are random, of Llama 3's shapes, made on the card; the tokenizer is the quickstart's, so that prompts are of its
+words. What random weights write ends at `max_new_tokens` almost always: nothing depends on what they say.
+"""
+
+import argparse
+import json
+import random
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+ROOT = Path(__file__).resolve().parents[1]
+TOKENIZER = ROOT / "recipes" / "quickstart" / "model"
+SHAPES = {  # layers, hidden, inner, query heads, key-value heads, vocabulary
+    "small": (2, 64, 128, 4, 2, 1000),
+    "1b": (16, 2048, 8192, 32, 8, 128_256),
+    "8b": (32, 4096, 14_336, 32, 8, 128_256),
+}
+EPOCHS = 2
+REWARD = """
+def spread(prompts, completions, completion_ids, **_):
+    return [sum(ids) % 97 / 97 for ids in completion_ids]
+"""
+
+
+def rates(is_small: bool) -> dict[str, float]:
+    """FLOP/s of a bf16 matrix product and bytes/s of a copy, read and written: medians of ten."""
+    cuda, size = torch.cuda.is_available(), 256 if is_small else 8192
+    device, dtype = ("cuda", torch.bfloat16) if cuda else ("cpu", torch.float32)
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    source = torch.empty(2**20 if is_small else 2**32, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    product, copy = seconds_of(lambda: a @ b), seconds_of(lambda: target.copy_(source))
+    return {"matrix_flops_per_second": 2 * size**3 / product, "bytes_per_second": 2 * source.nbytes / copy}
+
+
+def seconds_of(work: Any, repeats: int = 10) -> float:
+    """Median of `repeats` after three that warm up."""
+    import time
+
+    def once() -> float:
+        start = time.perf_counter()
+        work()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+    return median([once() for _ in range(3 + repeats)][3:])
+
+
+def make_model(shape: str, folder: Path) -> None:
+    layers, hidden, inner, heads, kv_heads, vocabulary = SHAPES[shape]
+    cuda = torch.cuda.is_available()
+    config = LlamaConfig(
+        num_hidden_layers=layers,
+        hidden_size=hidden,
+        intermediate_size=inner,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        vocab_size=vocabulary,
+        max_position_embeddings=8192,
+        rope_theta=500_000.0,
+        tie_word_embeddings=shape != "8b",
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    torch.set_default_dtype(torch.bfloat16 if cuda else torch.float32)
+    with torch.device("cuda" if cuda else "cpu"):
+        LlamaForCausalLM(config).save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copy(TOKENIZER / name, folder)
+
+
+def ppo(options: argparse.Namespace) -> dict[str, Any]:
+    """A run of `iterations`, of which the last is told by phase."""
+    count, (prompt, answer) = options.prompts, options.tokens
+    model = options.work / options.shape
+    if not model.is_dir():
+        subprocess.run([sys.executable, __file__, *common(options), "make", options.shape], check=True)
+    name = f"{options.shape}-{options.load_in}"
+    rng, words = random.Random(0), "red blue green golden silver bells books coats lamps bags bowls".split()
+    rows = [{"prompt": " ".join(rng.choices(words, k=prompt))} for _ in range(count)]
+    (options.work / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (options.work / "spread.py").write_text(REWARD)
+    run = options.work / name
+    recipe = {
+        "stage": "ppo",
+        "model": {"base": str(model), "load_in": options.load_in},
+        "launch": "gpu" if torch.cuda.is_available() else "cpu",
+        "policy": {"method": {"kind": "qlora" if options.load_in == "nf4" else "lora", "r": 16}},
+        "rewards": [{"use": f"{options.work}/spread.py:spread"}],
+        "prompts": {"train": str(options.work / "prompts.jsonl")},
+        "max_prompt_length": 4 * prompt,
+        "sampling": {"max_new_tokens": answer},
+        "ppo": {
+            "num_iterations": options.iterations,
+            "prompts_per_iteration": count,
+            "num_ppo_epochs": EPOCHS,
+            "sampling_batch_size": count,
+            "missing_eos_penalty": None,
+            "eval_steps": 0,
+            "save_steps": 0,
+            "ratio_tolerance": 1.0,
+        },
+        "output": str(run),
+    }
+    path = options.work / f"{name}.yaml"
+    path.write_text(json.dumps(recipe))  # JSON is YAML
+    with (options.out / f"{name}.txt").open("w") as log:
+        code = subprocess.run([sys.executable, "-m", "align.cli", "run", str(path)], stdout=log, stderr=log).returncode
+    if not (run / "metrics.jsonl").is_file():
+        return {"exit_code": code}
+    shutil.copy(run / "metrics.jsonl", options.out / f"{name}.jsonl")
+    last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
+    wanted = ("seconds_", "tokens_per_second_", "peak_mib", "first_logratio", "response_length")
+    return {"exit_code": code} | {key: round(value, 3) for key, value in last.items() if key.startswith(wanted)}
+
+
+def common(options: argparse.Namespace) -> list[str]:
+    return ["--work", str(options.work), "--out", str(options.out), *(["--small"] if options.small else [])]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--small", action="store_true")
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("rates")
+    commands.add_parser("make").add_argument("shape", choices=SHAPES)
+    of_ppo = commands.add_parser("ppo")
+    of_ppo.add_argument("shape", choices=SHAPES)
+    of_ppo.add_argument("--load-in", default="bfloat16", choices=("float32", "bfloat16", "nf4"))
+    of_ppo.add_argument("--prompts", type=int, default=64)
+    of_ppo.add_argument("--tokens", type=int, nargs=2, default=(256, 256), metavar=("PROMPT", "ANSWER"))
+    of_ppo.add_argument("--iterations", type=int, default=2)
+    options = parser.parse_args()
+    if options.command == "make":
+        return make_model(options.shape, options.work / options.shape)
+    if options.small and options.command == "ppo":
+        options.shape, options.prompts, options.tokens = "small", 4, (8, 8)
+        options.load_in = "float32" if options.load_in == "bfloat16" else options.load_in
+    found = rates(options.small) if options.command == "rates" else ppo(options)
+    print(json.dumps(found))
+    return None
+
+
+if __name__ == "__main__":
+    main()
