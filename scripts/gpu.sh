@@ -3,8 +3,8 @@
 #
 #   tests         those marked `gpu`
 #   rates         what the card multiplies and copies, the ceilings of what follows
+#   1b, 8b, nf4   PPO iterations over random weights of Llama 3's shapes, by phase; nf4 is the 8B shape in 4 bits
 #   quickstart    the README's, with `launch: gpu`
-#   1b, 8b, nf4   one PPO iteration over random weights of Llama 3's shapes: by phase, and what each costs at least
 #
 # Each part writes to OUT as soon as it has something to say and has a time limit of its own, so that a run that is cut
 # off still tells what it found. PARTS="rates 8b" names some. SMALL=1 tries the script itself, on a CPU too.
@@ -12,7 +12,7 @@
 # of the others in WHEELS (a folder, .whl) are put beside, in a folder that goes away with the machine.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-python=${PYTHON:-python3} wheels=${WHEELS:-.whl} parts=${PARTS:-tests rates quickstart 1b nf4 8b}
+python=${PYTHON:-python3} wheels=${WHEELS:-.whl} parts=${PARTS:-tests rates 8b nf4 1b quickstart}
 mkdir -p "${1:-runs/gpu}"
 out=$(cd "${1:-runs/gpu}" && pwd)
 work=$(mktemp -d)
@@ -37,9 +37,9 @@ for part in $parts; do
             said="exit code $?, in $SECONDS s from the start"
             cp "$work"/quickstart/ppo/metrics.jsonl "$out/quickstart-ppo.jsonl" 2> /dev/null ;;
         1b) said=$(gpu_work 100 ppo 1b --prompts 64 --tokens 256 256) ;;
-        8b) said=$(gpu_work 160 ppo 8b --prompts 64 --tokens 256 256) ;;
-        nf4) said=$(gpu_work 120 ppo 8b --load-in nf4 --prompts 8 --tokens 512 512) ;;
-        *) echo "no part is called $part: tests, rates, quickstart, 1b, 8b, nf4" >&2; exit 2 ;;
+        8b) said=$(gpu_work 200 ppo 8b --prompts 64 --tokens 256 256) ;;
+        nf4) said=$(gpu_work 160 ppo 8b --load-in nf4 --prompts 8 --tokens 512 512 --iterations 1) ;;
+        *) echo "no part is called $part: tests, rates, 8b, nf4, 1b, quickstart" >&2; exit 2 ;;
     esac
     tell "$part: $said"
 done
