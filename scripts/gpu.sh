@@ -20,7 +20,7 @@ trap 'rm -rf "$work"' EXIT
 if compgen -G "$wheels/*.whl" > /dev/null; then
     "$python" -m pip install -q --no-index --no-deps --no-compile --upgrade --target "$work/site" "$wheels"/*.whl
 fi
-export PYTHONPATH="$PWD:$work/site" TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 WANDB_MODE=disabled
+export PYTHONPATH="$PWD:$work/site${PYTHONPATH:+:$PYTHONPATH}" TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 WANDB_MODE=disabled
 tell() { echo "[$(date +%T)] $*" | tee -a "$out/summary.txt"; }
 gpu_work() { timeout "$1" "$python" scripts/gpu_work.py --work "$work" --out "$out" ${SMALL:+--small} "${@:2}" 2>> "$out/log.txt"; }
 
