@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What a CUDA machine shows, in one command of at most nine minutes: bash scripts/gpu.sh [OUT]   (OUT: runs/gpu)
+# What a CUDA machine shows, in one command: bash scripts/gpu.sh [OUT]   (OUT: runs/gpu)
 #
 #   tests         those marked `gpu`
 #   rates         what the card multiplies and copies, the ceilings of what follows
@@ -37,8 +37,8 @@ for part in $parts; do
             said="exit code $?, in $SECONDS s from the start"
             cp "$work"/quickstart/ppo/metrics.jsonl "$out/quickstart-ppo.jsonl" 2> /dev/null ;;
         1b) said=$(gpu_work 100 ppo 1b --prompts 64 --tokens 256 256) ;;
-        8b) said=$(gpu_work 200 ppo 8b --prompts 64 --tokens 256 256) ;;
-        nf4) said=$(gpu_work 160 ppo 8b --load-in nf4 --prompts 8 --tokens 512 512 --iterations 1) ;;
+        8b) said=$(gpu_work 240 ppo 8b --prompts 64 --tokens 256 256) ;;
+        nf4) said=$(gpu_work 240 ppo 8b --load-in nf4 --prompts 8 --tokens 512 512 --iterations 1) ;;
         *) echo "no part is called $part: tests, rates, 8b, nf4, 1b, quickstart" >&2; exit 2 ;;
     esac
     tell "$part: $said"

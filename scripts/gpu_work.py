@@ -13,6 +13,7 @@ import random
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -27,6 +28,7 @@ SHAPES = {  # layers, hidden, inner, query heads, key-value heads, vocabulary
     "1b": (16, 2048, 8192, 32, 8, 128_256),
     "8b": (32, 4096, 14_336, 32, 8, 128_256),
 }
+WORDS = ("red", "blue", "green", "golden", "silver", "bells", "books", "coats", "lamps", "bags", "bowls")
 EPOCHS = 2
 REWARD = """
 def spread(prompts, completions, completion_ids, **_):
@@ -47,7 +49,6 @@ def rates(is_small: bool) -> dict[str, float]:
 
 def seconds_of(work: Any, repeats: int = 10) -> float:
     """Median of `repeats` after three that warm up."""
-    import time
 
     def once() -> float:
         start = time.perf_counter()
@@ -90,8 +91,8 @@ def ppo(options: argparse.Namespace) -> dict[str, Any]:
     if not model.is_dir():
         subprocess.run([sys.executable, __file__, *common(options), "make", options.shape], check=True)
     name = f"{options.shape}-{options.load_in}"
-    rng, words = random.Random(0), "red blue green golden silver bells books coats lamps bags bowls".split()
-    rows = [{"prompt": " ".join(rng.choices(words, k=prompt))} for _ in range(count)]
+    rng = random.Random(0)
+    rows = [{"prompt": " ".join(rng.choices(WORDS, k=prompt))} for _ in range(count)]
     (options.work / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (options.work / "spread.py").write_text(REWARD)
     run = options.work / name
@@ -118,14 +119,22 @@ def ppo(options: argparse.Namespace) -> dict[str, Any]:
     }
     path = options.work / f"{name}.yaml"
     path.write_text(json.dumps(recipe))  # JSON is YAML
+    metrics, kept = run / "metrics.jsonl", options.out / f"{name}.jsonl"
     with (options.out / f"{name}.txt").open("w") as log:
-        code = subprocess.run([sys.executable, "-m", "align.cli", "run", str(path)], stdout=log, stderr=log).returncode
-    if not (run / "metrics.jsonl").is_file():
-        return {"exit_code": code}
-    shutil.copy(run / "metrics.jsonl", options.out / f"{name}.jsonl")
-    last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
+        command = [sys.executable, "-m", "align.cli", "run", str(path)]
+        child = subprocess.Popen(command, stdout=log, stderr=log)
+        while child.poll() is None:  # each iteration's figures are kept as they come: this may be cut off
+            time.sleep(1)
+            if metrics.is_file():
+                shutil.copy(metrics, kept)
+    if not metrics.is_file():
+        return {"exit_code": child.returncode}
+    shutil.copy(metrics, kept)
+    last = json.loads(kept.read_text().splitlines()[-1])
     wanted = ("seconds_", "tokens_per_second_", "peak_mib", "first_logratio", "response_length")
-    return {"exit_code": code} | {key: round(value, 3) for key, value in last.items() if key.startswith(wanted)}
+    return {"exit_code": child.returncode} | {
+        key: round(value, 3) for key, value in last.items() if key.startswith(wanted)
+    }
 
 
 def common(options: argparse.Namespace) -> list[str]:

@@ -9,6 +9,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
+from align.models import attention
 from align.models.attention import Slots, flat_states, tree_attention
 from align.models.base import trunk_of
 from align.models.layout import Tree, flat_layout
@@ -227,8 +228,9 @@ def test_gradients_are_those_of_one_row_at_a_time(flat, checkpointing, are_all_a
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("seed", [0, 1])
-def test_slots_in_any_order_give_what_single_rows_give(flat, seed):
+@pytest.mark.parametrize(("seed", "grow_by"), [(0, 1), (1, 1), (2, 16), (3, 64)])
+def test_slots_in_any_order_give_what_single_rows_give(flat, seed, grow_by, monkeypatch):
+    monkeypatch.setattr(attention, "WIDTHS_GROW_BY", {"cpu": grow_by})
     rng, trunk = random.Random(seed), trunk_of(flat.role.causal)
     slots, rows = Slots(5, 40), list[list[int]]()
     seen = {"fill": 0, "step": 0, "release": 0}
@@ -465,10 +467,10 @@ def test_ppo_on_flat_passes_is_ppo_on_padded_rows(base, data, runs, tmp_path, mo
     }
     steps = tiny.recipe("ppo", base, data, tmp_path / "any")["ppo"]
     steps |= {"num_iterations": 2, "eval_steps": 0, "save_steps": 0}
-    for attention, batch_size in (("sdpa", 3), ("eager", 32)):
-        model = {"base": str(base), "attn_implementation": attention}
+    for kind, batch_size in (("sdpa", 3), ("eager", 32)):
+        model = {"base": str(base), "attn_implementation": kind}
         ppo = steps | {"sampling_batch_size": batch_size}
-        tiny.run(tiny.settings("ppo", base, data, tmp_path / attention, model=model, ppo=ppo, **parents))
+        tiny.run(tiny.settings("ppo", base, data, tmp_path / kind, model=model, ppo=ppo, **parents))
     assert len(seen["sdpa"]) == len(seen["eager"]) == 2
     for a, b in zip(seen["sdpa"], seen["eager"], strict=True):
         assert a.rollouts.answers == b.rollouts.answers and a.rollouts.prompts == b.rollouts.prompts

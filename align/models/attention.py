@@ -21,7 +21,7 @@ from align.models.layout import Span, Tree, flat_layout
 
 NAME = "align_flat"
 UNKNOWN = ("softcap", "sliding_window", "s_aux", "position_bias")  # arguments that `attend` does not honour
-BUCKET = 64  # keys: how widths grow on a GPU
+WIDTHS_GROW_BY = {"cuda": 64}  # keys: cuDNN plans each new shape of attention, and a token more must not be one
 STRETCHING = ("dynamic", "longrope")  # rotary positions that depend on the longest position of the pass
 
 # (layer, query (1, heads, T, D), key and value (1, kv heads, T, D), scaling) -> (1, T, heads, D)
@@ -204,8 +204,8 @@ class Slots:
         device = next(iter(self.keys.values())).device
         rows, at = len(self.lengths), torch.tensor(self.lengths, device=device)
         width = max(self.lengths) + 1
-        if device.type == "cuda":  # cuDNN plans each shape anew, 40 ms a time: a new width a token would be one
-            width = min(-(-width // BUCKET) * BUCKET, self.width)
+        bucket = WIDTHS_GROW_BY.get(device.type, 1)
+        width = min(-(-width // bucket) * bucket, self.width)
         index = torch.arange(rows, device=device)
         mask = (torch.arange(width, device=device)[None, :] <= at[:, None])[:, None, None]  # (rows, 1, 1, width)
         self.lengths = [length + 1 for length in self.lengths]
