@@ -94,14 +94,18 @@ class Worker:
 
     def maximum(self, value: float) -> float:
         """The largest `value` of all processes."""
+        return self._maxima(value)[0]
+
+    def _maxima(self, *values: float) -> list[float]:
+        """The largest of all processes, of each value."""
         if self.num_processes == 1:
-            return value
+            return list(values)
         import torch
         import torch.distributed as dist
 
-        tensor = torch.tensor(value, dtype=torch.float64, device=self.device)
+        tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
         dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
-        return float(tensor)
+        return list(tensor.tolist())
 
     def sum_(self, tensor: "Tensor") -> "Tensor":
         """Sums `tensor` over the processes in place."""
@@ -134,6 +138,38 @@ class Worker:
             if each is not None:
                 raise each
         return found  # type: ignore[return-value]  # `call` came back
+
+    def by_one(self, call: Callable[[Callable[[], None]], T] | None) -> T | None:
+        """`call(beat)` on the one process that has a `call`; the others wait, longer than a collective of theirs would.
+
+        `call` calls `beat` now and then: all processes meet there, so that nothing times out, and a signal to any of
+        them ends the work at once (`beat` raises Stopped). What `call` raises is raised on all.
+        """
+        return self.agreed(lambda: self._wait_for_one() if call is None else self._as_one(call))
+
+    def _as_one(self, call: Callable[[Callable[[], None]], T]) -> T:
+        def beat() -> None:
+            self._meet(is_at_work=True)
+
+        beat()
+        try:
+            found = call(beat)
+        except (BadInput, RunFailed):
+            self._meet(is_at_work=False)
+            raise
+        self._meet(is_at_work=False)
+        return found
+
+    def _wait_for_one(self) -> None:
+        while self._meet(is_at_work=False):
+            pass
+
+    def _meet(self, *, is_at_work: bool) -> bool:
+        """Whether one process is at work. All come here together; any that has got a signal stops all."""
+        number, is_any = self._maxima(float(self._signal), float(is_at_work))
+        if number:
+            raise Stopped(TERMINATED if number == signal.SIGTERM else INTERRUPTED)
+        return is_any > 0.0
 
     def mine(self, count: int) -> range:
         """The positions among `count` that are this process's to compute."""

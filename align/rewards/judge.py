@@ -80,8 +80,9 @@ class Verdict:
     win: float
 
 
-Compare = Callable[[Sequence[Question]], tuple[list[Verdict], int]]  # verdicts, and the tokens that they took
-Ask = Callable[[list[str]], tuple[list[float], int]]  # P(A) of each rendered question, and tokens
+Beat = Callable[[], None]  # called now and then while a judge is at work; what it raises ends that
+Compare = Callable[[Sequence[Question], Beat], tuple[list[Verdict], int]]  # verdicts, and the tokens that they took
+Ask = Callable[[list[str], Beat], tuple[list[float], int]]  # P(A) of each rendered question, and tokens
 
 
 class Judge:
@@ -99,8 +100,9 @@ class Judge:
     def cost(self) -> float:
         return self.tokens / 1e6 * self._price
 
-    def __call__(self, questions: Sequence[Question]) -> list[Verdict]:
-        verdicts, tokens = self._compare(questions)
+    def __call__(self, questions: Sequence[Question], beat: Beat = lambda: None) -> list[Verdict]:
+        """`beat` is called now and then, so that a signal is seen and other processes know that this one is at work."""
+        verdicts, tokens = self._compare(questions, beat)
         self.tokens += tokens
         return verdicts
 
@@ -178,12 +180,12 @@ def as_text(prompt: Text) -> str:
 def _in_both_orders(ask: Ask, question: str | None, key: str, *, ending: str = "") -> Compare:
     template = _template(question, key)
 
-    def compare(questions: Sequence[Question]) -> tuple[list[Verdict], int]:
+    def compare(questions: Sequence[Question], beat: Beat) -> tuple[list[Verdict], int]:
         texts = []
         for q in questions:
             for pair in ((q.a, q.b), (q.b, q.a)):
                 texts.append(_rendered(template, as_text(q.prompt), *pair, f"`{key}.question`") + ending)
-        first, tokens = ask(texts)  # (2N,): a first, b first, ...
+        first, tokens = ask(texts, beat)  # (2N,): a first, b first, ...
         return [combined(*pair) for pair in zip(first[::2], first[1::2], strict=True)], tokens
 
     return compare
@@ -204,7 +206,7 @@ def _by_model(settings: JudgeSettings, bases: "Bases", key: str) -> Compare:
     most = getattr(role.causal.config.get_text_config(), "max_position_embeddings", None)
 
     @torch.no_grad()
-    def ask(texts: list[str]) -> tuple[list[float], int]:
+    def ask(texts: list[str], beat: Beat) -> tuple[list[float], int]:
         prefixes: list[Ids] = []
         letters: list[tuple[int, int]] = []
         for text in texts:
@@ -216,6 +218,7 @@ def _by_model(settings: JudgeSettings, bases: "Bases", key: str) -> Compare:
         margins = torch.zeros(len(texts), dtype=torch.float64)
         answers: list[Ids] = [()] * len(texts)  # all that is read is the state that predicts the letter
         for part in parts_of(prefixes, answers, max_tokens=reading_tokens(role.causal, None), is_flat=role.is_flat):
+            beat()
             layout = role.layout(part.trees)
             states = role.states(layout, layout.last)  # (n, H)
             tokens = torch.tensor([letters[i] for i in part.rows], device=states.device)  # (n, 2)
@@ -283,7 +286,7 @@ def _by_function(settings: JudgeSettings, bases: "Bases", key: str) -> Compare:
     scorer = build_rewards([_reward(settings)], bases).terms[0][2]
     tokenizer = bases.main.tokenizer
 
-    def compare(questions: Sequence[Question]) -> tuple[list[Verdict], int]:
+    def compare(questions: Sequence[Question], beat: Beat) -> tuple[list[Verdict], int]:
         if not questions:
             return [], 0
         answers = [(q, text) for text in ("a", "b") for q in questions]
@@ -377,6 +380,12 @@ def _check_url(url: str, key: str) -> None:
         raise BadInput(f"`{key}` holds more than an address; {cure}, and put a key in the variable of `api_key_env`")
     if parts.scheme not in ("http", "https") or not parts.hostname or any(c.isspace() for c in url):
         raise BadInput(f"`{key}`: {url} is no http or https address; {cure}")
+    import httpx  # a tenth of a second: only for a server
+
+    try:
+        httpx.URL(url)
+    except httpx.InvalidURL as error:
+        raise BadInput(f"`{key}`: {url} is no address ({one_line(error)}); {cure}") from error
 
 
 def _api_key(name: str | None, key: str) -> str | None:

@@ -17,7 +17,7 @@ class JudgeSettings(Settings):
     question: Location | None = None  # a Jinja file with {{prompt}}, {{a}}, {{b}}; None: ours
     scale: Positive = 1.0  # of `file.py:function`: P(a is better) = sigmoid((score a - score b) / scale)
     max_retries: Interval = 4
-    timeout: Positive = 60.0  # seconds
+    timeout: Positive = 60.0  # seconds of one request, from its first byte to the last of its response
     cost_per_million_tokens: NonNegative = 0.0  # for the report: of prompt and answer together
     arguments: dict[str, Any] = Field(default_factory=dict)  # of `file.py:function`
 

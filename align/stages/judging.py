@@ -1,12 +1,13 @@
-"""A judge at work in a stage: one process asks it, in parts, so that a signal is seen between two of them."""
+"""A judge at work in a stage: one process asks it, and the others wait for as long as it takes."""
 
 from collections.abc import Sequence
+from functools import partial
 
 from align.rewards.judge import Judge, Question, Verdict
 from align.worker import Worker
 
 CACHE = "judge.jsonl"  # in the run's folder: a server's answers
-AT_ONCE = 64  # questions between two looks at signals
+AT_ONCE = 64  # questions that a judge is given together
 
 
 def ask(judge: Judge | None, questions: Sequence[Question], worker: Worker) -> tuple[list[Verdict], dict[str, float]]:
@@ -16,9 +17,8 @@ def ask(judge: Judge | None, questions: Sequence[Question], worker: Worker) -> t
     """
     verdicts: list[Verdict] = []
     for start in range(0, len(questions), AT_ONCE):
-        worker.stop_if_asked(lambda: None)
-        if judge is not None:
-            verdicts += judge(questions[start : start + AT_ONCE])
+        part = questions[start : start + AT_ONCE]
+        verdicts += worker.by_one(None if judge is None else partial(judge, part)) or []
     if judge is None:
         return [], {}
     flips = sum(verdict.is_flipped for verdict in verdicts) / max(len(verdicts), 1)
