@@ -26,6 +26,7 @@ from align.models.tokenizer import load_tokenizer
 from align.recipe import load_recipe
 from align.report.checking import show
 from align.settings import STAGES, Model, SftSettings
+from align.stages import checkpoint
 from align.stages.reward import _reference_sequences, encode_pairs
 from align.track import read_metrics
 from align.worker import Stopped, Worker
@@ -279,6 +280,7 @@ def test_a_reward_run_does_not_go_on_with_other_steps(base, data, tmp_path, monk
             tiny.run(settings)
     progress = checkpoints(tmp_path / "reward")[-1] / "progress.json"
     progress.write_text(progress.read_text().replace('"rows_a_step": 4', '"rows_a_step": 8'))
+    checkpoint.seal(progress.parent)
     with pytest.raises(BadInput, match="as many processes as before"):
         tiny.run(settings)
 

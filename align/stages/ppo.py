@@ -97,8 +97,10 @@ def run(settings: PpoSettings, worker: Worker) -> None:
         begin(settings, cast.base.fingerprint, base=cast.base.name)
     worker.wait()
     roles = {"policy": cast.policy} | ({} if cast.is_shared_trunk else {"critic": cast.critic})
-    state = checkpoint.resume(settings.output, worker, roles=roles, learners=learners)
-    progress: dict[str, Any] = state or {"step": 0, "kl_coef": settings.ppo.kl_coef, "best": None}
+    found = checkpoint.resume(
+        settings.output, worker, roles=roles, learners=learners, beside=partial(_kept_beside, settings)
+    )
+    progress: dict[str, Any] = found.progress or {"step": 0, "kl_coef": settings.ppo.kl_coef, "best": None}
     tracker = Tracker(
         settings,
         total=settings.ppo.num_iterations,
@@ -110,7 +112,7 @@ def run(settings: PpoSettings, worker: Worker) -> None:
     this = _Run(settings, worker, cast, train, held_out, learners, roles, progress, tracker, seen)
     try:
         told = seen.messages(f"{len(held_out)} held-out prompts") if seen.count else []
-        words = *loaded.messages, *unread(cast.tokenizer, loaded.train), said, *told, *remarks
+        words = *found.words, *loaded.messages, *unread(cast.tokenizer, loaded.train), said, *told, *remarks
         for message in (*words, *_remarks(cast, settings)):
             tracker.say(message)
         _loop(this)
@@ -312,6 +314,13 @@ def _keep(this: _Run, iteration: int, score: float, kl: float, budget: float) ->
     if this.worker.is_main:
         with folder_in_one_go(_best_folder(this.settings, iteration)) as folder:
             save_role(Role(cast.policy.model), folder, base_name=cast.base.name, revision=cast.base.revision)
+            checkpoint.seal(folder)
+
+
+def _kept_beside(settings: PpoSettings, progress: dict[str, Any]) -> list[Path]:
+    """The folder of the policy that a run with this progress would keep."""
+    kept = kl_budget.kept(progress) if settings.ppo.kl_budget is not None else None
+    return [] if kept is None else [_best_folder(settings, kept["iteration"])]
 
 
 def _best_folder(settings: PpoSettings, iteration: int) -> Path:
@@ -388,7 +397,8 @@ def _finish(this: _Run) -> None:
         folder, judged = Path(settings.output), {"seen_prompts": this.seen.figure} if this.held_out else {}
         if budget is not None and (kept := kl_budget.kept(progress)) is not None:
             for file in _best_folder(settings, kept["iteration"]).iterdir():
-                shutil.copy(file, folder / file.name)
+                if file.name != checkpoint.CHECKSUMS:
+                    shutil.copy(file, folder / file.name)
             told, of_budget = kl_budget.verdict(progress, budget)
             judged |= of_budget
             tracker.say(told)

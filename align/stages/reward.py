@@ -89,7 +89,8 @@ def run(settings: RewardSettings, worker: Worker) -> None:
     if worker.is_main:
         begin(settings, bases.main.fingerprint)
     worker.wait()
-    state = checkpoint.resume(settings.output, worker, roles={"reward": role}, learners={"reward": learner})
+    found = checkpoint.resume(settings.output, worker, roles={"reward": role}, learners={"reward": learner})
+    state = found.progress
     start = int(state["step"]) if state else 0
     if state and state["rows_a_step"] != rows_a_step:
         raise BadInput(
@@ -101,7 +102,14 @@ def run(settings: RewardSettings, worker: Worker) -> None:
     )
     try:
         untouched = "" if score_source(settings, validation) != "train" else TRAINED_ON
-        words = *loaded.messages, *unread(tokenizer, loaded.train), said, ending_message(tokenizer), untouched
+        words = (
+            *found.words,
+            *loaded.messages,
+            *unread(tokenizer, loaded.train),
+            said,
+            ending_message(tokenizer),
+            untouched,
+        )
         for message in (*words, available(t.optim, worker.device)[1]):
             tracker.say(message)
         costs = Costs(worker)

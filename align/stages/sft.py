@@ -1,10 +1,11 @@
 """The SFT stage: TRL's SFTTrainer over a role, on tokens and loss masks that `align check` shows.
 
-The trainer's own checkpoints are used; one counts only once its `complete` mark is written, which is after everything
-else, so a crash while saving costs one checkpoint and never the run.
+The trainer's own checkpoints are used; one counts only once it is sealed, which is after everything else, so a crash
+while saving costs one checkpoint and never the run.
 """
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any, cast
 
@@ -40,8 +41,11 @@ def run(settings: SftSettings, worker: Worker) -> None:
     if worker.is_main:
         begin(settings, bases.main.fingerprint)
     worker.wait()
-    resumed = newest_complete(Path(settings.output) / "checkpoints")
-    start = int(resumed.name.rpartition("-")[2]) if resumed else 0
+    resumed, passed_over = checkpoint.newest_whole(saved(Path(settings.output)), worker, _damage)
+    start = step_of(resumed) if resumed else 0
+    if worker.is_main:
+        _drop_after(start, Path(settings.output))
+    worker.wait()
     trainer = make_trainer(settings, worker, role, tokenizer, train, held_out)
     _check_same_length(resumed, trainer)
     tracker = Tracker(
@@ -57,6 +61,7 @@ def run(settings: SftSettings, worker: Worker) -> None:
     trainer.add_callback(bridge)
     try:
         for message in (
+            *passed_over,
             *loaded.messages,
             *unread(tokenizer, loaded.train),
             said,
@@ -101,10 +106,30 @@ def _check_same_length(resumed: Path | None, trainer: Trainer) -> None:
         )
 
 
-def newest_complete(folder: Path) -> Path | None:
-    """The newest checkpoint of the trainer that was saved to its end."""
-    found = [path for path in folder.glob("checkpoint-*") if (path / COMPLETE).is_file()]
-    return max(found, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+def saved(output: Path) -> list[Path]:
+    """The trainer's checkpoints that were saved to their end, oldest first."""
+    return [path for path in _begun(output) if (path / checkpoint.CHECKSUMS).exists() or (path / COMPLETE).exists()]
+
+
+def _begun(output: Path) -> list[Path]:
+    found = (output / "checkpoints").glob("checkpoint-*")
+    return sorted((path for path in found if path.name.rpartition("-")[2].isdecimal()), key=step_of)
+
+
+def _drop_after(step: int, output: Path) -> None:
+    """Deletes what is damaged or was not saved to its end: the trainer would write between its files."""
+    for path in _begun(output):
+        if step_of(path) > step:
+            shutil.rmtree(path)
+
+
+def step_of(path: Path) -> int:
+    return int(path.name.rpartition("-")[2])
+
+
+def _damage(path: Path) -> str | None:
+    needed = ("trainer_state.json", "optimizer.pt", "scheduler.pt")
+    return checkpoint.damage(path, needed, lambda: (path / COMPLETE).stat().st_size > 0)  # 0.1.0's mark is empty
 
 
 def _finish(

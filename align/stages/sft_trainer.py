@@ -14,12 +14,14 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_utils import EvalLoopOutput
 from trl import SFTConfig, SFTTrainer
 
+from align.artifact import write_text
 from align.data import Encoded
 from align.errors import RunFailed
 from align.models.budget import training_tokens
 from align.models.layout import Tree, passes_of
 from align.models.roles import Role
 from align.settings import SftSettings
+from align.stages.checkpoint import seal
 from align.stages.costs import Costs
 from align.stages.learner import available
 from align.track import Tracker
@@ -245,4 +247,6 @@ class Bridge(TrainerCallback):
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
         self.worker.wait()  # every process has written its generators
         if self.worker.is_main:
-            (Path(str(args.output_dir)) / f"checkpoint-{state.global_step}" / COMPLETE).touch()
+            folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
+            seal(folder)
+            write_text(folder / COMPLETE, "sealed\n")
