@@ -3,6 +3,10 @@
 Answers may be hostile. HTML in them stays text, images are not fetched, and there are no links at all: where a link
 leads is written out, since an annotator must judge it and need not go there. What the Markdown renderer makes is then
 cut down to a few tags without attributes.
+
+A few hundred characters can ask for a million cells, so the work is counted and not the answer alone: `STEPS` of the
+parser, and what is made. The same answer is always past the bounds or never, on whatever machine. Past them it is shown
+as it was written, with a word; past `VIEW` bytes its beginning is, with how much is missing.
 """
 
 import re
@@ -13,28 +17,103 @@ from typing import Any
 
 import nh3
 from markdown_it import MarkdownIt
+from markdown_it.parser_block import ParserBlock
+from markdown_it.rules_block import StateBlock
+from markdown_it.token import Token
 
 TAGS = {"p", "br", "hr", "strong", "em", "s", "u", "blockquote", "ul", "ol", "li", "pre", "code"}
 TAGS |= {"h1", "h2", "h3", "h4", "h5", "h6", "table", "thead", "tbody", "tr", "th", "td"}
 BLANKS = set("\u034f\u115f\u1160\u17b4\u17b5\u2800\u3164\uffa0")  # letters and marks that show nothing
+LENGTH = 65_536  # characters that are read as Markdown
+STEPS = 8_000  # of the parser; about a tenth of a second
+NESTING = 20  # of quotes and lists
+VIEW = 400_000  # bytes of HTML of one view; an answer has two
+SLICE = 8_192  # characters that are escaped at a time
+MESSAGES = 200  # of a conversation that are shown
 MAYBE_HIDDEN = re.compile(r"([^ -~\n\t])\1*")  # a run of one character outside plain ASCII
 
 
-@lru_cache(maxsize=512)  # a pair is rendered when it is prefetched and again when it is in front
+class TooMuch(Exception):
+    """Markdown that takes more work than a page has time for."""
+
+
+@lru_cache(maxsize=128)  # a pair is rendered when it is prefetched and again when it is in front
 def rendered(text: str) -> dict[str, str]:
-    """Markdown as HTML (`html`), and the text as it was written (`raw`), as HTML too."""
+    """Markdown as HTML (`html`), and the text as it was written (`raw`), as HTML too: each `VIEW` bytes and a word."""
     text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")  # half a pair is no character
-    return {"html": with_hidden_shown(markdown(text)), "raw": with_hidden_shown(escape(text, quote=False))}
+    written, count = _as_written(text)
+    if count < len(text):
+        cut = _word(f"Too long to be shown: the first {count:,} of {len(text):,} characters, as they were written.")
+        return {"html": f"{cut}\n<pre>{written}</pre>", "raw": f"{cut}\n{written}"}
+    html = _as_markdown(text) if len(written) <= VIEW // 2 else None
+    if html is None:
+        html = f"{_word('Too much to be shown as Markdown: here it is as it was written.')}\n<pre>{written}</pre>"
+    return {"html": html, "raw": written}
 
 
 def conversation(prompt: Any) -> list[dict[str, str]]:
-    """A prompt's messages, each with its role and its content as `rendered` gives it."""
-    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    return [{"role": str(m["role"]), **rendered(_content(m["content"]))} for m in messages]
+    """A prompt's messages, each with its role and its content as `rendered` gives it.
+
+    Together they are bounded as an answer is. The last ones, which are answered, are always there; where earlier ones
+    are not, a first message says how many.
+    """
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+    shown: list[dict[str, str]] = []
+    characters, size = 0, 0
+    for message in reversed(messages):
+        content = _content(message["content"])
+        characters += len(content)
+        if shown and (characters > 2 * LENGTH or len(shown) == MESSAGES):
+            break
+        views = rendered(content)
+        size += sum(len(view.encode()) for view in views.values())
+        if shown and size > 2 * VIEW:
+            break
+        shown.append({"role": str(message["role"])[:40], **views})
+    if missing := len(messages) - len(shown):
+        word = _word(f"Too much to be shown: the {missing:,} earlier messages are not shown.")
+        shown.append({"role": "", "html": word, "raw": word})
+    return shown[::-1]
+
+
+def _word(sentence: str) -> str:
+    """What the page itself says beside an answer, which can hold no `mark` of its own."""
+    return f"<mark>{sentence}</mark>"
+
+
+def _as_written(text: str) -> tuple[str, int]:
+    """The text as HTML, at most `VIEW` bytes of it, and how many of its characters those are."""
+    parts, start, left = [], 0, VIEW
+    while start < len(text):
+        end = min(start + SLICE, len(text))
+        line_end = text.rfind("\n", start, end) + 1  # where no run of hidden characters is torn
+        end = line_end if start < line_end and end < len(text) else end
+        part = with_hidden_shown(escape(text[start:end], quote=False))
+        left -= len(part.encode())
+        if left < 0:
+            break
+        parts.append(part)
+        start = end
+    return "".join(parts), start
+
+
+def _as_markdown(text: str) -> str | None:
+    """The text as HTML; None where it is too long, takes too much work, or becomes too much."""
+    if len(text) > LENGTH:
+        return None
+    try:
+        html = with_hidden_shown(markdown(text))
+    except TooMuch:
+        return None
+    return html if len(html.encode()) <= VIEW else None
 
 
 def markdown(text: str) -> str:
-    """Safe HTML of Markdown: no tags but `TAGS`, and only the first number of a list as an attribute."""
+    """Safe HTML of Markdown: no tags but `TAGS`, and only the first number of a list as an attribute.
+
+    Raises:
+        TooMuch: it takes more than `STEPS`, or is nested deeper than `NESTING`, where the parser leaves out the rest.
+    """
     return nh3.clean(_MARKDOWN.render(text), tags=TAGS, attributes={"ol": {"start"}}, link_rel=None)
 
 
@@ -77,9 +156,50 @@ def _link_close(tokens: Any, index: int, options: Any, env: Any) -> str:
     return "</u>" if kind == "auto" else f"</u> (<code>{escape(href)}</code>)"
 
 
+def _spend(env: Any, steps: int = 1) -> None:
+    env["steps"] = env.get("steps", 0) + steps
+    if env["steps"] > STEPS:
+        raise TooMuch
+
+
+class _CountedBlocks(StateBlock):
+    """Every token costs a step: a table makes thousands in one go."""
+
+    def push(self, ttype: str, tag: str, nesting: Any) -> Token:
+        _spend(self.env)
+        return super().push(ttype, tag, nesting)
+
+
+class _Blocks(ParserBlock):
+    def parse(self, src: str, md: MarkdownIt, env: Any, outTokens: list[Token]) -> list[Token] | None:
+        state = _CountedBlocks(src, md, env, outTokens)
+        self.tokenize(state, state.line, state.lineMax)
+        return state.tokens
+
+
+def _count_block(state: Any, *where: Any) -> bool:
+    """The first rule of all, which never applies: it is asked at every block, and at every line of one."""
+    _spend(state.env)
+    if state.level >= NESTING:
+        raise TooMuch
+    return False
+
+
+def _count_inline(state: Any, silent: bool) -> bool:
+    """The same at every place in a line, also where the parser only looks ahead."""
+    _spend(state.env, 20 if state.src[state.pos] == "<" else 1)  # an address is taken apart and put together again
+    return False
+
+
 def _new_markdown() -> MarkdownIt:
-    made = MarkdownIt("commonmark", {"html": False, "breaks": True}).enable(["table", "strikethrough"])
+    made = MarkdownIt()
+    made.block = _Blocks()
+    made.configure("commonmark", {"html": False, "breaks": True, "maxNesting": NESTING + 2})
+    made.enable(["table", "strikethrough"])
     made.disable(["image", "html_block", "html_inline", "reference"])  # a reference would be read and not be seen
+    # `alt`: those that ask at each line whether it ends them
+    made.block.ruler.before("table", "count", _count_block, {"alt": ["paragraph", "blockquote", "list"]})
+    made.inline.ruler.before("text", "count", _count_inline)
     made.renderer.rules.update(link_open=_link_open, link_close=_link_close)  # type: ignore[attr-defined]
     return made
 
