@@ -5,8 +5,6 @@ leads is written out, since an annotator must judge it and need not go there. Wh
 cut down to a few tags without attributes.
 """
 
-import re
-import unicodedata
 from functools import lru_cache
 from html import escape
 from typing import Any
@@ -14,10 +12,10 @@ from typing import Any
 import nh3
 from markdown_it import MarkdownIt
 
+from align.feedback.page.invisible import with_hidden_shown
+
 TAGS = {"p", "br", "hr", "strong", "em", "s", "u", "blockquote", "ul", "ol", "li", "pre", "code"}
 TAGS |= {"h1", "h2", "h3", "h4", "h5", "h6", "table", "thead", "tbody", "tr", "th", "td"}
-BLANKS = set("\u034f\u115f\u1160\u17b4\u17b5\u2800\u3164\uffa0")  # letters and marks that show nothing
-MAYBE_HIDDEN = re.compile(r"([^ -~\n\t])\1*")  # a run of one character outside plain ASCII
 
 
 @lru_cache(maxsize=512)  # a pair is rendered when it is prefetched and again when it is in front
@@ -36,28 +34,6 @@ def conversation(prompt: Any) -> list[dict[str, str]]:
 def markdown(text: str) -> str:
     """Safe HTML of Markdown: no tags but `TAGS`, and only the first number of a list as an attribute."""
     return nh3.clean(_MARKDOWN.render(text), tags=TAGS, attributes={"ol": {"start"}}, link_rel=None)
-
-
-def with_hidden_shown(html: str) -> str:
-    """Control, direction, zero-width and other invisible characters as `<mark>U+202E</mark>`.
-
-    Over finished HTML, after entities have become characters; no attribute in it can hold text of the answer's.
-    """
-    return MAYBE_HIDDEN.sub(_shown, html)
-
-
-def _shown(run: re.Match[str]) -> str:
-    character = run[1]
-    if not _is_hidden(character):
-        return run[0]
-    times = f"×{len(run[0])}" if len(run[0]) > 1 else ""
-    return f"<mark>U+{ord(character):04X}{times}</mark>"
-
-
-def _is_hidden(character: str) -> bool:
-    category = unicodedata.category(character)
-    is_selector = "\U000e0100" <= character <= "\U000e01ef"  # 240 variations of nothing: a place to hide data
-    return category[0] == "C" or category in ("Zl", "Zp") or character in BLANKS or is_selector
 
 
 def _content(content: Any) -> str:
