@@ -9,8 +9,6 @@ parser, and what is made. The same answer is always past the bounds or never, on
 as it was written, with a word; past `VIEW` bytes its beginning is, with how much is missing.
 """
 
-import re
-import unicodedata
 from functools import lru_cache
 from html import escape
 from typing import Any
@@ -21,16 +19,16 @@ from markdown_it.parser_block import ParserBlock
 from markdown_it.rules_block import StateBlock
 from markdown_it.token import Token
 
+from align.feedback.page.invisible import with_hidden_shown
+
 TAGS = {"p", "br", "hr", "strong", "em", "s", "u", "blockquote", "ul", "ol", "li", "pre", "code"}
 TAGS |= {"h1", "h2", "h3", "h4", "h5", "h6", "table", "thead", "tbody", "tr", "th", "td"}
-BLANKS = set("\u034f\u115f\u1160\u17b4\u17b5\u2800\u3164\uffa0")  # letters and marks that show nothing
 LENGTH = 65_536  # characters that are read as Markdown
 STEPS = 8_000  # of the parser; about a tenth of a second
 NESTING = 20  # of quotes and lists
 VIEW = 400_000  # bytes of HTML of one view; an answer has two
 SLICE = 8_192  # characters that are escaped at a time
 MESSAGES = 200  # of a conversation that are shown
-MAYBE_HIDDEN = re.compile(r"([^ -~\n\t])\1*")  # a run of one character outside plain ASCII
 
 
 class TooMuch(Exception):
@@ -115,28 +113,6 @@ def markdown(text: str) -> str:
         TooMuch: it takes more than `STEPS`, or is nested deeper than `NESTING`, where the parser leaves out the rest.
     """
     return nh3.clean(_MARKDOWN.render(text), tags=TAGS, attributes={"ol": {"start"}}, link_rel=None)
-
-
-def with_hidden_shown(html: str) -> str:
-    """Control, direction, zero-width and other invisible characters as `<mark>U+202E</mark>`.
-
-    Over finished HTML, after entities have become characters; no attribute in it can hold text of the answer's.
-    """
-    return MAYBE_HIDDEN.sub(_shown, html)
-
-
-def _shown(run: re.Match[str]) -> str:
-    character = run[1]
-    if not _is_hidden(character):
-        return run[0]
-    times = f"×{len(run[0])}" if len(run[0]) > 1 else ""
-    return f"<mark>U+{ord(character):04X}{times}</mark>"
-
-
-def _is_hidden(character: str) -> bool:
-    category = unicodedata.category(character)
-    is_selector = "\U000e0100" <= character <= "\U000e01ef"  # 240 variations of nothing: a place to hide data
-    return category[0] == "C" or category in ("Zl", "Zp") or character in BLANKS or is_selector
 
 
 def _content(content: Any) -> str:
