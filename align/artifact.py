@@ -315,6 +315,11 @@ def finish(folder: str | Path, **values: Any) -> None:
     write_json(folder / MANIFEST, manifest | values | kept | {"status": "finished"})
 
 
+def note(folder: str | Path, **values: Any) -> None:
+    """Adds to the manifest of a run under way."""
+    write_json(Path(folder) / MANIFEST, read_manifest(folder) | values)
+
+
 def _version(name: str) -> str:
     try:
         return importlib.metadata.version(DISTRIBUTION if name == "align" else name)
@@ -334,9 +339,3 @@ def checkpoints(folder: str | Path) -> list[Path]:
 
 def checkpoint_path(folder: str | Path, step: int) -> Path:
     return Path(folder) / "checkpoints" / f"step-{step:08d}"
-
-
-def keep_only(folder: str | Path, keep: int) -> None:
-    """Deletes all checkpoints but the newest `keep`."""
-    for path in checkpoints(folder)[:-keep]:
-        shutil.rmtree(path)

@@ -21,3 +21,7 @@ class RunFailed(_OneLine):
 
     The message says what and why; the exit code is 1, and the newest checkpoint is as it was.
     """
+
+
+class Diverged(RunFailed):
+    """A RunFailed because what is trained is not finite any more: a guard may go back from it."""

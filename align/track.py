@@ -58,12 +58,22 @@ class Tracker:
         self._file.write(dumps({"step": step, **metrics}) + "\n")
         self._file.flush()
         if self._wandb is not None:
-            self._wandb.log(metrics, step=step)
+            self._wandb.log({"step": step, **metrics})
         numbers = "  ".join(f"{name.rpartition('/')[2]} {metrics[name]:.4g}" for name in self.shown if name in metrics)
         if self._progress is not None:
             self._progress.update(self._task, completed=step, numbers=numbers)
         elif numbers and (step % self._every == 0 or step in (1, self.total)):
             print(f"  {step:>{len(str(self.total))}}/{self.total}  {numbers}", flush=True)
+
+    def go_back(self, step: int) -> None:
+        """Forgets what was logged after `step`: the run goes on from there."""
+        if not self.is_main:
+            return
+        self._file.close()
+        _forget_after(self.path, step)
+        self._file = self.path.open("a", encoding="utf-8")
+        if self._progress is not None:
+            self._progress.update(self._task, completed=step)
 
     def say(self, text: Any) -> None:
         """Prints a line, or anything rich can show, above the progress bar; nothing for an empty line."""
@@ -114,7 +124,7 @@ def _start_wandb(settings: StageSettings) -> Any:
 
     os.environ.setdefault("WANDB_SILENT", "true")
     own_id = f"{Path(settings.output).name}-{abs(hash_of(settings)):x}"[-64:]
-    return wandb.init(
+    run = wandb.init(
         project=track.wandb_project,
         name=track.wandb_name,
         mode=mode,
@@ -123,6 +133,9 @@ def _start_wandb(settings: StageSettings) -> Any:
         resume="allow",
         config=json.loads(settings.model_dump_json(by_alias=True)),
     )
+    run.define_metric("step")
+    run.define_metric("*", step_metric="step")  # wandb's own count never goes back, as a run may
+    return run
 
 
 def hash_of(settings: StageSettings) -> int:

@@ -84,7 +84,7 @@ def page_of(folder: Path) -> Page:
         _results(metrics) if kind == "evaluate" else _curves(folder, kind, rows),
         Section("Final figures", tables=_filled(_figures(manifest, metrics), _costs(_dict(manifest.get("cost"))))),
         _samples(folder, kind),
-        Section("Where it comes from", tables=_filled(_parents(manifest), versions(manifest))),
+        Section("Where it comes from", tables=_filled(_parents(manifest), _changes(manifest), versions(manifest))),
     ]
     steps = max((row["step"] for row in rows if isinstance(row.get("step"), int)), default=None)
     facts = [
@@ -99,7 +99,32 @@ def page_of(folder: Path) -> Page:
         _headline(kind, state, metrics, rows),
         tuple(section for section in sections if section.pictures or section.tables),
         recipe_text(manifest.get("recipe")),
+        tuple(_alarms(manifest, rows)),
     )
+
+
+def _alarms(manifest: Found, rows: list[Found]) -> list[str]:
+    """Where the run went back, and what its guard saw in the figures of the steps that count."""
+    found = []
+    for event in map(_dict, _list(manifest.get("rollbacks"))):
+        at, to = (number(event[key] if _is_number(event.get(key)) else None) for key in ("at", "to"))
+        found.append(f"rolled back from step {at} to {to}: {plain(str(event.get('why')), 300)}")
+    seen: dict[str, list[Any]] = {}
+    for row in rows:
+        for name in filter(None, str(row.get("guard", "")).split(", ")):
+            seen.setdefault(name, []).append(row.get("step"))
+    for name, steps in seen.items():
+        word = plain(name.replace("_", " "), 60)
+        found.append(f"the guard saw {word} in {len(steps)} steps, first in {steps[0]} and last in {steps[-1]}")
+    return found
+
+
+def _changes(manifest: Found) -> Table:
+    rows = [
+        tuple(str(change.get(key)) for key in ("step", "key", "was", "becomes"))
+        for change in map(_dict, _list(manifest.get("changes")))
+    ]
+    return table("Changed on the way", ("after step", "key", "was", "became"), rows)
 
 
 def recipe_text(recipe: Any) -> str:
@@ -285,6 +310,10 @@ def _filled(*tables: Table) -> tuple[Table, ...]:
 
 def _dict(value: Any) -> Found:
     return value if isinstance(value, dict) else {}
+
+
+def _list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
 
 
 def _is_number(value: Any) -> bool:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import LogitsProcessorList, TopKLogitsWarper, TopPLogitsWarper
 
-from align.errors import RunFailed
+from align.errors import Diverged
 from align.settings import Sampling
 
 BLOCK = 256  # tokens of the vocabulary that are summed together first
@@ -42,14 +42,14 @@ def draw(logits: Tensor, numbers: Tensor, sampling: Sampling) -> Drawn:
     softmax.
 
     Raises:
-        RunFailed: the logits are not finite.
+        Diverged: the logits are not finite.
     """
     logits = logits.float() / sampling.temperature  # (A, V)
     offsets = logits - logits.amax(-1, keepdim=True)  # (A, V), 0 at the likeliest token
     weights = offsets.exp()
     total = weights.sum(-1)
     if not bool(torch.isfinite(total).all()):
-        raise RunFailed("the policy's logits are not finite while sampling: its weights have diverged")
+        raise Diverged("the policy's logits are not finite while sampling: its weights have diverged")
     entropies = total.log() - (weights * offsets.clamp_(min=-1e4)).sum(-1) / total  # clamped: 0 x -inf is NaN
     if sampling.top_k or sampling.top_p < 1.0:
         weights = weights * torch.isfinite(_filters(sampling)(cast(Any, None), cast(Any, logits)))

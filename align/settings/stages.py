@@ -100,6 +100,25 @@ class Training(Settings):
     save_steps: Interval = 50
 
 
+class Guard(Settings):
+    """What is done where a run's figures explode or what it learns has collapsed, and what is taken for that."""
+
+    on: Literal["warn", "stop", "rollback"] = "warn"  # rollback: to the last good state, with a smaller rate
+    max_rollbacks: Count = 3  # then it stops
+    rate_factor: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.5  # of the learning rates, at each rollback
+    patience: Count = 3  # steps in a row (SFT: logged ones); weights that explode are trouble at once
+    max_weights: Annotated[float, Field(gt=1.0)] = 10.0  # norm of what is trained, in medians of the last 20 steps
+    max_gradient: Annotated[float, Field(gt=1.0)] = 100.0  # the gradient's norm, likewise
+    max_loss: Annotated[float, Field(gt=1.0)] = 10.0  # the loss (PPO: the critic's), likewise
+
+
+class PpoGuard(Guard):
+    """And of a policy that has collapsed. KL beyond `ppo.kl_budget` is trouble too where `on` is rollback."""
+
+    min_entropy: NonNegative = 0.01  # nats a token
+    max_share: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0  # of answers that are empty, the same, or newly cut off
+
+
 class Track(Settings):
     """metrics.jsonl is always written; wandb when asked for."""
 
@@ -137,6 +156,7 @@ class SftSettings(StageSettings):
     max_length: Annotated[int, Field(ge=8, le=MOST)] = 1024
     packing: bool = True
     train: Training = Training()
+    guard: Guard = Guard()
 
     def data_sections(self) -> dict[str, tuple[str, Data]]:
         return {"data": ("demonstrations", self.data)}
@@ -150,6 +170,7 @@ class RewardSettings(StageSettings):
     data: Data
     max_length: Annotated[int, Field(ge=8, le=MOST)] = 1024
     train: Training = Training(learning_rate=1e-4)
+    guard: Guard = Guard()
     center_rewards_coefficient: NonNegative = 0.01
     reference: Sources = ()  # demonstrations to measure score mean and std on; none: the held-out pairs' answers
 
@@ -310,6 +331,7 @@ class PpoSettings(StageSettings):
     max_prompt_length: Count = 512
     sampling: Sampling = Sampling()
     ppo: Ppo = Ppo()
+    guard: PpoGuard = PpoGuard()
 
     @model_validator(mode="after")
     def _budget_has_prompts(self) -> "PpoSettings":

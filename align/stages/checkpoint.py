@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
-from align.artifact import checkpoint_path, checkpoints, folder_in_one_go, keep_only, write_json
+from align.artifact import checkpoint_path, checkpoints, folder_in_one_go, write_json
 from align.errors import RunFailed
 from align.models.roles import Role
 from align.models.saving import restore, trained_state
@@ -44,9 +44,13 @@ def save(
     roles: dict[str, Role],
     learners: dict[str, Learner],
     progress: dict[str, Any],
+    good: Iterable[int] = (),
     keep: int = 2,
 ) -> None:
-    """Saves the state after `step`. All processes call it; the first one writes."""
+    """Saves the state after `step`. All processes call it; the first one writes.
+
+    The newest `keep` are kept, and of those up to each step of `good` the newest.
+    """
     generators = worker.gather_objects(_generators())
     if worker.is_main:
         with folder_in_one_go(checkpoint_path(folder, step)) as path:
@@ -56,11 +60,29 @@ def save(
             write_json(path / "generators.json", generators)
             write_json(path / "progress.json", {**progress, "step": step, "sealed": True})
             seal(path)
-        for later in checkpoints(folder):  # damaged, or gone back from: what comes now stands in their place
-            if later.name > checkpoint_path(folder, step).name:
-                shutil.rmtree(later)
-        keep_only(folder, keep)
+        _drop(_after(folder, step))  # damaged, or gone back from: what comes now stands in their place
+        _drop(set(checkpoints(folder)[:-keep]) - {each for s in good for each in _until(folder, s)[-1:]})
     worker.wait()
+
+
+def drop_after(folder: str, step: int, worker: Worker) -> None:
+    """Deletes the checkpoints after `step`, the newest first. All processes call it."""
+    if worker.is_main:
+        _drop(reversed(_after(folder, step)))
+    worker.wait()
+
+
+def _until(folder: str, step: int) -> list[Path]:
+    return [path for path in checkpoints(folder) if path.name <= checkpoint_path(folder, step).name]
+
+
+def _after(folder: str, step: int) -> list[Path]:
+    return [path for path in checkpoints(folder) if path.name > checkpoint_path(folder, step).name]
+
+
+def _drop(paths: Iterable[Path]) -> None:
+    for path in paths:
+        shutil.rmtree(path)
 
 
 def resume(

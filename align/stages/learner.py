@@ -6,16 +6,18 @@ applied. Losses are divided beforehand by counts of the whole minibatch, so that
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import get_scheduler
 
-from align.errors import RunFailed
+from align.errors import Diverged, RunFailed
 from align.worker import Worker
+
+SMALLER_RATE = "to go on from there, start the command again with a smaller learning rate after `--set`"
 
 
 class Learner:
@@ -40,7 +42,7 @@ class Learner:
         if not parameters:
             raise RunFailed(f"the {name} has no parameter to train")
         self.name, self.parameters, self.worker = name, parameters, worker
-        self.max_grad_norm = max_grad_norm
+        self.max_grad_norm, self._base_rate = max_grad_norm, learning_rate
         self.optimizer = _optimizer(optim, worker.device)(
             parameters, lr=learning_rate, betas=betas, eps=epsilon, weight_decay=weight_decay
         )
@@ -60,14 +62,11 @@ class Learner:
         """Sums the gradients over the processes, clips, steps, clears; returns the norm before clipping.
 
         Raises:
-            RunFailed: the gradient is not finite; the parameters are as they were.
+            Diverged: the gradient is not finite; the parameters are as they were.
         """
         norm = self._sum_gradients()
         if not math.isfinite(norm):
-            raise RunFailed(
-                f"the gradient of the {self.name} is {norm}: nothing was changed by it; lower the learning rate, or "
-                "start the same command again to go on from the newest checkpoint"
-            )
+            raise Diverged(f"the gradient of the {self.name} is {norm}")
         self.optimizer.step()
         self.schedule.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -95,6 +94,26 @@ class Learner:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
+        self.slow_down(1.0)
+
+    def slow_down(self, factor: float) -> None:
+        """Has the schedule go on with `factor` of the rate that the learner was made with."""
+        rebase(self.optimizer, self.schedule, self._base_rate * factor)
+
+
+def rebase(optimizer: torch.optim.Optimizer, schedule: Any, rate: float) -> None:
+    """Has a schedule (torch's LambdaLR) go on where it stands, over another base rate."""
+    if schedule.base_lrs == [rate] * len(schedule.base_lrs):
+        return
+    schedule.base_lrs = [rate] * len(schedule.base_lrs)
+    for group, share in zip(optimizer.param_groups, schedule.lr_lambdas, strict=True):
+        group["initial_lr"], group["lr"] = rate, rate * share(schedule.last_epoch)
+    schedule._last_lr = [group["lr"] for group in optimizer.param_groups]
+
+
+def weight_norm(parameters: Iterable[Tensor]) -> float:
+    """The L2 norm of all of them together."""
+    return float(torch.stack([torch.linalg.vector_norm(p.detach().float()) for p in parameters]).double().norm())
 
 
 def available(optim: str, device: torch.device) -> tuple[str, str]:

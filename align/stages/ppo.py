@@ -21,7 +21,7 @@ from torch import nn
 
 from align.artifact import MANIFEST, begin, finish, folder_in_one_go, read_manifest
 from align.data import encode_prompt, end_token_ids, ending_message, load, unread
-from align.errors import BadInput
+from align.errors import BadInput, Diverged
 from align.identity import has_adapter
 from align.maths.kl import mean_and_error, moments, next_kl_coef
 from align.models.base import stop_ids, switch_dropout_off
@@ -35,6 +35,7 @@ from align.rewards import build_rewards, check_columns, with_logged
 from align.settings import AnyMethod, Lora, Ppo, PpoSettings
 from align.stages import checkpoint, kl_budget
 from align.stages.costs import adapter_bytes, kl_to_base
+from align.stages.course import Course
 from align.stages.learner import Learner, available
 from align.stages.order import left_out, row_order
 from align.stages.ppo_steps import Cast, Experience, PromptRow, Scored, assess, figures, improve, sample_and_score
@@ -48,28 +49,20 @@ PHASES = ("sample", "score", "update")
 
 @dataclass(frozen=True)
 class _Run:
-    """A PPO run under way; `progress` is what a checkpoint keeps beside weights and optimisers."""
+    """A PPO run under way."""
 
     settings: PpoSettings
     worker: Worker
     cast: Cast
     train: list[PromptRow]
     held_out: list[PromptRow]
-    learners: dict[str, Learner]
-    roles: dict[str, Role]  # whose weights a checkpoint keeps
-    progress: dict[str, Any]
+    course: Course
     tracker: Tracker
     seen: Seen  # held-out prompts that the runs it starts from were trained on
 
-    def save(self, iteration: int) -> None:
-        checkpoint.save(
-            self.settings.output,
-            iteration,
-            self.worker,
-            roles=self.roles,
-            learners=self.learners,
-            progress=self.progress,
-        )
+    @property
+    def progress(self) -> dict[str, Any]:
+        return self.course.progress
 
     def tell_rewards(self, done: int) -> None:
         """How many iterations are done, for reward functions that ask."""
@@ -97,52 +90,72 @@ def run(settings: PpoSettings, worker: Worker) -> None:
         begin(settings, cast.base.fingerprint, base=cast.base.name)
     worker.wait()
     roles = {"policy": cast.policy} | ({} if cast.is_shared_trunk else {"critic": cast.critic})
-    found = checkpoint.resume(
-        settings.output, worker, roles=roles, learners=learners, beside=partial(_kept_beside, settings)
+    course = Course(
+        settings.output,
+        settings.seed,
+        settings.guard,
+        worker,
+        roles=roles,
+        learners=learners,
+        start={"kl_coef": settings.ppo.kl_coef, "best": None},
+        beside=partial(_kept_beside, settings),
     )
-    progress: dict[str, Any] = found.progress or {"step": 0, "kl_coef": settings.ppo.kl_coef, "best": None}
     tracker = Tracker(
         settings,
         total=settings.ppo.num_iterations,
-        start=progress["step"],
+        start=course.progress["step"],
         shown=("score", "kl", "eval_score", "eval_kl"),
         is_main=worker.is_main,
     )
+    course.tracker = tracker
     seen = seen_prompts([path for path, _ in settings.parents().values()], [row.prompt for row in held_out])
-    this = _Run(settings, worker, cast, train, held_out, learners, roles, progress, tracker, seen)
+    this = _Run(settings, worker, cast, train, held_out, course, tracker, seen)
     try:
         told = seen.messages(f"{len(held_out)} held-out prompts") if seen.count else []
-        words = *found.words, *loaded.messages, *unread(cast.tokenizer, loaded.train), said, *told, *remarks
+        words = *course.words, *loaded.messages, *unread(cast.tokenizer, loaded.train), said, *told, *remarks
         for message in (*words, *_remarks(cast, settings)):
             tracker.say(message)
-        _loop(this)
+        while not _loop(this):
+            pass  # it has gone back
         _finish(this)
     finally:
         tracker.close()
 
 
-def _loop(this: _Run) -> None:
-    ppo, progress, worker = this.settings.ppo, this.progress, this.worker
+def _loop(this: _Run) -> bool:
+    """Iterations up to the end, or to where the run has to go back; returns whether it is the end."""
+    ppo, progress, course = this.settings.ppo, this.progress, this.course
     if progress["step"] == 0 and this.held_out and ppo.eval_steps:
         this.tracker.log(0, _evaluate(this, 0))
     for iteration in range(progress["step"] + 1, ppo.num_iterations + 1):
-        metrics = _iterate(this, iteration)
         is_last = iteration == ppo.num_iterations
-        if ppo.eval_steps and this.held_out and (iteration % ppo.eval_steps == 0 or is_last):
-            metrics |= _evaluate(this, iteration)
+        try:
+            metrics = _iterate(this, iteration)
+            if ppo.eval_steps and this.held_out and (iteration % ppo.eval_steps == 0 or is_last):
+                metrics |= _evaluate(this, iteration)
+        except Diverged as failure:
+            course.fell(iteration, failure)
+            return False
+        trouble = course.judge(iteration, metrics, kl_budget=ppo.kl_budget)
+        over = None if ppo.kl_budget is None else kl_budget.why_to_stop(progress, metrics, ppo.kl_budget)
         this.tracker.log(iteration, metrics)
-        why = None if ppo.kl_budget is None else kl_budget.why_to_stop(progress, metrics, ppo.kl_budget)
-        if why is not None:
-            this.tracker.say(f"stopped at iteration {iteration}: {why}")
-            return
+        why = trouble or (over if course.may_go_back else None)
+        if why:
+            course.go_back(iteration, why)
+            return False
+        if over:
+            this.tracker.say(f"stopped at iteration {iteration}: {over}")
+            return True
         if ppo.save_steps and iteration % ppo.save_steps == 0 and not is_last:
-            this.save(iteration)
-        worker.stop_if_asked(partial(this.save, iteration))
+            course.save(iteration)
+        this.worker.stop_if_asked(partial(course.save, iteration))
+    return True
 
 
-def _iterate(this: _Run, iteration: int) -> dict[str, float]:
+def _iterate(this: _Run, iteration: int) -> dict[str, Any]:
     """Sample, score, assess, improve; the iteration's figures. Moves `progress` on."""
-    settings, ppo, progress, cast = this.settings, this.settings.ppo, this.progress, this.cast
+    settings = this.settings.model_copy(update={"seed": this.course.seed})
+    ppo, progress, cast = settings.ppo, this.progress, this.cast
     phases = Phases(this.worker.device)
     rows = row_order(len(this.train), ppo.prompts_per_iteration, iteration - 1, settings.seed)
     this.tell_rewards(iteration - 1)
@@ -161,14 +174,14 @@ def _iterate(this: _Run, iteration: int) -> dict[str, float]:
         update = improve(
             cast,
             experience,
-            this.learners,
+            this.course.learners,
             settings,
             this.worker,
             iteration=iteration,
             is_first=iteration == 1,
             is_warmup=iteration <= settings.critic.warmup_iterations,
         )
-    found = figures(scored, experience, progress["kl_coef"])
+    found = figures(scored, experience, progress["kl_coef"]) | {"weight_norm": this.course.weight_norm()}
     if ppo.kl_budget is not None:
         found |= kl_budget.note(progress, experience.kl.sum(1), ppo.num_generations)
     progress["kl_coef"] = next_kl_coef(

@@ -5,6 +5,7 @@ whole batch: advantages, whitening and all figures are plain maths on it, the sa
 """
 
 import math
+from collections import Counter
 from dataclasses import dataclass
 from functools import partial
 from operator import itemgetter
@@ -17,7 +18,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from align.data import decode_completion
 from align.data.formats import Prompt
-from align.errors import RunFailed
+from align.errors import Diverged, RunFailed
 from align.maths.advantages import gae, token_rewards
 from align.maths.kl import kl_estimate
 from align.maths.losses import PolicyLoss, explained_variance, ppo_policy_loss, ppo_value_loss
@@ -118,7 +119,8 @@ def sample_and_score(
     rows = [prompts[i // num_generations] for i in mine]
     ppo, sampling = settings.ppo, settings.sampling
     with phases("sample"):
-        rollouts, at_draw = sample(
+        sampler = partial(
+            sample,
             cast.policy,
             [row.ids for row in rows],
             uniforms(settings.seed, stream, step, mine, sampling.max_new_tokens),
@@ -128,6 +130,7 @@ def sample_and_score(
             batch_size=ppo.sampling_batch_size,
             max_batch_tokens=ppo.max_batch_tokens,
         )
+        rollouts, at_draw = worker.agreed(sampler)
     with phases("score"):
         reader = partial(read_all, temperature=sampling.temperature, max_batch_tokens=ppo.max_batch_tokens)
         policy = at_draw or reader(cast.policy, rollouts, entropies=True, values=cast.is_shared_trunk)
@@ -322,6 +325,8 @@ def _losses(
 def _check_ratio(numbers: dict[str, float], policy: Role, ppo: Ppo) -> None:
     """The policy has not moved since it sampled: its ratio must be 1, or log-probs are taken in two different ways."""
     name = "logratio_max" if policy.is_exact else "logratio_mean"
+    if not math.isfinite(numbers[name]):
+        raise Diverged(f"the first minibatch's {name} is {numbers[name]}")
     tolerance = ppo.ratio_tolerance or (RATIO_TOLERANCE if policy.is_exact else MEAN_RATIO_TOLERANCE)
     if not numbers[name] <= tolerance:
         raise RunFailed(
@@ -334,7 +339,8 @@ def _check_ratio(numbers: dict[str, float], policy: Role, ppo: Ppo) -> None:
 def figures(scored: Scored, experience: Experience, kl_coef: float) -> dict[str, float]:
     """What an iteration is logged with, from the whole batch."""
     mask = scored.rollouts.response_mask
-    spread = scored.scores.std(correction=0)
+    spread, alike = scored.scores.std(correction=0), Counter(scored.texts)
+    is_one_prompt = len({tuple(row.ids) for row in scored.prompts}) == 1  # whose answers may well be the same
     applied = {name: [score for score in part if not math.isnan(score)] for name, part in scored.parts.items()}
     return {
         "score": float(scored.scores.mean()),
@@ -348,4 +354,6 @@ def figures(scored: Scored, experience: Experience, kl_coef: float) -> dict[str,
         "value_mean": float(masked_mean(experience.values, mask)),
         "response_length": float(scored.rollouts.lengths.float().mean()),
         "eos_share": float(scored.rollouts.ended.float().mean()),
+        "empty_share": sum(not text.strip() for text in scored.texts) / len(scored.texts),
+        **({} if is_one_prompt else {"same_share": max(alike.values()) / len(scored.texts)}),
     }

@@ -26,7 +26,7 @@ from align.data import (
     load,
     unread,
 )
-from align.errors import BadInput, RunFailed
+from align.errors import BadInput, Diverged, RunFailed
 from align.maths.calibration import pair_calibration_error, pair_outcomes
 from align.maths.losses import pair_loss
 from align.models.budget import training_tokens
@@ -38,6 +38,7 @@ from align.report.curves import reward_curves
 from align.settings import Data, RewardSettings, Training
 from align.stages import checkpoint
 from align.stages.costs import Costs, adapter_bytes, kl_to_base
+from align.stages.course import Course
 from align.stages.learner import Learner, available
 from align.stages.order import left_out, row_order, steps_of
 from align.track import Tracker
@@ -89,62 +90,94 @@ def run(settings: RewardSettings, worker: Worker) -> None:
     if worker.is_main:
         begin(settings, bases.main.fingerprint)
     worker.wait()
-    found = checkpoint.resume(settings.output, worker, roles={"reward": role}, learners={"reward": learner})
-    state = found.progress
-    start = int(state["step"]) if state else 0
-    if state and state["rows_a_step"] != rows_a_step:
+    course = Course(
+        settings.output,
+        settings.seed,
+        settings.guard,
+        worker,
+        roles={"reward": role},
+        learners={"reward": learner},
+        start={"rows_a_step": rows_a_step},
+    )
+    start, before = course.progress["step"], course.progress["rows_a_step"]
+    if before != rows_a_step:
         raise BadInput(
-            f"the run had {state['rows_a_step']} pairs a step and would now have {rows_a_step}: go on with as many "
+            f"the run had {before} pairs a step and would now have {rows_a_step}: go on with as many "
             "processes as before (`launch`), or choose another output"
         )
     tracker = Tracker(
         settings, total=num_steps, start=start, shown=("loss", "accuracy", "eval_accuracy"), is_main=worker.is_main
     )
+    course.tracker = tracker
     try:
         untouched = "" if score_source(settings, validation) != "train" else TRAINED_ON
-        words = (
-            *found.words,
-            *loaded.messages,
-            *unread(tokenizer, loaded.train),
-            said,
-            ending_message(tokenizer),
-            untouched,
-        )
-        for message in (*words, available(t.optim, worker.device)[1]):
+        words = *loaded.messages, *unread(tokenizer, loaded.train), said, ending_message(tokenizer), untouched
+        for message in (*course.words, *words, available(t.optim, worker.device)[1]):
             tracker.say(message)
-        costs = Costs(worker)
-
-        def save(step: int) -> None:
-            checkpoint.save(
-                settings.output,
-                step,
-                worker,
-                roles={"reward": role},
-                learners={"reward": learner},
-                progress={"rows_a_step": rows_a_step},
-            )
-
-        with costs.phases("train"):
-            for step in range(start + 1, num_steps + 1):
-                rows = row_order(len(train), rows_a_step, step - 1, settings.seed)
-                costs.begin_step()
-                metrics = train_step(role, [train[i] for i in rows], mean_weight, learner, settings, worker, costs)
-                costs.end_step()
-                if step == 1 and metrics["grad_norm"] == 0.0:
-                    raise RunFailed(
-                        "the reward model's gradient is zero at the first step: chosen and rejected answers "
-                        "are the same to it; check the data and max_length"
-                    )
-                if validation and (step == num_steps or (t.eval_steps and step % t.eval_steps == 0)):
-                    metrics |= evaluate_pairs(role, validation, worker, max_batch_tokens=t.max_batch_tokens)
-                if step % t.logging_steps == 0 or step in (1, num_steps) or "eval_loss" in metrics:
-                    tracker.log(step, metrics)
-                if t.save_steps and step % t.save_steps == 0 and step < num_steps:
-                    save(step)
-                worker.stop_if_asked(partial(save, step))
-        _finish(settings, worker, bases, role, validation, reference, tracker, costs)
+        this = _Run(settings, worker, role, train, mean_weight, validation, num_steps, course, tracker, Costs(worker))
+        with this.costs.phases("train"):
+            while not _loop(this):
+                pass  # it has gone back
+        _finish(settings, worker, bases, role, validation, reference, tracker, this.costs)
     finally:
         tracker.close()
+
+
+@dataclass(frozen=True)
+class _Run:
+    """A reward run under way."""
+
+    settings: RewardSettings
+    worker: Worker
+    role: Role
+    train: list[Pair]
+    mean_weight: float
+    validation: list[Pair]
+    num_steps: int
+    course: Course
+    tracker: Tracker
+    costs: Costs
+
+
+def _loop(this: _Run) -> bool:
+    """Steps up to the end, or to where the run has to go back; returns whether it is the end."""
+    t, course, num_steps = this.settings.train, this.course, this.num_steps
+    for step in range(course.progress["step"] + 1, num_steps + 1):
+        try:
+            metrics = _step(this, step)
+        except Diverged as failure:
+            course.fell(step, failure)
+            return False
+        if this.validation and (step == num_steps or (t.eval_steps and step % t.eval_steps == 0)):
+            metrics |= evaluate_pairs(this.role, this.validation, this.worker, max_batch_tokens=t.max_batch_tokens)
+        trouble = course.judge(step, metrics)
+        if step % t.logging_steps == 0 or step in (1, num_steps) or trouble or "eval_loss" in metrics:
+            this.tracker.log(step, metrics)
+        if trouble:
+            course.go_back(step, trouble)
+            return False
+        if t.save_steps and step % t.save_steps == 0 and step < num_steps:
+            course.save(step)
+        this.worker.stop_if_asked(partial(course.save, step))
+    return True
+
+
+def _step(this: _Run, step: int) -> dict[str, Any]:
+    """One step on the rows that are its turn; its figures."""
+    rows, course = len(this.train), this.course
+    order = row_order(rows, course.progress["rows_a_step"], step - 1, course.seed)
+    pairs = [this.train[i] for i in order]
+    this.costs.begin_step()
+    metrics: dict[str, Any] = train_step(
+        this.role, pairs, this.mean_weight, course.learners["reward"], this.settings, this.worker, this.costs
+    )
+    this.costs.end_step()
+    if step == 1 and metrics["grad_norm"] == 0.0:
+        raise RunFailed(
+            "the reward model's gradient is zero at the first step: chosen and rejected answers "
+            "are the same to it; check the data and max_length"
+        )
+    return metrics | {"weight_norm": course.weight_norm()}
 
 
 def _learner(role: Role, t: Training, num_steps: int, worker: Worker) -> Learner:
