@@ -36,6 +36,9 @@ class Worker:
         from accelerate.utils import DistributedType
 
         use_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
+        from align.models.backoff import forget
+
+        forget()
         self.accelerator = Accelerator(cpu=use_cpu or not torch.cuda.is_available())
         self.device: torch.device = self.accelerator.device
         self.rank, self.num_processes = self.accelerator.process_index, self.accelerator.num_processes

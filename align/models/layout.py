@@ -131,8 +131,11 @@ class Part:
     trees: list[Tree]
     rows: list[int]
 
+    def __len__(self) -> int:
+        return len(self.rows)
 
-def parts_of(prefixes: Sequence[Ids], branches: Sequence[Ids], *, max_tokens: int, is_flat: bool) -> list[Part]:
+
+def parts_of(prefixes: Sequence[Ids], branches: Sequence[Ids], max_tokens: int, *, is_flat: bool) -> list[Part]:
     """N rows (prefix + branch) in passes of at most `max_tokens` tokens each, padding included.
 
     Flat passes hold rows of the same prefix as one tree. A row that is longer than `max_tokens` has a pass of its own.
@@ -145,7 +148,7 @@ def parts_of(prefixes: Sequence[Ids], branches: Sequence[Ids], *, max_tokens: in
     ]
 
 
-def passes_of(trees: Sequence[Tree], *, max_tokens: int, is_flat: bool) -> list[list[int]]:
+def passes_of(trees: Sequence[Tree], max_tokens: int, *, is_flat: bool) -> list[list[int]]:
     """Numbers of the trees in each pass of at most `max_tokens` tokens, padding included; trees of like size together.
 
     A tree that is larger has a pass of its own. There are as few passes as the budget allows, and they are as even as

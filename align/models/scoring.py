@@ -1,15 +1,18 @@
 """Scores of whole sequences by a role with a scalar head."""
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from align.models.backoff import Phase, in_passes
 from align.models.budget import reading_tokens
-from align.models.layout import Ids, Tree, parts_of
+from align.models.layout import Ids, Part, Tree, parts_of
 from align.models.roles import Role
 
+SCORING = Phase("while scoring answers")
 WHOLE = {"sequence": "whole"}  # what a reward run's manifest says of the sequences that it was trained on
 
 
@@ -27,11 +30,20 @@ def branch_scores(role: Role, trees: Sequence[Tree]) -> Tensor:
 
 @torch.no_grad()
 def score_sequences(
-    role: Role, prefixes: Sequence[Ids], branches: Sequence[Ids], *, max_batch_tokens: int | None = None
+    role: Role,
+    prefixes: Sequence[Ids],
+    branches: Sequence[Ids],
+    *,
+    max_batch_tokens: int | None = None,
+    phase: Phase = SCORING,
 ) -> Tensor:
     """Scores (N,) float32 on the CPU of N sequences prefix + branch, in the order given; equal prefixes run once."""
+
+    def work(part: Part) -> Tensor:
+        return branch_scores(role, part.trees).float().cpu()
+
     scores = torch.zeros(len(prefixes))
-    budget = reading_tokens(role.causal, max_batch_tokens)
-    for part in parts_of(prefixes, branches, max_tokens=budget, is_flat=role.is_flat):
-        scores[part.rows] = branch_scores(role, part.trees).float().cpu()
+    split = partial(parts_of, prefixes, branches, is_flat=role.is_flat)
+    for part, found in in_passes(phase, reading_tokens(role.causal, max_batch_tokens), split, work):
+        scores[part.rows] = found
     return scores

@@ -6,6 +6,7 @@ Each reads exactly what its own tokenizer makes of question and answer, and is s
 import inspect
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from align.data import Prompt, Text, ending_of
 from align.data.collate import pad_right
 from align.data.templates import render
 from align.errors import BadInput
+from align.models.backoff import Phase, in_passes, is_out_of_memory
 from align.models.budget import reading_tokens
 from align.models.layout import Tree, passes_of
 from align.models.tokenizer import first_line
@@ -47,9 +49,15 @@ def classifier(settings: LearnedReward, device: torch.device) -> Callable[[Answe
                 "reads: cut as its tokenizer does (said once)",
                 file=sys.stderr,
             )
-        return _scores(model, [sequence for sequence, _ in found], settings.max_batch_tokens)
+        sequences = [sequence for sequence, _ in found]
+        return _scores(model, sequences, settings.max_batch_tokens, phase_of(settings.path))
 
     return score
+
+
+def phase_of(path: str) -> Phase:
+    """Scoring by the reward model in `path`, as messages name it."""
+    return Phase(f"while scoring by {path}", "max_batch_tokens")
 
 
 # -------------------------------------------------------------------------------------------------------------- loading
@@ -59,6 +67,8 @@ def _loaded(path: str) -> tuple[Any, Any]:
     try:
         model, tokenizer = _whole(path) if find_adapter_config_file(path) is None else _adapted(path)
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+        if is_out_of_memory(error):
+            raise
         raise BadInput(f"`rewards`: no reward model can be loaded from {path}: {first_line(error)}") from error
     if model.config.num_labels != 1:
         raise BadInput(f"`rewards`: {path} gives {model.config.num_labels} labels; a reward has one")
@@ -178,7 +188,7 @@ def _opens_already(tokenizer: Any, text: str) -> bool:
 
 
 @torch.no_grad()
-def _scores(model: Any, sequences: Sequences, max_batch_tokens: int | None) -> Tensor:
+def _scores(model: Any, sequences: Sequences, max_batch_tokens: int | None, phase: Phase) -> Tensor:
     """Scores (N,) float32 on the CPU, each as of its sequence alone.
 
     A decoder is read at the last id that is not its pad, so padding is with that very token, which RoBERTa's positions
@@ -188,16 +198,19 @@ def _scores(model: Any, sequences: Sequences, max_batch_tokens: int | None) -> T
     pad_id = _pad_id(inner, sequences)
     takes_types = "token_type_ids" in inspect.signature(inner.forward).parameters
     takes_types &= getattr(inner.config, "type_vocab_size", 2) > 1
-    scores = torch.zeros(len(sequences))
-    budget = reading_tokens(inner, max_batch_tokens)
-    trees = [Tree(sequence["input_ids"], [()]) for sequence in sequences]
-    for rows in passes_of(trees, max_tokens=budget, is_flat=False):
+
+    def work(rows: list[int]) -> Tensor:
         batch, mask = pad_right([sequences[i]["input_ids"] for i in rows], pad_id)
         given = {"input_ids": batch, "attention_mask": mask.long()}
         if takes_types and all("token_type_ids" in sequences[i] for i in rows):
             given["token_type_ids"], _ = pad_right([sequences[i]["token_type_ids"] for i in rows], 0)
         logits = model(**{name: tensor.to(inner.device) for name, tensor in given.items()}).logits
-        scores[rows] = logits[:, 0].float().cpu()
+        return logits[:, 0].float().cpu()
+
+    scores = torch.zeros(len(sequences))
+    split = partial(passes_of, [Tree(sequence["input_ids"], [()]) for sequence in sequences], is_flat=False)
+    for rows, found in in_passes(phase, reading_tokens(inner, max_batch_tokens), split, work):
+        scores[rows] = found
     return scores
 
 

@@ -8,6 +8,7 @@ import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
@@ -198,11 +199,13 @@ def _by_model(settings: JudgeSettings, bases: "Bases", key: str) -> Compare:
     """A model's P(A) over P(A) + P(B) as its next token: softmax over the two alone."""
     import torch
 
+    from align.models.backoff import Phase, in_passes
     from align.models.budget import reading_tokens
-    from align.models.layout import Ids, parts_of
+    from align.models.layout import Ids, Part, parts_of
 
     role, tokenizer = _role(settings.model, bases, key)
     is_chat = tokenizer.chat_template is not None
+    phase = Phase(f"while `{key}` reads its questions")
     most = getattr(role.causal.config.get_text_config(), "max_position_embeddings", None)
 
     @torch.no_grad()
@@ -217,13 +220,18 @@ def _by_model(settings: JudgeSettings, bases: "Bases", key: str) -> Compare:
             letters.append(pair)
         margins = torch.zeros(len(texts), dtype=torch.float64)
         answers: list[Ids] = [()] * len(texts)  # all that is read is the state that predicts the letter
-        for part in parts_of(prefixes, answers, max_tokens=reading_tokens(role.causal, None), is_flat=role.is_flat):
+
+        def work(part: Part) -> torch.Tensor:
             beat()
             layout = role.layout(part.trees)
             states = role.states(layout, layout.last)  # (n, H)
             tokens = torch.tensor([letters[i] for i in part.rows], device=states.device)  # (n, 2)
             a, b = (role.logprobs(states, tokens[:, side], temperature=1.0).double().cpu() for side in (0, 1))
-            margins[part.rows] = a - b
+            return a - b
+
+        split = partial(parts_of, prefixes, answers, is_flat=role.is_flat)
+        for part, found in in_passes(phase, reading_tokens(role.causal, None), split, work):
+            margins[part.rows] = found
         return torch.sigmoid(margins).tolist(), sum(map(len, prefixes))
 
     letter_ids(tokenizer, "A or B?", key)  # so that a tokenizer that cannot tell them apart is refused before any work

@@ -14,27 +14,30 @@ from align.data import closed, encode_completion, end_token_ids, ending_of
 from align.data.templates import NO_ENDING
 from align.errors import BadInput, RunFailed
 from align.maths.ensembles import conservative
+from align.models.backoff import Phase
 from align.models.layout import Ids
 from align.models.roles import Bases
-from align.models.scoring import reads_whole, score_sequences
-from align.rewards.classifiers import classifier, question_text
+from align.models.scoring import SCORING, reads_whole, score_sequences
+from align.rewards.classifiers import classifier, phase_of, question_text
 from align.rewards.mix import Answers, Scorer
 from align.settings import EnsembleReward, LearnedReward
 
 MIN_STD = 1e-6  # of the score on the reference samples
 
 
-def learned(settings: LearnedReward, bases: Bases) -> Scorer:
+def learned(settings: LearnedReward, bases: Bases, *, phase: Phase | None = None) -> Scorer:
     """A scorer: (score - mean) / std as measured by the reward run, clipped to +- `clip` if that is set."""
     if (Path(settings.path) / MANIFEST).is_file():
-        return _ours(settings, bases)
+        return _ours(settings, bases, phase or phase_of(settings.path))
     read = classifier(settings, bases.device)
     return lambda answers: _normalised(read(answers), 0.0, 1.0, settings, answers)
 
 
 def ensemble(settings: EnsembleReward, bases: Bases) -> Scorer:
     """A scorer: what the members of an ensemble agree on, each normalised by its own mean and deviation."""
-    members = ensemble_members(settings.path, bases, max_batch_tokens=settings.max_batch_tokens)
+    members = ensemble_members(
+        settings.path, bases, max_batch_tokens=settings.max_batch_tokens, phase=phase_of(settings.path)
+    )
 
     def score(answers: Answers) -> list[float]:
         scores = torch.tensor([each(answers) for each in members])  # (K, N)
@@ -46,16 +49,16 @@ def ensemble(settings: EnsembleReward, bases: Bases) -> Scorer:
 
 
 def ensemble_members(
-    folder: str, bases: Bases, *, normalize: bool = True, max_batch_tokens: int | None = None
+    folder: str, bases: Bases, *, normalize: bool = True, max_batch_tokens: int | None = None, phase: Phase = SCORING
 ) -> list[Scorer]:
     """A scorer of each member of an ensemble run, all over the base that is in memory. Without `normalize`, the
     difference of two scores is the logit that one answer is better."""
     folders = [str(Path(folder) / name) for name in read_manifest(folder)["members"]]
     values = {"normalize": normalize, "max_batch_tokens": max_batch_tokens}
-    return [learned(LearnedReward.model_validate(values | {"from": each}), bases) for each in folders]
+    return [learned(LearnedReward.model_validate(values | {"from": each}), bases, phase=phase) for each in folders]
 
 
-def _ours(settings: LearnedReward, bases: Bases) -> Scorer:
+def _ours(settings: LearnedReward, bases: Bases, phase: Phase) -> Scorer:
     if settings.pair is not None:
         raise BadInput(
             f"`rewards`: `pair` is for classifiers made elsewhere; {settings.path} is a reward run: leave it out"
@@ -71,7 +74,7 @@ def _ours(settings: LearnedReward, bases: Bases) -> Scorer:
         theirs = bases.main.tokenizer if answers.tokenizer is None else answers.tokenizer
         sequences = _sequences(answers, tokenizer, _speaks_like(tokenizer, theirs), reads_whole(manifest))
         prompts, replies = ([each[i] for each in sequences] for i in (0, 1))
-        raw = score_sequences(role, prompts, replies, max_batch_tokens=settings.max_batch_tokens)
+        raw = score_sequences(role, prompts, replies, max_batch_tokens=settings.max_batch_tokens, phase=phase)
         return _normalised(raw, mean, std, settings, answers)
 
     return score

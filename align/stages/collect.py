@@ -12,6 +12,7 @@ from typing import Any
 from align.artifact import begin, finish, write_lines
 from align.data import Prompt, decode_completion, encode_prompt, end_token_ids, load
 from align.errors import BadInput
+from align.models.backoff import Phase
 from align.models.base import stop_ids
 from align.models.roles import Bases, Role
 from align.rollout.draw import uniforms
@@ -22,6 +23,11 @@ from align.worker import Worker
 
 STREAM = 3  # of random numbers
 NUM_GENERATIONS = 4
+SAMPLING = Phase(
+    "while sampling",
+    "batch_size",
+    "lower `sampling.max_new_tokens` or `max_prompt_length`, or use a device with more memory",
+)
 CANDIDATES = "candidates.jsonl"
 
 
@@ -93,6 +99,7 @@ def _answers(
         end_ids=end_ids,
         pad_id=tokenizer.pad_token_id,
         batch_size=settings.batch_size,
+        phase=SAMPLING,
     )
     return [
         {

@@ -19,6 +19,7 @@ from align.data import Prompt, decode_completion, encode_prompt, end_token_ids, 
 from align.errors import BadInput
 from align.maths.calibration import comparison, win_rate
 from align.maths.kl import kl_estimate
+from align.models.backoff import Phase
 from align.models.base import stop_ids
 from align.models.roles import Bases, Role
 from align.models.scoring import reads_whole
@@ -38,6 +39,10 @@ from align.track import Tracker
 from align.worker import Worker
 
 STREAM = 2  # of random numbers
+SHORTER = "lower `sampling.max_new_tokens` or `max_prompt_length`, or use a device with more memory"
+SAMPLING = Phase("while sampling", "batch_size", SHORTER)
+READING = Phase("while reading the answers' log-probabilities", cure=SHORTER)
+PAIRS = Phase("while scoring pairs", cure="lower `reward.max_length`, or use a device with more memory")
 
 
 @dataclass(frozen=True)
@@ -140,9 +145,11 @@ def _judge(
         end_ids=end_ids,
         pad_id=tokenizer.pad_token_id,
         batch_size=settings.batch_size,
+        phase=SAMPLING,
     )
     own, others = (  # both read in one way, so that the reference is at 0 from itself
-        read_all(each, rollouts, temperature=sampling.temperature, entropies=True) for each in (role, reference)
+        read_all(each, rollouts, temperature=sampling.temperature, entropies=True, phase=READING)
+        for each in (role, reference)
     )
     kl = kl_estimate(own.logprobs, others.logprobs).sum(1)
     entropies = own.entropies.sum(1) / rollouts.lengths.clamp(min=1)
@@ -220,7 +227,8 @@ def _pair_metrics(settings: EvaluateSettings, bases: Bases, worker: Worker, trac
     for message in seen.messages(f"{len(pairs)} pairs' prompts"):
         tracker.say(message)
     role = bases.role(check.path, head=True)
-    found = {name.removeprefix("eval_"): value for name, value in evaluate_pairs(role, pairs, worker).items()}
+    found = evaluate_pairs(role, pairs, worker, phase=PAIRS)
+    found = {name.removeprefix("eval_"): value for name, value in found.items()}
     return {"reward": found | {"pairs": len(pairs), "seen_pairs": seen.figure}}
 
 

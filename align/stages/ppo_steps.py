@@ -23,9 +23,10 @@ from align.maths.advantages import gae, token_rewards
 from align.maths.kl import kl_estimate
 from align.maths.losses import PolicyLoss, explained_variance, ppo_policy_loss, ppo_value_loss
 from align.maths.masking import masked_mean, whiten
+from align.models.backoff import Phase, in_passes
 from align.models.base import Base
 from align.models.budget import training_tokens
-from align.models.layout import Tree, parts_of
+from align.models.layout import Part, Tree, parts_of
 from align.models.roles import Bases, Role
 from align.phases import Phases
 from align.rewards import Answers, RewardMix, means_of
@@ -39,6 +40,14 @@ from align.worker import Worker
 
 RATIO_TOLERANCE = 1e-3  # max |log ratio| of the first minibatch in float32: merged weights and caches round otherwise
 MEAN_RATIO_TOLERANCE = 0.02  # and its mean in 16 bits, where one token of thousands may be off by rounding alone
+SHORTER = "begin anew with a smaller `sampling.max_new_tokens` or `max_prompt_length`, or use a device with more memory"
+SAMPLING = Phase("while sampling", "ppo.sampling_batch_size", SHORTER)
+READING = Phase("while reading the answers' log-probabilities", "ppo.max_batch_tokens", SHORTER)
+UPDATE = Phase(
+    "in the update",
+    "ppo.max_batch_tokens",
+    f"start the same command again with `ppo.gradient_checkpointing: true`, if it is not yet; else {SHORTER}",
+)
 SUMMED = "policy_loss", "clipfrac", "approx_kl", "ratio_mean", "logratio_mean", "value_loss", "clipfrac_value"
 
 
@@ -129,10 +138,13 @@ def sample_and_score(
             pad_id=cast.pad_id,
             batch_size=ppo.sampling_batch_size,
             max_batch_tokens=ppo.max_batch_tokens,
+            phase=SAMPLING,
         )
         rollouts, at_draw = worker.agreed(sampler)
     with phases("score"):
-        reader = partial(read_all, temperature=sampling.temperature, max_batch_tokens=ppo.max_batch_tokens)
+        reader = partial(
+            read_all, temperature=sampling.temperature, max_batch_tokens=ppo.max_batch_tokens, phase=READING
+        )
         policy = at_draw or reader(cast.policy, rollouts, entropies=True, values=cast.is_shared_trunk)
         reference = reader(cast.reference, rollouts)
         critic = policy if cast.is_shared_trunk else reader(cast.critic, rollouts, logprobs=False, values=True)
@@ -260,21 +272,31 @@ def _minibatch(
     mine = _dealt(rows, ppo.num_generations, worker)
     if ppo.gradient_checkpointing:
         cast.policy.train(), cast.critic.train()
-    sums = torch.zeros(len(SUMMED), dtype=torch.float64, device=worker.device)
-    ratio_max = logratio_max = 0.0
-    for part in parts_of(
-        [rollouts.prompts[row] for row in mine],
-        [rollouts.answers[row] for row in mine],
-        max_tokens=min(training_tokens(role.causal, ppo.max_batch_tokens) for role in (cast.policy, cast.critic)),
-        is_flat=cast.policy.is_flat and cast.critic.is_flat,
-    ):
+
+    def work(part: Part) -> tuple[Tensor, float, float]:
         policy, value_loss, clipped_values = _losses(
             cast, experience, part.trees, [mine[i] for i in part.rows], settings, num_tokens
         )
         found = (policy.loss, policy.clipped, policy.approx_kl, policy.ratio, policy.abs_logratio)
-        sums += torch.stack([*found, value_loss, clipped_values]).detach().double()
-        ratio_max = max(ratio_max, float(policy.ratio_max))
-        logratio_max = max(logratio_max, float(policy.max_abs_logratio))
+        summed = torch.stack([*found, value_loss, clipped_values]).detach().double()
+        return summed, float(policy.ratio_max), float(policy.max_abs_logratio)
+
+    def undo() -> None:  # gradients begin with the minibatch: a pass that failed in the middle has left some
+        for role in (cast.policy, cast.critic):
+            role.zero_grad()
+
+    max_tokens = min(training_tokens(role.causal, ppo.max_batch_tokens) for role in (cast.policy, cast.critic))
+    split = partial(
+        parts_of,
+        [rollouts.prompts[row] for row in mine],
+        [rollouts.answers[row] for row in mine],
+        is_flat=cast.policy.is_flat and cast.critic.is_flat,
+    )
+    sums = torch.zeros(len(SUMMED), dtype=torch.float64, device=worker.device)
+    ratio_max = logratio_max = 0.0
+    for _, (summed, ratio, logratio) in in_passes(UPDATE, max_tokens, split, work, undo=undo):
+        sums += summed
+        ratio_max, logratio_max = max(ratio_max, ratio), max(logratio_max, logratio)
     cast.policy.eval(), cast.critic.eval()
     means = (worker.sum_(sums) / max(num_tokens, 1)).tolist()
     return dict(zip(SUMMED, means, strict=True)) | {

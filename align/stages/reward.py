@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from align.artifact import begin, finish
 from align.data import (
@@ -29,6 +30,7 @@ from align.data import (
 from align.errors import BadInput, Diverged, RunFailed
 from align.maths.calibration import pair_calibration_error, pair_outcomes
 from align.maths.losses import pair_loss
+from align.models.backoff import Phase, in_passes
 from align.models.budget import training_tokens
 from align.models.layout import Ids, Tree, passes_of
 from align.models.roles import Bases, Role
@@ -51,6 +53,13 @@ TRAINED_ON = (
     "hold some out (`data.validation_split`), or give a `reference`"
 )
 PROBE_TOLERANCE = 1e-4
+SHORTER = "begin anew with a smaller `max_length`, or use a device with more memory"
+TRAINING = Phase(
+    "in training",
+    "train.max_batch_tokens",
+    f"start the same command again with `train.gradient_checkpointing: true`, if it is not yet; else {SHORTER}",
+)
+SCORING = Phase("while scoring answers", "train.max_batch_tokens", SHORTER)
 Sequences = tuple[Sequence[Ids], Sequence[Ids]]  # prompts, and an answer to each
 
 
@@ -231,10 +240,10 @@ def train_step(
     """
     role.train()
     mine = [pairs[i] for i in worker.mine(len(pairs))]
-    trees, budget = [pair.tree for pair in mine], training_tokens(role.causal, settings.train.max_batch_tokens)
+    trees = [pair.tree for pair in mine]
     costs.tokens += sum(tree.num_tokens for tree in trees)
-    sums = torch.zeros(3, dtype=torch.float64, device=worker.device)  # loss, right, margin
-    for numbers_of_pass in passes_of(trees, max_tokens=budget, is_flat=role.is_flat):
+
+    def work(numbers_of_pass: list[int]) -> Tensor:
         batch = [mine[i] for i in numbers_of_pass]
         chosen, rejected = branch_scores(role, [trees[i] for i in numbers_of_pass]).reshape(-1, 2).T
         numbers = torch.tensor(
@@ -250,7 +259,13 @@ def train_step(
         ) / (len(pairs) * mean_weight)
         loss.backward()
         outcomes = (each.sum() for each in pair_outcomes(chosen - rejected, numbers[0]))
-        sums += torch.stack([loss, *outcomes]).detach().double()
+        return torch.stack([loss, *outcomes]).detach().double()
+
+    budget = training_tokens(role.causal, settings.train.max_batch_tokens)
+    split = partial(passes_of, trees, is_flat=role.is_flat)
+    sums = torch.zeros(3, dtype=torch.float64, device=worker.device)  # loss, right, margin
+    for _, found in in_passes(TRAINING, budget, split, work, undo=learner.clear):
+        sums += found
     role.eval()
     sums = worker.sum_(sums)
     rate = learner.learning_rate
@@ -265,7 +280,7 @@ def train_step(
 
 
 def evaluate_pairs(
-    role: Role, pairs: Sequence[Pair], worker: Worker, *, max_batch_tokens: int | None = None
+    role: Role, pairs: Sequence[Pair], worker: Worker, *, max_batch_tokens: int | None = None, phase: Phase = SCORING
 ) -> dict[str, float]:
     """Accuracy (ties half; soft labels by their side), loss, mean margin towards the labels' side and calibration error
     on `pairs`."""
@@ -275,6 +290,7 @@ def evaluate_pairs(
         [pairs[i].tokens.prompt_ids for i in mine for _ in range(2)],
         [answer for i in mine for answer in pairs[i].tree.branches],
         max_batch_tokens=max_batch_tokens,
+        phase=phase,
     )
     margins = torch.zeros(len(pairs))
     for rank, part in enumerate(worker.gather_objects((scores[0::2] - scores[1::2]).tolist())):
@@ -305,7 +321,7 @@ def _finish(
     tokenizer, budget = bases.main.tokenizer, settings.train.max_batch_tokens
     metrics = evaluate_pairs(role, validation, worker, max_batch_tokens=budget) if validation else {}
     cost = costs.figures(role, bases)
-    scores = score_sequences(role, *reference, max_batch_tokens=budget)
+    scores = score_sequences(role, *reference, max_batch_tokens=budget, phase=SCORING)
     mean, std = float(scores.mean()), float(scores.std(correction=0))
     if worker.is_main:
         folder = Path(settings.output)

@@ -7,6 +7,7 @@ were paired, the members' margins, the judge's verdict, and the prompt's embeddi
 import json
 import random
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,9 @@ from torch import Tensor
 
 from align.artifact import begin, finish, read_lines, write_lines
 from align.data import Prompt, encode_completion
+from align.models.backoff import Phase, in_passes
 from align.models.budget import reading_tokens
-from align.models.layout import parts_of
+from align.models.layout import Part, parts_of
 from align.models.roles import Bases, Role
 from align.rewards import check_columns
 from align.rewards.judge import Question, build_judge
@@ -29,6 +31,8 @@ from align.track import Tracker
 from align.worker import Worker
 
 ANSWERS, PAIRS = "answers.jsonl", "pairs.jsonl"
+EMBEDDING = Phase("while embedding prompts", "max_batch_tokens")
+SCORING = Phase("while scoring answers", "max_batch_tokens")
 EMBEDDING_SIZE = 32  # numbers of a prompt's embedding that are kept, by a fixed random projection
 
 
@@ -100,7 +104,9 @@ def answers_of(rows: Sequence[dict[str, Any]], bases: Bases) -> Answers:
 def _member_scores(settings: ScoreSettings, answers: Answers, bases: Bases, worker: Worker) -> Tensor:
     if settings.ensemble is None:
         return torch.zeros(len(answers.texts), 0, dtype=torch.float64)
-    members = ensemble_members(settings.ensemble, bases, normalize=False, max_batch_tokens=settings.max_batch_tokens)
+    members = ensemble_members(
+        settings.ensemble, bases, normalize=False, max_batch_tokens=settings.max_batch_tokens, phase=SCORING
+    )
     mine = list(worker.mine(len(answers.texts)))
     own = Answers(
         [answers.prompts[i] for i in mine],
@@ -147,10 +153,14 @@ def prompt_embeddings(role: Role, answers: Answers, max_batch_tokens: int | None
     size = min(EMBEDDING_SIZE, role.hidden_size)
     generator = torch.Generator().manual_seed(0)
     projection = torch.randn(role.hidden_size, size, generator=generator) / size**0.5
+
+    def work(part: Part) -> Tensor:
+        layout = role.layout(part.trees)
+        return role.states(layout, layout.last).float().cpu() @ projection
+
     found = torch.zeros(len(answers.texts), size)
     empty: list[list[int]] = [[]] * len(answers.texts)
-    budget = reading_tokens(role.causal, max_batch_tokens)
-    for part in parts_of(answers.prompt_ids, empty, max_tokens=budget, is_flat=role.is_flat):
-        layout = role.layout(part.trees)
-        found[part.rows] = role.states(layout, layout.last).float().cpu() @ projection
+    split = partial(parts_of, answers.prompt_ids, empty, is_flat=role.is_flat)
+    for part, states in in_passes(EMBEDDING, reading_tokens(role.causal, max_batch_tokens), split, work):
+        found[part.rows] = states
     return found - found.mean(0)

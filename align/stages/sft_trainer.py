@@ -1,10 +1,10 @@
 """TRL's SFTTrainer with passes of our own: no padding, and no logits where nothing is learnt."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from datasets import Dataset
@@ -17,6 +17,7 @@ from trl import SFTConfig, SFTTrainer
 from align.artifact import write_text
 from align.data import Encoded
 from align.errors import RunFailed
+from align.models.backoff import Phase, in_passes
 from align.models.budget import training_tokens
 from align.models.layout import Tree, passes_of
 from align.models.roles import Role
@@ -27,9 +28,17 @@ from align.stages.learner import available
 from align.track import Tracker
 from align.worker import Worker
 
+SHORTER = "begin anew with a smaller `max_length`, or use a device with more memory"
+TRAINING = Phase(
+    "in training",
+    "train.max_batch_tokens",
+    f"start the same command again with `train.gradient_checkpointing: true`, if it is not yet; else {SHORTER}",
+)
+EVALUATION = Phase("while reading the held-out rows", "train.max_batch_tokens", SHORTER)
 COMPLETE = "complete"  # the mark of a checkpoint that was saved to its end
 NO_LOSS = -100
 Document = tuple[list[int], list[int]]  # ids and labels
+T = TypeVar("T")
 
 
 class Trainer(SFTTrainer):
@@ -45,27 +54,40 @@ class Trainer(SFTTrainer):
             super().__init__(model=role.model, **arguments)
         self.role, self.worker, self.max_batch_tokens = role, worker, max_batch_tokens
         self.costs = Costs(worker)
+        self.waiting: list[list[Document]] = []  # batches of the step under way
         self.since_log = self._nothing()
         self.model_accepts_loss_kwargs = True  # supervised tokens are counted for every architecture
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:  # type: ignore[override]
-        """Leaves the step's gradients in the parameters; returns the loss, as the mean over processes gives it."""
+        """Keeps a batch until its step's last is here, then leaves the step's gradients in the parameters; returns the
+        step's loss, as the mean over processes gives it, with the last batch and 0 with the others."""
         model.train()
-        inputs = self._prepare_inputs(inputs)
-        documents = list(_documents(inputs))
-        total = torch.zeros((), device=self.worker.device)
-        count = float(num_items_in_batch)  # supervised tokens of the step: all batches, all processes
-        for logprobs, is_right in self._passes(documents):
-            loss = -logprobs.sum() / count
-            loss.backward()
-            total += loss.detach()
-            self.since_log += _sums(logprobs, is_right)
+        documents = list(_documents(self._prepare_inputs(inputs)))
         self.costs.tokens += sum(len(ids) for ids, _ in documents)
-        if self.accelerator.sync_gradients and self.worker.num_processes > 1:
+        self.waiting.append(documents)
+        total = torch.zeros((), device=self.worker.device)
+        if not self.accelerator.sync_gradients:
+            return total
+        count = float(num_items_in_batch)  # supervised tokens of the step: all batches, all processes
+        for loss, sums in self._gradients(count):
+            total += loss
+            self.since_log += sums
+        self.waiting.clear()
+        if self.worker.num_processes > 1:
             for p in self.role.parameters():
                 if p.requires_grad:
                     p.grad = self.worker.sum_(torch.zeros_like(p) if p.grad is None else p.grad)
         return total * self.worker.num_processes
+
+    def _gradients(self, count: float) -> list[tuple[Tensor, Tensor]]:
+        """Adds up the gradients of the step's batches; each pass's loss and sums."""
+
+        def work(logprobs: Tensor, is_right: Tensor) -> tuple[Tensor, Tensor]:
+            loss = -logprobs.sum() / count
+            loss.backward()
+            return loss.detach(), _sums(logprobs, is_right)
+
+        return self._passes(TRAINING, self.waiting, work, undo=self.role.zero_grad)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """All processes call it together."""
@@ -80,9 +102,10 @@ class Trainer(SFTTrainer):
         rows = dataloader.dataset
         mine = [rows[i] for i in self.worker.mine(len(rows))]
         sums = self._nothing()
+        documents = [(row["input_ids"], row["labels"]) for row in mine]
         with torch.no_grad():
-            for logprobs, is_right in self._passes([(row["input_ids"], row["labels"]) for row in mine]):
-                sums += _sums(logprobs, is_right)
+            for found in self._passes(EVALUATION, [documents], _sums):
+                sums += found
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in self._means(sums).items()}
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=len(rows))  # type: ignore[arg-type]
 
@@ -93,16 +116,37 @@ class Trainer(SFTTrainer):
         loss, correct, count = self.worker.sum_(sums).tolist()
         return {"loss": loss / max(count, 1), "mean_token_accuracy": correct / max(count, 1)}
 
-    def _passes(self, rows: list[Document]) -> Iterator[tuple[Tensor, Tensor]]:
-        """Log-probabilities of supervised tokens and whether each is the likeliest, pass by pass."""
-        trees = [Tree(ids[:1], [ids[1:]]) for ids, _ in rows]
-        budget = training_tokens(self.role.causal, self.max_batch_tokens)
-        for numbers in passes_of(trees, max_tokens=budget, is_flat=self.role.is_flat):
-            layout = self.role.layout([trees[i] for i in numbers])
-            is_learnt = torch.tensor([label != NO_LOSS for i in numbers for label in rows[i][1][1:]], dtype=torch.bool)
+    def _passes(
+        self,
+        phase: Phase,
+        batches: list[list[Document]],
+        work: Callable[[Tensor, Tensor], T],
+        *,
+        undo: Callable[[], None] = lambda: None,
+    ) -> list[T]:
+        """`work` on log-probabilities of supervised tokens and whether each is the likeliest, pass by pass, batch by
+        batch."""
+
+        def split(max_tokens: int) -> list[list[Document]]:
+            return [
+                [batch[i] for i in numbers]
+                for batch in batches
+                for numbers in passes_of(_trees(batch), max_tokens, is_flat=self.role.is_flat)
+            ]
+
+        def one(rows: list[Document]) -> T:
+            layout = self.role.layout(_trees(rows))
+            is_learnt = torch.tensor([label != NO_LOSS for _, labels in rows for label in labels[1:]], dtype=torch.bool)
             learnt = is_learnt.to(self.worker.device)
             states = self.role.states(layout, layout.before[learnt])
-            yield self.role.choices(states, layout.tokens[learnt])
+            return work(*self.role.choices(states, layout.tokens[learnt]))
+
+        budget = training_tokens(self.role.causal, self.max_batch_tokens)
+        return [found for _, found in in_passes(phase, budget, split, one, undo=undo)]
+
+
+def _trees(rows: list[Document]) -> list[Tree]:
+    return [Tree(ids[:1], [ids[1:]]) for ids, _ in rows]
 
 
 def _sums(logprobs: Tensor, is_right: Tensor) -> Tensor:
