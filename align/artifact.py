@@ -1,6 +1,6 @@
 """A stage's folder: its manifest says what it holds before any weights are loaded, and whether it is finished.
 
-manifest.json       kind, status, base and its fingerprint, parents, recipe, versions, metrics
+manifest.json       kind, status, base and its fingerprint, parents, recipe, versions, metrics, digests of the files
 metrics.jsonl       one line a logged step
 checkpoints/step-*  whole training state, each folder complete or absent
 (weights)           PEFT's or transformers' own files, beside the manifest
@@ -13,21 +13,28 @@ import os
 import platform
 import re
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
 from align.errors import BadInput
+from align.files import clear_temporaries, is_temporary, write_json, writing
+from align.files import folder_in_one_go as folder_in_one_go
+from align.files import write_atomically as write_atomically
+from align.files import write_lines as write_lines
+from align.files import write_text as write_text
 from align.identity import (
     UNKNOWN,
     changed_part,
     check_contents,
     contents,
+    digest_of,
     equal_paths,
     fingerprint,
     is_folder_name,
     made_of,
+    of_whole_file,
     same,
 )
 from align.plain_json import dumps
@@ -47,77 +54,36 @@ MEMORY_AND_SPEED = (  # keys of any section that change neither what is learnt n
     "logging_steps",
     "num_sample_rows",
 )
+DIGEST = "digest"  # in a manifest: of all the rest of it
+CHECKPOINTS = "checkpoints"
+LOGS = ("metrics.jsonl", "samples.jsonl")  # what a run says of itself; no stage reads them
+READ_LATER = ("*.safetensors", "*.index.json", "generation_config.json", "*.jsonl", "results.json")
+LARGE = 2**30  # bytes
+AGAIN = "bring it back, or delete the run's folder and run its stage again"
 FUNCTIONS = re.compile(r"(rewards|judge|beside)\b.*")  # whose arguments are theirs, whatever their names
 
 Answer = TypeVar("Answer")
 
 
-def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
-    """Calls `write` on a temporary file beside `path`, makes it durable, and puts it in `path`'s place."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        write(temporary)
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def write_json(path: Path, values: Any, *, private: bool = False) -> None:
-    """Writes JSON atomically; `private`: for its owner alone."""
-    text = dumps(values, indent=2, ensure_ascii=False, default=str) + "\n"
-
-    def write(temporary: Path) -> None:
-        temporary.touch(mode=0o600 if private else 0o666)
-        temporary.write_text(text, encoding="utf-8")
-
-    write_atomically(path, write)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes a text file atomically."""
-
-    def write(temporary: Path) -> None:
-        temporary.write_text(text, encoding="utf-8")
-
-    write_atomically(path, write)
-
-
-def write_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> int:
-    """Writes a JSONL file atomically, a row as it comes; returns how many."""
-    count = 0
-
-    def write(temporary: Path) -> None:
-        nonlocal count
-        with temporary.open("w", encoding="utf-8", errors="backslashreplace") as file:  # half a pair: its escape
-            for row in rows:
-                file.write(dumps(row, ensure_ascii=False) + "\n")
-                count += 1
-
-    write_atomically(path, write)
-    return count
-
-
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The rows of a JSONL file of ours. (Not by `splitlines`, which cuts a text at U+2028 too.)"""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+    """The rows of a JSONL file of ours. (Not by `splitlines`, which cuts a text at U+2028 too.)
 
-
-@contextmanager
-def folder_in_one_go(folder: Path) -> Iterator[Path]:
-    """A temporary folder that becomes `folder` when the block ends well: complete or absent, never half."""
-    temporary = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    yield temporary
-    for file in temporary.rglob("*"):
-        if file.is_file():
-            with file.open("rb") as handle:
-                os.fsync(handle.fileno())
-    if folder.exists():  # the same step saved again after a resume
-        shutil.rmtree(folder)
-    os.replace(temporary, folder)
+    Raises:
+        BadInput: it is not there, or damaged: not what the run in its folder finished with, if that is known.
+    """
+    wanted = files_of(path.parent).get(path.name)
+    try:
+        whole = path.read_bytes()
+        if wanted is not None and wanted != digest_of(whole):
+            raise ValueError("it is not what its run wrote")
+        rows = [json.loads(line) for line in whole.decode("utf-8").split("\n") if line]
+        if not all(isinstance(row, dict) for row in rows):
+            raise ValueError("it holds what is no object")
+        return rows
+    except OSError as error:
+        raise BadInput(f"{path} cannot be read ({error.strerror}); {AGAIN}") from error
+    except (ValueError, RecursionError) as error:
+        raise BadInput(f"{path} is damaged ({one_line(error)}); {AGAIN}") from error
 
 
 def read_manifest(folder: str | Path) -> dict[str, Any]:
@@ -137,9 +103,25 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         _check_shape(manifest)
+        wanted = manifest.pop(DIGEST, None)  # none in what an earlier version wrote
+        if wanted is not None and wanted != _digest_of_values(manifest):
+            raise ValueError("it is not what its run wrote")
+    except OSError as error:
+        raise BadInput(f"{path} cannot be read ({error.strerror})") from error
     except (ValueError, RecursionError) as error:
         raise BadInput(f"{path} is damaged ({one_line(error)}); delete the folder and run its stage again") from error
     return dict(manifest)
+
+
+def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
+    """Writes a run's manifest, with a digest of itself."""
+    values = json.loads(dumps(dict(manifest), default=str))
+    values.pop(DIGEST, None)
+    write_json(folder / MANIFEST, values | {DIGEST: _digest_of_values(values)})
+
+
+def _digest_of_values(values: dict[str, Any]) -> str:
+    return digest_of(json.dumps(values, sort_keys=True).encode())
 
 
 def _check_shape(manifest: Any) -> None:
@@ -165,11 +147,48 @@ def check_parent(folder: str, kinds: tuple[str, ...], where: str) -> None:
 
 
 def check_whole(folder: str | Path, manifest: dict[str, Any]) -> None:
-    """Raises BadInput where a finished run, or a member of it, holds other weights than it finished with."""
+    """Raises BadInput where a finished run, or a member of it, holds other weights than it finished with, or other
+    files that stages read."""
     check_contents(folder, manifest)
+    for name in manifest.get("files", {}):
+        path = Path(folder) / name
+        if name not in LOGS and not is_large(path):
+            check_file(path, manifest)
     for name in manifest.get("members", ()):
         member = Path(folder) / name
-        check_contents(member, read_manifest(member))
+        check_whole(member, read_manifest(member))
+
+
+def is_large(path: Path) -> bool:
+    """Whether a file is too large to be read whole before anything else: it is when it is loaded."""
+    return path.is_file() and path.stat().st_size > LARGE
+
+
+def check_large(folder: str | Path) -> None:
+    """The same of a run's large files alone, whose middles `check_whole` does not read."""
+    for path in map(Path(folder).joinpath, files_of(Path(folder))):
+        if is_large(path):
+            check_file(path, read_manifest(folder))
+
+
+def check_file(path: Path, manifest: Mapping[str, Any]) -> None:
+    """Raises BadInput unless a file of a finished run is there, and is what the run wrote."""
+    if not path.is_file():
+        raise BadInput(f"{path} is not there; {AGAIN}")
+    if of_whole_file(path) != manifest["files"][path.name]:
+        raise BadInput(f"{path} is damaged (it is not what its run wrote); {AGAIN}")
+
+
+def files_of(folder: Path) -> dict[str, str]:
+    """The digests of the files that a finished run wrote; none of a folder that is no run's."""
+    return dict(read_manifest(folder).get("files", {})) if (folder / MANIFEST).is_file() else {}
+
+
+def damaged_rows(folder: str | Path) -> list[str]:
+    """A sentence on each JSONL file of a finished run that is not what it wrote, or not there."""
+    wanted = {Path(folder) / name: digest for name, digest in files_of(Path(folder)).items() if name.endswith(".jsonl")}
+    damaged = [path for path, digest in wanted.items() if not path.is_file() or of_whole_file(path) != digest]
+    return [f"{path} is damaged or gone: what this page shows of it is not what its run wrote" for path in damaged]
 
 
 def _at(where: str, read: Callable[[], Answer]) -> Answer:
@@ -189,7 +208,7 @@ def state_of(settings: StageSettings) -> str:
     file = next((path for path in (folder, *folder.parents) if path.is_file()), None)
     if file is not None:
         raise BadInput(f"`output`: {file} is a file; name a folder")
-    if not folder.exists() or not any(folder.iterdir()):
+    if not folder.exists() or all(is_temporary(path.name) for path in folder.iterdir()):
         return "new"
     if not (folder / MANIFEST).is_file():
         raise BadInput(f"`output`: {folder} holds files that are no run of align; choose another folder")
@@ -216,7 +235,10 @@ def state_of(settings: StageSettings) -> str:
             f"`output`: {folder} holds a run of other contents: {what}; bring them back, choose another output, or "
             "delete that folder"
         )
-    return str(manifest.get("status", "running"))
+    if manifest.get("status") != "finished":
+        return "running"
+    _at("`output`", lambda: check_whole(folder, manifest))
+    return "finished"
 
 
 def _made_of_before(manifest: dict[str, Any]) -> dict[str, dict[str, str]]:
@@ -287,11 +309,13 @@ def begin(settings: StageSettings, base_fingerprint: str, *, base: str | None = 
     """
     base = base or settings.model.base
     folder = Path(settings.output)
-    folder.mkdir(parents=True, exist_ok=True)
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    clear_temporaries(folder, folder / CHECKPOINTS)
     if (folder / MANIFEST).is_file():
         return
-    write_json(
-        folder / MANIFEST,
+    write_manifest(
+        folder,
         {
             "kind": settings.kind,
             "status": "running",
@@ -312,12 +336,21 @@ def finish(folder: str | Path, **values: Any) -> None:
     """Marks the run as finished; `values` (metrics, score statistics, ...) join the manifest."""
     manifest, folder = read_manifest(folder), Path(folder)
     kept = {"contents": contents(folder)} if any(folder.glob("*.safetensors")) else {}
-    write_json(folder / MANIFEST, manifest | values | kept | {"status": "finished"})
+    files = {path.name: of_whole_file(path) for glob in READ_LATER for path in sorted(folder.glob(glob))}
+    clear_temporaries(folder)
+    write_manifest(folder, manifest | values | kept | {"files": files, "status": "finished"})
+
+
+def tidy(folder: str | Path) -> None:
+    """Deletes what a finished run holds no more, where it was killed after its last word and before it had done so."""
+    clear_temporaries(Path(folder))
+    for path in (Path(folder) / CHECKPOINTS, *Path(folder).glob("best-*")):
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def note(folder: str | Path, **values: Any) -> None:
     """Adds to the manifest of a run under way."""
-    write_json(Path(folder) / MANIFEST, read_manifest(folder) | values)
+    write_manifest(Path(folder), read_manifest(folder) | values)
 
 
 def _version(name: str) -> str:
@@ -334,8 +367,8 @@ def member_folders(folder: str | Path, count: int) -> list[Path]:
 
 def checkpoints(folder: str | Path) -> list[Path]:
     """The complete checkpoints of a run, oldest first."""
-    return sorted((Path(folder) / "checkpoints").glob("step-*"))
+    return sorted((Path(folder) / CHECKPOINTS).glob("step-*"))
 
 
 def checkpoint_path(folder: str | Path, step: int) -> Path:
-    return Path(folder) / "checkpoints" / f"step-{step:08d}"
+    return Path(folder) / CHECKPOINTS / f"step-{step:08d}"

@@ -10,7 +10,7 @@ import time
 import traceback
 from pathlib import Path
 
-from align.artifact import state_of
+from align.artifact import state_of, tidy
 from align.door import check_stage
 from align.errors import BadInput, RunFailed
 from align.processes import PARENT_PID, die_with_parent, read_status, write_status
@@ -24,6 +24,7 @@ from align.worker import Stopped, Worker, quiet_libraries, seed_everything
 def run_stage(settings: StageSettings) -> None:
     """Runs one validated stage in this process, from a new, a running or (nothing to do) a finished folder."""
     if state_of(settings) == "finished":
+        tidy(settings.output)
         print(f"{settings.output} is finished already", flush=True)
         return
     quiet_libraries()

@@ -138,7 +138,12 @@ def _add_middles(digest: Any, file: Path) -> None:
             digest.update(handle.read(min(MIDDLE, end - begin)))
 
 
-def _of_file(path: Path) -> str:
+def digest_of(content: bytes) -> str:
+    """Of bytes: the same as `of_whole_file` of a file that holds them."""
+    return hashlib.sha256(content).hexdigest()[:16]
+
+
+def of_whole_file(path: Path) -> str:
     """Of the whole file, which may be large."""
     with path.open("rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()[:16]
@@ -217,7 +222,7 @@ def data_parts(data: Data, key: str) -> dict[str, dict[str, str]]:
 def _of_path(what: str, path: str, revision: str | None = None) -> dict[str, str]:
     file = Path(path).expanduser()
     if file.is_file():
-        return _part(what, path, _of_file(file))
+        return _part(what, path, of_whole_file(file))
     return _part(what, path, UNKNOWN if is_folder_name(path) else _of_hub(path, revision, "dataset"))
 
 
@@ -343,7 +348,7 @@ def template_of(folder: str | Path) -> str | None:
 def have_same_tokens(one: str | Path, other: str | Path) -> bool:
     """Whether two folders' tokenizers give the same words the same ids, as far as their files tell."""
     files = [Path(folder) / "tokenizer.json" for folder in (one, other)]
-    if not all(file.is_file() for file in files) or _of_file(files[0]) == _of_file(files[1]):
+    if not all(file.is_file() for file in files) or of_whole_file(files[0]) == of_whole_file(files[1]):
         return True
     vocabularies = []
     for values in map(_json_of, files):

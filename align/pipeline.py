@@ -3,6 +3,7 @@
 import time
 from pathlib import Path
 
+from align.artifact import tidy
 from align.door import check_recipe, remarks
 from align.errors import BadInput
 from align.launch import LaunchPlan, plan, run_stage
@@ -40,6 +41,7 @@ def run_recipe(recipe: Recipe, overrides: list[str]) -> int:
     for number, (name, stage) in enumerate(recipe.stages.items(), 1):
         title = f"[{number}/{len(recipe.stages)}] {name}"
         if states[name] == "finished":
+            tidy(stage.output)
             print(f"{title}: finished already, in {stage.output}", flush=True)
             continue
         goes_on = "goes on in" if states[name] == "running" else "writes"

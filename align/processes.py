@@ -42,6 +42,17 @@ def die_with_parent(number: int = signal.SIGTERM, *, parent: int | None = None) 
         os.kill(os.getpid(), number)
 
 
+def is_alive(pid: int) -> bool:
+    """Whether a process of this number is there."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # another user's
+        return True
+    return pid > 0  # 0 is our own group
+
+
 def _sessions() -> dict[int, int]:
     """The session of every live process on this machine, by process id. Empty where there is no /proc.
 

@@ -3,19 +3,23 @@
 import hashlib
 import json
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from align.artifact import recipe_of, write_text
+from align.artifact import CHECKPOINTS, LOGS, recipe_of
+from align.files import write_json, write_text, writing
+from align.identity import digest_of
 from align.plain_json import dumps
 from align.settings import StageSettings
 from align.surroundings import wandb_mode
 from align.wording import safe
 
 METRICS = "metrics.jsonl"
+LOGGED = "logs.json"  # in a checkpoint
 
 
 class Tracker:
@@ -34,8 +38,10 @@ class Tracker:
         if not is_main:
             return
         self.path = Path(settings.output) / METRICS
+        damaged = damaged_since(settings.output, start)
         _forget_after(self.path, start)
-        self._file = self.path.open("a", encoding="utf-8")
+        with writing(self.path):
+            self._file = self.path.open("a", encoding="utf-8")
         self._wandb = _start_wandb(settings)
         if self.console.is_terminal:
             columns = (
@@ -50,13 +56,18 @@ class Tracker:
                 settings.stage.rpartition(":")[2], total=total, completed=start, numbers=""
             )
             self._progress.start()
+        for name in damaged:
+            self.say(
+                f"warning: {Path(settings.output) / name} has changed while the run stood still; what is left is kept"
+            )
 
     def log(self, step: int, metrics: dict[str, Any]) -> None:
         """Records the metrics of `step` (counted from 1)."""
         if not self.is_main:
             return
-        self._file.write(dumps({"step": step, **metrics}) + "\n")
-        self._file.flush()
+        with writing(self.path):
+            self._file.write(dumps({"step": step, **metrics}) + "\n")
+            self._file.flush()
         if self._wandb is not None:
             self._wandb.log({"step": step, **metrics})
         numbers = "  ".join(f"{name.rpartition('/')[2]} {metrics[name]:.4g}" for name in self.shown if name in metrics)
@@ -88,7 +99,8 @@ class Tracker:
         if self._progress is not None:
             self._progress.stop()
             self._progress = None
-        self._file.close()
+        with suppress(OSError):  # what it still holds was refused before, and that was told
+            self._file.close()
         if self._wandb is not None:
             self._wandb.finish()
             self._wandb = None
@@ -101,12 +113,53 @@ def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
         return []
     rows = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
+        with suppress(ValueError, AttributeError, RecursionError):
             row = json.loads(line, parse_constant=lambda name: None)  # files of before held NaN
             rows.append({key: value for key, value in row.items() if value is not None})
-        except (ValueError, AttributeError):
-            continue
+    return [row for row in rows if isinstance(row.get("step"), int)]
+
+
+def read_rows(path: Path, limit: int | None = None) -> list[dict[str, Any]]:
+    """Rows of a JSONL file, the first `limit`; none where it is not there, and without what a crash cut off."""
+    rows: list[dict[str, Any]] = []
+    if not path.is_file():
+        return rows
+    with path.open(encoding="utf-8", errors="replace") as file:
+        for line in file:
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError):
+                continue
+            rows += [row] if isinstance(row, dict) else []
+            if limit is not None and len(rows) >= limit:
+                break
     return rows
+
+
+def keep_logs(folder: str | Path, checkpoint: Path) -> None:
+    """Notes in a checkpoint how far a run's logs go and their digests, by which `damaged_since` knows them again."""
+    found = {path.name: path.read_bytes() for path in map(Path(folder).joinpath, LOGS) if path.is_file()}
+    write_json(checkpoint / LOGGED, {name: [len(text), digest_of(text)] for name, text in found.items()})
+
+
+def damaged_since(folder: str | Path, step: int) -> list[str]:
+    """The names of the logs that are no more what they were at the checkpoint of `step`."""
+    names = (f"step-{step:08d}", f"checkpoint-{step}")
+    file = next((f for name in names if (f := Path(folder) / CHECKPOINTS / name / LOGGED).is_file()), None)
+    return (
+        [] if file is None else [name for name, was in _noted(file).items() if not _begins(Path(folder) / name, *was)]
+    )
+
+
+def _noted(file: Path) -> dict[str, tuple[int, str]]:
+    try:
+        return {str(name): (int(size), str(digest)) for name, (size, digest) in json.loads(file.read_bytes()).items()}
+    except (ValueError, AttributeError, TypeError):  # damaged itself: then nothing is known
+        return dict.fromkeys(LOGS, (0, ""))
+
+
+def _begins(file: Path, size: int, digest: str) -> bool:
+    return file.is_file() and digest_of(file.read_bytes()[:size]) == digest
 
 
 def _forget_after(path: Path, step: int) -> None:

@@ -1,6 +1,8 @@
 """Words that messages share: the nearest name, a value kept short, an error of somebody else's on one line."""
 
 import errno
+import os
+import re
 import unicodedata
 from collections.abc import Iterable
 from difflib import get_close_matches
@@ -48,3 +50,31 @@ def trouble_with_files(error: OSError) -> str | None:
     if error.filename is None and error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
         return None
     return one_line(f"{error.filename}: {error.strerror}" if error.filename is not None else str(error.strerror))
+
+
+DISK = {
+    errno.ENOSPC: "make room",
+    errno.EDQUOT: "make room",
+    errno.EFBIG: "raise the limit of a file's size (`ulimit -f`)",
+    errno.EROFS: "make it writable",
+    errno.EACCES: "make it writable",
+    errno.EPERM: "make it writable",
+    errno.EIO: "look at the disk",
+    errno.ESTALE: "bring the disk back",
+    errno.ENOENT: "its folder has vanished: bring it back",
+    errno.ENOTDIR: "bring its folder back",
+    errno.ENAMETOOLONG: "choose a shorter name",
+}
+OS_ERROR = re.compile(r"os error (\d+)")  # as libraries in Rust write it
+
+
+def refused_by_disk(error: BaseException) -> str | None:
+    """What a disk refused a writer, and the cure, whichever library says so; None where it is no such error."""
+    number = error.errno if isinstance(error, OSError) else None
+    if (found := OS_ERROR.search(str(error))) is not None:
+        number = int(found[1])
+    if number in DISK:
+        return f"{os.strerror(number)}; {DISK[number]}, and run the same command again"
+    if "inline_container.cc" in str(error) or "PytorchStreamWriter" in str(error):  # torch keeps no reason
+        return "torch's file could not be written to its end; make room, and run the same command again"
+    return None

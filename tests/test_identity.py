@@ -16,7 +16,7 @@ from peft import AutoPeftModelForCausalLM, LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from align import identity
-from align.artifact import begin, read_manifest, state_of
+from align.artifact import begin, read_manifest, state_of, write_manifest
 from align.door import check_recipe
 from align.errors import BadInput
 from align.identity import base_of, check_contents, contents, fingerprint, same
@@ -106,9 +106,9 @@ def house(base, data, runs, tmp_path, monkeypatch):
         manifest = json.loads(path.read_text())
         path.unlink()
         begin(settings, fingerprint("base"))  # as if it had begun here
-        fresh = json.loads(path.read_text())
+        fresh = read_manifest(path.parent)
         kept = {key: manifest[key] for key in manifest if key not in fresh or key in ("metrics", "status")}
-        path.write_text(json.dumps(fresh | kept | {"contents": contents(path.parent)}))
+        write_manifest(path.parent, fresh | kept | {"contents": contents(path.parent)})
     return tmp_path
 
 
@@ -126,7 +126,10 @@ def change_weights(folder):
 
 def edit_json(path, **changes):
     path = Path(path)
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    if path.name == "manifest.json":
+        write_manifest(path.parent, read_manifest(path.parent) | changes)
+    else:
+        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
 def append(path, text):
@@ -277,9 +280,9 @@ def test_an_argument_of_a_function_is_its_own_whatever_its_name(house):
 
 def test_a_key_that_came_with_a_later_version_has_its_default(house):
     begin(ppo(), fingerprint("base"))
-    manifest = json.loads(Path("runs/ppo/manifest.json").read_text())
+    manifest = read_manifest("runs/ppo")
     del manifest["recipe"]["ppo"]["dual_clip"], manifest["recipe"]["prompts"]["train"][0]["revision"]
-    Path("runs/ppo/manifest.json").write_text(json.dumps(manifest))
+    write_manifest(Path("runs/ppo"), manifest)
     assert state_of(ppo()) == "running"
     with pytest.raises(BadInput, match="ppo.dual_clip"):
         state_of(ppo(ppo=tiny.recipe("ppo", Path("b"), Path("d"), Path("r/o"))["ppo"] | {"dual_clip": 3.0}))

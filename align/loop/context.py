@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from align.artifact import read_manifest, state_of
+from align.artifact import read_manifest, state_of, tidy
 from align.feedback.store import Store
 from align.loop.rounds import SFT, Loop
 from align.settings import StageSettings
@@ -60,4 +60,5 @@ class Context:
             code, reason = self.start(settings, Path(f"{settings.output}.yaml"))
             if code:
                 raise Halt(code, reason)
+        tidy(settings.output)
         return read_manifest(settings.output)

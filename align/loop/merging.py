@@ -31,6 +31,19 @@ def merge_labels(loop: Loop, store: Store, round_: int) -> dict[str, float]:
         store.drop_machine_labels(round_)  # of a merge that was cut off: people may have said more since
         taught_pairs = [pair for key, pair in pairs.items() if pair.round == round_ and not held[key]]
         figures |= _gate(loop, store, taught_pairs, votes, figures)
+    accepted, weight = write_labels(loop, store, round_)
+    figures |= {"human_pairs": len(votes), "machine_pairs": len(accepted), "machine_weight": weight}
+    if isinstance(loop.settings.annotators, Simulated):
+        figures |= _by_gold(loop.settings.annotators, [pairs[k] for k in (*votes, *accepted)], votes, accepted)
+    return figures
+
+
+def write_labels(loop: Loop, store: Store, round_: int) -> tuple[dict[int, float], float]:
+    """Writes the round's pairs.jsonl and held-out-pairs.jsonl from what the store holds; returns the machine's labels
+    among them, and their weight."""
+    pairs = {pair.id: pair for pair in store.pairs()}
+    votes = people_say(store)
+    held = {key: is_held_out(pair, loop.settings.gate.held_out) for key, pair in pairs.items()}
     machine = {x.comparison_id: float(x.probability or 0.0) for x in store.labels(sources=("reward",))}
     taught = {key: p for key, p in votes.items() if not held[key]}
     accepted = {key: p for key, p in machine.items() if key not in votes}
@@ -42,10 +55,7 @@ def merge_labels(loop: Loop, store: Store, round_: int) -> dict[str, float]:
     held_out = [Labelled(pairs[key], p) for key, p in votes.items() if held[key]]
     if held_out:
         write_preferences(loop.folder(round_) / "held-out-pairs.jsonl", held_out)
-    figures |= {"human_pairs": len(votes), "machine_pairs": len(accepted), "machine_weight": weight}
-    if isinstance(loop.settings.annotators, Simulated):
-        figures |= _by_gold(loop.settings.annotators, [pairs[k] for k in (*votes, *accepted)], votes, accepted)
-    return figures
+    return accepted, weight
 
 
 def _of_people(store: Store) -> dict[str, float]:

@@ -17,11 +17,12 @@ from align.door import check_model, check_recipe
 from align.errors import BadInput
 from align.feedback.database import LOOP, read_loop
 from align.feedback.store import Store
+from align.files import clear_temporaries
 from align.identity import changed_part, data_parts, equal_paths, model_parts
 from align.launch import plan, start
 from align.loop.context import Context, Halt, Start
 from align.loop.rounds import Loop
-from align.loop.steps import STEPS, Prompts, prompts_of, why_to_stop
+from align.loop.steps import STEPS, Prompts, bring_back_files, prompts_of, why_to_stop
 from align.parents import check_start
 from align.recipe import Recipe, first_error
 from align.report.loop_page import report
@@ -83,6 +84,7 @@ def _alone(folder: Path) -> Iterator[None]:
 
 
 def _run(loop: Loop, prompts: Prompts, start_stage: Start) -> int:
+    clear_temporaries(loop.out, *loop.out.glob("round-*"))
     store = _open(loop)
     try:
         for split, rows in prompts.items():
@@ -135,6 +137,7 @@ def _round(this: Context) -> None:
         if this.store.result(this.round, name) is not None:
             continue
         begun = time.perf_counter()
+        bring_back_files(this)
         print(f"[round {this.round}] {name}", flush=True)
         result = step(this)
         this.store.finish(this.round, name, result)

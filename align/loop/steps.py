@@ -14,11 +14,14 @@ from align.feedback.exchange import people_say
 from align.feedback.routing import Item, Shares, kickstart, overlap, reasks, route
 from align.feedback.schema import EVALUATION, IMPORTED
 from align.feedback.store import Pair, prompt_hash
+from align.identity import of_whole_file
 from align.loop.context import Context, Result
-from align.loop.merging import is_held_out, merge_labels
+from align.loop.merging import is_held_out, merge_labels, write_labels
 from align.loop.people import ask, duels, won
 from align.loop.rounds import SFT, Loop
 from align.wording import one_line
+
+FILES = "files"  # in the result of a step: the digests of those that it wrote into the folder of the round
 
 Prompts = dict[str, list[tuple[Any, Mapping[str, Any]]]]  # side -> prompts with their columns
 
@@ -28,10 +31,8 @@ Prompts = dict[str, list[tuple[Any, Mapping[str, Any]]]]  # side -> prompts with
 def collect(this: Context) -> Result:
     """This round's prompts, and the policies' answers to them."""
     settings, rows = this.loop.settings, this.store.prompts(split="train")
-    count = min(settings.collect.prompts_per_round, len(rows))
-    ids = _of_round(sorted(rows), count, this.round, settings.seed)
-    this.folder.mkdir(parents=True, exist_ok=True)
-    write_lines(this.folder / "prompts.jsonl", ({"prompt": rows[i]["prompt"]} | rows[i]["columns"] for i in ids))
+    ids = _prompts_of_round(this)
+    _write_prompts(this, ids)
     manifest = this.run(this.loop.collect(this.round, this.current, this.previous))
     by_prompt = {prompt_hash(rows[i]["prompt"]): i for i in ids}
     groups: dict[tuple[str, float], list[tuple[int, int, str]]] = defaultdict(list)
@@ -41,7 +42,7 @@ def collect(this: Context) -> Result:
     for (policy, temperature), answers in groups.items():
         sampling = settings.sampling.model_dump() | {"temperature": temperature}
         this.store.add_candidates(this.round, policy, sampling, answers)
-    return {"answers": manifest["metrics"]["answers"], "prompts": len(ids)}
+    return {"answers": manifest["metrics"]["answers"], "prompts": len(ids), FILES: _digests(this, "prompts.jsonl")}
 
 
 def score(this: Context) -> Result:
@@ -119,7 +120,9 @@ def merge(this: Context) -> Result:
     """People's votes and the machine labels that pass, as the files that the reward models train on."""
     found = merge_labels(this.loop, this.store, this.round)
     this.store.set_metrics(this.round, found)
-    return {"labels": this.store.counts(this.round)} | {key: v for key, v in found.items() if math.isfinite(v)}
+    figures = {key: v for key, v in found.items() if math.isfinite(v)}
+    files = _digests(this, "pairs.jsonl", "held-out-pairs.jsonl")
+    return {"labels": this.store.counts(this.round), FILES: files} | figures
 
 
 def reward(this: Context) -> Result:
@@ -258,6 +261,43 @@ def _demonstrated(loop: Loop) -> list[Any]:
 
 def _plain(prompt: Any) -> Any:
     return prompt if isinstance(prompt, str) else [dict(message) for message in prompt]
+
+
+def _prompts_of_round(this: Context) -> list[int]:
+    settings, ids = this.loop.settings, sorted(this.store.prompts(split="train"))
+    return _of_round(ids, min(settings.collect.prompts_per_round, len(ids)), this.round, settings.seed)
+
+
+def _write_prompts(this: Context, ids: list[int]) -> None:
+    rows = this.store.prompts(split="train")
+    this.folder.mkdir(parents=True, exist_ok=True)
+    write_lines(this.folder / "prompts.jsonl", ({"prompt": rows[i]["prompt"]} | rows[i]["columns"] for i in ids))
+
+
+def _digests(this: Context, *names: str) -> dict[str, str]:
+    """Of the round's own files that are there."""
+    return {name: of_whole_file(this.folder / name) for name in names if (this.folder / name).is_file()}
+
+
+def bring_back_files(this: Context) -> None:
+    """Writes the round's files anew from the store where they are not what its steps wrote, or not there.
+
+    Raises:
+        BadInput: the store holds other labels by now.
+    """
+    written: dict[str, Callable[[], Any]] = {"collect": lambda: _write_prompts(this, _prompts_of_round(this))}
+    written["merge"] = lambda: write_labels(this.loop, this.store, this.round)
+    for step, write in written.items():
+        wanted = (this.store.result(this.round, step) or {}).get(FILES, {})  # none of an earlier version's steps
+        if _digests(this, *wanted) != wanted:
+            print(f"{this.folder}: {', '.join(wanted)} written anew from the store: damaged or gone", flush=True)
+            write()
+        for name, digest in wanted.items():
+            if _digests(this, name) != {name: digest}:
+                raise BadInput(
+                    f"{this.folder / name} is not what the round wrote, and the store holds other labels by now: bring "
+                    "it back from a copy"
+                )
 
 
 def _of_round(ids: list[int], count: int, round_: int, seed: int) -> list[int]:

@@ -12,9 +12,9 @@ from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from align.artifact import MANIFEST, folder_in_one_go, read_manifest
+from align.artifact import MANIFEST, check_whole, folder_in_one_go, read_manifest
 from align.errors import BadInput
-from align.identity import base_of, check_contents
+from align.identity import base_of
 from align.models.linear import reading_layer
 from align.models.lora import FusedLinear
 from align.models.roles import Bases, Role
@@ -79,7 +79,7 @@ def merge(run: str, out: str) -> float:
         raise BadInput(f"the run in {run} is not finished; start it again to go on with it")
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise BadInput(f"{out} is not empty; name a new folder")
-    check_contents(folder, manifest)
+    check_whole(folder, manifest)
     kind = str(getattr(PeftConfig.from_pretrained(run).peft_type, "value", ""))
     if kind in UNMERGEABLE:
         raise BadInput(

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from align.artifact import MANIFEST, read_manifest
+from align.artifact import MANIFEST, check_large, read_manifest
 from align.errors import BadInput
 from align.identity import base_of, fingerprint, has_adapter
 from align.maths.logprobs import chunked_choices, frozen_choices
@@ -155,6 +155,7 @@ class Bases:
             settings = settings.model_copy(update={"base": base, "revision": revision, "chat_template": None})
         key = fingerprint(base, settings.revision)
         if key not in self._loaded:
+            check_large(base)
             self._loaded[key] = load_base(settings, self.device)
         return self._loaded[key]
 

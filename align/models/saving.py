@@ -2,7 +2,6 @@
 
 import copy
 import os
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ from peft import PeftModel
 from safetensors.torch import save_file
 from torch import Tensor
 
-from align.artifact import write_atomically
+from align.files import new_files_of, write_atomically, writing
 from align.models.roles import Role, adapter_weights, head_key
 
 
@@ -37,22 +36,22 @@ def save_role(role: Role, folder: Path, *, base_name: str, revision: str | None 
         config.task_type = "SEQ_CLS"
         if hasattr(config, "modules_to_save"):
             config.modules_to_save = ["score"]
-    with_config = folder / ".adapter_config"
-    config.save_pretrained(str(with_config))
-    (with_config / "adapter_config.json").replace(folder / "adapter_config.json")
-    shutil.rmtree(with_config)
+    with new_files_of(folder) as with_config:
+        config.save_pretrained(str(with_config))
     write_atomically(
         folder / "adapter_model.safetensors", lambda path: save_file(weights, path, metadata={"format": "pt"})
     )
 
 
+def save_tokenizer(tokenizer: Any, folder: str | Path) -> None:
+    """Writes a tokenizer's files and templates into a run's folder."""
+    with writing(folder):
+        tokenizer.save_pretrained(folder)
+
+
 def _save_whole(role: Role, folder: Path) -> None:
-    temporary = folder / ".model"
-    shutil.rmtree(temporary, ignore_errors=True)
-    role.causal.save_pretrained(temporary)
-    for file in temporary.iterdir():
-        file.replace(folder / file.name)
-    temporary.rmdir()
+    with new_files_of(folder) as temporary:
+        role.causal.save_pretrained(temporary)
     if role.head is not None:
         weights = {"score.weight": role.head.weight.detach().cpu().contiguous()}
         write_atomically(folder / "head.safetensors", lambda path: save_file(weights, path))

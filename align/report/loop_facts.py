@@ -14,7 +14,7 @@ from align.feedback.exchange import people_say
 from align.feedback.queue import Progress, Queue
 from align.feedback.schema import Label
 from align.feedback.store import Pair, Store
-from align.report.page import read_rows
+from align.track import read_rows
 
 STEPS = ("collect", "score", "route", "label", "merge", "reward", "heldout", "ppo", "evaluate", "vote", "decide")
 MACHINES = ("reward", "judge")

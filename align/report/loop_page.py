@@ -2,9 +2,11 @@
 
 import math
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from align.artifact import MANIFEST, damaged_rows
 from align.feedback.database import LOOP
 from align.feedback.schema import EVALUATION
 from align.report import loop_labels, stage_page
@@ -33,6 +35,7 @@ from align.report.page import (
 )
 from align.report.tables import plain
 from align.track import read_metrics
+from align.wording import safe
 
 NUM_SAMPLES = 6
 VERSUS = {  # metrics of a round -> whom its policy is compared with, and who says so
@@ -52,7 +55,11 @@ def report(folder: str | Path) -> Path:
         BadInput: the folder is neither.
     """
     where = Path(folder)
-    return write(page_of(read(where)) if (where / LOOP).is_file() else stage_page.page_of(where), where)
+    page = page_of(read(where)) if (where / LOOP).is_file() else stage_page.page_of(where)
+    damaged = [said for run in _runs(where) for said in damaged_rows(run)]
+    for said in damaged:
+        print(safe(f"warning: {said}"), flush=True)
+    return write(replace(page, alarms=(*damaged, *page.alarms)), where)
 
 
 def page_of(facts: Facts) -> Page:
@@ -85,6 +92,15 @@ def page_of(facts: Facts) -> Page:
         tuple(section for section in sections if section.pictures or section.tables),
         stage_page.recipe_text(facts.recipe),
         tuple(alarms),
+    )
+
+
+def _runs(folder: Path) -> list[Path]:
+    """The folders of a run and its members, or of a loop's runs."""
+    return sorted(
+        file.parent
+        for glob in (MANIFEST, f"*/{MANIFEST}", f"*/*/{MANIFEST}", f"*/*/member-*/{MANIFEST}")
+        for file in folder.glob(glob)
     )
 
 

@@ -2,7 +2,6 @@
 
 import html
 import io
-import json
 import math
 import re
 import warnings
@@ -151,23 +150,6 @@ def by_round(caption: str, columns: dict[str, Callable[[int], str]], rounds: Seq
     shown = {name: column for name, column in cells.items() if any(cell not in (NONE, "") for cell in column)}
     rows = [(str(r), *(column[i] for column in shown.values())) for i, r in enumerate(rounds)] if shown else []
     return table(caption, ("round", *shown), rows)
-
-
-def read_rows(path: Path, limit: int | None = None) -> list[dict[str, Any]]:
-    """Rows of a JSONL file, the first `limit`; none where it is not there, and without what a crash cut off."""
-    rows: list[dict[str, Any]] = []
-    if not path.is_file():
-        return rows
-    with path.open(encoding="utf-8", errors="replace") as file:
-        for line in file:
-            try:
-                row = json.loads(line)
-            except ValueError:
-                continue
-            rows += [row] if isinstance(row, dict) else []
-            if limit is not None and len(rows) >= limit:
-                break
-    return rows
 
 
 # ----------------------------------------------------------------------------------------------------------- pictures

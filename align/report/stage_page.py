@@ -22,7 +22,6 @@ from align.report.page import (
     percent,
     percent_axis,
     picture,
-    read_rows,
     table,
     texts,
     unseen,
@@ -30,7 +29,7 @@ from align.report.page import (
     with_intervals,
 )
 from align.report.tables import plain
-from align.track import read_metrics
+from align.track import read_metrics, read_rows
 from align.wording import safe
 
 # title, x, the keys that are drawn into it; what a run has not logged is left out

@@ -6,7 +6,8 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from align.artifact import read_lines, write_lines
+from align.files import write_lines
+from align.track import read_rows
 from align.wording import safe
 
 SHOWN = 160  # characters of a text in a cell
@@ -48,8 +49,8 @@ def sample_table(rows: list[dict[str, Any]]) -> Table:
 def save_samples(folder: Path, iteration: int, rows: list[dict[str, Any]]) -> None:
     """Adds `rows` to samples.jsonl, in place of any from this iteration or later (a resumed run comes here again)."""
     path = folder / "samples.jsonl"
-    before = read_lines(path) if path.is_file() else []
-    write_lines(path, [row for row in before if row["iteration"] < iteration] + rows)
+    before = read_rows(path)  # what is damaged was told at the start
+    write_lines(path, [row for row in before if row.get("iteration", iteration) < iteration] + rows)
 
 
 def result_table(title: str, columns: list[str], rows: list[list[str]]) -> Table:

@@ -22,6 +22,7 @@ from align.errors import RunFailed
 from align.models.roles import Role
 from align.models.saving import restore, trained_state
 from align.stages.learner import Learner
+from align.track import keep_logs
 from align.wording import one_line
 from align.worker import Worker
 
@@ -57,6 +58,7 @@ def save(
             for name, role in roles.items():
                 save_file(trained_state(role), path / f"{name}.safetensors")
             torch.save({name: learner.state_dict() for name, learner in learners.items()}, path / "optimizers.pt")
+            keep_logs(folder, path)
             write_json(path / "generators.json", generators)
             write_json(path / "progress.json", {**progress, "step": step, "sealed": True})
             seal(path)

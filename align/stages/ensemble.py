@@ -7,7 +7,7 @@ paid for. Each member is a reward run of its own, in `<output>/member-<k>`; one 
 import json
 from pathlib import Path
 
-from align.artifact import begin, finish, member_folders, read_manifest, state_of
+from align.artifact import begin, finish, member_folders, read_manifest, state_of, tidy
 from align.identity import fingerprint
 from align.settings import EnsembleSettings, RewardSettings
 from align.stages import reward
@@ -22,6 +22,8 @@ def run(settings: EnsembleSettings, worker: Worker) -> None:
     members = [member(settings, number) for number in range(settings.num_members)]
     for number, own in enumerate(members, 1):
         if state_of(own) == "finished":
+            if worker.is_main:
+                tidy(own.output)
             continue
         if worker.is_main:
             print(f"member {number} of {len(members)}:", flush=True)

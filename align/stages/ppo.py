@@ -19,14 +19,15 @@ from typing import Any
 
 from torch import nn
 
-from align.artifact import MANIFEST, begin, finish, folder_in_one_go, read_manifest
+from align.artifact import MANIFEST, begin, finish, read_manifest
 from align.data import encode_prompt, end_token_ids, ending_message, load, unread
 from align.errors import BadInput, Diverged
+from align.files import folder_in_one_go, write_atomically
 from align.identity import has_adapter
 from align.maths.kl import mean_and_error, moments, next_kl_coef
 from align.models.base import stop_ids, switch_dropout_off
 from align.models.roles import Bases, Role, new_head
-from align.models.saving import save_role
+from align.models.saving import save_role, save_tokenizer
 from align.parents import remarks_on_parents
 from align.phases import Phases
 from align.report.curves import ppo_curves
@@ -411,7 +412,7 @@ def _finish(this: _Run) -> None:
         if budget is not None and (kept := kl_budget.kept(progress)) is not None:
             for file in _best_folder(settings, kept["iteration"]).iterdir():
                 if file.name != checkpoint.CHECKSUMS:
-                    shutil.copy(file, folder / file.name)
+                    write_atomically(folder / file.name, partial(_copy, file))
             told, of_budget = kl_budget.verdict(progress, budget)
             judged |= of_budget
             tracker.say(told)
@@ -419,7 +420,7 @@ def _finish(this: _Run) -> None:
         else:
             moved = kl_to_base(cast.policy, cast.bases, settings.policy.path)
             save_role(Role(cast.policy.model), folder, base_name=cast.base.name, revision=cast.base.revision)
-        cast.tokenizer.save_pretrained(folder)
+        save_tokenizer(cast.tokenizer, folder)
         ppo_curves(folder)
         finish(
             folder,
@@ -431,3 +432,7 @@ def _finish(this: _Run) -> None:
             shutil.rmtree(left)
         tracker.say(f"policy in {settings.output}")
     worker.wait()
+
+
+def _copy(file: Path, to: Path) -> None:
+    shutil.copyfile(file, to)

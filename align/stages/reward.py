@@ -34,7 +34,7 @@ from align.models.backoff import Phase, in_passes
 from align.models.budget import training_tokens
 from align.models.layout import Ids, Tree, passes_of
 from align.models.roles import Bases, Role
-from align.models.saving import save_role
+from align.models.saving import save_role, save_tokenizer
 from align.models.scoring import WHOLE, branch_scores, score_sequences
 from align.report.curves import reward_curves
 from align.settings import Data, RewardSettings, Training
@@ -326,7 +326,7 @@ def _finish(
     if worker.is_main:
         folder = Path(settings.output)
         save_role(role, folder, base_name=settings.model.base, revision=bases.main.revision)
-        tokenizer.save_pretrained(folder)
+        save_tokenizer(tokenizer, folder)
         _check_saved(bases, folder, role, (reference[0][:PROBE_ROWS], reference[1][:PROBE_ROWS]))
         reward_curves(folder)
         cost |= {"kl_to_base": kl_to_base(role, bases), "adapter_bytes": adapter_bytes(folder)}

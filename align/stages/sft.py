@@ -16,7 +16,7 @@ from align.artifact import begin, finish
 from align.data import Encoded, encode_demonstration, ending_message, load, report_truncation, unread
 from align.errors import BadInput
 from align.models.roles import Bases, Role
-from align.models.saving import save_role
+from align.models.saving import save_role, save_tokenizer
 from align.report.curves import sft_curves
 from align.settings import SftSettings
 from align.stages import checkpoint
@@ -147,7 +147,7 @@ def _finish(
     role.eval()
     with torch.no_grad():
         save_role(role, folder, base_name=settings.model.base, revision=bases.main.revision)
-    bases.main.tokenizer.save_pretrained(folder)
+    save_tokenizer(bases.main.tokenizer, folder)
     sft_curves(folder)
     kept = {key: value for key, value in metrics.items() if key.startswith("eval_")}
     cost |= {"kl_to_base": kl_to_base(role, bases), "adapter_bytes": adapter_bytes(folder)}

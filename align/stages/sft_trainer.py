@@ -17,6 +17,7 @@ from trl import SFTConfig, SFTTrainer
 from align.artifact import write_text
 from align.data import Encoded
 from align.errors import RunFailed
+from align.files import writing
 from align.models.backoff import Phase, in_passes
 from align.models.budget import training_tokens
 from align.models.layout import Tree, passes_of
@@ -25,7 +26,7 @@ from align.settings import SftSettings
 from align.stages.checkpoint import seal
 from align.stages.costs import Costs
 from align.stages.learner import available
-from align.track import Tracker
+from align.track import Tracker, keep_logs
 from align.worker import Worker
 
 SHORTER = "begin anew with a smaller `max_length`, or use a device with more memory"
@@ -95,6 +96,10 @@ class Trainer(SFTTrainer):
             logs |= self._means(self.since_log)
             self.since_log = self._nothing()
         super().log(logs, start_time)
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        with writing(str(self.args.output_dir)):
+            super()._save_checkpoint(*args, **kwargs)
 
     def evaluation_loop(self, dataloader: Any, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
         """Each held-out row once, on one of the processes, whatever the loader's batches."""
@@ -292,5 +297,6 @@ class Bridge(TrainerCallback):
         self.worker.wait()  # every process has written its generators
         if self.worker.is_main:
             folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
+            keep_logs(folder.parents[1], folder)
             seal(folder)
             write_text(folder / COMPLETE, "sealed\n")

@@ -1,0 +1,317 @@
+"""Every file of a run's folder and of a loop's, damaged in every way: one line, or the right result. Never a traceback,
+and never another result.
+
+`ALIGN_DAMAGE=full` tries every damage of every file; without it, each file meets each damage about every third time.
+"""
+
+import contextlib
+import io
+import json
+import os
+import random
+import re
+import shutil
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from align.artifact import read_manifest
+from align.door import check_recipe
+from align.entry import run_stage
+from align.errors import BadInput, RunFailed
+from align.models.merging import merge
+from align.recipe import Recipe
+from align.report.loop_page import report
+from align.settings import STAGES
+from align.track import Tracker, read_metrics
+from align.wording import trouble_with_files
+from tests import tiny
+
+IS_FULL = os.environ.get("ALIGN_DAMAGE") == "full"
+SHARE = 3  # of the damages of a file, one in so many is tried in the quick test
+OTHER_JSON = b'{"name": "something else", "values": [1, 2, 3]}\n'
+PICTURES = (".png", ".html", ".md")  # nothing reads them
+TIMES = ("seconds", "tokens_per_second", "peak_mib", "runtime", "per_second")  # of figures that are no result
+
+# ------------------------------------------------------------------------------------------------------------ damages
+
+
+def truncated(content: bytes) -> bytes:
+    return content[: len(content) * 2 // 3]
+
+
+def flipped(content: bytes) -> bytes:
+    """One byte of it is another: a digit where there is one, so that what is read stays sound but for its value."""
+    digits = [m.start() for m in re.finditer(rb"(?<=[\d.])[0-8](?=[\d,}\]\s])", content)]
+    at = digits[zlib.crc32(content) % len(digits)] if digits else len(content) // 2
+    return content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :]
+
+
+def cut_at_a_line(content: bytes) -> bytes:
+    """Whole lines are gone from its end, as where a copy was broken off."""
+    lines = content.splitlines(keepends=True)
+    return b"".join(lines[: len(lines) // 2])
+
+
+DAMAGES: dict[str, Callable[[bytes], bytes | None]] = {
+    "truncated": truncated,
+    "cut at a line": cut_at_a_line,
+    "empty": lambda content: b"",
+    "one byte flipped": flipped,
+    "missing": lambda content: None,
+    "garbage": lambda content: random.Random(0).randbytes(len(content) + 7),
+    "not ours": lambda content: OTHER_JSON,
+}
+
+
+@contextlib.contextmanager
+def damaged(path: Path, name: str) -> Iterator[bool]:
+    """The file with that damage while this holds; whether it differs at all."""
+    content = path.read_bytes()
+    other = DAMAGES[name](content)
+    try:
+        if other is None:
+            path.unlink()
+        else:
+            path.write_bytes(other)
+        yield other != content
+    finally:
+        path.write_bytes(content)
+
+
+def files_of(folder: Path) -> list[Path]:
+    return sorted(p for p in folder.rglob("*") if p.is_file() and p.suffix not in PICTURES and "wandb" not in p.parts)
+
+
+def is_tried(*names: object) -> bool:
+    return IS_FULL or zlib.crc32(repr(names).encode()) % SHARE == 0
+
+
+# ------------------------------------------------------------------------------------------------------------ commands
+
+
+def said_by(command: Callable[[], object]) -> tuple[str, object]:
+    """`line` and the line that the command line shows, or `result` and what it gives; all that it printed with it."""
+    told = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(told), contextlib.redirect_stderr(told):
+            result = command()
+        return told.getvalue(), result
+    except (BadInput, RunFailed) as error:
+        return told.getvalue() + str(error), None
+    except OSError as error:
+        line = trouble_with_files(error)
+        if line is None:
+            raise
+        return told.getvalue() + line, None
+
+
+def check(command: Callable[[], object], expected: object, path: Path, what: str) -> None:
+    """One line that names the file or its folder, or the right result."""
+    try:
+        told, result = said_by(command)
+    except Exception as error:
+        raise AssertionError(f"{what}: a traceback: {type(error).__name__}: {error}") from error
+    last = told.strip().splitlines()[-1] if told.strip() else ""
+    if result is None:
+        names = {path.name, *(str(parent) for parent in list(path.parents)[:3])}
+        assert any(name in last for name in names), f"{what}: the line names no file: {last!r}"
+    elif result != expected:
+        assert path.name in told, f"{what}: another result, and no word of it: {result!r} instead of {expected!r}"
+
+
+def results(folder: str | Path) -> object:
+    """What a finished run came to, without times."""
+    manifest = read_manifest(folder)
+    figures = json.loads(json.dumps([manifest.get(key) for key in ("status", "metrics", "score_mean", "score_std")]))
+    logged = [{k: v for k, v in row.items() if not any(t in k for t in TIMES)} for row in read_metrics(folder)]
+    return [_without_times(figures), logged, manifest.get("contents"), _rows(Path(folder))]
+
+
+def _rows(folder: Path) -> list[bytes]:
+    return [f.read_bytes() for f in sorted(folder.glob("*.jsonl")) if f.name != "metrics.jsonl"]
+
+
+def _without_times(value: object) -> object:
+    if isinstance(value, dict):
+        return {k: _without_times(v) for k, v in value.items() if not any(t in k for t in TIMES)}
+    return [_without_times(each) for each in value] if isinstance(value, list) else value
+
+
+class Killed(BaseException):
+    """As good as kill -9: nothing of the run comes after it."""
+
+
+@contextlib.contextmanager
+def killed_at(step: int) -> Iterator[None]:
+    """A run in this process ends when it has logged that step."""
+    log = Tracker.log
+
+    def logging(self, number, metrics):
+        log(self, number, metrics)
+        if number == step:
+            raise Killed
+
+    Tracker.log = logging
+    try:
+        with pytest.raises(Killed):
+            yield
+    finally:
+        Tracker.log = log
+
+
+def start(settings) -> object:
+    """What `align run` does with a stage, in this process."""
+    check_recipe(Recipe(Path("recipe.yaml"), {"stage": settings}, is_pipeline=False))
+    run_stage(settings)
+    return results(settings.output)
+
+
+# ------------------------------------------------------------------------------------------------------------ the world
+
+
+class World:
+    """Finished and half-finished runs of every stage over the tiny base."""
+
+    def __init__(self, base: Path, data: Path, folder: Path, runs: Path):
+        self.base, self.data, self.folder = base, data, folder
+        for stage in ("sft", "reward"):
+            shutil.copytree(runs / stage, folder / stage)
+        few = (data / "prompts.jsonl").read_text(encoding="utf-8").splitlines(True)[:4]
+        (folder / "prompts.jsonl").write_text("".join(few), encoding="utf-8")
+
+    def settings(self, stage: str, output: Path, **changes):
+        values = tiny.recipe(stage if stage in ("sft", "reward", "ppo") else "reward", self.base, self.data, output)
+        if stage not in ("sft", "reward", "ppo"):
+            values = {"stage": stage, "model": {"base": str(self.base)}, "output": str(output), "launch": "cpu"}
+        for key in ("policy", "critic"):
+            if key in values:
+                values[key] = {"from": str(self.folder / {"policy": "sft", "critic": "reward"}[key])}
+        if "rewards" in values:
+            values["rewards"] = [{"use": "learned", "from": str(self.folder / "reward")}]
+        if stage == "ppo":
+            values["ppo"] |= {"num_iterations": 2, "save_steps": 1, "eval_steps": 1, "kl_budget": 5.0}
+        own = {
+            "collect": {
+                "policies": {"sft": str(self.folder / "sft")}, "num_generations": {"sft": 2},
+                "prompts": {"train": str(self.folder / "prompts.jsonl")}, "sampling": {"max_new_tokens": 4},
+            },
+            "score": {
+                "candidates": str(self.folder / "collect"), "ensemble": str(self.folder / "ensemble"),
+                "random_pairs": 1,
+            },
+            "evaluate": {
+                "policies": {"sft": str(self.folder / "sft"), "ppo": str(self.folder / "ppo")}, "compare": [["ppo", "sft"]],
+                "judge": [{"use": "learned", "from": str(self.folder / "reward")}], "sampling": {"max_new_tokens": 4},
+                "prompts": {"train": str(self.folder / "prompts.jsonl")},
+            },
+        }  # fmt: skip
+        if stage == "ensemble":
+            given = tiny.recipe("reward", self.base, self.data, output)
+            own["ensemble"] = {key: given[key] for key in ("data", "method", "max_length", "train")} | {
+                "num_members": 2
+            }
+        return STAGES[stage](**values | own.get(stage, {}) | changes)
+
+    def make(self) -> None:
+        for stage in ("ensemble", "ppo", "collect", "score", "evaluate"):
+            tiny.run(self.settings(stage, self.folder / stage))
+        for stage, step in (("sft", 3), ("reward", 3), ("ppo", 2), ("ensemble", 3)):
+            with killed_at(step):
+                tiny.run(self.settings(stage, self.folder / f"{stage}-killed"))
+
+
+@pytest.fixture(scope="module")
+def world(base, data, runs, tmp_path_factory):
+    made = World(base, data, tmp_path_factory.mktemp("world"), runs)
+    with contextlib.redirect_stdout(io.StringIO()):
+        made.make()
+    return made
+
+
+READERS = {  # a finished run -> the stages that read it
+    "sft": ("ppo", "collect"),
+    "reward": ("ppo",),
+    "ensemble": ("score",),
+    "ppo": ("evaluate",),
+    "collect": ("score",),
+    "score": (),
+    "evaluate": (),
+}
+
+
+@pytest.mark.parametrize("stage", READERS)
+def test_a_finished_run(stage, world, tmp_path):
+    """It is passed over, reported, merged, and read by the next stages."""
+    run, tried = world.folder / stage, 0
+    own = world.settings(stage, run)
+    page = report(run).read_bytes()
+    merged = tmp_path / "merged"
+
+    def merging() -> object:
+        try:
+            merge(str(run), str(merged))
+            return (merged / "model.safetensors").read_bytes()
+        finally:
+            shutil.rmtree(merged, ignore_errors=True)
+
+    commands: dict[str, tuple[Callable[[], object], object]] = {
+        "run": (lambda: start(own), start(own)),
+        "report": (lambda: report(run).read_bytes(), page),
+    }
+    if stage in ("sft", "ppo"):
+        commands["merge"] = (merging, merging())
+    for reader in READERS[stage]:
+        commands[reader] = _reading(world, reader, tmp_path)
+    for path in files_of(run):
+        for name in DAMAGES:
+            for command, (call, expected) in commands.items():
+                if not is_tried(stage, path.name, name, command):
+                    continue
+                tried += 1
+                with damaged(path, name) as differs:
+                    check(
+                        call, expected, path, f"{stage}: {path.relative_to(run)} {name}, {command}"
+                    ) if differs else None
+    assert tried >= len(files_of(run))
+    assert start(own) == commands["run"][1]
+
+
+def _reading(world: World, reader: str, folder: Path) -> tuple[Callable[[], object], object]:
+    settings = world.settings(reader, folder / "next")
+
+    def call() -> object:
+        try:
+            return start(settings)
+        finally:
+            shutil.rmtree(folder / "next", ignore_errors=True)
+
+    return call, call()
+
+
+@pytest.mark.parametrize("stage", ["sft", "reward", "ppo", "ensemble"])
+def test_a_run_that_was_killed(stage, world, tmp_path):
+    """It goes on to the same end, or says why not."""
+    killed, output, tried = world.folder / f"{stage}-killed", tmp_path / "run", 0
+    settings = world.settings(stage, output)
+
+    def go_on() -> object:
+        return start(settings)
+
+    shutil.copytree(killed, output)
+    expected = go_on()
+    for path in files_of(killed):
+        for name in DAMAGES:
+            if not is_tried(stage, path.name, name):
+                continue
+            tried += 1
+            shutil.rmtree(output)
+            shutil.copytree(killed, output)
+            there = output / path.relative_to(killed)
+            with damaged(path, name) as differs:
+                shutil.copy(path, there) if path.is_file() else there.unlink()
+                if differs:
+                    check(go_on, expected, there, f"{stage} killed: {path.relative_to(killed)} {name}")
+    assert tried >= len(files_of(killed)) and read_manifest(killed)["status"] == "running"
