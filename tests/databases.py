@@ -8,6 +8,7 @@ import os
 import pwd
 import random
 import shutil
+import signal
 import subprocess
 import tempfile
 import time
@@ -68,7 +69,7 @@ class Server:
 
     def __init__(self, binaries: Path):
         self.folder = Path(tempfile.mkdtemp(prefix="align-postgres-"))
-        self._as_user: list[str] = []
+        self._binaries, self._as_user = binaries, list[str]()
         try:
             if os.geteuid() == 0:
                 user = next(u for u in pwd.getpwall() if u.pw_name in ("postgres", "nobody"))
@@ -89,18 +90,26 @@ class Server:
                 "--no-sync",
             ]
             subprocess.run(["setpriv", *self._as_user, *new], check=True, capture_output=True, cwd=self.folder)
-            settings = {"listen_addresses": "", "unix_socket_directories": self.folder, "fsync": "off"}
-            options = [part for name, value in settings.items() for part in ("-c", f"{name}={value}")]
-            self._process = subprocess.Popen(
-                ["setpriv", *self._as_user, "--pdeathsig=INT", binaries / "postgres", "-D", data, *options],
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-                cwd=self.folder,
-            )
-            self._wait()
+            self.start()
         except BaseException:
             self.stop()
             raise
+
+    def start(self) -> None:
+        settings = {"listen_addresses": "", "unix_socket_directories": self.folder, "fsync": "off"}
+        options = [part for name, value in settings.items() for part in ("-c", f"{name}={value}")]
+        self._process = subprocess.Popen(
+            ["setpriv", *self._as_user, "--pdeathsig=INT", self._binaries / "postgres", "-D", self.folder / "data", *options],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            cwd=self.folder,
+        )
+        self._wait()
+
+    def crash(self) -> None:
+        """Ends at once, in the middle of whatever is under way; `start` recovers what was committed."""
+        self._process.send_signal(signal.SIGQUIT)
+        self._process.wait(timeout=20)
 
     def _wait(self) -> None:
         import psycopg

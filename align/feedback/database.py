@@ -7,9 +7,9 @@ from typing import Any
 from urllib.parse import unquote
 
 from sqlalchemy import URL, Connection, Engine, create_engine, event, make_url
-from sqlalchemy.exc import ArgumentError, NoSuchModuleError
+from sqlalchemy.exc import ArgumentError, DatabaseError, DBAPIError, InterfaceError, NoSuchModuleError, OperationalError
 
-from align.errors import BadInput
+from align.errors import BadInput, RunFailed
 from align.wording import one_line
 
 LOOP = "loop.json"  # in a loop's folder: its recipe, resolved
@@ -17,6 +17,18 @@ DAMAGED_CURE = "bring it back from a copy, or choose another output to begin ane
 BUSY_SECONDS = 30  # that a writer waits for another one
 WRITERS_LOCK = 0x616C69676E  # "align": PostgreSQL's advisory lock of those who write
 CURE = "write a file's path or postgresql+psycopg://USER@HOST/DATABASE (pip install 'align-rlhf[postgres]')"
+
+
+class StoreFailed(RunFailed):
+    """A store that was open cannot be read or written any more. Nothing is half done: what was under way is undone."""
+
+
+class Away(StoreFailed):
+    """Its server does not answer, or has ended the connection: it may be back."""
+
+
+class CannotOpen(BadInput):
+    """A store cannot be opened."""
 
 
 def read_loop(folder: Path) -> dict[str, Any]:
@@ -59,7 +71,8 @@ def open_engine(url: str) -> Engine:
         parsed = make_url(url)
         is_sqlite = parsed.get_backend_name() == "sqlite"
         # a page's threads and a load of them: a connection too many would be opened and closed for each request
-        engine = create_engine(parsed, pool_size=16, max_overflow=24, **({} if is_sqlite else {"pool_pre_ping": True}))
+        more = {} if is_sqlite else {"pool_pre_ping": True, "connect_args": _patience(parsed)}
+        engine = create_engine(parsed, pool_size=16, max_overflow=24, **more)
     except (ArgumentError, ValueError, TypeError):  # these may quote the URL, and with it a password
         raise BadInput(f"the store `{shown(url)}` is no database's URL; {CURE}") from None
     except (NoSuchModuleError, ImportError) as error:
@@ -108,6 +121,19 @@ def safe_line(error: object, url: str) -> str:
     return one_line(line)
 
 
+def is_failure(error: DBAPIError) -> bool:
+    """Whether the database failed, and not what it was asked."""
+    is_known = isinstance(error, OperationalError | InterfaceError) or type(error) is DatabaseError
+    return is_known or error.connection_invalidated
+
+
+def _patience(url: URL) -> dict[str, Any]:
+    """How long a server may be silent, where the URL does not say it: else who waits for one that is gone, waits on."""
+    seconds = {"connect_timeout": 10, "keepalives_idle": 15, "keepalives_interval": 5, "keepalives_count": 3}
+    found = seconds | {"tcp_user_timeout": 30_000}
+    return {name: value for name, value in found.items() if name not in url.query}
+
+
 def _set_up_sqlite(connection: Any, record: Any) -> None:
     connection.isolation_level = None  # transactions begin where we say so
     # FULL: a label that was acknowledged survives a power cut. The timeout first: the others may have to wait
@@ -122,4 +148,5 @@ def _begin_sqlite(connection: Connection) -> None:
 
 def _begin_postgresql(connection: Connection) -> None:
     if connection.get_execution_options().get("writes", False):
-        connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({WRITERS_LOCK})")
+        patience = f"SET LOCAL lock_timeout = '{BUSY_SECONDS}s'"
+        connection.exec_driver_sql(f"{patience}; SELECT pg_advisory_xact_lock({WRITERS_LOCK})")

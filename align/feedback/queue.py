@@ -14,7 +14,7 @@ from sqlalchemy import Connection, Row, insert, select, update
 
 from align.errors import BadInput
 from align.feedback import queries
-from align.feedback.rows import Pair, pair_of, recount
+from align.feedback.rows import Pair, numbers, pair_of, recount
 from align.feedback.schema import OUTCOMES, WITHDRAWN, Annotator, Label, Lease, now
 from align.feedback.store import Store
 
@@ -79,7 +79,7 @@ class Queue:
         with self.store.writing() as session:
             annotator = session.scalar(select(Annotator).where(Annotator.name == name.strip()))
             if annotator is None:
-                annotator = Annotator(name=name.strip())
+                annotator = Annotator(id=next(numbers(session, Annotator)), name=name.strip())
                 session.add(annotator)
             elif annotator.is_simulated:
                 raise BadInput(f"`{name}` is a simulated annotator's name; choose another")
@@ -227,8 +227,8 @@ class Queue:
             connection.execute(queries.LEASE, rows)
 
     def _append(self, connection: Connection, values: dict[str, Any]) -> int:
-        label_id = connection.scalar(insert(Label).returning(Label.id), values)
-        assert label_id is not None
+        label_id = next(numbers(connection, Label))
+        connection.execute(insert(Label), values | {"id": label_id})
         recount(connection, [values["comparison_id"]])
         return label_id
 

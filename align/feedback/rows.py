@@ -5,13 +5,15 @@ import json
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, fields
 from datetime import datetime
+from itertools import count
 from typing import Any
 
 from sqlalchemy import Connection, Select, bindparam, func, select, update
-from sqlalchemy.orm import aliased
+from sqlalchemy.orm import Session, aliased
 
-from align.feedback.schema import WITHDRAWN, Candidate, Comparison, Label, Prompt
+from align.feedback.schema import WITHDRAWN, Annotator, Candidate, Comparison, Label, Prompt
 
+Numbered = Prompt | Candidate | Comparison | Annotator | Label
 CHUNK = 1000  # values of one IN
 
 
@@ -64,6 +66,17 @@ def prompt_hash(prompt: Any) -> str:
     return hashlib.sha256(
         json.dumps(prompt, sort_keys=True, ensure_ascii=False).encode("utf-8", "surrogatepass")
     ).hexdigest()
+
+
+def numbers(
+    connection: Connection | Session, table: type[Prompt | Candidate | Comparison | Annotator | Label]
+) -> Iterator[int]:
+    """Ids for new rows, one after another from the greatest that is there, as SQLite gives them.
+
+    Whoever writes is alone, so they are counted and not drawn from a sequence: PostgreSQL's has a hole after each
+    transaction that came to nothing, and sides, simulated answers and the queue's order hang on these numbers.
+    """
+    return count(1 + (connection.scalar(select(func.max(table.id))) or 0))
 
 
 def standing() -> Select[Label]:

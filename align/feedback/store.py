@@ -18,11 +18,22 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 
 from align.errors import BadInput
-from align.feedback.database import file_of, open_engine, safe_line, shown, store_url
+from align.feedback.database import (
+    Away,
+    CannotOpen,
+    StoreFailed,
+    file_of,
+    is_failure,
+    open_engine,
+    safe_line,
+    shown,
+    store_url,
+)
 from align.feedback.rows import (
     NewLabel,
     Pair,
     chunks,
+    numbers,
     pair_of,
     pair_query,
     prompt_hash,
@@ -70,10 +81,11 @@ class Store:
         self._turn: AbstractContextManager[Any] = threading.RLock() if is_sqlite else nullcontext()
         try:
             self._open(create)
-        except (DBAPIError, sqlite3.Error) as error:
+        except (DBAPIError, sqlite3.Error, StoreFailed) as error:
             self.close()
-            cause = error.orig if isinstance(error, DBAPIError) else error
-            raise BadInput(f"the store {self} cannot be opened: {safe_line(cause, self.url)}") from None
+            failed = error.__cause__ if isinstance(error, StoreFailed) else error
+            cause = failed.orig if isinstance(failed, DBAPIError) else failed
+            raise CannotOpen(f"the store {self} cannot be opened: {safe_line(cause, self.url)}") from None
         except BaseException:
             self.close()
             raise
@@ -85,22 +97,37 @@ class Store:
         self.engine.dispose()
 
     @contextmanager
+    def _answering(self) -> Iterator[None]:
+        """What a database says when it fails, as a line that names the store.
+
+        Raises:
+            StoreFailed: it did; `Away` where it may be back.
+        """
+        try:
+            yield
+        except DBAPIError as error:
+            if not is_failure(error):
+                raise
+            said = f"the store {self} does not answer ({safe_line(error.orig, self.url)}); nothing is half done"
+            raise (StoreFailed if self.engine.dialect.name == "sqlite" else Away)(said) from error
+
+    @contextmanager
     def reading(self) -> Iterator[Session]:
         """A transaction that sees one state and changes nothing."""
-        with Session(self._reader) as session, session.begin():
+        with self._answering(), Session(self._reader) as session, session.begin():
             yield session
 
     @contextmanager
     def writing(self) -> Iterator[Session]:
         """A transaction that no other writer overlaps; on an exception nothing of it happens."""
-        with self._turn, Session(self._writer) as session, session.begin():
+        with self._answering(), self._turn, Session(self._writer) as session, session.begin():
             yield session
 
     @contextmanager
     def connection(self, *, writes: bool) -> Iterator[Connection]:
         """The same transactions for those who are in a hurry: rows instead of objects, at half the time."""
         engine, turn = (self._writer, self._turn) if writes else (self._reader, nullcontext())
-        with turn, engine.begin() as connection:
+        with self._answering(), turn, engine.begin() as connection:
             yield connection
 
     def _open(self, create: bool) -> None:
@@ -170,11 +197,13 @@ class Store:
         """
         ids = []
         with self.writing() as session:
+            new = numbers(session, Prompt)
             for prompt, columns in rows:
                 digest = prompt_hash(prompt)
                 found = session.scalar(select(Prompt).where(Prompt.hash == digest))
                 if found is None:
-                    found = Prompt(hash=digest, split=split, content={"prompt": prompt, "columns": dict(columns)})
+                    content = {"prompt": prompt, "columns": dict(columns)}
+                    found = Prompt(id=next(new), hash=digest, split=split, content=content)
                     session.add(found)
                     session.flush()
                 elif found.split == IMPORTED and split == "train":
@@ -194,10 +223,11 @@ class Store:
         with self.writing() as session:
             of_policy = select(Candidate).where(Candidate.round == round_, Candidate.policy == policy)
             have = {(c.prompt_id, c.draw): c for c in session.scalars(of_policy)}
-            new = {}
+            new, ids = {}, numbers(session, Candidate)
             for prompt_id, draw, answer in answers:
                 if (prompt_id, draw) not in have and (prompt_id, draw) not in new:
                     new[prompt_id, draw] = Candidate(
+                        id=next(ids),
                         prompt_id=prompt_id,
                         round=round_,
                         policy=policy,
@@ -229,10 +259,11 @@ class Store:
         rows = [(prompt_id, min(one, other), max(one, other), pairing) for prompt_id, one, other, pairing in rows]
         with self.writing() as session:
             have = {(c.a_id, c.b_id): c for c in session.scalars(select(Comparison).where(Comparison.round == round_))}
-            new = {}
+            new, ids = {}, numbers(session, Comparison)
             for prompt_id, a, b, pairing in rows:
                 if (a, b) not in have and (a, b) not in new:
-                    new[a, b] = Comparison(round=round_, prompt_id=prompt_id, a_id=a, b_id=b, pairing=pairing)
+                    asked = {"round": round_, "prompt_id": prompt_id, "a_id": a, "b_id": b, "pairing": pairing}
+                    new[a, b] = Comparison(id=next(ids), **asked)
             session.add_all(new.values())
             session.flush()
             have |= new
@@ -279,7 +310,9 @@ class Store:
                 for key in session.scalars(select(Label.key).where(Label.key.in_(keys))):
                     del new[key]
             given = [{key: value for key, value in vars(label).items() if value is not None} for label in new.values()]
-            session.add_all(Label(**values) for values in given)
+            session.add_all(
+                Label(id=id_, **values) for id_, values in zip(numbers(session, Label), given, strict=False)
+            )
             session.flush()
             recount(session.connection(), {label.comparison_id for label in new.values() if label.source == "human"})
             return len(new)
@@ -310,7 +343,8 @@ class Store:
         with self.writing() as session:
             found = session.scalar(select(Annotator).where(Annotator.name == name))
             if found is None:
-                found = Annotator(name=name, is_simulated=is_simulated, is_admin=is_admin)
+                id_ = next(numbers(session, Annotator))
+                found = Annotator(id=id_, name=name, is_simulated=is_simulated, is_admin=is_admin)
                 session.add(found)
                 session.flush()
             return found.id

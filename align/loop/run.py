@@ -4,8 +4,9 @@ import json
 import os
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -20,7 +21,8 @@ from align.feedback.store import Store
 from align.files import clear_temporaries
 from align.identity import changed_part, data_parts, equal_paths, model_parts
 from align.launch import plan, start
-from align.loop.context import Context, Halt, Start
+from align.loop.context import Context, Halt, Result, Start
+from align.loop.patience import outlast
 from align.loop.rounds import Loop
 from align.loop.steps import STEPS, Prompts, bring_back_files, prompts_of, why_to_stop
 from align.parents import check_start
@@ -55,7 +57,7 @@ def run_loop(loop: Loop, start_stage: Start | None = None) -> int:
 
         print(f"{loop.settings.num_rounds} rounds in {loop.out}, {launch.description}", flush=True)
     with _alone(loop.out):
-        return _run(loop, prompts, start_stage)
+        return outlast(lambda: _run(loop, prompts, start_stage))
 
 
 @contextmanager
@@ -139,9 +141,14 @@ def _round(this: Context) -> None:
         begun = time.perf_counter()
         bring_back_files(this)
         print(f"[round {this.round}] {name}", flush=True)
-        result = step(this)
-        this.store.finish(this.round, name, result)
+        result = outlast(partial(_step, this, name, step))
         print(f"[round {this.round}] {name}: {_told(name, result)}{time.perf_counter() - begun:.0f} s", flush=True)
+
+
+def _step(this: Context, name: str, step: Callable[[Context], Result]) -> Result:
+    result = step(this)
+    this.store.finish(this.round, name, result)
+    return result
 
 
 def _told(name: str, result: dict) -> str:
