@@ -37,6 +37,7 @@ from align.identity import (
     of_whole_file,
     same,
 )
+from align.locks import LOCK
 from align.plain_json import dumps
 from align.settings import StageSettings
 from align.wording import brief, did_you_mean_path, one_line
@@ -208,7 +209,7 @@ def state_of(settings: StageSettings) -> str:
     file = next((path for path in (folder, *folder.parents) if path.is_file()), None)
     if file is not None:
         raise BadInput(f"`output`: {file} is a file; name a folder")
-    if not folder.exists() or all(is_temporary(path.name) for path in folder.iterdir()):
+    if not folder.exists() or all(is_temporary(path.name) or path.name == LOCK for path in folder.iterdir()):
         return "new"
     if not (folder / MANIFEST).is_file():
         raise BadInput(f"`output`: {folder} holds files that are no run of align; choose another folder")

@@ -203,6 +203,42 @@ def import_feedback(
     typer.echo(import_run(run, file))
 
 
+Kept = Annotated[
+    str,
+    typer.Argument(
+        metavar="RUN", callback=_at_home, help="A loop's recipe, its folder, its store.db, or a database URL."
+    ),
+]
+
+
+@feedback.command("backup")
+def back_up(
+    run: Kept,
+    file: Annotated[
+        str | None,
+        typer.Argument(metavar="FILE", callback=_at_home, help="A new file; RUN/backups keeps it if left out."),
+    ] = None,
+) -> None:
+    """Copy a store, whole and at one moment, whoever writes to it: one SQLite file, of PostgreSQL too."""
+    from align.loop.keeping import backup
+
+    typer.echo(backup(run, file))
+
+
+@feedback.command("restore")
+def bring_back(
+    run: Kept,
+    file: Annotated[
+        str | None,
+        typer.Argument(metavar="FILE", callback=_at_home, help="A copy; the newest of RUN/backups if left out."),
+    ] = None,
+) -> None:
+    """Bring a copy of a store back; what is in its place is kept beside."""
+    from align.loop.keeping import restore
+
+    typer.echo(restore(run, file))
+
+
 @app.command()
 def status(run: Annotated[str, typer.Argument(metavar="RUN", callback=_at_home, help="A run's folder.")]) -> None:
     """Print a run's manifest."""

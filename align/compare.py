@@ -26,6 +26,7 @@ from align.data import load
 from align.door import check_recipe
 from align.errors import BadInput
 from align.launch import LaunchPlan, plan, start
+from align.locks import at_work_in
 from align.plugins import is_reference
 from align.recipe import Recipe, first_error, load_recipe
 from align.report.comparison import Comparison, Result, show, write
@@ -190,7 +191,11 @@ def compare(order: Order) -> int:
     if not able:
         raise BadInput(f"no method can be run: {refused[0][0]}: {refused[0][1]}")
     launch = plan(order.stage.launch)
-    order.out.mkdir(parents=True, exist_ok=True)
+    with at_work_in(order.out, "`--out`"):
+        return _compare(order, launch, refused, able)
+
+
+def _compare(order: Order, launch: LaunchPlan, refused: list[tuple[str, str]], able: list[str]) -> int:
     best: list[tuple[Trial, list[Trial]]] = []
     total = sum(len(order.rates[name]) for name in able)
     print(f"{len(able)} methods, {total} runs in {order.out}, {launch.description}", flush=True)

@@ -8,11 +8,13 @@ import signal
 import sys
 import time
 import traceback
+from contextlib import ExitStack
 from pathlib import Path
 
 from align.artifact import state_of, tidy
 from align.door import check_stage
 from align.errors import BadInput, RunFailed
+from align.locks import at_work_in, beside
 from align.processes import PARENT_PID, die_with_parent, read_status, write_status
 from align.recipe import Recipe, load_recipe
 from align.settings import StageSettings
@@ -23,12 +25,34 @@ from align.worker import Stopped, Worker, quiet_libraries, seed_everything
 
 def run_stage(settings: StageSettings) -> None:
     """Runs one validated stage in this process, from a new, a running or (nothing to do) a finished folder."""
-    if state_of(settings) == "finished":
-        tidy(settings.output)
-        print(f"{settings.output} is finished already", flush=True)
+    if _is_finished(settings):
         return
     quiet_libraries()
-    worker = Worker()
+    with ExitStack() as stack:
+        if _is_first():
+            stack.enter_context(at_work_in(settings.output))
+            if _is_finished(settings):  # by the run that was waited for
+                return
+        worker = Worker()
+        if not _is_first():  # where all have met, the first has the lock: it holds until the last of them ends
+            stack.enter_context(beside(settings.output))
+        _run(settings, worker)
+
+
+def _is_finished(settings: StageSettings) -> bool:
+    if state_of(settings) != "finished":
+        return False
+    tidy(settings.output)
+    print(f"{settings.output} is finished already", flush=True)
+    return True
+
+
+def _is_first() -> bool:
+    """Whether this is the first process of its run; before a `Worker` knows."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _run(settings: StageSettings, worker: Worker) -> None:
     try:
         seed_everything(settings.seed)
         runner(settings)(settings, worker)
@@ -57,7 +81,7 @@ def main(kind: str | None = None, arguments: list[str] | None = None) -> None:
     except Exception as failure:
         trouble = trouble_with_files(failure) if isinstance(failure, OSError) else None
         message = traceback.format_exc() if trouble is None else f"align: {trouble}"
-    is_first, told = os.environ.get("RANK", "0") == "0", os.environ.get("ALIGN_STATUS_FILE")
+    is_first, told = _is_first(), os.environ.get("ALIGN_STATUS_FILE")
     if not is_first:
         time.sleep(1.0)  # let the first process say it first
     earlier = read_status(Path(told)) if told else None

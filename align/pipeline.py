@@ -7,6 +7,7 @@ from align.artifact import tidy
 from align.door import check_recipe, remarks
 from align.errors import BadInput
 from align.launch import LaunchPlan, plan, run_stage
+from align.locks import check_free
 from align.recipe import Recipe
 from align.wording import safe
 
@@ -35,6 +36,9 @@ def run_recipe(recipe: Recipe, overrides: list[str]) -> int:
     """
     states = check_recipe(recipe)
     plans = launches(recipe, states)
+    for name, stage in recipe.stages.items():
+        if states[name] != "finished":
+            check_free(stage.output)  # the stage's own process takes the lock, and outlives this one to save
     for remark in remarks(recipe):
         print(safe(f"note: {remark}"), flush=True)
     started = time.perf_counter()

@@ -431,6 +431,9 @@ def test_pairs_left_undecided_are_exported_only_if_asked_for(tmp_path, undecided
     )
     assert export_run(str(run), path) == f"{path}: 1 pairs, 1 undecided left out (`--with-ties` has them)"
     assert [row["probability"] for row in read(path)] == [1.0]
+    with pytest.raises(BadInput, match="is there already"):
+        export_run(str(run), path, with_ties=True)
+    path.unlink()
     assert export_run(str(run), path, with_ties=True) == f"{path}: 2 pairs"
     assert [row["probability"] for row in read(path)] == [1.0, 0.5]
     found = load(Data(train=[Source(path=str(path))]), "preferences").train

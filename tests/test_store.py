@@ -279,7 +279,7 @@ def test_files_that_are_no_store(tmp_path):
         assert "cannot be opened" in refused(tmp_path / "text.db", create=create)
         assert "version none" in refused(tmp_path / "other.db", create=create)
         assert "cannot be made" in refused(tmp_path / "text.db" / "store.db", create=True)
-    assert "version none" in refused(tmp_path / "empty.db")
+    assert "is empty" in refused(tmp_path / "empty.db")
     assert "is not there" in refused(tmp_path)
     assert "cannot be opened" in refused(tmp_path, create=True)
 
@@ -413,6 +413,6 @@ def test_where_a_loops_store_is(tmp_path):
 def test_a_damaged_loop_is_one_line_to_whoever_reads_it(damaged, tmp_path):
     (tmp_path / "loop.json").write_text(damaged, encoding="utf-8")
     for reader in (read_loop, store_of, read_facts):
-        with pytest.raises(BadInput, match=r"loop\.json is damaged .*bring it back") as refused:
+        with pytest.raises(BadInput, match=r"loop\.json is damaged .*makes it anew from the store") as refused:
             reader(tmp_path)
         assert "\n" not in str(refused.value)

@@ -1,7 +1,11 @@
 """The database under a store: SQLite by default, PostgreSQL by its URL. Whoever writes is alone."""
 
+import hashlib
 import json
+import os
 import re
+import sqlite3
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
@@ -10,10 +14,18 @@ from sqlalchemy import URL, Connection, Engine, create_engine, event, make_url
 from sqlalchemy.exc import ArgumentError, DatabaseError, DBAPIError, InterfaceError, NoSuchModuleError, OperationalError
 
 from align.errors import BadInput, RunFailed
+from align.files import write_json
+from align.plain_json import dumps
 from align.wording import one_line
 
 LOOP = "loop.json"  # in a loop's folder: its recipe, resolved
-DAMAGED_CURE = "bring it back from a copy, or choose another output to begin anew"
+MARK = "loop"  # of a loop, in loop.json and in its store: by it each knows the other as its own
+MADE_OF = "made_of"  # in loop.json, as in a run's manifest
+KEPT = "kept"  # in loop.json: how far the store was after the last step (an `Extent`)
+SUM = "sum"  # in loop.json: of all else in it
+BESIDE = (MARK, MADE_OF, KEPT, SUM)  # what loop.json holds beside the recipe's keys
+SHAPE: dict[str, Any] = {"store": (str, type(None)), MARK: str, MADE_OF: dict, KEPT: dict}
+DAMAGED_CURE = "`align loop RECIPE` makes it anew from the store"
 BUSY_SECONDS = 30  # that a writer waits for another one
 WRITERS_LOCK = 0x616C69676E  # "align": PostgreSQL's advisory lock of those who write
 CURE = "write a file's path or postgresql+psycopg://USER@HOST/DATABASE (pip install 'align-rlhf[postgres]')"
@@ -31,20 +43,55 @@ class CannotOpen(BadInput):
     """A store cannot be opened."""
 
 
+class NoStore(BadInput):
+    """There is no store: no file, an empty one, or a database without a table of ours."""
+
+
+class Damaged(BadInput):
+    """loop.json cannot be read, or is not what was written. `fault` says so without the cure."""
+
+    def __init__(self, fault: str):
+        super().__init__(f"{fault}; {DAMAGED_CURE}")
+        self.fault = fault
+
+
 def read_loop(folder: Path) -> dict[str, Any]:
     """What loop.json in a loop's folder says; nothing where the loop has not begun.
 
     Raises:
-        BadInput: it is damaged.
+        Damaged: a BadInput: it is not what was written.
     """
     path = folder / LOOP
     try:
+        if not path.is_file() and (folder / "round-0").is_dir():
+            raise Damaged(f"{path} is missing")
         found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        _check_shape(found)
     except (ValueError, RecursionError) as error:
-        raise BadInput(f"{path} is damaged ({one_line(error)}); {DAMAGED_CURE}") from error
+        raise Damaged(f"{path} is damaged ({one_line(error)})") from error
+    return dict(found)
+
+
+def _check_shape(found: Any) -> None:
+    """Raises ValueError unless this is what was written, as far as its sum (which an earlier version lacks) tells."""
     if not isinstance(found, dict):
-        raise BadInput(f"{path} is damaged (it is no object); {DAMAGED_CURE}")
-    return found
+        raise ValueError("it is no object")
+    for name, type_ in SHAPE.items():
+        if name in found and not isinstance(found[name], type_):
+            raise ValueError(f"`{name}` is {one_line(found[name], 40)}")
+    if SUM in found and found[SUM] != _sum_of(found):
+        raise ValueError("its checksum is another")
+
+
+def write_loop(folder: Path, values: Mapping[str, Any]) -> None:
+    """Writes loop.json atomically, with its sum; for its owner alone: a database's URL may hold a password."""
+    plain = json.loads(dumps({k: v for k, v in values.items() if k != SUM}, default=str))
+    write_json(folder / LOOP, plain | {SUM: _sum_of(plain)}, private=True)
+
+
+def _sum_of(values: Mapping[str, Any]) -> str:
+    rest = {key: value for key, value in values.items() if key != SUM}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def store_of(run: str | Path) -> str:
@@ -139,9 +186,30 @@ def _set_up_sqlite(connection: Any, record: Any) -> None:
     # FULL: a label that was acknowledged survives a power cut. The timeout first: the others may have to wait
     for pragma in (f"busy_timeout={BUSY_SECONDS * 1000}", "journal_mode=WAL", "foreign_keys=ON", "synchronous=FULL"):
         connection.execute(f"PRAGMA {pragma}").close()
+    record.info["file"] = _file_behind(connection)
+
+
+def _file_behind(connection: Any) -> tuple[str, int, int]:
+    """Path, device and number of the file that a SQLite connection has opened."""
+    path = connection.execute("PRAGMA database_list").fetchone()[2]
+    state = os.stat(path)
+    return path, state.st_dev, state.st_ino
+
+
+def _check_file_is_there(connection: Connection) -> None:
+    """Raises OperationalError where the file was deleted or replaced since: what is written would be nowhere."""
+    path, *number = connection.info["file"]
+    try:
+        state = os.stat(path)
+    except OSError:
+        state = None
+    if state is None or [state.st_dev, state.st_ino] != number:
+        gone = sqlite3.OperationalError(f"{path} was {'deleted' if state is None else 'replaced'} while it was in use")
+        raise OperationalError("BEGIN", None, gone)
 
 
 def _begin_sqlite(connection: Connection) -> None:
+    _check_file_is_there(connection)
     writes = connection.get_execution_options().get("writes", False)
     connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
 

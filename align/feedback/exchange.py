@@ -12,8 +12,8 @@ from align.data.beside import TEMPLATE, is_stated
 from align.data.conversations import MEANT
 from align.errors import BadInput
 from align.feedback.backup import Moved, export_labels, import_labels, looks_like_labels
-from align.feedback.database import store_of
 from align.feedback.gate import soft_label
+from align.feedback.kept import open_store
 from align.feedback.schema import EVALUATION, IMPORTED
 from align.feedback.store import NewLabel, Pair, Store, storable
 from align.settings import Source
@@ -199,7 +199,9 @@ def export_run(run: str, file: str | Path, format: Literal["trl", "labels"] = "t
         raise BadInput(f"{path} must end in .jsonl: a row is a line")
     if not path.parent.is_dir():
         raise BadInput(f"{path}: there is no folder {path.parent}; make it, or correct the path")
-    store = Store(store_of(run))
+    if path.exists():
+        raise BadInput(f"{path} is there already; name a new file")
+    store = open_store(run)
     try:
         if not store.counts():
             raise BadInput(f"{store} has no labels yet; nothing was written")
@@ -226,7 +228,7 @@ def import_run(run: str, file: str | Path, *, limit: int | None = None) -> str:
         BadInput: the file cannot be read, or does not fit the store.
     """
     is_backup = looks_like_labels(file)
-    store = Store(store_of(run), create=True)
+    store = open_store(run, create=True)
     try:
         moved = import_labels(store, file) if is_backup else import_preferences(store, file, limit=limit)
     finally:

@@ -21,6 +21,7 @@ from align.errors import BadInput
 from align.feedback.database import (
     Away,
     CannotOpen,
+    NoStore,
     StoreFailed,
     file_of,
     is_failure,
@@ -74,11 +75,13 @@ class Store:
             _check_file(file, create)
         self.engine = open_engine(self.url)
         self._writer = self.engine.execution_options(writes=True)
-        is_sqlite = self.engine.dialect.name == "sqlite"
+        self.is_sqlite = self.engine.dialect.name == "sqlite"
         # SQLite's transaction sees one state as it is
-        self._reader = self.engine if is_sqlite else self.engine.execution_options(isolation_level="REPEATABLE READ")
+        self._reader = (
+            self.engine if self.is_sqlite else self.engine.execution_options(isolation_level="REPEATABLE READ")
+        )
         # SQLite's writers poll for their turn; those of one process queue for it
-        self._turn: AbstractContextManager[Any] = threading.RLock() if is_sqlite else nullcontext()
+        self._turn: AbstractContextManager[Any] = threading.RLock() if self.is_sqlite else nullcontext()
         try:
             self._open(create)
         except (DBAPIError, sqlite3.Error, StoreFailed) as error:
@@ -138,6 +141,8 @@ class Store:
                 Base.metadata.create_all(session.connection())
                 session.add(Fact(name="version", value=str(VERSION)))
                 return
+            if not there & set(Base.metadata.tables):
+                raise NoStore(f"{self} is empty: it has no table of a store")
             fact = session.get(Fact, "version") if "facts" in there else None
             if fact is None or fact.value != str(VERSION):
                 have = "none" if fact is None else fact.value
@@ -151,6 +156,11 @@ class Store:
             if found is None and value is not None:
                 session.add(Fact(name=name, value=value))
             return value if found is None else found.value
+
+    def set_fact(self, name: str, value: str) -> None:
+        """Writes what the store says under `name`, whatever it said before."""
+        with self.writing() as session:
+            session.merge(Fact(name=name, value=value))
 
     # ---------------------------------------------------------------------------------------------- steps and metrics
 
@@ -362,7 +372,9 @@ class Store:
 
 def _check_file(file: Path, create: bool) -> None:
     if not create and not file.is_file():
-        raise BadInput(f"{file} is not there: run the loop that makes it first, or correct the path")
+        raise NoStore(f"{file} is not there: run the loop that makes it first, or correct the path")
+    if not create and not file.stat().st_size:  # looked at before SQLite opens it, which would write to it
+        raise NoStore(f"{file} is empty: it is no store")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -1,27 +1,27 @@
 """Runs a loop's rounds, step by step, from where it stopped."""
 
 import json
-import os
 import time
 import uuid
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from filelock import FileLock, Timeout
 from pydantic import ValidationError
 
-from align.artifact import MANIFEST, differences, is_harmless, state_of, which_run, write_json
+from align.artifact import MANIFEST, differences, is_harmless, state_of, which_run
 from align.data import Prompt
 from align.door import check_model, check_recipe
 from align.errors import BadInput
-from align.feedback.database import LOOP, read_loop
+from align.feedback.copies import BACKUPS
+from align.feedback.database import BESIDE, KEPT, MADE_OF, MARK, write_loop
 from align.feedback.store import Store
 from align.files import clear_temporaries
 from align.identity import changed_part, data_parts, equal_paths, model_parts
 from align.launch import plan, start
+from align.locks import LOCK, at_work_in
 from align.loop.context import Context, Halt, Result, Start
+from align.loop.keeping import keep, open_loop, put_away_damaged, tell_store, told_of
 from align.loop.patience import outlast
 from align.loop.rounds import Loop
 from align.loop.steps import STEPS, Prompts, bring_back_files, prompts_of, why_to_stop
@@ -34,12 +34,9 @@ from align.rewards.judge import check_judge
 from align.settings import Reward, StageSettings
 from align.settings.loop import LoopSettings, Simulated
 from align.settings.stages import SCORERS
-from align.wording import brief
+from align.wording import brief, safe
 
-MAY_CHANGE = {"launch", "track", "num_rounds", "stop"}  # while a loop stands still
-MARK = "loop"  # of a loop, in loop.json and in the store
-MADE_OF = "made_of"  # in loop.json, as in a run's manifest
-LOCK = ".lock"
+MAY_CHANGE = {"launch", "track", "num_rounds", "stop", "store"}  # while a loop stands still; a store has its mark
 
 
 def run_loop(loop: Loop, start_stage: Start | None = None) -> int:
@@ -56,38 +53,13 @@ def run_loop(loop: Loop, start_stage: Start | None = None) -> int:
             return start(launch, settings, path)
 
         print(f"{loop.settings.num_rounds} rounds in {loop.out}, {launch.description}", flush=True)
-    with _alone(loop.out):
+    with at_work_in(loop.out):
         return outlast(lambda: _run(loop, prompts, start_stage))
-
-
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """While this holds, no other process runs the loop of this folder; a lock ends with its process, however that ends.
-
-    The folder is made where it is not there, and is gone again if nothing but the lock came into it.
-
-    Raises:
-        BadInput: another does.
-    """
-    is_new = not folder.exists()
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / LOCK)
-    try:
-        lock.acquire(blocking=False)
-    except Timeout:
-        raise BadInput(f"`output`: another `align loop` is at work in {folder}; wait for it, or stop it") from None
-    try:
-        yield
-    finally:
-        if is_new and os.listdir(folder) == [LOCK]:  # the store could not be opened: as if it had never begun
-            (folder / LOCK).unlink()
-            folder.rmdir()
-        lock.release()
 
 
 def _run(loop: Loop, prompts: Prompts, start_stage: Start) -> int:
     clear_temporaries(loop.out, *loop.out.glob("round-*"))
-    store = _open(loop)
+    store, told = _open(loop)
     try:
         for split, rows in prompts.items():
             store.add_prompts(rows, split)
@@ -98,7 +70,7 @@ def _run(loop: Loop, prompts: Prompts, start_stage: Start) -> int:
                 return code
         for number in range(loop.settings.num_rounds):
             this = Context(loop, store, number, start_stage)
-            _round(this)
+            _round(this, lambda: keep(loop, store, told))
             verdict = store.result(number, "decide") or {}
             if why := why_to_stop(this, verdict):  # not the stored reason: the recipe may allow more now
                 print(f"ends after round {number}: {why}", flush=True)
@@ -114,27 +86,34 @@ def _run(loop: Loop, prompts: Prompts, start_stage: Start) -> int:
         store.close()
 
 
-def _open(loop: Loop) -> Store:
-    """The loop's store. It and loop.json carry one mark, by which each knows the other as its own.
+def _open(loop: Loop) -> tuple[Store, dict]:
+    """The loop's store, and what loop.json says. They carry one mark, by which each knows the other as its own.
 
     Raises:
-        BadInput: the store cannot be opened, or is another loop's, whose rounds would be taken for this one's.
+        BadInput: the store cannot be opened, is not the one that the loop had, or is another loop's, whose rounds would
+            be taken for this one's.
     """
-    mark = read_loop(loop.out).get(MARK) or uuid.uuid4().hex
-    store = Store(loop.store, create=True)
+    told, remark = told_of(loop)
+    mark = told.get(MARK) or uuid.uuid4().hex
+    store = open_loop(loop, told) or Store(loop.store, create=True)
     try:
         if store.fact(MARK) not in (None, mark):
             raise BadInput(f"{loop.path}: `store`: {store} belongs to another loop; name a database of its own")
-        # private: a database's URL may hold a password
-        write_json(loop.out / LOOP, {MARK: mark, MADE_OF: _made_of(loop)} | _values(loop.settings), private=True)
+        if remark:
+            print(safe(f"note: {remark}"), flush=True)
+            put_away_damaged(loop)
+        now = {MARK: mark, MADE_OF: _made_of(loop)} | _values(loop.settings)
+        write_loop(loop.out, now | {key: told[key] for key in (KEPT,) if key in told})
         store.fact(MARK, mark)
-        return store
+        tell_store(store, now)
+        keep(loop, store, now)  # last: from here on the store is missed where it is not found
+        return store, now
     except BaseException:
         store.close()
         raise
 
 
-def _round(this: Context) -> None:
+def _round(this: Context, done: Callable[[], None]) -> None:
     for name, step in STEPS.items():
         if this.store.result(this.round, name) is not None:
             continue
@@ -142,6 +121,7 @@ def _round(this: Context) -> None:
         bring_back_files(this)
         print(f"[round {this.round}] {name}", flush=True)
         result = outlast(partial(_step, this, name, step))
+        outlast(done)
         print(f"[round {this.round}] {name}: {_told(name, result)}{time.perf_counter() - begun:.0f} s", flush=True)
 
 
@@ -234,8 +214,9 @@ def _check_columns(loop: Loop, prompts: Prompts) -> None:
 
 
 def _check_output(loop: Loop) -> None:
-    """The folder is new, or this loop's."""
-    if written := read_loop(loop.out):
+    """The folder is new, or this loop's, and its store is the one that it had."""
+    written, _ = told_of(loop)
+    if set(written) - set(BESIDE):
         parts_before, parts = written.get(MADE_OF, {}), _made_of(loop)
         before, now = _values(_as_read_now(loop, written)), _values(loop.settings)
         equal = equal_paths(parts_before, parts)
@@ -246,10 +227,9 @@ def _check_output(loop: Loop) -> None:
                 if found and not changed:
                     continue
                 key, was, becomes = changed[0] if changed else (section, before[section], now[section])
-                how = "differs" if key == "store" else f"was {brief(was)}, is {brief(becomes)}"  # a password
                 raise BadInput(
-                    f"{loop.path}: `output`: {loop.out} holds a loop of another recipe (`{key}` {how}); choose another "
-                    "output"
+                    f"{loop.path}: `output`: {loop.out} holds a loop of another recipe (`{key}` was {brief(was)}, is "
+                    f"{brief(becomes)}); choose another output"
                 )
         what = changed_part(parts_before, parts)
         if what is not None:
@@ -257,10 +237,14 @@ def _check_output(loop: Loop) -> None:
                 f"{loop.path}: `output`: {loop.out} holds a loop of other contents: {what}; bring them back, or choose "
                 "another output"
             )
+    elif MARK in written:
+        pass  # made anew from the store of an earlier version, which did not keep the recipe
     elif loop.out.is_file() or (loop.out.is_dir() and any(not _may_be_there(p.name) for p in loop.out.iterdir())):
         raise BadInput(f"{loop.path}: `output`: {loop.out} holds files that are no loop; choose another folder")
     if (loop.out / MANIFEST).is_file():
         raise BadInput(f"{loop.path}: `output`: {loop.out} is a run's folder; choose another")
+    if store := open_loop(loop, written):
+        store.close()
 
 
 def _made_of(loop: Loop) -> dict[str, dict[str, str]]:
@@ -275,13 +259,13 @@ def _made_of(loop: Loop) -> dict[str, dict[str, str]]:
 
 def _may_be_there(name: str) -> bool:
     """What may be in a loop's folder before it runs: its SFT run, and a store that labels were brought into."""
-    return name in ("sft", LOCK) or name.startswith("store.db")
+    return name in ("sft", LOCK, BACKUPS) or name.startswith("store.db")
 
 
 def _as_read_now(loop: Loop, written: dict) -> LoopSettings:
     """A recipe that was written by this version, or by an earlier one, which knew fewer keys."""
     try:
-        return LoopSettings.model_validate({k: v for k, v in written.items() if k not in (MARK, MADE_OF)})
+        return LoopSettings.model_validate({k: v for k, v in written.items() if k not in BESIDE})
     except ValidationError as error:
         raise BadInput(
             f"{loop.path}: `output`: {loop.out} holds a loop whose recipe this version does not take "

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from align.artifact import MANIFEST, check_whole, folder_in_one_go, read_manifest
 from align.errors import BadInput
 from align.identity import base_of
+from align.locks import LOCK, at_work_in
 from align.models.linear import reading_layer
 from align.models.lora import FusedLinear
 from align.models.roles import Bases, Role
@@ -77,26 +78,36 @@ def merge(run: str, out: str) -> float:
         raise BadInput(f"{run} is a reward model; `align merge` merges policies (sft, ppo)")
     if manifest.get("status") != "finished":
         raise BadInput(f"the run in {run} is not finished; start it again to go on with it")
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise BadInput(f"{out} is not empty; name a new folder")
+    _check_new(target)
     check_whole(folder, manifest)
     kind = str(getattr(PeftConfig.from_pretrained(run).peft_type, "value", ""))
     if kind in UNMERGEABLE:
         raise BadInput(
             f"the adapter in {run} cannot be merged: {UNMERGEABLE[kind]}; open it with PEFT (`import align`)"
         )
+    with at_work_in(target, out):
+        _check_new(target)  # another may have just made it
+        return _merge(folder, target, manifest)
+
+
+def _check_new(target: Path) -> None:
+    if target.exists() and (not target.is_dir() or any(each.name != LOCK for each in target.iterdir())):
+        raise BadInput(f"{target} is not empty; name a new folder")
+
+
+def _merge(folder: Path, target: Path, manifest: dict[str, Any]) -> float:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     settings = Model(**manifest["recipe"]["model"])
     bases = Bases(settings.model_copy(update={"base": base_of(manifest, folder), "chat_template": None}), device)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     ids = _probe_ids(tokenizer, device)
-    before = _logits(bases.role(run), ids)
+    before = _logits(bases.role(str(folder)), ids)
     if bases.settings.load_in == "nf4":
         _dequantise(bases.main.model)  # in place: the roles made from here on are views over plain weights
     try:
-        merged: Any = bases.role(run).model.merge_and_unload()  # type: ignore[operator]
+        merged: Any = bases.role(str(folder)).model.merge_and_unload()  # type: ignore[operator]
     except (RuntimeError, ValueError, NotImplementedError) as error:
-        raise BadInput(f"the adapter in {run} cannot be merged: PEFT says: {one_line(error)}") from error
+        raise BadInput(f"the adapter in {folder} cannot be merged: PEFT says: {one_line(error)}") from error
     if merged.get_output_embeddings().weight is not merged.get_input_embeddings().weight:  # tied before, perhaps
         merged.config.get_text_config().tie_word_embeddings = merged.config.tie_word_embeddings = False
     with folder_in_one_go(target) as path:

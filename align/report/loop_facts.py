@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from align.artifact import MANIFEST, read_manifest
-from align.feedback.database import read_loop, store_of
+from align.feedback.database import BESIDE, read_loop
 from align.feedback.exchange import people_say
+from align.feedback.kept import open_store
 from align.feedback.queue import Progress, Queue
 from align.feedback.schema import Label
-from align.feedback.store import Pair, Store
+from align.feedback.store import Pair
 from align.track import read_rows
 
 STEPS = ("collect", "score", "route", "label", "merge", "reward", "heldout", "ppo", "evaluate", "vote", "decide")
@@ -106,8 +107,8 @@ def read(folder: Path) -> Facts:
     Raises:
         BadInput: loop.json is damaged, or the store cannot be opened.
     """
-    recipe = read_loop(folder)
-    store = Store(store_of(folder))
+    recipe = {key: value for key, value in read_loop(folder).items() if key not in BESIDE}
+    store = open_store(folder)
     try:
         done: dict[int, dict[str, Found]] = defaultdict(dict)
         for round_, step in store.steps():

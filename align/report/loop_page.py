@@ -55,7 +55,8 @@ def report(folder: str | Path) -> Path:
         BadInput: the folder is neither.
     """
     where = Path(folder)
-    page = page_of(read(where)) if (where / LOOP).is_file() else stage_page.page_of(where)
+    is_loop = (where / LOOP).is_file() or (where / "round-0").is_dir()
+    page = page_of(read(where)) if is_loop else stage_page.page_of(where)
     damaged = [said for run in _runs(where) for said in damaged_rows(run)]
     for said in damaged:
         print(safe(f"warning: {said}"), flush=True)

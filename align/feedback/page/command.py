@@ -30,10 +30,9 @@ def label(
         BadInput: a missing extra, file, store or annotator, a taken port, or an address that would be open to all.
     """
     try:
-        from align.feedback.database import store_of
+        from align.feedback.kept import copied_while_open, home_of, open_store
         from align.feedback.page.server import create_app, serve
         from align.feedback.queue import Queue
-        from align.feedback.store import Store
     except ImportError as error:
         raise BadInput(f"the labelling page needs `{error.name}`: pip install 'align-rlhf[label]'") from error
 
@@ -41,7 +40,7 @@ def label(
         raise BadInput(f"--lease-seconds is {lease_seconds:g}; it goes from 2 to 86400 (a day)")
     text = None if guidelines is None else _text_of(guidelines)
     hosts = hosts_of(host, allow_hosts)
-    store = Store(store_of(run))
+    store = open_store(run)
     try:
         queue, admins = Queue(store, lease_seconds=lease_seconds), list(admin)
         people = [person for person in store.annotators() if not person.is_simulated]
@@ -56,7 +55,8 @@ def label(
             app = create_app(queue, guidelines=text, allowed_hosts=hosts)
             for line in _told(at, tokens, is_loopback=_is_loopback(host)):
                 echo(line)
-            serve(app, listener)
+            with copied_while_open(store, home_of(run), echo):
+                serve(app, listener)
     finally:
         store.close()
 

@@ -1,0 +1,175 @@
+"""A loop's store, held against what the loop remembers of it: labels are never lost in silence.
+
+loop.json has the loop's mark, which its store has too, and how far the store was after the last step; the newest copy
+in `backups` says the same of its own moment. A store that is gone, empty, another's, or lacks what it had then is
+refused by whoever opens it, before anything is written.
+"""
+
+import shlex
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Event, Thread
+from time import monotonic
+from typing import Any
+
+from sqlalchemy.exc import DBAPIError
+
+from align.errors import BadInput, RunFailed
+from align.feedback.copies import BACKUPS, Extent, extent_of, has_all, keep_copy, newest_copy
+from align.feedback.database import KEPT, LOOP, MARK, NoStore, file_of, read_loop, shown, store_of, store_url
+from align.feedback.store import Store
+from align.wording import one_line
+
+LABELS_BETWEEN = 50  # of people, until the labelling page makes a copy
+LOOK_EVERY = 5.0  # seconds
+SHARE = 0.02  # of its time that the page may spend on copies
+
+
+@dataclass(frozen=True)
+class Home:
+    """A store, the folder that its copies are kept in, and how a user names it."""
+
+    where: str  # a file or a database URL
+    folder: Path | None  # None: a database that is no loop's, as far as one knows
+    stem: str  # of its copies' names
+    name: str
+    is_loop: bool = True
+
+    def command(self, verb: str) -> str:
+        return f"align feedback {verb} {shlex.quote(self.name)}"
+
+
+def home_of(run: str | Path) -> Home:
+    """The home of a loop's folder, of a store's file, or of a database URL.
+
+    Raises:
+        BadInput: the folder's loop.json is damaged.
+    """
+    where = store_of(run)
+    if where != str(run):
+        return Home(where, Path(run), "store", str(run))
+    file = file_of(store_url(where))
+    if file is None:
+        return Home(where, None, "store", where, is_loop=False)
+    is_loops_own = file.name == "store.db" and (file.parent / LOOP).is_file()
+    return Home(where, file.parent, file.stem, str(file.parent) if is_loops_own else where, is_loops_own)
+
+
+def open_store(run: str | Path, *, create: bool = False) -> Store:
+    """The store of a loop's folder, held against what the loop remembers; a store that is named itself as it is.
+
+    Raises:
+        BadInput: it is not there (and is not to be made), cannot be opened, or is not the one that the loop had.
+    """
+    home = home_of(run)
+    told = read_loop(home.folder) if home.is_loop and home.folder is not None else {}
+    return open_home(home, told) or Store(home.where, create=create)
+
+
+def open_home(home: Home, told: Mapping[str, Any]) -> Store | None:
+    """The store of a loop that has begun, by what loop.json told; None where it has not.
+
+    Raises:
+        BadInput: it is not the store that the loop had, in one line with what was there and how to bring it back.
+    """
+    if not _has_begun(home, told):
+        return None
+    try:
+        store = Store(home.where)
+    except NoStore as error:
+        raise _refused(home, told, "is gone" if "not there" in str(error) else "is empty") from None
+    except BadInput as error:
+        if file_of(store_url(home.where)) is None:
+            raise  # a server that does not answer has not lost anything
+        raise BadInput(f"{error}; {_cure(home, told)}") from None
+    try:
+        if fault := _fault(store, home, told):
+            raise _refused(home, told, fault)
+    except BaseException:
+        store.close()
+        raise
+    return store
+
+
+def _has_begun(home: Home, told: Mapping[str, Any]) -> bool:
+    """Whether the loop has had a store. (An earlier version did not write how far it was: then by its first round.)"""
+    assert home.folder is not None or not told
+    return MARK in told and (KEPT in told or (home.folder is not None and (home.folder / "round-0").is_dir()))
+
+
+def _fault(store: Store, home: Home, told: Mapping[str, Any]) -> str | None:
+    mark = store.fact(MARK)
+    if mark != told[MARK]:
+        return "belongs to another loop" if mark else "is another one: no loop has used it"
+    with store.reading() as session:
+        if any(not has_all(session, extent) for extent in _remembered(home, told)):
+            return f"is an older one, or has lost something: it holds {extent_of(session)}"
+    return None
+
+
+def _remembered(home: Home, told: Mapping[str, Any]) -> list[Extent]:
+    """What the store held after the last step, and when its newest copy was made."""
+    found = [Extent.of(told.get(KEPT, {}))]
+    copy = None if home.folder is None else newest_copy(home.folder, home.stem)
+    return found + ([copy.extent] if copy is not None and copy.mark == told[MARK] else [])
+
+
+def _refused(home: Home, told: Mapping[str, Any], fault: str) -> BadInput:
+    had = max(_remembered(home, told), key=lambda extent: (extent.labels, extent.steps))
+    return BadInput(f"the store {shown(home.where)} {fault}; this loop's had {had}. {_cure(home, told)}")
+
+
+def _cure(home: Home, told: Mapping[str, Any]) -> str:
+    copy = None if home.folder is None else newest_copy(home.folder, home.stem)
+    if copy is None or copy.mark != told[MARK]:
+        return f"No copy is in {home.folder}/{BACKUPS}: bring it back yourself, or begin anew in another `output`"
+    return f"Bring {copy.path.name} back, with {copy.extent}: {home.command('restore')}"
+
+
+# ------------------------------------------------------------------------------------------- while people label
+
+
+@contextmanager
+def copied_while_open(store: Store, home: Home, echo: Callable[[str], None]) -> Iterator[None]:
+    """Copies the store as people label, and at the end; what goes wrong with it is told and stops nobody."""
+    if home.folder is None:
+        yield
+        return
+    keeper = _Keeper(store, home.folder, home.stem, echo)
+    thread = Thread(target=keeper.watch, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        keeper.ends.set()
+        thread.join()
+        keeper.look(after=1)
+
+
+class _Keeper:
+    def __init__(self, store: Store, folder: Path, stem: str, echo: Callable[[str], None]):
+        self.store, self.folder, self.stem, self.echo = store, folder, stem, echo
+        self.ends, self.pause, self.is_told = Event(), LOOK_EVERY, False
+        newest = newest_copy(folder, stem)
+        self.extent = newest.extent if newest is not None else Extent()
+
+    def watch(self) -> None:
+        while not self.ends.wait(self.pause):
+            self.look(after=LABELS_BETWEEN)
+
+    def look(self, after: int) -> None:
+        """Makes a copy where so many labels have come since the last one."""
+        begun = monotonic()
+        try:
+            with self.store.reading() as session:
+                extent = extent_of(session)
+            if abs(extent.labels - self.extent.labels) >= after:
+                keep_copy(self.store, self.folder, self.stem)
+                self.extent, self.is_told = extent, False
+        except (BadInput, RunFailed, OSError, DBAPIError) as error:
+            if not self.is_told:
+                self.echo(f"no copy of the labels could be made: {one_line(error)}")
+            self.is_told = True
+        self.pause = max(LOOK_EVERY, (monotonic() - begun) / SHARE)
