@@ -26,9 +26,11 @@ NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno.EB
 
 
 @contextmanager
-def at_work_in(folder: str | Path, where: str = "`output`", *, patience: float | None = None) -> Iterator[None]:
-    """While this holds, `folder` is this process's, and theirs who are `beside` it. The folder is made where it is not
-    there, and is gone again if nothing but the lock came into it.
+def at_work_in(
+    folder: str | Path, where: str = "`output`", *, patience: float | None = None, name: str = LOCK
+) -> Iterator[None]:
+    """While this holds, `folder` (or what `name` stands for in it) is this process's, and theirs who are `beside` it.
+    The folder is made where it is not there, and is gone again if nothing but the lock came into it.
 
     Raises:
         BadInput: another run is at work there, and still was after `patience` seconds.
@@ -36,11 +38,11 @@ def at_work_in(folder: str | Path, where: str = "`output`", *, patience: float |
     folder = Path(folder)
     made = _make(folder)
     try:
-        descriptor = _taken(folder, where, PATIENCE if patience is None else patience)
+        descriptor = _taken(folder / name, where, PATIENCE if patience is None else patience)
         try:
             yield
         finally:
-            _leave(folder, descriptor)
+            _leave(folder / name, descriptor)
     finally:
         for each in made:  # the innermost first
             with suppress(OSError):
@@ -60,7 +62,7 @@ def beside(folder: str | Path) -> Iterator[None]:
     try:
         yield
     finally:
-        _leave(Path(folder), descriptor)
+        _leave(Path(folder) / LOCK, descriptor)
 
 
 def check_free(folder: str | Path, where: str = "`output`") -> None:
@@ -77,23 +79,23 @@ def _make(folder: Path) -> list[Path]:
     return new
 
 
-def _taken(folder: Path, where: str, patience: float) -> int:
+def _taken(path: Path, where: str, patience: float) -> int:
     """The open file of a lock that nobody else has."""
     begun, is_said = time.monotonic(), False
     while True:
         try:
-            descriptor = _open(folder / LOCK)
+            descriptor = _open(path)
         except FileNotFoundError:  # whoever made the folder has just taken it along
-            folder.mkdir(parents=True, exist_ok=True)
+            path.parent.mkdir(parents=True, exist_ok=True)
             continue
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if _is_at(descriptor, folder / LOCK):
+            if _is_at(descriptor, path):
                 _sign(descriptor)
                 fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)  # for the others of this run: see `beside`
                 return descriptor
         except BlockingIOError:
-            waited, fault = time.monotonic() - begun, f"another run is at work in {folder}{_holder(descriptor)}"
+            waited, fault = time.monotonic() - begun, f"another run is at work in {path.parent}{_holder(descriptor)}"
             if waited > patience:
                 os.close(descriptor)
                 raise BadInput(f"{where}: {fault}; wait for it, or stop it") from None
@@ -104,7 +106,7 @@ def _taken(folder: Path, where: str, patience: float) -> int:
             if error.errno not in NO_LOCKS:
                 os.close(descriptor)
                 raise
-            print(f"note: {folder} is where no lock can be had: start no second run there", flush=True)
+            print(f"note: {path.parent} is where no lock can be had: start no second run there", flush=True)
             return descriptor
         os.close(descriptor)  # the file is gone with its holder, or held: look again
         time.sleep(LOOK_EVERY)
@@ -138,7 +140,7 @@ def _holder(descriptor: int) -> str:
     return f" (process {pid}{'' if machine == platform.node() else f' on {machine}'})"
 
 
-def _leave(folder: Path, descriptor: int) -> None:
+def _leave(path: Path, descriptor: int) -> None:
     """The last one out takes the file along."""
     is_last = True
     try:
@@ -146,6 +148,6 @@ def _leave(folder: Path, descriptor: int) -> None:
     except OSError as error:
         is_last = error.errno in NO_LOCKS
     with suppress(OSError):
-        if is_last and _is_at(descriptor, folder / LOCK):
-            (folder / LOCK).unlink()
+        if is_last and _is_at(descriptor, path):
+            path.unlink()
     os.close(descriptor)

@@ -8,16 +8,15 @@ from pathlib import Path
 
 import pytest
 from sqlalchemy import text
-from sqlalchemy.exc import DBAPIError
 from typer.testing import CliRunner
 
 from align import cli, locks
 from align.errors import BadInput, RunFailed
 from align.feedback import copies, kept
 from align.feedback.copies import copies_in, keep_copy, make_copy, newest_copy, read_copy
-from align.feedback.database import KEPT, LOOP, MARK, SUM, read_loop
+from align.feedback.database import KEPT, LOOP, MARK, SUM, StoreFailed, read_loop
 from align.feedback.exchange import export_run, import_run
-from align.feedback.kept import copied_while_open, open_store
+from align.feedback.kept import at_work_on, copied_while_open, open_store
 from align.feedback.queue import Queue
 from align.feedback.store import NewLabel, Store
 from align.loop.keeping import RECIPE, backup, keep, restore
@@ -247,6 +246,21 @@ def test_a_loop_killed_between_a_step_and_its_note_goes_on(begun):
     assert read_loop(begun.out)[KEPT]["steps"] == 3
 
 
+@pytest.mark.parametrize("url", databases.KINDS, indirect=True)
+def test_two_folders_never_work_on_one_store_at_once(url, monkeypatch):
+    """Nor a restore beneath a loop: a copied folder has the same mark."""
+    monkeypatch.setattr(locks, "PATIENCE", 0.0)
+    one, two = Store(url, create=True), Store(url)
+    with at_work_on(one):
+        with pytest.raises(BadInput, match=r"another run is at work .*; wait for it, or stop it"), at_work_on(two):
+            pass
+        label_some(two, 1)  # the page's labels go on
+    with at_work_on(two):
+        pass
+    one.close()
+    two.close()
+
+
 # ------------------------------------------------------------------------------------------------- a lost loop.json
 
 
@@ -458,10 +472,10 @@ def test_a_file_that_is_deleted_under_a_page_takes_no_more_labels(tmp_path):
     store = Store(tmp_path / "store.db", create=True)
     label_some(store, 1)
     (tmp_path / "store.db").rename(tmp_path / "other.db")
-    with pytest.raises(DBAPIError, match=r"store\.db was deleted while it was in use"):
+    with pytest.raises(StoreFailed, match=r"store\.db was deleted while it was in use"):
         store.add_annotator("Ben")
     Store(tmp_path / "store.db", create=True).close()
-    with pytest.raises(DBAPIError, match=r"store\.db was replaced while it was in use"):
+    with pytest.raises(StoreFailed, match=r"store\.db was replaced while it was in use"):
         store.counts()
     store.close()
 

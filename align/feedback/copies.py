@@ -137,21 +137,24 @@ class Copy:
     extent: Extent
 
 
-def read_copy(path: Path) -> Copy:
-    """What a copy is of.
+def read_copy(path: Path, *, is_checked: bool = True) -> Copy:
+    """What a copy is of; `is_checked` reads all of it.
 
     Raises:
         BadInput: it is not there, damaged, or none of this version.
     """
     if not path.is_file():
         raise BadInput(f"{path} is not there; name a file that `align feedback backup` wrote")
-    fault = fault_of(path)
-    if not fault:
+    fault = fault_of(path) if is_checked else ""
+    try:
         with Session(_reading(path)) as session:
-            facts = _facts(session)
+            facts = {} if fault else _facts(session)
             if facts.get("version") == str(VERSION):
                 return Copy(path, facts.get(MARK), extent_of(session))
-            fault = f"it holds tables of version {facts.get('version', 'none')}, and this align's are {VERSION}"
+            have = f"it holds tables of version {facts.get('version', 'none')}, and this align's are {VERSION}"
+            fault = fault or have
+    except DBAPIError as error:
+        fault = one_line(error.orig)
     raise BadInput(f"{path} cannot be brought back ({fault}); name another copy")
 
 
@@ -185,11 +188,11 @@ def copies_in(folder: Path, stem: str) -> list[Path]:
     return sorted(path for path in (folder / BACKUPS).glob("*.db") if numbered.fullmatch(path.name))
 
 
-def newest_copy(folder: Path, stem: str) -> Copy | None:
-    """The newest copy that is whole."""
+def newest_copy(folder: Path, stem: str, *, is_checked: bool = True) -> Copy | None:
+    """The newest copy that is whole, as far as that is checked."""
     for path in reversed(copies_in(folder, stem)):
         try:
-            return read_copy(path)
+            return read_copy(path, is_checked=is_checked)
         except BadInput:
             continue
     return None
@@ -230,16 +233,6 @@ def bring_back(copy: Copy, store: Store, aside: Path | None) -> None:
             target.execute(delete(table))
         _fill(target, source)
         target.execute(update(Annotator).values(token_hash=None))
-        if not store.is_sqlite:
-            _count_on(target)
-
-
-def _count_on(target: Connection) -> None:
-    """PostgreSQL's own counters go on after the rows that came with a number."""
-    for table in Base.metadata.sorted_tables:
-        if "id" in table.columns:
-            last = f"SELECT max(id) FROM {table.name}"
-            target.execute(text(f"SELECT setval(pg_get_serial_sequence('{table.name}', 'id'), ({last}))"))
 
 
 def replaced_path(folder: Path, stem: str) -> Path:

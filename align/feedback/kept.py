@@ -14,14 +14,17 @@ from threading import Event, Thread
 from time import monotonic
 from typing import Any
 
+from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError
 
 from align.errors import BadInput, RunFailed
 from align.feedback.copies import BACKUPS, Extent, extent_of, has_all, keep_copy, newest_copy
 from align.feedback.database import KEPT, LOOP, MARK, NoStore, file_of, read_loop, shown, store_of, store_url
 from align.feedback.store import Store
+from align.locks import at_work_in
 from align.wording import one_line
 
+LOOPS_LOCK = 0x616C69676F  # PostgreSQL's advisory lock of a loop: beside that of those who write
 LABELS_BETWEEN = 50  # of people, until the labelling page makes a copy
 LOOK_EVERY = 5.0  # seconds
 SHARE = 0.02  # of its time that the page may spend on copies
@@ -52,7 +55,7 @@ def home_of(run: str | Path) -> Home:
         return Home(where, Path(run), "store", str(run))
     file = file_of(store_url(where))
     if file is None:
-        return Home(where, None, "store", where, is_loop=False)
+        return Home(where, None, "store", shown(where), is_loop=False)  # as a message may name it: it has a password
     is_loops_own = file.name == "store.db" and (file.parent / LOOP).is_file()
     return Home(where, file.parent, file.stem, str(file.parent) if is_loops_own else where, is_loops_own)
 
@@ -112,7 +115,7 @@ def _fault(store: Store, home: Home, told: Mapping[str, Any]) -> str | None:
 def _remembered(home: Home, told: Mapping[str, Any]) -> list[Extent]:
     """What the store held after the last step, and when its newest copy was made."""
     found = [Extent.of(told.get(KEPT, {}))]
-    copy = None if home.folder is None else newest_copy(home.folder, home.stem)
+    copy = None if home.folder is None else newest_copy(home.folder, home.stem, is_checked=False)
     return found + ([copy.extent] if copy is not None and copy.mark == told[MARK] else [])
 
 
@@ -126,6 +129,29 @@ def _cure(home: Home, told: Mapping[str, Any]) -> str:
     if copy is None or copy.mark != told[MARK]:
         return f"No copy is in {home.folder}/{BACKUPS}: bring it back yourself, or begin anew in another `output`"
     return f"Bring {copy.path.name} back, with {copy.extent}: {home.command('restore')}"
+
+
+@contextmanager
+def at_work_on(store: Store) -> Iterator[None]:
+    """While this holds, no other loop or restore works with the store, from whichever folder: a copied folder has the
+    same mark.
+
+    Raises:
+        BadInput: another does.
+    """
+    file = file_of(store.url)
+    if file is not None:
+        with at_work_in(file.parent, f"the store {store}", name=f".{file.name}.lock"):
+            yield
+        return
+    with store.answering(), store.engine.connect() as connection:
+        try:
+            if not connection.scalar(text(f"SELECT pg_try_advisory_lock({LOOPS_LOCK})")):
+                raise BadInput(f"another run is at work on the store {store}; wait for it, or stop it")
+            connection.commit()  # the lock is the connection's, not the transaction's
+            yield
+        finally:
+            connection.invalidate()
 
 
 # ------------------------------------------------------------------------------------------- while people label
@@ -152,7 +178,7 @@ class _Keeper:
     def __init__(self, store: Store, folder: Path, stem: str, echo: Callable[[str], None]):
         self.store, self.folder, self.stem, self.echo = store, folder, stem, echo
         self.ends, self.pause, self.is_told = Event(), LOOK_EVERY, False
-        newest = newest_copy(folder, stem)
+        newest = newest_copy(folder, stem, is_checked=False)
         self.extent = newest.extent if newest is not None else Extent()
 
     def watch(self) -> None:

@@ -100,7 +100,7 @@ class Store:
         self.engine.dispose()
 
     @contextmanager
-    def _answering(self) -> Iterator[None]:
+    def answering(self) -> Iterator[None]:
         """What a database says when it fails, as a line that names the store.
 
         Raises:
@@ -117,20 +117,20 @@ class Store:
     @contextmanager
     def reading(self) -> Iterator[Session]:
         """A transaction that sees one state and changes nothing."""
-        with self._answering(), Session(self._reader) as session, session.begin():
+        with self.answering(), Session(self._reader) as session, session.begin():
             yield session
 
     @contextmanager
     def writing(self) -> Iterator[Session]:
         """A transaction that no other writer overlaps; on an exception nothing of it happens."""
-        with self._answering(), self._turn, Session(self._writer) as session, session.begin():
+        with self.answering(), self._turn, Session(self._writer) as session, session.begin():
             yield session
 
     @contextmanager
     def connection(self, *, writes: bool) -> Iterator[Connection]:
         """The same transactions for those who are in a hurry: rows instead of objects, at half the time."""
         engine, turn = (self._writer, self._turn) if writes else (self._reader, nullcontext())
-        with self._answering(), turn, engine.begin() as connection:
+        with self.answering(), turn, engine.begin() as connection:
             yield connection
 
     def _open(self, create: bool) -> None:

@@ -30,6 +30,7 @@ from align.feedback.database import (
     KEPT,
     LOOP,
     MARK,
+    CannotOpen,
     Damaged,
     NoStore,
     file_of,
@@ -38,7 +39,7 @@ from align.feedback.database import (
     store_url,
     write_loop,
 )
-from align.feedback.kept import Home, home_of, open_home
+from align.feedback.kept import Home, at_work_on, home_of, open_home
 from align.feedback.store import Store
 from align.locks import at_work_in
 from align.loop.rounds import Loop, load_loop
@@ -105,6 +106,8 @@ def open_loop(loop: Loop, told: Told) -> Store | None:
     """
     try:
         store = open_home(home_of_loop(loop, told), told)
+    except CannotOpen:  # a server that may be back
+        raise
     except BadInput as error:
         raise BadInput(f"{loop.path}: `store`: {error}") from error
     if store is not None and KEPT in told:
@@ -121,14 +124,16 @@ def open_loop(loop: Loop, told: Told) -> Store | None:
 
 
 def keep(loop: Loop, store: Store, told: Told) -> None:
-    """Notes in loop.json how far the store is, and keeps a copy of it.
+    """Notes in loop.json how far the store is, and keeps a copy of it, unless the newest is as far.
 
     Raises:
         RunFailed: the store is damaged.
     """
     with store.reading() as session:
         extent = extent_of(session)
-    keep_copy(store, loop.out, "store")
+    newest = newest_copy(loop.out, "store", is_checked=False)
+    if newest is None or (newest.mark, newest.extent) != (told[MARK], extent):
+        keep_copy(store, loop.out, "store")
     write_loop(loop.out, {**told, KEPT: asdict(extent)})
 
 
@@ -234,7 +239,8 @@ def _brought_back(home: Home, copy: Copy, aside: Path) -> Store:
         if not is_new and mark is not None and mark != copy.mark:
             cure = "move it away first" if file is not None else "name a database of its own"
             raise BadInput(f"the store {store} is another loop's than {copy.path}; {cure}")
-        bring_back(copy, store, None if is_new else aside)
+        with at_work_on(store):
+            bring_back(copy, store, None if is_new else aside)
     except BaseException:
         store.close()
         raise

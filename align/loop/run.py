@@ -3,7 +3,8 @@
 import json
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from align.door import check_model, check_recipe
 from align.errors import BadInput
 from align.feedback.copies import BACKUPS
 from align.feedback.database import BESIDE, KEPT, MADE_OF, MARK, write_loop
+from align.feedback.kept import at_work_on
 from align.feedback.store import Store
 from align.files import clear_temporaries
 from align.identity import changed_part, data_parts, equal_paths, model_parts
@@ -59,22 +61,22 @@ def run_loop(loop: Loop, start_stage: Start | None = None) -> int:
 
 def _run(loop: Loop, prompts: Prompts, start_stage: Start) -> int:
     clear_temporaries(loop.out, *loop.out.glob("round-*"))
-    store, told = _open(loop)
     try:
-        for split, rows in prompts.items():
-            store.add_prompts(rows, split)
-        sft = loop.sft()
-        if sft is not None and state_of(sft) != "finished":
-            code, _ = start_stage(sft, Path(f"{sft.output}.yaml"))
-            if code:
-                return code
-        for number in range(loop.settings.num_rounds):
-            this = Context(loop, store, number, start_stage)
-            _round(this, lambda: keep(loop, store, told))
-            verdict = store.result(number, "decide") or {}
-            if why := why_to_stop(this, verdict):  # not the stored reason: the recipe may allow more now
-                print(f"ends after round {number}: {why}", flush=True)
-                break
+        with _opened(loop) as (store, told):
+            for split, rows in prompts.items():
+                store.add_prompts(rows, split)
+            sft = loop.sft()
+            if sft is not None and state_of(sft) != "finished":
+                code, _ = start_stage(sft, Path(f"{sft.output}.yaml"))
+                if code:
+                    return code
+            for number in range(loop.settings.num_rounds):
+                this = Context(loop, store, number, start_stage)
+                _round(this, lambda: keep(loop, store, told))
+                verdict = store.result(number, "decide") or {}
+                if why := why_to_stop(this, verdict):  # not the stored reason: the recipe may allow more now
+                    print(f"ends after round {number}: {why}", flush=True)
+                    break
         print(f"kept: {verdict['kept']}, {verdict['policy']}", flush=True)
         print(report(loop.out), flush=True)
         return 0
@@ -82,11 +84,10 @@ def _run(loop: Loop, prompts: Prompts, start_stage: Start) -> int:
         if str(halt):
             print(str(halt), flush=True)
         return halt.code
-    finally:
-        store.close()
 
 
-def _open(loop: Loop) -> tuple[Store, dict]:
+@contextmanager
+def _opened(loop: Loop) -> Iterator[tuple[Store, dict]]:
     """The loop's store, and what loop.json says. They carry one mark, by which each knows the other as its own.
 
     Raises:
@@ -99,18 +100,18 @@ def _open(loop: Loop) -> tuple[Store, dict]:
     try:
         if store.fact(MARK) not in (None, mark):
             raise BadInput(f"{loop.path}: `store`: {store} belongs to another loop; name a database of its own")
-        if remark:
-            print(safe(f"note: {remark}"), flush=True)
-            put_away_damaged(loop)
-        now = {MARK: mark, MADE_OF: _made_of(loop)} | _values(loop.settings)
-        write_loop(loop.out, now | {key: told[key] for key in (KEPT,) if key in told})
-        store.fact(MARK, mark)
-        tell_store(store, now)
-        keep(loop, store, now)  # last: from here on the store is missed where it is not found
-        return store, now
-    except BaseException:
+        with at_work_on(store):
+            if remark:
+                print(safe(f"note: {remark}"), flush=True)
+                put_away_damaged(loop)
+            now = {MARK: mark, MADE_OF: _made_of(loop)} | _values(loop.settings)
+            write_loop(loop.out, now | {key: told[key] for key in (KEPT,) if key in told})
+            store.fact(MARK, mark)
+            tell_store(store, now)
+            keep(loop, store, now)  # last: from here on the store is missed where it is not found
+            yield store, now
+    finally:
         store.close()
-        raise
 
 
 def _round(this: Context, done: Callable[[], None]) -> None:
