@@ -35,10 +35,11 @@ SECRETS = {  # what a store knows of a pair and the page must not
 }
 
 
-def make_store(path, count=6, *, answers=None, **columns):
+def make_store(path, count=6, *, answers=None, asked=None, **columns):
     """A store with pairs for people; the texts name their pair and their canonical side."""
     store = Store(path, create=True)
-    prompts = store.add_prompts([(f"question {i}", {"gold": SECRETS["column"]}) for i in range(count)], "train")
+    asked = asked or [f"question {i}" for i in range(count)]
+    prompts = store.add_prompts([(question, {"gold": SECRETS["column"]}) for question in asked], "train")
     texts = answers or [(f"first {i}", f"second {i}") for i in range(count)]
     draws = [(prompt, draw, texts[i][draw]) for i, prompt in enumerate(prompts) for draw in (0, 1)]
     ids = store.add_candidates(7, SECRETS["policy"], {"temperature": 1.0}, draws)
@@ -312,7 +313,7 @@ def test_the_page_learns_nothing_of_a_pair_but_its_texts(tmp_path):
     page = Page(tmp_path, 3, store={"reasked": True}, queue={"reask_after": 1}, guidelines="# Be *fair*")
     client, said, names = page.person("ann"), [], []
     said.append(client.get("/").text)
-    assert "<h1>Be <em>fair</em></h1>" in said[0]
+    assert "<h3>Be <em>fair</em></h3>" in said[0]
     while (response := client.post("/api/next", json={})).json()["items"]:
         item = response.json()["items"][0]
         assert set(item) == {"id", "prompt", "left", "right"} and set(item["left"]) == {"html", "raw"}
@@ -441,3 +442,37 @@ def test_the_command_line_says_it_in_one_line_with_code_2(tmp_path):
     words = [sys.executable, "-m", "align.cli", "label", str(tmp_path), "--host", "0.0.0.0"]
     done = subprocess.run(words, capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "--allow-host" in done.stderr
+
+
+def told(monkeypatch, run, **settings):
+    """What `align label` says before it serves."""
+    monkeypatch.setattr("align.feedback.page.server.serve", lambda app, listener: None)
+    settings = {
+        "host": "127.0.0.1",
+        "port": 0,
+        "add": [],
+        "admin": [],
+        "guidelines": None,
+        "allow_hosts": [],
+    } | settings
+    lines = []
+    command.label(str(run), **settings, lease_seconds=120.0, echo=lines.append)
+    return lines
+
+
+def test_a_restart_says_how_to_come_in_again_and_tells_no_link_twice(tmp_path, monkeypatch):
+    run = tmp_path / "a loop"
+    run.mkdir()
+    make_store(run / "store.db").close()
+    first = told(monkeypatch, run)
+    assert len(first) == 2 and re.match(r"local: http://127.0.0.1:\d+/enter#[\w-]{43}$", first[0])
+    again = told(monkeypatch, run)
+    assert again[1] == f"  align label '{run}' --admin local" and "stays so" in again[0]
+    assert not any("#" in line for line in again) and "--add NAME" in again[2]
+    more = told(monkeypatch, run, add=["bob", "carl", "d\x1b[31m"])
+    assert more[1] == again[1] and sum("/enter#" in line for line in more) == 3
+    assert told(monkeypatch, run)[1] == f"  align label '{run}' --admin local --add bob --add carl ... (1 more)"
+    last = told(monkeypatch, run, add=["bob", "carl"], admin=["local"])
+    assert last[1] == f"  align label '{run}' --add 'd?[31m'"
+    for line in (*first, *more, *last):  # the command as it was told works, and makes another link
+        assert line.count("/enter#") == ("http" in line and "labelling" not in line)

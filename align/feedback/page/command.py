@@ -1,14 +1,20 @@
 """`align label`: opens a loop's store, hands out sign-in links, and puts the page up."""
 
 import ipaddress
+import shlex
 import socket
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from align.errors import BadInput
 from align.wording import one_line
 
+if TYPE_CHECKING:  # SQLAlchemy takes a while, and the rest of the page an extra
+    from align.feedback.schema import Annotator
+
 LOCAL = "local"  # who labels where nobody has been named
+AT_ONCE = 3  # people for whom the command of a new link is written out
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
@@ -30,6 +36,7 @@ def label(
         BadInput: a missing extra, file, store or annotator, a taken port, or an address that would be open to all.
     """
     try:
+        from align.feedback.database import shown
         from align.feedback.kept import copied_while_open, home_of, open_store
         from align.feedback.page.server import create_app, serve
         from align.feedback.queue import Queue
@@ -52,8 +59,9 @@ def label(
             name = hosts[0] if not _is_loopback(host) else host
             at = f"http://{f'[{name}]' if ':' in name else name}:{listener.getsockname()[1]}"
             tokens = {name: queue.invite(name, is_admin=name in admins) for name in dict.fromkeys([*add, *admins])}
+            where = shown(run) if "://" in run else run  # a URL may hold a password
             app = create_app(queue, guidelines=text, allowed_hosts=hosts)
-            for line in _told(at, tokens, is_loopback=_is_loopback(host)):
+            for line in [*_known(where, people, tokens), *_told(at, tokens, is_loopback=_is_loopback(host))]:
                 echo(line)
             with copied_while_open(store, home_of(run), echo):
                 serve(app, listener)
@@ -82,6 +90,24 @@ def listen(host: str, port: int) -> socket.socket:
     except (OSError, OverflowError) as error:
         cure = "choose others with --host and --port"
         raise BadInput(f"cannot listen on {host} port {port} ({one_line(error)}); {cure}") from error
+
+
+def _known(run: str, people: "Sequence[Annotator]", tokens: dict[str, str]) -> list[str]:
+    """How those come in again who were given links before: no link is told twice, so by the command for a new one."""
+    before = [person for person in people if person.token_hash and person.name not in tokens]
+    if not before:
+        return []
+    words = [f"{'--admin' if person.is_admin else '--add'} {_word(person.name)}" for person in before[:AT_ONCE]]
+    more = f" ... ({len(before) - AT_ONCE} more)" if len(before) > AT_ONCE else ""
+    return [
+        "who signed in before stays so (same browser, same address); new links for them:",
+        f"  align label {_word(run)} {' '.join(words)}{more}",
+    ]
+
+
+def _word(text: str) -> str:
+    """For a shell to read, and a terminal to show."""
+    return shlex.quote("".join(character if character.isprintable() else "?" for character in text))
 
 
 def _told(at: str, tokens: dict[str, str], *, is_loopback: bool) -> list[str]:

@@ -17,12 +17,13 @@ import nh3
 from markdown_it import MarkdownIt
 from markdown_it.parser_block import ParserBlock
 from markdown_it.rules_block import StateBlock
+from markdown_it.rules_core import StateCore
 from markdown_it.token import Token
 
 from align.feedback.page.invisible import with_hidden_shown
 
 TAGS = {"p", "br", "hr", "strong", "em", "s", "u", "blockquote", "ul", "ol", "li", "pre", "code"}
-TAGS |= {"h1", "h2", "h3", "h4", "h5", "h6", "table", "thead", "tbody", "tr", "th", "td"}
+TAGS |= {"h3", "h4", "h5", "h6", "table", "thead", "tbody", "tr", "th", "td"}
 LENGTH = 65_536  # characters that are read as Markdown
 STEPS = 8_000  # of the parser; about a tenth of a second
 NESTING = 20  # of quotes and lists
@@ -167,6 +168,15 @@ def _count_inline(state: Any, silent: bool) -> bool:
     return False
 
 
+def _set_headings(state: StateCore) -> None:
+    """Headings below those of the page, none more than one deeper than the one before."""
+    headings = [token for token in state.tokens if token.type in ("heading_open", "heading_close")]
+    levels, before = sorted({token.tag for token in headings}), 2
+    for token in headings:
+        before = min(3 + levels.index(token.tag), before + 1, 6) if token.type == "heading_open" else before
+        token.tag = f"h{before}"
+
+
 def _new_markdown() -> MarkdownIt:
     made = MarkdownIt()
     made.block = _Blocks()
@@ -177,6 +187,7 @@ def _new_markdown() -> MarkdownIt:
     made.block.ruler.before("table", "count", _count_block, {"alt": ["paragraph", "blockquote", "list"]})
     made.inline.ruler.before("text", "count", _count_inline)
     made.renderer.rules.update(link_open=_link_open, link_close=_link_close)  # type: ignore[attr-defined]
+    made.core.ruler.push("headings", _set_headings)
     return made
 
 

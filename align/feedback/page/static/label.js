@@ -4,6 +4,7 @@
 const $ = (id) => document.getElementById(id);
 const POLL = 15; // seconds, where nothing is left
 const CAP = 600; // seconds of an item at the most: whoever looks longer is elsewhere
+const STORED = "align-page"; // where this browser keeps what its person wishes
 const csrf = document.querySelector("meta[name=csrf]")?.content ?? "";
 
 let hand = []; // pairs leased to this person; the first is in front of them
@@ -14,6 +15,8 @@ let isDone = false; // the server has nothing more
 let hasLeft = false; // the session is over
 let strength = null;
 let visible = 0; // milliseconds that the pair has been seen
+const wishes = { keys: true, together: false, ...remembered() };
+let follower = null; // the answer whose scrolling is the other's doing
 let since = 0; // when it was last come back to, 0 while the page is hidden
 
 async function post(path, body) {
@@ -81,23 +84,82 @@ function leave(why) {
   notice(why);
 }
 
+function remembered() {
+  try {
+    return JSON.parse(localStorage.getItem(STORED));
+  } catch {
+    return null; // a browser that keeps nothing, or kept something else
+  }
+}
+
+function wish(name, is) {
+  wishes[name] = is;
+  try {
+    localStorage.setItem(STORED, JSON.stringify(wishes));
+  } catch {} // then it holds for this visit
+  showWishes();
+}
+
+function showWishes() {
+  for (const box of document.querySelectorAll("[data-wish]")) box.checked = wishes[box.dataset.wish];
+  document.body.classList.toggle("no-keys", !wishes.keys);
+  for (const button of document.querySelectorAll("[data-shortcut]")) {
+    if (wishes.keys) button.setAttribute("aria-keyshortcuts", button.dataset.shortcut);
+    else button.removeAttribute("aria-keyshortcuts");
+  }
+}
+
+// Where one answer is scrolled to, the other goes too, as far in proportion, if that is wished.
+function follow(one, other) {
+  if (follower === one) return (follower = null);
+  const [room, others] = [one, other].map((pane) => pane.scrollHeight - pane.clientHeight);
+  const to = Math.round((one.scrollTop / Math.max(room, 1)) * others);
+  if (!wishes.together || Math.abs(to - other.scrollTop) <= 1) return null;
+  follower = other;
+  other.scrollTop = to;
+}
+
+// Each block in the direction of its first letter, Han characters beside kana in their Japanese shapes, code from left to right.
+function direct(view) {
+  for (const block of view.children) block.dir = block.tagName === "PRE" ? "ltr" : "auto";
+  view.lang = /[\u3040-\u30ff]/.test(view.textContent) ? "ja" : ""; // empty: not known, and not English
+  return view;
+}
+
 function text(content) {
   const views = { rendered: ["div", content.html], raw: ["pre", content.raw] };
   return Object.entries(views).map(([name, [tag, html]]) => {
     const view = Object.assign(document.createElement(tag), { className: `text ${name}`, dir: "auto" });
     view.innerHTML = html; // cleaned by the server, which also forbids this page all foreign code
-    return view;
+    return direct(view);
   });
 }
 
 function message(said) {
-  const role = Object.assign(document.createElement("h2"), { textContent: said.role });
+  const role = Object.assign(document.createElement("h3"), { textContent: said.role });
   const box = document.createElement("article");
-  box.append(role, ...text(said));
+  box.append(...(said.role ? [role] : []), ...text(said)); // without one it is a word of the page itself
   return box;
 }
 
-function show() {
+const size = (id) => [...$(id).querySelectorAll(".raw")].reduce((sum, one) => sum + one.textContent.length, 0);
+const panes = () => [...document.querySelectorAll("#pair > section, .answers > section")];
+
+// What is wider than its place can be scrolled from the keyboard too.
+function reach() {
+  for (const wide of document.querySelectorAll(".text pre, .text table")) {
+    if (wide.scrollWidth > wide.clientWidth) wide.tabIndex = 0;
+    else wide.removeAttribute("tabindex");
+  }
+}
+
+// What somebody who does not see the page learns of a new pair, and where they go on from.
+function announce() {
+  const [asked, one, other] = ["prompt", "left", "right"].map(size);
+  $("news").textContent = `A new pair: ${asked} characters of conversation, ${one} in answer 1, ${other} in answer 2.`;
+}
+
+function show({ isMoving = false } = {}) {
   const item = hand[0];
   $("pair").hidden = !item;
   for (const button of $("choices").children) button.disabled = !item;
@@ -108,13 +170,17 @@ function show() {
   $("comment").value = item?.comment ?? "";
   $("comment-box").hidden = !$("comment").value;
   notice(item ? "" : isDone ? "Nothing is left to label for now. This page looks again by itself." : "Loading …");
+  if (!item && isMoving) $("notice").focus();
   if (!item) return;
   item.key ??= newKey();
   $("prompt").replaceChildren(...item.prompt.map(message));
   $("left").replaceChildren(...text(item.left));
   $("right").replaceChildren(...text(item.right));
-  $("prompt").scrollTop = 0;
+  for (const pane of panes()) pane.scrollTop = 0;
   window.scrollTo(0, 0);
+  reach();
+  announce();
+  if (isMoving) $("pair-name").focus({ preventScroll: true });
 }
 
 function showProgress({ mine, done, wanted }) {
@@ -137,7 +203,7 @@ function choose(choice) {
   if ($("comment-box").contains(document.activeElement)) document.activeElement.blur();
   leaving.add(item.id);
   hand.shift();
-  show();
+  show({ isMoving: true });
   save("/api/submit", body, take);
 }
 
@@ -147,7 +213,7 @@ function undo() {
     showProgress(said.progress);
     if (!said.item) return say("Nothing to undo");
     hand = [said.item, ...hand.filter((item) => item.id !== said.item.id)];
-    show();
+    show({ isMoving: true });
     say("Undone: answer it again");
   });
 }
@@ -183,10 +249,11 @@ const KEYS = {
 
 function onKey(event) {
   if (event.ctrlKey || event.metaKey || event.altKey || event.repeat || event.isComposing) return;
-  if (event.target.closest?.("input, textarea, select, [contenteditable]")) {
+  if (event.target.closest?.("input:not([type=checkbox]), textarea, select, [contenteditable]")) {
     if (event.key === "Escape") event.target.blur();
     return;
   }
+  if (!wishes.keys) return;
   const key = event.code?.startsWith("Digit") && event.key !== "?" ? event.code.at(-1) : event.key?.toLowerCase();
   if (!Object.hasOwn(KEYS, key) || ($("keys").open && key !== "?")) return;
   event.preventDefault();
@@ -209,7 +276,7 @@ async function beat() {
   hand = hand.filter((item) => !lost.has(item.id) || again.has(item.id));
   take(next);
   if (hand[0] === front || leaving.has(front.id)) return;
-  show();
+  show({ isMoving: true });
   say("The pair that you looked at went to somebody else meanwhile");
 }
 
@@ -236,6 +303,15 @@ function start() {
     button.onclick = () => press(Number(button.dataset.strength));
   const buttons = { undo, say: writeComment, raw: toggleRaw, help: toggleHelp, close: toggleHelp };
   for (const [id, act] of Object.entries(buttons)) $(id).onclick = act;
+  for (const box of document.querySelectorAll("[data-wish]")) box.onchange = () => wish(box.dataset.wish, box.checked);
+  for (const button of document.querySelectorAll("[aria-keyshortcuts]"))
+    button.dataset.shortcut = button.getAttribute("aria-keyshortcuts");
+  showWishes();
+  const [left, right] = document.querySelectorAll(".answers > section");
+  left.onscroll = () => follow(left, right);
+  right.onscroll = () => follow(right, left);
+  document.querySelectorAll("#guidelines .text").forEach(direct);
+  window.addEventListener("resize", reach);
   document.addEventListener("keydown", onKey);
   document.addEventListener("visibilitychange", onVisibility);
   window.addEventListener("beforeunload", (event) => unsaved && event.preventDefault());
