@@ -115,3 +115,16 @@ def _table(tried):
         *([f"`{name}`", *(tried[f"{name} {stage} {load}"] for stage, load in COLUMNS)] for name in METHODS),
     ]
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+@pytest.fixture
+def own_server():
+    """A PostgreSQL of one test's own, which it may end and start again."""
+    from tests import databases
+
+    binaries = databases.programs()
+    if binaries is None:
+        pytest.skip("no PostgreSQL is installed")
+    server = databases.Server(binaries)
+    yield server
+    server.stop()

@@ -31,7 +31,7 @@ def new_url(request, folder: Path) -> str:
         pytest.skip("no PostgreSQL is installed")
     name = server.new_database()
     request.addfinalizer(lambda: server.sql(f"DROP DATABASE {name} WITH (FORCE)"))
-    return f"postgresql+psycopg://align@/{name}?host={server.folder}"
+    return server.url(name)
 
 
 def fill(store: Store, count: int, *, wanted: int = 1, reasked: int = 0, round_: int = 0) -> list[int]:
@@ -48,7 +48,7 @@ def fill(store: Store, count: int, *, wanted: int = 1, reasked: int = 0, round_:
 
 @lru_cache(maxsize=1)
 def _server(config):
-    binaries = _binaries()
+    binaries = programs()
     if binaries is None:
         return None
     server = Server(binaries)
@@ -56,7 +56,7 @@ def _server(config):
     return server
 
 
-def _binaries() -> Path | None:
+def programs() -> Path | None:
     """The folder of PostgreSQL's programs: the newest that Debian keeps, or where the one on PATH is from."""
     places = sorted(Path("/usr/lib/postgresql").glob("*/bin"), key=lambda p: int(p.parent.name), reverse=True)
     on_path = shutil.which("postgres") or shutil.which("pg_ctl")
@@ -99,17 +99,26 @@ class Server:
         settings = {"listen_addresses": "", "unix_socket_directories": self.folder, "fsync": "off"}
         options = [part for name, value in settings.items() for part in ("-c", f"{name}={value}")]
         self._process = subprocess.Popen(
-            ["setpriv", *self._as_user, "--pdeathsig=INT", self._binaries / "postgres", "-D", self.folder / "data", *options],
+            [
+                "setpriv",
+                *self._as_user,
+                "--pdeathsig=INT",
+                self._binaries / "postgres",
+                "-D",
+                self.folder / "data",
+                *options,
+            ],
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             cwd=self.folder,
         )
         self._wait()
 
-    def crash(self) -> None:
-        """Ends at once, in the middle of whatever is under way; `start` recovers what was committed."""
+    def restart(self) -> None:
+        """Dies in the middle of whatever is under way, and comes back with what was committed."""
         self._process.send_signal(signal.SIGQUIT)
         self._process.wait(timeout=20)
+        self.start()
 
     def _wait(self) -> None:
         import psycopg
@@ -133,6 +142,9 @@ class Server:
         name = f"store_{random.SystemRandom().randrange(2**48)}"
         self.sql(f"CREATE DATABASE {name}")
         return name
+
+    def url(self, name: str) -> str:
+        return f"postgresql+psycopg://align@/{name}?host={self.folder}"
 
     def stop(self) -> None:
         process = getattr(self, "_process", None)

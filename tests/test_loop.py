@@ -3,6 +3,8 @@
 import hashlib
 import json
 import os
+import random
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,7 @@ from align.artifact import read_lines, read_manifest, write_lines
 from align.errors import BadInput
 from align.feedback import schema
 from align.feedback.alarms import policy_to_keep
+from align.feedback.database import Away
 from align.feedback.exchange import import_run, people_say
 from align.feedback.queue import Answer, Queue
 from align.feedback.store import NewLabel, Store, prompt_hash
@@ -514,3 +517,38 @@ def test_labels_from_elsewhere_begin_a_loop(base, data, tmp_path):
     )
     assert (loop.out / "loop.json").stat().st_mode & 0o077 == 0
     store.close()
+
+
+@pytest.fixture
+def dying(own_server, monkeypatch):
+    """In a fifth of all transactions the server dies: before the commit, or right after
+    it, when nobody has been told yet. Counts how often."""
+    rng, told = random.Random(0), []
+    writing = Store.writing
+
+    @contextmanager
+    def interrupted(self):
+        dies = self.url.startswith("postgresql") and rng.random() < 0.2
+        with writing(self) as session:
+            yield session
+            if dies and rng.random() < 0.5:
+                session.flush()
+                told.append(own_server.restart())
+        if dies and rng.random() < 0.5:
+            told.append(own_server.restart())
+            raise Away("nobody was told")
+
+    monkeypatch.setattr(Store, "writing", interrupted)
+    return told
+
+
+def test_a_loop_whose_database_dies_again_and_again_ends_as_the_quiet_one(
+    finished, base, data, tmp_path, own_server, dying, capsys
+):
+    store = own_server.url(own_server.new_database())
+    loop = load_loop(recipe(base, data, tmp_path, store=store))
+    assert run_loop(loop, in_process) == 0
+    said = capsys.readouterr().out
+    assert len(dying) >= 8
+    assert said.count("waiting for it up to 10 minutes") == said.count("the store answers again") >= 4
+    assert state(loop, tmp_path) == state(*finished)  # to the last number, and that one's store is SQLite's

@@ -22,7 +22,7 @@ def outlast(do: Callable[[], Done], *, wait_seconds: float = WAIT_SECONDS) -> Do
     Raises:
         RunFailed: the server stayed away for `wait_seconds`.
     """
-    end: float | None = None
+    end, pause = None, 0.1
     while True:
         begun = time.monotonic()
         try:
@@ -36,7 +36,8 @@ def outlast(do: Callable[[], Done], *, wait_seconds: float = WAIT_SECONDS) -> Do
                 end = time.monotonic() + wait_seconds
             if time.monotonic() >= end:
                 raise RunFailed(f"{error}; the same command goes on when it is back") from error
-            time.sleep(min(1.0, wait_seconds / 20))
+            time.sleep(pause)
+            pause = min(2 * pause, 5.0)
             continue
         if end is not None:
             print("the store answers again", flush=True)
