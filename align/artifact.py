@@ -61,6 +61,10 @@ LOGS = ("metrics.jsonl", "samples.jsonl")  # what a run says of itself; no stage
 READ_LATER = ("*.safetensors", "*.index.json", "generation_config.json", "*.jsonl", "results.json")
 LARGE = 2**30  # bytes
 AGAIN = "bring it back, or delete the run's folder and run its stage again"
+CHANGEABLE = re.compile(  # keys of a run under way that may become others where its user says so
+    r"seed|guard(\.\w+)?|critic\.learning_rate|rewards\[\d+\]\.weight"
+    r"|(train|ppo)\.(learning_rate|max_grad_norm|ratio_tolerance|kl_coef|kl_target|cliprange|cliprange_value|vf_coef)"
+)
 FUNCTIONS = re.compile(r"(rewards|judge|beside)\b.*")  # whose arguments are theirs, whatever their names
 
 Answer = TypeVar("Answer")
@@ -199,8 +203,15 @@ def _at(where: str, read: Callable[[], Answer]) -> Answer:
         raise BadInput(f"{where}: {error}") from error
 
 
-def state_of(settings: StageSettings) -> str:
+def named_none(key: str) -> bool:
+    """For a recipe that is to be as it was."""
+    return False
+
+
+def state_of(settings: StageSettings, named: Callable[[str], bool] = named_none) -> str:
     """`new`, `running` (to be resumed) or `finished`: what the stage's output folder holds.
+
+    `named`: whether the user has said of a key that it may change in a run under way.
 
     Raises:
         BadInput: the folder holds something else: another recipe's run, or files that no run made.
@@ -217,13 +228,16 @@ def state_of(settings: StageSettings) -> str:
     before, now = _made_of_before(manifest), made_of(settings)
     runs_before, runs_now = manifest.get("parents", {}), _parents(settings)
     equal = equal_paths(before | _as_parts(runs_before), now | _as_parts(runs_now))
-    changed = _other_recipe(manifest, settings, equal)
-    if changed:
-        key, was, becomes = changed
-        raise BadInput(
-            f"`output`: {folder} holds a run of another recipe (`{key}` was {brief(was)}, is {brief(becomes)}); "
-            "choose another output, or delete that folder"
-        )
+    is_running = manifest.get("status") != "finished"
+    others = [each for each in _other_keys(manifest, settings) if each[0] not in equal and not is_harmless(each[0])]
+    for key, was, becomes in others:
+        may_change = is_running and CHANGEABLE.fullmatch(key)
+        if not (may_change and named(key)):
+            how = "to go on with it so, give the key after `--set`; else " if may_change else ""
+            raise BadInput(
+                f"`output`: {folder} holds a run of another recipe (`{key}` was {brief(was)}, is {brief(becomes)}); "
+                f"{how}choose another output, or delete that folder"
+            )
     for key, parent in runs_now.items():
         if not same(runs_before.get(key, {}).get("manifest"), parent["manifest"]):
             raise BadInput(
@@ -250,13 +264,54 @@ def _made_of_before(manifest: dict[str, Any]) -> dict[str, dict[str, str]]:
     return {"model.base": {"what": "base", "path": base, "fingerprint": str(manifest.get("base_fingerprint"))}}
 
 
-def _other_recipe(manifest: dict[str, Any], settings: StageSettings, equal: set[str]) -> tuple[str, Any, Any] | None:
-    """The first difference of the recipe that a run began with from today's, less what makes no other run of it."""
-    before = manifest.get("recipe", {})
+def _other_keys(manifest: dict[str, Any], settings: StageSettings) -> list[tuple[str, Any, Any]]:
+    """Where the recipe that a run goes on with differs from today's."""
+    return differences(_recipe_before(manifest, settings), recipe_of(settings))
+
+
+def _recipe_before(manifest: dict[str, Any], settings: StageSettings) -> dict[str, Any]:
+    before = dict(manifest.get("recipe", {}))
     with suppress(ValueError):  # as today's class reads it: a key that it did not know has its default
         before = recipe_of(type(settings).model_validate(before | {"output": settings.output}))
-    found = differences(before, recipe_of(settings))
-    return next((each for each in found if each[0] not in equal and not is_harmless(each[0])), None)
+    return before
+
+
+def change(settings: StageSettings, named: Callable[[str], bool]) -> list[str]:
+    """Has a run under way go on with today's values of the changeable keys that are `named`, and remembers them as
+    changes after its newest checkpoint; a line on each."""
+    if not (Path(settings.output) / MANIFEST).is_file():
+        return []
+    manifest, step = read_manifest(settings.output), newest_step(settings.output)
+    recipe = _recipe_before(manifest, settings)
+    changes = list(manifest.get("changes", []))
+    for key, was, becomes in differences(recipe, recipe_of(settings)):
+        if CHANGEABLE.fullmatch(key) and named(key):
+            _put(recipe, key, becomes)
+            changes.append({"step": step, "key": key, "was": was, "becomes": becomes})
+    new = changes[len(manifest.get("changes", [])) :]
+    if new:
+        note(settings.output, recipe=recipe, changes=changes)
+    return [f"`{c['key']}` was {brief(c['was'])}, is {brief(c['becomes'])} after step {c['step']}" for c in new]
+
+
+def settle_changes(folder: str | Path, step: int) -> None:
+    """A run goes on from `step`, before which what has been changed since does not hold."""
+    changes = read_manifest(folder).get("changes", [])
+    if any(each["step"] > step for each in changes):
+        note(folder, changes=[each | {"step": min(each["step"], step)} for each in changes])
+
+
+def newest_step(folder: str | Path) -> int:
+    """The step of the newest checkpoint, whoever wrote it; 0 where there is none."""
+    names = (path.name.rpartition("-")[2] for path in (Path(folder) / "checkpoints").glob("*-*"))
+    return max((int(name) for name in names if name.isdecimal()), default=0)
+
+
+def _put(values: Any, key: str, value: Any) -> None:
+    *path, last = (int(part) if part.isdecimal() else part for part in re.findall(r"[^.\[\]]+", key))
+    for part in path:
+        values = values[part]
+    values[last] = value
 
 
 def is_harmless(key: str) -> bool:

@@ -39,13 +39,24 @@ RecipeName = Annotated[
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[a.b=value ...]", help="Keys of the recipe to change.")]
 
 
+Changes = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="a.b=value",
+        help="The same, for what was stopped and goes on: a rate, the seed, the guard, ... is another from there on.",
+    ),
+]
+
+
 @app.command()
-def run(recipe: RecipeName, overrides: Overrides = None) -> None:
+def run(recipe: RecipeName, overrides: Overrides = None, changes: Changes = None) -> None:
     """Run a stage or a whole pipeline; what is finished is passed over, what was stopped goes on."""
     from align.pipeline import run_recipe
     from align.recipe import load_recipe
 
-    raise typer.Exit(run_recipe(load_recipe(recipe, overrides or []), overrides or []))
+    words = [*(overrides or []), *(changes or [])]
+    raise typer.Exit(run_recipe(load_recipe(recipe, words), words, changes or []))
 
 
 @app.command()

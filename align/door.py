@@ -1,11 +1,11 @@
 """Everything that can be wrong with a recipe is found here, before models are loaded and anything is written."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from align.artifact import state_of
+from align.artifact import named_none, state_of
 from align.data import Loaded, load, looks_like_hub_id
 from align.errors import BadInput
 from align.models.facts import (
@@ -45,8 +45,9 @@ from align.surroundings import cached_folder, check_wandb, check_writable, look_
 from align.wording import did_you_mean_path
 
 
-def check_recipe(recipe: Recipe) -> dict[str, str]:
-    """Checks every stage of a recipe; returns what each output folder holds (new | running | finished).
+def check_recipe(recipe: Recipe, changes: Sequence[str] = ()) -> dict[str, str]:
+    """Checks every stage of a recipe; returns what each output folder holds (new | running | finished). `changes` are
+    the overrides by which a run under way may become another.
 
     Raises:
         BadInput: with the stage's key, the reason and the cure.
@@ -60,7 +61,7 @@ def check_recipe(recipe: Recipe) -> dict[str, str]:
                 maker = makers.get(resolved(folder), name)
                 if maker != name and resolved(folder) not in made:
                     raise BadInput(f"`{key}`: {folder} is made by stage `{maker}`, which comes later; put it before")
-            states[name] = _check_stage(settings, made)
+            states[name] = _check_stage(settings, made, recipe.names(name, changes))
             _hub_remarks(settings)
         made[resolved(settings.output)] = settings
     return states
@@ -94,7 +95,9 @@ def _naming(recipe: Recipe, name: str) -> Iterator[None]:
         raise BadInput(f"{recipe.path}: {stage}{error}") from error
 
 
-def _check_stage(settings: StageSettings, made: dict[str, StageSettings]) -> str:
+def _check_stage(
+    settings: StageSettings, made: dict[str, StageSettings], named: Callable[[str], bool] = named_none
+) -> str:
     """`made` maps the folders that earlier stages of the pipeline will have made to these."""
     check_model(settings)
     if isinstance(settings, PpoSettings):
@@ -114,7 +117,7 @@ def _check_stage(settings: StageSettings, made: dict[str, StageSettings]) -> str
     check_wandb(settings.track)
     check_parents(settings, made)
     _check_lengths(settings)
-    state = state_of(settings)
+    state = state_of(settings, named)
     if state != "finished":
         check_writable(settings.output)
         for key, (kind, data) in settings.data_sections().items():

@@ -1,14 +1,16 @@
 """Runs the stages of a recipe in order, each as its own `accelerate launch`; finished stages are passed over."""
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
-from align.artifact import tidy
+from align.artifact import change, tidy
 from align.door import check_recipe, remarks
 from align.errors import BadInput
 from align.launch import LaunchPlan, plan, run_stage
 from align.locks import check_free
 from align.recipe import Recipe
+from align.settings import EnsembleSettings
 from align.wording import safe
 
 
@@ -28,19 +30,36 @@ def launches(recipe: Recipe, states: dict[str, str]) -> dict[str, LaunchPlan]:
     return found
 
 
-def run_recipe(recipe: Recipe, overrides: list[str]) -> int:
+def _change(recipe: Recipe, name: str, changes: Sequence[str]) -> list[str]:
+    """Has a stage under way, and the members of an ensemble, go on with what was changed; a line on each change."""
+    settings, named = recipe.stages[name], recipe.names(name, changes)
+    lines = change(settings, named)
+    if lines and isinstance(settings, EnsembleSettings):
+        from align.stages.ensemble import member  # heavy: only for this
+
+        for number in range(settings.num_members):
+            change(member(settings, number), named)
+    return lines
+
+
+def run_recipe(recipe: Recipe, overrides: list[str], changes: Sequence[str] = ()) -> int:
     """Checks everything, then starts what is not finished. Returns 0, or the exit code of the stage that failed.
+
+    `changes` are those of the overrides by which runs under way go on as others; it is remembered in their manifests.
 
     Raises:
         BadInput: something is wrong with the recipe; nothing was started and nothing was written.
     """
-    states = check_recipe(recipe)
+    states = check_recipe(recipe, changes)
     plans = launches(recipe, states)
     for name, stage in recipe.stages.items():
         if states[name] != "finished":
             check_free(stage.output)  # the stage's own process takes the lock, and outlives this one to save
     for remark in remarks(recipe):
         print(safe(f"note: {remark}"), flush=True)
+    for name in recipe.stages:
+        for line in _change(recipe, name, changes) if states[name] == "running" else ():
+            print(safe(f"changed: {line}"), flush=True)
     started = time.perf_counter()
     for number, (name, stage) in enumerate(recipe.stages.items(), 1):
         title = f"[{number}/{len(recipe.stages)}] {name}"

@@ -17,7 +17,7 @@ from pydantic import BaseModel, ValidationError
 
 from align.errors import BadInput
 from align.plugins import is_reference, load_object, users_code
-from align.recipe_file import cut, quoted_names, read_recipe
+from align.recipe_file import cut, is_within, keys_of, quoted_names, read_recipe
 from align.settings import STAGES, StageSettings
 from align.wording import brief, did_you_mean, one_line
 
@@ -33,6 +33,17 @@ class Recipe:
     path: Path
     stages: dict[str, StageSettings]
     is_pipeline: bool
+
+    def names(self, stage: str, overrides: Sequence[str]) -> Callable[[str], bool]:
+        """Of a key of that stage, whether one of `overrides` names it."""
+        prefix = f"stages.{stage}." if self.is_pipeline else ""
+        given = keys_of(overrides)
+
+        def is_named(key: str) -> bool:
+            whole = [prefix + key] + ([key] if key.partition(".")[0] in SHARED_KEYS else [])
+            return any(is_within(each, other) for each in whole for other in given)
+
+        return is_named
 
     def only(self, kind: str) -> str:
         """Name of the one stage of `kind` (for the scripts that run a single stage of a pipeline)."""

@@ -180,16 +180,21 @@ def _reason(error: Exception) -> str:
 
 def _where(path: Path, overrides: Sequence[str]) -> Callable[[str], str]:
     """Says of a key whether it stands in the file or in an override."""
-    given = [re.sub(r"\.(\d+)", r"[\1]", item.partition("=")[0]) for item in overrides]
+    given = keys_of(overrides)
 
     def where(key: str) -> str:
-        is_overridden = any(_is_within(key, other) or _is_within(other, key) for other in given)
+        is_overridden = any(is_within(key, other) or is_within(other, key) for other in given)
         return f" in the override of {path}" if is_overridden else f" in {path}"
 
     return where
 
 
-def _is_within(key: str, other: str) -> bool:
+def keys_of(overrides: Sequence[str]) -> list[str]:
+    """The keys that are overridden, entries of lists as in `rewards[0]`."""
+    return [re.sub(r"\.(\d+)", r"[\1]", item.partition("=")[0]) for item in overrides]
+
+
+def is_within(key: str, other: str) -> bool:
     return key == other or key.startswith((f"{other}.", f"{other}["))
 
 

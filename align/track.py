@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from align.artifact import CHECKPOINTS, LOGS, recipe_of
+from align.artifact import CHECKPOINTS, LOGS, MANIFEST, note, read_manifest, recipe_of
 from align.files import write_json, write_text, writing
 from align.identity import digest_of
 from align.plain_json import dumps
@@ -82,7 +82,8 @@ class Tracker:
             return
         self._file.close()
         _forget_after(self.path, step)
-        self._file = self.path.open("a", encoding="utf-8")
+        with writing(self.path):
+            self._file = self.path.open("a", encoding="utf-8")
         if self._progress is not None:
             self._progress.update(self._task, completed=step)
 
@@ -182,13 +183,23 @@ def _start_wandb(settings: StageSettings) -> Any:
         name=track.wandb_name,
         mode=mode,
         dir=os.environ.get("WANDB_DIR") or settings.output,
-        id=os.environ.get("WANDB_RUN_ID") or own_id,
+        id=os.environ.get("WANDB_RUN_ID") or _remembered(settings.output, own_id),
         resume="allow",
         config=json.loads(settings.model_dump_json(by_alias=True)),
     )
     run.define_metric("step")
     run.define_metric("*", step_metric="step")  # wandb's own count never goes back, as a run may
     return run
+
+
+def _remembered(folder: str, own_id: str) -> str:
+    """The id that the run began with: a run that is changed on the way stays one run."""
+    if not (Path(folder) / MANIFEST).is_file():  # a stage of the user's own
+        return own_id
+    manifest = read_manifest(folder)
+    if "wandb_id" not in manifest:
+        note(folder, wandb_id=own_id)
+    return str(manifest.get("wandb_id", own_id))
 
 
 def hash_of(settings: StageSettings) -> int:

@@ -1,10 +1,10 @@
 """A run's course: where it stands, what a checkpoint keeps of it, and how it goes back to its last good state."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from align.artifact import checkpoints, note
+from align.artifact import checkpoints, note, settle_changes
 from align.errors import Diverged, RunFailed
 from align.models.roles import Role
 from align.settings import Guard
@@ -81,15 +81,14 @@ class Course:
         """
         verdict = guard.judge(self.progress["guard"], step, metrics, self.settings, kl_budget=kl_budget)
         self.progress["guard"] = verdict.history
-        metrics |= {"guard": ", ".join(verdict.seen)} if verdict.seen else {}
-        metrics |= {"rollbacks": self.num_rollbacks} if self.num_rollbacks else {}
+        metrics |= verdict.figures
         if self.settings.on != "warn":
             return verdict.trouble
         if verdict.news:
             self.tracker.say(f"warning: step {step}: {verdict.news}")
         return None
 
-    def go_back(self, step: int, why: str, *, last: Literal["calm", "sound"] = "calm") -> None:
+    def go_back(self, step: int, why: str, *, last: guard.Last = "calm") -> None:
         """Puts the last good state back, with other draws and a smaller rate; all that came after it is forgotten.
 
         Nothing is written of it but by what is deleted: a run that is killed here walks into the same thing again.
@@ -101,9 +100,7 @@ class Course:
         checkpoint.drop_after(self.output, guard.good(self.progress["guard"], last), self.worker)
         left = checkpoints(self.output)
         if not (may_go_back and left):
-            times = f" after {len(done)} rollbacks (`guard.max_rollbacks`)" if done else ""
-            where = f"the state of {left[-1].name} is" if left else "nothing that was saved is"
-            raise RunFailed(f"stopped at step {step}{times}: {why}; {where} from before it; {SMALLER_RATE}")
+            raise RunFailed(last_words(step, why, len(done), left))
         for learner in self.learners.values():
             learner.clear()
         progress = dict(self._resume().progress or {})
@@ -115,21 +112,27 @@ class Course:
         if self.worker.is_main:
             note(self.output, rollbacks=done)
         self.tracker.go_back(progress["step"])
-        count = f"{len(done)} of {self.settings.max_rollbacks}"
-        rate = self.settings.rate_factor ** len(done)
-        self.tracker.say(
-            f"rolled back from step {step} to {progress['step']} ({count}), {rate:g} of the learning rate: {why}"
-        )
+        self.tracker.say(guard.told(self.progress["guard"], self.settings))
 
     def fell(self, step: int, failure: Diverged) -> None:
         """Goes back from what is not finite any more."""
         self.go_back(step, str(failure), last="sound")
 
     def _resume(self) -> checkpoint.Found:
-        return checkpoint.resume(
+        found = checkpoint.resume(
             self.output, self.worker, roles=self.roles, learners=self.learners, beside=self._beside
         )
+        if self.worker.is_main:
+            settle_changes(self.output, found.progress["step"] if found.progress else 0)
+        return found
 
     def _slow_down(self) -> None:
         for learner in self.learners.values():
             learner.slow_down(self.settings.rate_factor**self.num_rollbacks)
+
+
+def last_words(step: int, why: str, num_rollbacks: int, left: Sequence[Path]) -> str:
+    """Of a run that its guard stops: why, and the way on from the newest of the checkpoints that are `left`."""
+    times = f" after {num_rollbacks} rollbacks (`guard.max_rollbacks`)" if num_rollbacks else ""
+    good = f"{left[-1].name} is its last good state" if left else "its last good state is its beginning"
+    return f"stopped at step {step}{times}: {why}; {good}; {SMALLER_RATE}"

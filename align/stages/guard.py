@@ -19,6 +19,7 @@ WINDOW = 20  # steps whose median an explosion is measured by
 AT_ONCE = ("weight_norm",)
 TIE = 1e-6  # margins of a reward model to which all answers are the same
 History = dict[str, Any]
+Last = Literal["calm", "sound"]
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,12 @@ class Verdict:
     trouble: str | None  # in words
     news: str | None  # the trouble that was none a step ago
 
+    @property
+    def figures(self) -> dict[str, Any]:
+        """What is logged of it: nothing as long as there is nothing to say."""
+        count = len(self.history["rollbacks"])
+        return ({"guard": ", ".join(self.seen)} if self.seen else {}) | ({"rollbacks": count} if count else {})
+
 
 def new_history(step: int, weight_norm: float) -> History:
     """Of a run that is watched from `step` on. `calm` is the last step in which nothing looked wrong, `sound` the last
@@ -38,7 +45,17 @@ def new_history(step: int, weight_norm: float) -> History:
     return {"calm": step, "sound": step, "in_a_row": {}, "recent": recent, "has_ended": False, "rollbacks": []}
 
 
-def good(history: History, last: Literal["calm", "sound"] = "calm") -> int:
+def told(history: History, guard: Guard) -> str:
+    """A sentence on the last rollback."""
+    done = history["rollbacks"]
+    rate, last = guard.rate_factor ** len(done), done[-1]
+    return (
+        f"rolled back from step {last['at']} to {last['to']} ({len(done)} of {guard.max_rollbacks}), to {rate:g} of "
+        f"the learning rate: {last['why']}"
+    )
+
+
+def good(history: History, last: Last = "calm") -> int:
     """The newest step whose state is known to be good: the step after it was calm with it. The start always is."""
     return max(int(history[last]) - 1, 0)
 

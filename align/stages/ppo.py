@@ -157,6 +157,8 @@ def _iterate(this: _Run, iteration: int) -> dict[str, Any]:
     """Sample, score, assess, improve; the iteration's figures. Moves `progress` on."""
     settings = this.settings.model_copy(update={"seed": this.course.seed})
     ppo, progress, cast = settings.ppo, this.progress, this.cast
+    if progress.setdefault("kl_coef_given", ppo.kl_coef) != ppo.kl_coef:  # changed on the way
+        progress |= {"kl_coef": ppo.kl_coef, "kl_coef_given": ppo.kl_coef}
     phases = Phases(this.worker.device)
     rows = row_order(len(this.train), ppo.prompts_per_iteration, iteration - 1, settings.seed)
     this.tell_rewards(iteration - 1)

@@ -5,7 +5,7 @@ while saving costs one checkpoint and never the run.
 """
 
 import json
-import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -23,7 +23,8 @@ from align.stages import checkpoint
 from align.stages.costs import adapter_bytes, kl_to_base
 from align.stages.learner import available
 from align.stages.order import steps_of
-from align.stages.sft_trainer import COMPLETE, Bridge, Trainer, make_trainer
+from align.stages.sft_course import OffCourse, SftCourse
+from align.stages.sft_trainer import Bridge, Trainer, last_evaluation, make_trainer, unpatch
 from align.track import Tracker
 from align.worker import Worker
 
@@ -41,27 +42,21 @@ def run(settings: SftSettings, worker: Worker) -> None:
     if worker.is_main:
         begin(settings, bases.main.fingerprint)
     worker.wait()
-    resumed, passed_over = checkpoint.newest_whole(saved(Path(settings.output)), worker, _damage)
-    start = step_of(resumed) if resumed else 0
-    if worker.is_main:
-        _drop_after(start, Path(settings.output))
-    worker.wait()
-    trainer = make_trainer(settings, worker, role, tokenizer, train, held_out)
-    _check_same_length(resumed, trainer)
+    course = SftCourse(settings, worker, role)
+    new_trainer = partial(make_trainer, settings, worker, role, tokenizer, train, held_out, course)
+    trainer = new_trainer()
+    _check_same_length(course.resumed, trainer)
     tracker = Tracker(
         settings,
         total=_num_steps(trainer),
-        start=start,
+        start=course.start,
         shown=("loss", "mean_token_accuracy", "eval_loss"),
         is_main=worker.is_main,
     )
-    costs = trainer.costs
-    bridge = Bridge(tracker, worker, start, costs)
-    trainer.remove_callback(PrinterCallback)
-    trainer.add_callback(bridge)
+    course.tracker = tracker
     try:
         for message in (
-            *passed_over,
+            *course.words,
             *loaded.messages,
             *unread(tokenizer, loaded.train),
             said,
@@ -69,17 +64,31 @@ def run(settings: SftSettings, worker: Worker) -> None:
             available(settings.train.optim, worker.device)[1],
         ):
             tracker.say(message)
-        with costs.phases("train"):
-            trainer.train(resume_from_checkpoint=str(resumed) if resumed else None)
+        while not _train(trainer, course):
+            trainer = new_trainer()
         if trainer.state.global_step < trainer.state.max_steps:  # else it is done: finish, whatever the signal
             worker.stop_if_asked(lambda: None)  # the bridge has had it saved
-        metrics = (bridge.last_evaluation(trainer) or trainer.evaluate()) if held_out else {}
-        cost = costs.figures(role, bases)
+        metrics = (last_evaluation(trainer) or trainer.evaluate()) if held_out else {}
+        cost = trainer.costs.figures(role, bases)
         if worker.is_main:
             _finish(settings, bases, role, metrics, cost, len(train), tracker)
         worker.wait()
     finally:
         tracker.close()
+
+
+def _train(trainer: Trainer, course: SftCourse) -> bool:
+    """Steps up to the end, or to where the run has to go back; returns whether it is the end."""
+    trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(Bridge(course, trainer.costs))
+    try:
+        with trainer.costs.phases("train"):
+            trainer.train(resume_from_checkpoint=str(course.resumed) if course.resumed else None)
+        return True
+    except OffCourse as trouble:
+        unpatch(course.role)
+        course.go_back(trouble)
+        return False
 
 
 def _encoded(tokenizer: Any, rows: Any, max_length: int) -> tuple[list[Encoded], str]:
@@ -106,32 +115,6 @@ def _check_same_length(resumed: Path | None, trainer: Trainer) -> None:
         )
 
 
-def saved(output: Path) -> list[Path]:
-    """The trainer's checkpoints that were saved to their end, oldest first."""
-    return [path for path in _begun(output) if (path / checkpoint.CHECKSUMS).exists() or (path / COMPLETE).exists()]
-
-
-def _begun(output: Path) -> list[Path]:
-    found = (output / "checkpoints").glob("checkpoint-*")
-    return sorted((path for path in found if path.name.rpartition("-")[2].isdecimal()), key=step_of)
-
-
-def _drop_after(step: int, output: Path) -> None:
-    """Deletes what is damaged or was not saved to its end: the trainer would write between its files."""
-    for path in _begun(output):
-        if step_of(path) > step:
-            shutil.rmtree(path)
-
-
-def step_of(path: Path) -> int:
-    return int(path.name.rpartition("-")[2])
-
-
-def _damage(path: Path) -> str | None:
-    needed = ("trainer_state.json", "optimizer.pt", "scheduler.pt")
-    return checkpoint.damage(path, needed, lambda: (path / COMPLETE).stat().st_size > 0)  # 0.1.0's mark is empty
-
-
 def _finish(
     settings: SftSettings,
     bases: Bases,
@@ -142,8 +125,7 @@ def _finish(
     tracker: Tracker,
 ) -> None:
     folder = Path(settings.output)
-    for patched in (role.model, role.causal):  # TRL's patches of these instances; they would outlive the trainer
-        patched.__dict__.pop("forward", None)
+    unpatch(role)
     role.eval()
     with torch.no_grad():
         save_role(role, folder, base_name=settings.model.base, revision=bases.main.revision)

@@ -14,7 +14,6 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_utils import EvalLoopOutput
 from trl import SFTConfig, SFTTrainer
 
-from align.artifact import write_text
 from align.data import Encoded
 from align.errors import RunFailed
 from align.files import writing
@@ -23,10 +22,9 @@ from align.models.budget import training_tokens
 from align.models.layout import Tree, passes_of
 from align.models.roles import Role
 from align.settings import SftSettings
-from align.stages.checkpoint import seal
 from align.stages.costs import Costs
-from align.stages.learner import available
-from align.track import Tracker, keep_logs
+from align.stages.learner import available, rebase
+from align.stages.sft_course import OffCourse, SftCourse
 from align.worker import Worker
 
 SHORTER = "begin anew with a smaller `max_length`, or use a device with more memory"
@@ -36,7 +34,6 @@ TRAINING = Phase(
     f"start the same command again with `train.gradient_checkpointing: true`, if it is not yet; else {SHORTER}",
 )
 EVALUATION = Phase("while reading the held-out rows", "train.max_batch_tokens", SHORTER)
-COMPLETE = "complete"  # the mark of a checkpoint that was saved to its end
 NO_LOSS = -100
 Document = tuple[list[int], list[int]]  # ids and labels
 T = TypeVar("T")
@@ -195,20 +192,26 @@ def _labels(row: Encoded) -> list[int]:
 
 
 def make_trainer(
-    settings: SftSettings, worker: Worker, role: Role, tokenizer: Any, train: list[Encoded], held_out: list[Encoded]
+    settings: SftSettings,
+    worker: Worker,
+    role: Role,
+    tokenizer: Any,
+    train: list[Encoded],
+    held_out: list[Encoded],
+    course: SftCourse,
 ) -> Trainer:
-    """A trainer over the role by the recipe's settings."""
+    """A trainer over the role by the recipe's settings, with the seed and the rate of its course."""
     t = settings.train
     arguments = SFTConfig(
         output_dir=str(Path(settings.output) / "checkpoints"),
-        seed=settings.seed,
-        data_seed=settings.seed,
+        seed=course.seed,
+        data_seed=course.seed,
         use_cpu=worker.device.type == "cpu",
         bf16=False,
         fp16=False,
         report_to="none",
         disable_tqdm=True,
-        learning_rate=t.learning_rate,
+        learning_rate=course.learning_rate,
         optim=available(t.optim, worker.device)[0],
         num_train_epochs=t.num_train_epochs,
         max_steps=t.max_steps,
@@ -230,7 +233,6 @@ def make_trainer(
         eval_steps=t.eval_steps or None,
         save_strategy="steps" if t.save_steps else "no",
         save_steps=t.save_steps or 500,
-        save_total_limit=2,
         max_length=settings.max_length,
         packing=settings.packing,
         eval_packing=False,
@@ -254,11 +256,26 @@ def make_trainer(
     return trainer
 
 
+def unpatch(role: Role) -> None:
+    """Takes TRL's patches off these instances; they would outlive the trainer."""
+    for patched in (role.model, role.causal):
+        patched.__dict__.pop("forward", None)
+
+
+def last_evaluation(trainer: Trainer) -> dict[str, float] | None:
+    """What the trainer found at the last step, if it evaluated there."""
+    rows = [row for row in trainer.state.log_history if "eval_loss" in row]
+    return rows[-1] if rows and rows[-1]["step"] == trainer.state.global_step else None
+
+
 class Bridge(TrainerCallback):
     """The trainer's logs to our tracker, our signals to the trainer, and the checks that it does not make."""
 
-    def __init__(self, tracker: Tracker, worker: Worker, start: int, costs: Costs):
-        self.tracker, self.worker, self.is_first, self.costs = tracker, worker, start == 0, costs
+    def __init__(self, course: SftCourse, costs: Costs):
+        self.course, self.worker, self.costs, self.is_first = course, course.worker, costs, course.resumed is None
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
+        rebase(kwargs["optimizer"], kwargs["lr_scheduler"], self.course.learning_rate)  # the checkpoint has its own
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
         self.costs.begin_step()
@@ -269,23 +286,22 @@ class Bridge(TrainerCallback):
             for key, value in (logs or {}).items()
             if isinstance(value, (int, float)) and key not in ("epoch", "total_flos")
         }
-        if "train_runtime" not in numbers and numbers:
-            self.tracker.log(state.global_step, numbers)
+        if "train_runtime" in numbers or not numbers:
+            return
+        trouble = self.course.judge(state.global_step, numbers) if "loss" in numbers else None
+        self.course.tracker.log(state.global_step, numbers)
+        if trouble:
+            raise OffCourse(state.global_step, trouble, "calm")
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ):
         gradients = [p.grad for p in kwargs["model"].parameters() if p.grad is not None]
         if not all(bool(torch.isfinite(g).all()) for g in gradients):
-            raise RunFailed(f"the gradient is not finite at step {state.global_step + 1}: lower the learning rate")
+            raise OffCourse(state.global_step + 1, "the gradient is not finite", "sound")
         if self.is_first and not any(bool(g.any()) for g in gradients):
             raise RunFailed("the gradient is zero at the first step: the method leaves nothing to train")
         self.is_first = False
-
-    def last_evaluation(self, trainer: Trainer) -> dict[str, float] | None:
-        """What the trainer found at the last step, if it evaluated there."""
-        rows = [row for row in trainer.state.log_history if "eval_loss" in row]
-        return rows[-1] if rows and rows[-1]["step"] == trainer.state.global_step else None
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
         self.costs.end_step()
@@ -296,7 +312,4 @@ class Bridge(TrainerCallback):
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
         self.worker.wait()  # every process has written its generators
         if self.worker.is_main:
-            folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
-            keep_logs(folder.parents[1], folder)
-            seal(folder)
-            write_text(folder / COMPLETE, "sealed\n")
+            self.course.seal(state.global_step)
