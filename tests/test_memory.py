@@ -6,11 +6,10 @@ pass, or both. One run meets a real limit.
 
 import os
 import re
-import resource
 import subprocess
 import sys
-from contextlib import ExitStack
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,12 +19,32 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from align.artifact import read_lines, read_manifest
+from align.data import Prompt
 from align.errors import RunFailed
 from align.models import backoff
 from align.models.backoff import Phase, halving, in_passes, is_out_of_memory
 from align.models.layout import Tree, passes_of
+from align.models.roles import Bases
+from align.models.scoring import score_sequences
+from align.rewards.judge import Question, build_judge
+from align.rewards.learned import learned
+from align.rewards.mix import Answers
+from align.rollout import sampling
+from align.rollout.draw import uniforms
+from align.rollout.sampling import sample
+from align.settings import (
+    CollectSettings,
+    EvaluateSettings,
+    JudgeSettings,
+    LearnedReward,
+    Model,
+    Sampling,
+    ScoreSettings,
+)
+from align.stages.score import prompt_embeddings
 from align.track import read_metrics
 from tests import tiny
+from tests.test_classifiers import encoder
 
 ROOT = Path(__file__).resolve().parents[1]
 TIMEOUT = 120  # seconds
@@ -83,7 +102,9 @@ def started(stage, base, data, runs, folder, **changes):
 
 
 def figures(folder):
-    return [{k: v for k, v in row.items() if not re.search("second|peak_mib", k)} for row in read_metrics(folder)]
+    return [
+        {k: v for k, v in row.items() if not re.search("second|peak_mib|runtime", k)} for row in read_metrics(folder)
+    ]
 
 
 # ------------------------------------------------------------------------------------------------------ the loop itself
@@ -108,14 +129,22 @@ OURS = [
         "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to "
         "allocate 17179869184 bytes. Error code 12 (Cannot allocate memory)"
     ),
-    RuntimeError("[enforce fail at alloc_cpu.cpp:114] data. DefaultCPUAllocator: not enough memory: you tried 1 bytes."),
-    RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported at some other API call"),
+    RuntimeError(
+        "[enforce fail at alloc_cpu.cpp:114] data. DefaultCPUAllocator: not enough memory: you tried 1 bytes."
+    ),
+    RuntimeError(
+        "CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported at some other API call"
+    ),
     RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
     RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
     RuntimeError("std::bad_alloc"),
     RuntimeError("could not create a memory object"),
 ]
-OTHERS = [RuntimeError("mat1 and mat2 shapes cannot be multiplied"), OSError(12, "Cannot allocate"), RunFailed("bad_alloc")]
+OTHERS = [
+    RuntimeError("mat1 and mat2 shapes cannot be multiplied"),
+    OSError(12, "Cannot allocate"),
+    RunFailed("bad_alloc"),
+]
 
 
 def test_errors_of_memory_are_known_by_what_they_say():
@@ -182,80 +211,72 @@ def test_a_row_that_does_not_fit_alone_is_one_line():
 
 
 LORA = {"kind": "lora", "r": 4, "lora_dropout": 0.2}  # dropout: a second attempt must draw what the first would have
-TRAINED = [
-    ("sft", {"training": 32, "reading": 32}, {"gradient_accumulation_steps": 2}),
-    ("sft", {"backward": 32}, {"gradient_accumulation_steps": 2}),
-    ("reward", {"training": 48, "reading": 48}, {}),
-    ("reward", {"backward": 48}, {}),
-]
+ROOM = 66  # tokens: more than the longest single row that a stage reads
+SMALL, LARGE = 64, 512  # passes that fit, and that do not
+FORWARD, BACKWARD = {"reading": ROOM, "training": ROOM}, {"backward": ROOM}
+WAYS = pytest.mark.parametrize("room", [FORWARD, BACKWARD], ids=["forward", "backward"])
 
 
-@pytest.mark.parametrize(("stage", "room", "changes"), TRAINED)
-def test_training_goes_on_with_smaller_passes(stage, room, changes, base, data, runs, tmp_path, capsys):
-    size = next(iter(room.values()))
-    train = tiny.recipe(stage, base, data, tmp_path)["train"] | {"max_steps": 2, "save_steps": 0} | changes
-    small, whole = (train | {"max_batch_tokens": tokens} for tokens in (size, size * 8))
-    began = started(stage, base, data, runs, tmp_path / "began", train=small, method=LORA)
+@WAYS
+@pytest.mark.parametrize("stage", ["sft", "reward"])
+def test_training_goes_on_with_smaller_passes(stage, room, base, data, runs, tmp_path, capsys):
+    train = {"learning_rate": 3e-3, "per_device_train_batch_size": 8, "max_steps": 2, "save_steps": 0}
+    if stage == "sft":
+        train |= {"gradient_accumulation_steps": 2}
+    small, large = ({"train": train | {"max_batch_tokens": tokens}, "method": LORA} for tokens in (SMALL, LARGE))
+    began = started(stage, base, data, runs, tmp_path / "began", **small)
     capsys.readouterr()
     with Memory(**room) as memory:
-        found = started(stage, base, data, runs, tmp_path / "found", train=whole, method=LORA)
+        found = started(stage, base, data, runs, tmp_path / "found", **large)
     assert all(memory.refused[kind] for kind in room)
     assert tiny.largest_difference(began, found) == 0.0
-    if "backward" not in room:  # where reading was not refused, its figures are of larger passes
+    if room is FORWARD:  # else what was only read was read in large passes
         assert figures(began) == figures(found)
-    said = capsys.readouterr().err
-    assert f"out of memory in training: {size} tokens in a pass, not {size * 8}, from here on" in said
-    assert said.count("in training") == 1 and f"(`train.max_batch_tokens: {size}` begins so)" in said
+    said = [line for line in capsys.readouterr().err.splitlines() if "in training" in line]
+    begins = f"(`train.max_batch_tokens: {SMALL}` begins so)"
+    assert said == [f"out of memory in training: {SMALL} tokens in a pass, not {LARGE}, from here on {begins}"]
 
 
 def ppo(base, data, folder, **changes):
-    values = tiny.recipe("ppo", base, data, folder)["ppo"]
-    return values | {"num_iterations": 2, "max_batch_tokens": 256, "sampling_batch_size": 2, "save_steps": 0} | changes
+    values = {"num_iterations": 2, "num_mini_batches": 1, "sampling_batch_size": 2, "save_steps": 0, "eval_steps": 0}
+    return tiny.recipe("ppo", base, data, folder)["ppo"] | {"max_batch_tokens": LARGE} | values | changes
 
 
-@pytest.mark.parametrize("room", [{"reading": 32, "training": 32}, {"backward": 32}], ids=["forward", "backward"])
+@WAYS
 @pytest.mark.parametrize("critic", ["run", "trunk"])
 def test_ppo_goes_on_with_smaller_passes(critic, room, base, data, runs, tmp_path, capsys):
     changes = {"critic": {"kind": "trunk"}} if critic == "trunk" else {}
-    reward = {"use": "learned", "from": str(runs / "reward")}
 
     def made(name, tokens):
-        given = {"rewards": [reward | {"max_batch_tokens": tokens}], "ppo": ppo(base, data, tmp_path)} | changes
-        if "reading" in room:  # refused in all phases
-            given["ppo"]["max_batch_tokens"] = tokens
-        elif name == "began":
-            given["rewards"] = [reward | {"max_batch_tokens": 256}]
-            given["ppo"]["max_batch_tokens"] = 256
-        return started("ppo", base, data, runs, tmp_path / name, **given)
+        rewards = [{"use": "learned", "from": str(runs / "reward"), "max_batch_tokens": tokens}]
+        steps = ppo(base, data, tmp_path, max_batch_tokens=tokens)
+        return started("ppo", base, data, runs, tmp_path / name, rewards=rewards, ppo=steps, **changes)
 
-    if "backward" in room:
-        with Memory(training=32):
-            began = made("began", 256)
-    else:
-        began = made("began", 32)
+    if room is FORWARD:
+        began = made("began", SMALL)
+    else:  # the update alone in small passes
+        with Memory(training=ROOM):
+            began = made("began", LARGE)
     capsys.readouterr()
     with Memory(**room) as memory:
-        found = made("found", 256)
+        found = made("found", LARGE)
     assert all(memory.refused[kind] for kind in room)
     assert tiny.largest_difference(began, found) == 0.0 and figures(began) == figures(found)
-    said = capsys.readouterr().err
-    assert said.count("in the update: 32 tokens in a pass, not 256") == 1 == said.count("in the update")
-    plain = made("plain", 256)
-    assert tiny.largest_difference(plain, found) < 1e-4
+    said = capsys.readouterr().err.splitlines()
+    assert sum(f"in the update: {SMALL} tokens in a pass, not {LARGE}" in line for line in said) == 1
+    assert len(said) == len(set(said)) == (1 if room is BACKWARD else 3)  # read, scored, updated
 
 
 def test_ppo_samples_the_same_answers_in_fewer_slots(base, data, runs, tmp_path, capsys):
-    began = started("ppo", base, data, runs, tmp_path / "began", ppo=ppo(base, data, tmp_path))
-    capsys.readouterr()
+    wide = ppo(base, data, tmp_path, sampling_batch_size=8, eval_steps=2)
     with Memory(sampling=20) as memory:
-        wide = ppo(base, data, tmp_path, sampling_batch_size=8)
         found = started("ppo", base, data, runs, tmp_path / "found", ppo=wide)
     said = capsys.readouterr().err
     assert memory.refused["sampling"]
-    assert re.findall(r"sampling: (\d) answers at a time, not 8, from here on \(`ppo.sampling_batch_size: \1`", said)
+    assert re.search(r"sampling: (\d) answers at a time, not \d, from here on \(`ppo.sampling_batch_size: \1`", said)
     plain = started("ppo", base, data, runs, tmp_path / "plain", ppo=wide)
-    answers = [read_lines(folder / "samples.jsonl") for folder in (began, found, plain)]
-    assert [row["response"] for row in answers[1]] == [row["response"] for row in answers[2]]
+    answers = [[row["response"] for row in read_lines(folder / "samples.jsonl")] for folder in (found, plain)]
+    assert answers[0] == answers[1] and any(answers[0])
     assert tiny.largest_difference(plain, found) < 1e-4
 
 
@@ -265,17 +286,195 @@ def test_a_row_too_long_ends_ppo_and_smaller_ones_go_on(base, data, runs, tmp_pa
     whole = started("ppo", base, data, runs, tmp_path / "whole", ppo=steps)
     memory = Memory()
 
-    def fill(self, step, metrics, log=read_metrics):
-        memory.tokens["backward"] = 4
-
     with pytest.MonkeyPatch.context() as patch, memory:
         from align.stages import checkpoint
 
         save = checkpoint.save
         patch.setattr(checkpoint, "save", lambda *a, **k: (save(*a, **k), memory.tokens.update(backward=4)))
-        with pytest.raises(RunFailed, match=r"^out of memory in the update, with one row alone .*gradient_checkpointing"):
+        with pytest.raises(
+            RunFailed, match=r"^out of memory in the update, with one row alone .*gradient_checkpointing"
+        ):
             started("ppo", base, data, runs, tmp_path / "cut", ppo=steps)
     assert read_manifest(tmp_path / "cut" / "ppo")["status"] == "running"
     assert len(read_metrics(tmp_path / "cut" / "ppo")) == 1
     cut = started("ppo", base, data, runs, tmp_path / "cut", ppo=steps)
     assert tiny.largest_difference(whole, cut) == 0.0
+
+
+# ------------------------------------------------------------------------------------------------------------- reading
+
+
+@pytest.fixture(scope="module")
+def bases(base):
+    return Bases(Model(base=str(base)), torch.device("cpu"))
+
+
+ROWS = [[2, 4, *range(6, 6 + n)] for n in range(1, 9)]  # 3 to 10 tokens
+NUMBERS = uniforms(0, 0, 1, range(len(ROWS)), 6)
+FEW = Sampling(max_new_tokens=6)
+
+
+def in_small_and_large(read, room):
+    """`read(None)` in a memory with so much room, and `read(room)`, which begins so; sampling has room enough."""
+    began = read(room)
+    backoff.forget()
+    with Memory(reading=room) as memory:
+        found = read(None)
+    assert memory.refused["reading"]
+    return began, found
+
+
+def test_scores_and_embeddings_are_those_of_small_passes(base, bases, runs):
+    role, none = bases.role(str(runs / "reward"), head=True), [[]] * len(ROWS)
+    began, found = in_small_and_large(lambda tokens: score_sequences(role, ROWS, none, max_batch_tokens=tokens), 16)
+    assert torch.equal(began, found)
+    answers = Answers([], ROWS, [""] * len(ROWS), none)
+    plain = bases.role(None)
+    began, found = in_small_and_large(lambda tokens: prompt_embeddings(plain, answers, tokens), 16)
+    assert torch.equal(began, found)
+
+
+def test_a_classifier_made_elsewhere_reads_in_smaller_passes(tmp_path, capsys):
+    encoder(tmp_path, "bert")
+    answers = Answers([Prompt("What is two plus two ?", {}, "row")] * 6, [], ["four ."] * 5 + ["no"], [])
+    here = SimpleNamespace(device=torch.device("cpu"))
+
+    def read(tokens):
+        return learned(LearnedReward.model_validate({"from": str(tmp_path), "max_batch_tokens": tokens}), here)(answers)
+
+    began, found = in_small_and_large(read, 24)
+    assert began == found and f"while scoring by {tmp_path}: " in capsys.readouterr().err
+
+
+def test_a_judge_reads_its_questions_in_smaller_passes(tmp_path, capsys):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tiny, "WORDS", [*tiny.WORDS, "A", "B"])
+        tiny.make_base(tmp_path, seed=2)
+    (tmp_path / "question.jinja").write_text("{{ prompt }} please {{ a }} the {{ b }} A B")
+    bases = Bases(Model(base=str(tmp_path)), torch.device("cpu"))
+    judge = build_judge(JudgeSettings(question=str(tmp_path / "question.jinja")), bases, cache=None)
+    questions = [Question("give me", "a red cup", "bad"), Question("please", "bad blue", "the lamp thanks")]
+    plain = judge(questions)
+    with Memory(reading=20) as memory:
+        found = judge(questions)
+    assert memory.refused["reading"] and "while `judge` reads its questions" in capsys.readouterr().err
+    for one, other in zip(plain, found, strict=True):
+        assert one.probability == pytest.approx(other.probability, abs=1e-6) and one.win == other.win
+
+
+def test_answers_are_the_same_in_fewer_slots_and_smaller_batches(bases, capsys):
+    role, given = bases.role(None), {"end_ids": [3], "pad_id": 0, "batch_size": 8}
+    for how, kind in ((FEW, "sampling"), (FEW.model_copy(update={"cache_implementation": "static"}), "reading")):
+        plain, _ = sample(role, ROWS, NUMBERS, how, **given)
+        backoff.forget()
+        with Memory(**{kind: 24}) as memory:
+            found, _ = sample(role, ROWS, NUMBERS, how, **given)
+        assert memory.refused[kind] and found.answers == plain.answers
+        assert capsys.readouterr().err.startswith("out of memory while sampling: 2 answers at a time, not 8")
+
+
+def test_a_policy_that_cannot_be_merged_samples_with_its_adapter_beside(bases, runs, monkeypatch, capsys):
+    role, given = bases.role(str(runs / "sft")), {"end_ids": [3], "pad_id": 0, "batch_size": 8}
+    plain, _ = sample(role, ROWS, NUMBERS, FEW, **given)
+    tried = []
+
+    def merged_view(role):
+        tried.append(role)
+        raise OURS[2]
+
+    monkeypatch.setattr(sampling, "merged_view", merged_view)
+    for _ in range(2):
+        assert sample(role, ROWS, NUMBERS, FEW, **given)[0].answers == plain.answers
+    assert len(tried) == 1 and capsys.readouterr().err == (
+        "out of memory while merging the adapter for sampling: the adapter stays beside its base, which is slower, "
+        "from here on\n"
+    )
+
+
+# -------------------------------------------------------------------------------------------- evaluate, collect, score
+
+
+def test_collect_and_score_go_on(base, data, runs, tmp_path, capsys):
+    def made(name):
+        common = {"model": {"base": str(base)}, "launch": "cpu"}
+        prompts = {"train": str(data / "prompts.jsonl"), "validation_split": 0.0}
+        asked = {"prompts": prompts, "policies": {"sft": str(runs / "sft")}, "sampling": {"max_new_tokens": 6}}
+        folder = tmp_path / name
+        tiny.run(
+            CollectSettings(
+                stage="collect", output=str(folder / "collect"), num_generations={"sft": 2}, **asked, **common
+            )
+        )
+        tiny.run(
+            ScoreSettings(stage="score", output=str(folder / "score"), candidates=str(folder / "collect"), **common)
+        )
+        return read_lines(folder / "collect" / "candidates.jsonl"), read_lines(folder / "score" / "pairs.jsonl")
+
+    plain = made("plain")
+    capsys.readouterr()
+    with Memory(sampling=24, reading=24):
+        found = made("found")
+    assert found[0] == plain[0]
+    for one, other in zip(*(pairs for _, pairs in (plain, found)), strict=True):
+        assert one.pop("embedding") == pytest.approx(other.pop("embedding"), abs=2e-5) and one == other
+    said = capsys.readouterr().err
+    assert "while sampling: 8 answers at a time, not 32, from here on (`batch_size: 8` begins so)" in said
+    assert said.count("while sampling") == said.count("while embedding prompts") == 1
+
+
+def test_evaluate_goes_on(base, data, runs, tmp_path, capsys):
+    def made(name):
+        output = tmp_path / name
+        tiny.run(
+            EvaluateSettings(
+                stage="evaluate", model={"base": str(base)}, output=str(output), launch="cpu",
+                policies={"base": None, "sft": str(runs / "sft")}, compare=[["sft", "base"]],
+                judge=[{"use": "learned", "from": str(runs / "reward")}], sampling={"max_new_tokens": 6},
+                prompts={"train": str(data / "prompts.jsonl")},
+                reward={"from": str(runs / "reward"), "data": {"train": str(data / "pairs.jsonl")}},
+            )
+        )  # fmt: skip
+        return read_lines(output / "samples.jsonl"), read_manifest(output)["metrics"]
+
+    plain = made("plain")
+    capsys.readouterr()
+    with Memory(sampling=ROOM, reading=ROOM):
+        found = made("found")
+    assert [row["sft"]["response"] for row in found[0]] == [row["sft"]["response"] for row in plain[0]]
+    for name, metrics in plain[1]["policies"].items():
+        assert found[1]["policies"][name] == pytest.approx(metrics, abs=1e-4)
+    assert found[1]["reward"] == pytest.approx(plain[1]["reward"], abs=1e-4)
+    said = capsys.readouterr().err.splitlines()
+    phases = ("while sampling", "while reading", "while scoring by", "while scoring pairs")
+    assert all(sum(phase in line for line in said) == 1 for phase in phases) and len(said) == 4, said
+
+
+# ------------------------------------------------------------------------------------------------- processes and limits
+
+
+def test_one_process_of_two_may_have_less(base, data, runs, tmp_path):
+    """The user's own file is what both load; in the second it leaves no room."""
+    steps = ppo(base, data, tmp_path, num_iterations=1, sampling_batch_size=8)
+    whole = started("ppo", base, data, runs, tmp_path / "whole", ppo=steps)
+    (tmp_path / "own.py").write_text(
+        "import os\n"
+        "from tests.test_memory import Memory\n"
+        "if os.environ.get('RANK') == '1':\n    Memory(sampling=12, reading=66, training=40).__enter__()\n"
+        "def nothing(completions, **kw):\n    return [0.0] * len(completions)\n"
+    )
+    values = tiny.recipe("ppo", base, data, tmp_path / "ppo", ppo=steps)
+    values["rewards"].append({"use": f"{tmp_path}/own.py:nothing"})
+    path = tmp_path / "ppo.yaml"
+    text = yaml.safe_dump(values | {"launch": "ddp"})
+    for name in ("sft", "reward"):
+        text = text.replace(str(tmp_path / name), str(runs / name))
+    path.write_text(text)
+    done = subprocess.run(
+        [sys.executable, "-m", "align.cli", "run", str(path)], cwd=ROOT, capture_output=True, text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT)}, timeout=TIMEOUT,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert tiny.largest_difference(whole, tmp_path / "ppo") < 1e-4
+    said = [line for line in done.stderr.splitlines() if "out of memory" in line]
+    assert said and all(line.startswith("process 1: out of memory ") for line in said)
+    assert any("in the update" in line for line in said)

@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 from align.maths.kl import exact_kl
+from align.models.backoff import Phase, in_passes
 from align.models.base import bytes_per_parameter
 from align.models.layout import Tree
 from align.models.roles import Bases, Role
@@ -26,6 +27,8 @@ UNRELATED = (
     "def median(values):\n    ordered = sorted(values)\n    middle = len(ordered) // 2\n    if len(ordered) % 2:\n"
     "        return ordered[middle]\n    return (ordered[middle - 1] + ordered[middle]) / 2\n",
 )
+
+MEASURING = Phase("while measuring how far the model has moved from its base")
 
 
 class Costs:
@@ -70,12 +73,12 @@ def kl_to_base(role: Role, bases: Bases, start: str | None = None) -> float:
     base, tokenizer, own = bases.role(None), bases.main.tokenizer, bases.tokenizer(start)
     if _num_logits(base) != _num_logits(role) or tokenizer.get_vocab() != own.get_vocab():
         base, tokenizer = bases.role(start), own
-    found = []
-    for text in UNRELATED:
-        tree = Tree(tokenizer(text)["input_ids"], [[]])
-        logits = (each.logits(each.states(each.layout([tree]))) for each in (base, role))  # (T, V) each
-        found.append(exact_kl(*logits))
-    return float(torch.cat(found).mean())
+    texts = [[Tree(tokenizer(text)["input_ids"], [[]])] for text in UNRELATED]
+
+    def work(text: list[Tree]) -> torch.Tensor:
+        return exact_kl(*(each.logits(each.states(each.layout(text))) for each in (base, role)))  # of (T, V) each
+
+    return float(torch.cat([kl for _, kl in in_passes(MEASURING, 1, lambda _: texts, work)]).mean())
 
 
 def _num_logits(role: Role) -> int:

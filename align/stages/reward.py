@@ -327,7 +327,7 @@ def _finish(
         folder = Path(settings.output)
         save_role(role, folder, base_name=settings.model.base, revision=bases.main.revision)
         save_tokenizer(tokenizer, folder)
-        _check_saved(bases, folder, role, (reference[0][:PROBE_ROWS], reference[1][:PROBE_ROWS]))
+        _check_saved(bases, folder, role, (reference[0][:PROBE_ROWS], reference[1][:PROBE_ROWS]), budget)
         reward_curves(folder)
         cost |= {"kl_to_base": kl_to_base(role, bases), "adapter_bytes": adapter_bytes(folder)}
         score = {"score_mean": mean, "score_std": std, "score_samples": len(scores)}
@@ -362,9 +362,12 @@ def _as_pair(row: Demonstration) -> Preference:
     return Preference(row.prompt, row.completion, row.completion, 1.0, 1.0, 0.0, row.where, row.template)
 
 
-def _check_saved(bases: Bases, folder: Path, role: Role, probe: Sequences) -> None:
+def _check_saved(bases: Bases, folder: Path, role: Role, probe: Sequences, max_batch_tokens: int | None) -> None:
     """Scores of a probe by the role in memory and by what is on disk, in the same batch: they must be the same."""
-    expected, found = (score_sequences(each, *probe) for each in (role, bases.role(str(folder), head=True)))
+    expected, found = (
+        score_sequences(each, *probe, max_batch_tokens=max_batch_tokens, phase=SCORING)
+        for each in (role, bases.role(str(folder), head=True))
+    )
     drift = float((found - expected).abs().max())
     if drift > PROBE_TOLERANCE * max(1.0, float(expected.abs().max())):
         raise RunFailed(f"the reward model saved in {folder} scores a probe differently by {drift:.2g}: not usable")
