@@ -8,6 +8,7 @@ from typing import Any
 from align.artifact import named_none, state_of
 from align.data import Loaded, load, looks_like_hub_id
 from align.errors import BadInput
+from align.files import reading
 from align.models.facts import (
     INDEX,
     WEIGHTS,
@@ -88,7 +89,7 @@ def _naming(recipe: Recipe, name: str) -> Iterator[None]:
     is wrong too."""
     kind = recipe.stages[name].stage
     try:
-        with nullcontext() if kind in STAGES else users_code(kind, f"`{kind}`", raises=BadInput):
+        with nullcontext() if kind in STAGES else users_code(kind, f"`{kind}`", raises=BadInput), reading():
             yield
     except BadInput as error:
         stage = f"stage `{name}`: " if recipe.is_pipeline else ""

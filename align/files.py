@@ -53,6 +53,23 @@ def writing(path: str | Path) -> Iterator[None]:
         raise RunFailed(f"{path} cannot be written: {why}") from error
 
 
+@contextmanager
+def reading() -> Iterator[None]:
+    """Around what looks at what the user named: says in one line what a disk or its owner does not let it see.
+
+    Raises:
+        BadInput: no permission, a broken disk, a name that is too long.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            raise
+        raise BadInput(
+            f"{error.filename} cannot be read ({error.strerror}); make it readable, or name another"
+        ) from error
+
+
 def temporary_beside(path: Path) -> Path:
     """A name beside `path` for what is being written. It says whose it is, so that a later run can clear it away."""
     return path.with_name(f".{path.name}.{os.getpid()}.tmp")

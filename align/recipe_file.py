@@ -42,7 +42,7 @@ def find_recipe(name: str) -> Path:
         return path
     folder = recipes_folder()
     for candidate in (folder / name, folder / f"{name}.yaml", folder / name / f"{name}.yaml"):
-        if candidate.is_file() and candidate.suffix in (".yaml", ".yml"):
+        if os.path.isfile(candidate) and candidate.suffix in (".yaml", ".yml"):
             return candidate
     if name and path.is_dir():
         raise BadInput(f"{name} is a folder; name the recipe file in it")
