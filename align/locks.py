@@ -27,7 +27,7 @@ NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno.EB
 
 @contextmanager
 def at_work_in(
-    folder: str | Path, where: str = "`output`", *, patience: float | None = None, name: str = LOCK
+    folder: str | Path, where: str = "`output`", *, patience: float | None = None, name: str = LOCK, what: str = ""
 ) -> Iterator[None]:
     """While this holds, `folder` (or what `name` stands for in it) is this process's, and theirs who are `beside` it.
     The folder is made where it is not there, and is gone again if nothing but the lock came into it.
@@ -37,8 +37,9 @@ def at_work_in(
     """
     folder = Path(folder)
     made = _make(folder)
+    told = f"{where}: another run is at work {what or f'in {folder}'}"
     try:
-        descriptor = _taken(folder / name, where, PATIENCE if patience is None else patience)
+        descriptor = _taken(folder / name, told, PATIENCE if patience is None else patience)
         try:
             yield
         finally:
@@ -79,7 +80,7 @@ def _make(folder: Path) -> list[Path]:
     return new
 
 
-def _taken(path: Path, where: str, patience: float) -> int:
+def _taken(path: Path, told: str, patience: float) -> int:
     """The open file of a lock that nobody else has."""
     begun, is_said = time.monotonic(), False
     while True:
@@ -95,10 +96,10 @@ def _taken(path: Path, where: str, patience: float) -> int:
                 fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)  # for the others of this run: see `beside`
                 return descriptor
         except BlockingIOError:
-            waited, fault = time.monotonic() - begun, f"another run is at work in {path.parent}{_holder(descriptor)}"
+            waited, fault = time.monotonic() - begun, f"{told}{_holder(descriptor)}"
             if waited > patience:
                 os.close(descriptor)
-                raise BadInput(f"{where}: {fault}; wait for it, or stop it") from None
+                raise BadInput(f"{fault}; wait for it, or stop it") from None
             if waited > SAID_AFTER and not is_said:
                 print(f"note: {fault}: waiting for {patience:g} s whether it ends", flush=True)
                 is_said = True

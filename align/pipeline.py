@@ -1,14 +1,15 @@
 """Runs the stages of a recipe in order, each as its own `accelerate launch`; finished stages are passed over."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from align.artifact import change, tidy
 from align.door import check_recipe, remarks
 from align.errors import BadInput
 from align.launch import LaunchPlan, plan, run_stage
-from align.locks import check_free
+from align.locks import at_work_in, check_free
 from align.recipe import Recipe
 from align.settings import EnsembleSettings
 from align.wording import safe
@@ -52,14 +53,32 @@ def run_recipe(recipe: Recipe, overrides: list[str], changes: Sequence[str] = ()
     """
     states = check_recipe(recipe, changes)
     plans = launches(recipe, states)
-    for name, stage in recipe.stages.items():
-        if states[name] != "finished":
-            check_free(stage.output)  # the stage's own process takes the lock, and outlives this one to save
-    for remark in remarks(recipe):
-        print(safe(f"note: {remark}"), flush=True)
-    for name in recipe.stages:
-        for line in _change(recipe, name, changes) if states[name] == "running" else ():
-            print(safe(f"changed: {line}"), flush=True)
+    with _alone([Path(stage.output) for name, stage in recipe.stages.items() if states[name] != "finished"]):
+        for remark in remarks(recipe):
+            print(safe(f"note: {remark}"), flush=True)
+        for name in recipe.stages:
+            for line in _change(recipe, name, changes) if states[name] == "running" else ():
+                print(safe(f"changed: {line}"), flush=True)
+        return _run(recipe, overrides, states, plans)
+
+
+@contextmanager
+def _alone(folders: list[Path]) -> Iterator[None]:
+    """While this holds, no other `align run` writes any of these folders, nor begins to between two stages. A stage's
+    own process locks its folder too: it may be started by hand, and outlives this one to save.
+
+    Raises:
+        BadInput: a run is at work in one of them.
+    """
+    with ExitStack() as stack:
+        for folder in folders:
+            what = f"in {folder}"
+            stack.enter_context(at_work_in(folder.resolve().parent, what=what, name=f".{folder.name}.lock"))
+            check_free(folder)
+        yield
+
+
+def _run(recipe: Recipe, overrides: list[str], states: dict[str, str], plans: dict[str, LaunchPlan]) -> int:
     started = time.perf_counter()
     for number, (name, stage) in enumerate(recipe.stages.items(), 1):
         title = f"[{number}/{len(recipe.stages)}] {name}"

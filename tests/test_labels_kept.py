@@ -134,6 +134,13 @@ def older_but_fuller(loop):
     store.close()
 
 
+def with_an_answer_turned(loop):
+    store = Store(loop.store)
+    with store.writing() as session:
+        session.execute(text("UPDATE labels SET outcome = 'b' WHERE id = 2"))
+    store.close()
+
+
 def garbage(loop):
     Path(loop.store).write_bytes(b"garbage " * 1000)
 
@@ -144,8 +151,9 @@ LOST = {
     without_tables: "is empty",
     made_anew: "is another one: no loop has used it",
     of_another: "belongs to another loop",
-    older: "is an older one, or has lost something: it holds 4 labels of people and 1 finished steps",
-    older_but_fuller: "is an older one, or has lost something",
+    older: "is an older one, or was changed: it holds 4 labels of people and 1 finished steps",
+    older_but_fuller: "is an older one, or was changed",
+    with_an_answer_turned: "is an older one, or was changed",
     garbage: "cannot be opened",
 }
 

@@ -165,9 +165,24 @@ def test_a_second_align_run_is_refused_before_anything_starts(written, holder, m
     process = holder()
     monkeypatch.setattr(pipeline, "run_stage", lambda *_: pytest.fail("a stage was started"))
     before = sorted(Path(settings.output).parent.iterdir())
-    with pytest.raises(BadInput, match=rf"another run is at work in .*out \(process {process.pid}\)"):
+    with pytest.raises(BadInput, match=rf"`output`: another run is at work in .*out \(process {process.pid}\)"):
         pipeline.run_recipe(load_recipe(str(path)), [])
     assert sorted(Path(settings.output).parent.iterdir()) == before
+
+
+def test_nor_begins_it_between_the_stages_of_the_first(written, monkeypatch):
+    """Two that start at once would share what the stage tells its starter, too."""
+    path, _ = written
+
+    def ends(*_):
+        with pytest.raises(BadInput, match=rf"`output`: another run is at work in .*out \(process {os.getpid()}\)"):
+            pipeline.run_recipe(load_recipe(str(path)), [])
+        return 3
+
+    monkeypatch.setattr(pipeline, "run_stage", ends)
+    before = sorted(path.parent.iterdir())
+    assert pipeline.run_recipe(load_recipe(str(path)), []) == 3
+    assert sorted(path.parent.iterdir()) == before
 
 
 def test_so_is_a_second_comparison(written, holder, tmp_path, monkeypatch):

@@ -4,6 +4,7 @@ backups/store-000012.db              the newest three of a loop: made after each
 backups/store-replaced-000001.db     what a restore found in the store's place
 """
 
+import hashlib
 import re
 import shutil
 import sqlite3
@@ -32,12 +33,14 @@ PASSING = Lease.__tablename__  # which no copy brings back
 
 @dataclass(frozen=True)
 class Extent:
-    """How far a store is: the steps that are done, people's labels (corrections counted), and the newest of each."""
+    """How far a store is: the steps that are done, people's labels (corrections counted), and the newest of each.
+    `digest` is of what those labels say, of all up to the newest: they are never changed."""
 
     steps: int = 0
     step: str = ""
     labels: int = 0
     label: str = ""  # its key
+    digest: str = ""
 
     def __str__(self) -> str:
         last = f" (the last: {self.step})" if self.step else ""
@@ -52,25 +55,37 @@ class Extent:
 
 def extent_of(session: Session) -> Extent:
     """How far the store is that this session reads."""
-    of_people = select(Label.key).where(Label.source == "human")
+    key, labels, digest = _labels_of(session)
     last = session.scalars(select(Step).order_by(Step.finished.desc(), Step.round.desc()).limit(1)).first()
     return Extent(
         steps=session.scalar(select(func.count()).select_from(Step)) or 0,
         step="" if last is None else f"`{last.name}` of round {last.round}",
-        labels=session.scalar(select(func.count()).select_from(of_people.subquery())) or 0,
-        label=session.scalar(of_people.order_by(Label.id.desc()).limit(1)) or "",
+        labels=labels,
+        label=key,
+        digest=digest,
     )
 
 
+def _labels_of(session: Session, up_to: int | None = None) -> tuple[str, int, str]:
+    """The newest label of people (up to an id), how many there are until then, and a digest of what they say."""
+    columns = (Label.key, Label.comparison_id, Label.annotator_id, Label.outcome, Label.strength, Label.probability)
+    query = select(*columns, Label.is_reask, Label.supersedes).where(Label.source == "human").order_by(Label.id)
+    query = query if up_to is None else query.where(Label.id <= up_to)
+    digest, count, key = hashlib.sha256(), 0, ""
+    for row in session.execute(query.execution_options(yield_per=1000)):
+        digest.update(repr(tuple(row)).encode())
+        count, key = count + 1, row[0]
+    return key, count, digest.hexdigest()[:16]
+
+
 def has_all(session: Session, then: Extent) -> bool:
-    """Whether all that a store held `then` is in this one: as many steps, that label, and as many up to it."""
+    """Whether all that a store held `then` is in this one: as many steps, and the same labels up to the newest."""
     if (session.scalar(select(func.count()).select_from(Step)) or 0) < then.steps:
         return False
     last = session.scalar(select(Label.id).where(Label.key == then.label))
     if not then.labels or last is None:
         return not then.labels
-    up_to = select(func.count()).select_from(Label).where(Label.source == "human", Label.id <= last)
-    return (session.scalar(up_to) or 0) >= then.labels
+    return _labels_of(session, last)[1:] == (then.labels, then.digest)
 
 
 # --------------------------------------------------------------------------------------------------- making a copy

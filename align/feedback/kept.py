@@ -14,12 +14,13 @@ from threading import Event, Thread
 from time import monotonic
 from typing import Any
 
-from sqlalchemy import text
+from sqlalchemy import func, select, text
 from sqlalchemy.exc import DBAPIError
 
 from align.errors import BadInput, RunFailed
 from align.feedback.copies import BACKUPS, Extent, extent_of, has_all, keep_copy, newest_copy
 from align.feedback.database import KEPT, LOOP, MARK, NoStore, file_of, read_loop, shown, store_of, store_url
+from align.feedback.schema import Label
 from align.feedback.store import Store
 from align.locks import at_work_in
 from align.wording import one_line
@@ -56,7 +57,7 @@ def home_of(run: str | Path) -> Home:
     file = file_of(store_url(where))
     if file is None:
         return Home(where, None, "store", shown(where), is_loop=False)  # as a message may name it: it has a password
-    is_loops_own = file.name == "store.db" and (file.parent / LOOP).is_file()
+    is_loops_own = (file.parent / LOOP).is_file() and Path(store_of(file.parent)).resolve() == file.resolve()
     return Home(where, file.parent, file.stem, str(file.parent) if is_loops_own else where, is_loops_own)
 
 
@@ -108,7 +109,7 @@ def _fault(store: Store, home: Home, told: Mapping[str, Any]) -> str | None:
         return "belongs to another loop" if mark else "is another one: no loop has used it"
     with store.reading() as session:
         if any(not has_all(session, extent) for extent in _remembered(home, told)):
-            return f"is an older one, or has lost something: it holds {extent_of(session)}"
+            return f"is an older one, or was changed: it holds {extent_of(session)}"
     return None
 
 
@@ -141,13 +142,13 @@ def at_work_on(store: Store) -> Iterator[None]:
     """
     file = file_of(store.url)
     if file is not None:
-        with at_work_in(file.parent, f"the store {store}", name=f".{file.name}.lock"):
+        with at_work_in(file.parent, "`store`", what=f"on {store}", name=f".{file.name}.lock"):
             yield
         return
     with store.answering(), store.engine.connect() as connection:
         try:
             if not connection.scalar(text(f"SELECT pg_try_advisory_lock({LOOPS_LOCK})")):
-                raise BadInput(f"another run is at work on the store {store}; wait for it, or stop it")
+                raise BadInput(f"`store`: another run is at work on {store}; wait for it, or stop it")
             connection.commit()  # the lock is the connection's, not the transaction's
             yield
         finally:
@@ -179,7 +180,11 @@ class _Keeper:
         self.store, self.folder, self.stem, self.echo = store, folder, stem, echo
         self.ends, self.pause, self.is_told = Event(), LOOK_EVERY, False
         newest = newest_copy(folder, stem, is_checked=False)
-        self.extent = newest.extent if newest is not None else Extent()
+        self.copied = newest.extent.labels if newest is not None else 0
+
+    def count(self) -> int:
+        with self.store.reading() as session:
+            return session.scalar(select(func.count()).where(Label.source == "human")) or 0
 
     def watch(self) -> None:
         while not self.ends.wait(self.pause):
@@ -189,11 +194,10 @@ class _Keeper:
         """Makes a copy where so many labels have come since the last one."""
         begun = monotonic()
         try:
-            with self.store.reading() as session:
-                extent = extent_of(session)
-            if abs(extent.labels - self.extent.labels) >= after:
+            count = self.count()
+            if abs(count - self.copied) >= after:
                 keep_copy(self.store, self.folder, self.stem)
-                self.extent, self.is_told = extent, False
+                self.copied, self.is_told = count, False
         except (BadInput, RunFailed, OSError, DBAPIError) as error:
             if not self.is_told:
                 self.echo(f"no copy of the labels could be made: {one_line(error)}")
