@@ -39,7 +39,7 @@ from align.identity import (
 )
 from align.locks import LOCK
 from align.plain_json import dumps
-from align.settings import StageSettings
+from align.settings import EnsembleSettings, StageSettings
 from align.wording import brief, did_you_mean_path, one_line
 
 MANIFEST = "manifest.json"
@@ -277,21 +277,31 @@ def _recipe_before(manifest: dict[str, Any], settings: StageSettings) -> dict[st
 
 
 def change(settings: StageSettings, named: Callable[[str], bool]) -> list[str]:
-    """Has a run under way go on with today's values of the changeable keys that are `named`, and remembers them as
-    changes after its newest checkpoint; a line on each."""
-    if not (Path(settings.output) / MANIFEST).is_file():
+    """Has a run under way, and an ensemble's members, go on with today's values of the changeable keys that are
+    `named`, and remembers them as changes after its newest checkpoint; a line on each."""
+    path = Path(settings.output) / MANIFEST
+    if not path.is_file() or read_manifest(settings.output).get("status") == "finished":
         return []
+    for member in settings.members() if isinstance(settings, EnsembleSettings) else ():
+        if (Path(member.output) / MANIFEST).is_file():
+            _change(member, named)
+    return [
+        f"`{each['key']}` was {brief(each['was'])}, is {brief(each['becomes'])} after step {each['step']}"
+        for each in _change(settings, named)
+    ]
+
+
+def _change(settings: StageSettings, named: Callable[[str], bool]) -> list[dict[str, Any]]:
     manifest, step = read_manifest(settings.output), newest_step(settings.output)
     recipe = _recipe_before(manifest, settings)
-    changes = list(manifest.get("changes", []))
+    new = []
     for key, was, becomes in differences(recipe, recipe_of(settings)):
         if CHANGEABLE.fullmatch(key) and named(key):
             _put(recipe, key, becomes)
-            changes.append({"step": step, "key": key, "was": was, "becomes": becomes})
-    new = changes[len(manifest.get("changes", [])) :]
+            new.append({"step": step, "key": key, "was": was, "becomes": becomes})
     if new:
-        note(settings.output, recipe=recipe, changes=changes)
-    return [f"`{c['key']}` was {brief(c['was'])}, is {brief(c['becomes'])} after step {c['step']}" for c in new]
+        note(settings.output, recipe=recipe, changes=[*manifest.get("changes", []), *new])
+    return new
 
 
 def settle_changes(folder: str | Path, step: int) -> None:

@@ -113,12 +113,12 @@ def compare(
 
 
 @app.command()
-def loop(recipe: RecipeName, overrides: Overrides = None) -> None:
+def loop(recipe: RecipeName, overrides: Overrides = None, changes: Changes = None) -> None:
     """Run the rounds of a feedback loop; it stops where people have labels to give, and goes on when they are in."""
     from align.loop.rounds import load_loop
     from align.loop.run import run_loop
 
-    raise typer.Exit(run_loop(load_loop(recipe, overrides or [])))
+    raise typer.Exit(run_loop(load_loop(recipe, overrides or [], changes or [])))
 
 
 @app.command()

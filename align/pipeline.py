@@ -11,7 +11,6 @@ from align.errors import BadInput
 from align.launch import LaunchPlan, plan, run_stage
 from align.locks import at_work_in, check_free
 from align.recipe import Recipe
-from align.settings import EnsembleSettings
 from align.wording import safe
 
 
@@ -31,18 +30,6 @@ def launches(recipe: Recipe, states: dict[str, str]) -> dict[str, LaunchPlan]:
     return found
 
 
-def _change(recipe: Recipe, name: str, changes: Sequence[str]) -> list[str]:
-    """Has a stage under way, and the members of an ensemble, go on with what was changed; a line on each change."""
-    settings, named = recipe.stages[name], recipe.names(name, changes)
-    lines = change(settings, named)
-    if lines and isinstance(settings, EnsembleSettings):
-        from align.stages.ensemble import member  # heavy: only for this
-
-        for number in range(settings.num_members):
-            change(member(settings, number), named)
-    return lines
-
-
 def run_recipe(recipe: Recipe, overrides: list[str], changes: Sequence[str] = ()) -> int:
     """Checks everything, then starts what is not finished. Returns 0, or the exit code of the stage that failed.
 
@@ -56,8 +43,8 @@ def run_recipe(recipe: Recipe, overrides: list[str], changes: Sequence[str] = ()
     with _alone([Path(stage.output) for name, stage in recipe.stages.items() if states[name] != "finished"]):
         for remark in remarks(recipe):
             print(safe(f"note: {remark}"), flush=True)
-        for name in recipe.stages:
-            for line in _change(recipe, name, changes) if states[name] == "running" else ():
+        for name, stage in recipe.stages.items():
+            for line in change(stage, recipe.names(name, changes)) if states[name] == "running" else ():
                 print(safe(f"changed: {line}"), flush=True)
         return _run(recipe, overrides, states, plans)
 

@@ -16,7 +16,6 @@ from align.errors import BadInput
 from align.recipe import load_recipe
 from align.report import stage_page
 from align.settings import EnsembleSettings
-from align.stages.ensemble import member
 from align.track import Tracker, read_metrics
 from tests import tiny
 
@@ -142,7 +141,7 @@ def test_members_of_an_ensemble_change_with_it(base, data, tmp_path, monkeypatch
     assert start(monkeypatch, path, "train.learning_rate=1e-6") == 0
     assert read_manifest(tmp_path / "ensemble" / "member-0")["changes"][0]["step"] == 2
     settings = EnsembleSettings.model_validate(values)
-    assert read_manifest(member(settings, 1).output)["recipe"]["train"]["learning_rate"] == 1e-6
+    assert read_manifest(settings.members()[1].output)["recipe"]["train"]["learning_rate"] == 1e-6
 
 
 def test_a_change_stands_at_the_step_that_the_run_goes_on_from(base, data, runs, tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import pytest
 
@@ -146,3 +147,137 @@ def test_a_run_that_diverges_is_warned_of(stage, base, data, runs, tmp_path, cap
         assert "not finite" in str(error) or "nan" in str(error)
     assert said(capsys).count("warning: step") >= 1
     assert any("weight_norm" in row.get("guard", "") for row in read_metrics(tmp_path / stage))
+
+
+# ------------------------------------------------------------------------------------------------- collapse, and the KL
+
+
+def constant(tmp_path):
+    (tmp_path / "own.py").write_text(ONE_SCORE)
+    return [{"use": f"{tmp_path}/own.py:constant"}]
+
+
+def test_scores_that_are_all_the_same_stop_a_run_or_are_warned_of(base, data, runs, tmp_path, capsys):
+    rewards = constant(tmp_path)
+    penalty = {"missing_eos_penalty": None}
+    values = recipe("ppo", base, data, runs, tmp_path / "stop", rewards=rewards, ppo=penalty, guard={"on": "stop"})
+    with pytest.raises(RunFailed, match="stopped at step 3: for 3 steps all answers score the same; its last good sta"):
+        run(values)
+    run(recipe("ppo", base, data, runs, tmp_path / "warn", rewards=rewards, ppo=penalty))
+    assert said(capsys).count("warning: step 3: for 3 steps all answers score the same") == 1
+    assert all("scores" in row["guard"] for row in read_metrics(tmp_path / "warn"))
+    alarms = stage_page.page_of(tmp_path / "warn").alarms
+    assert "the guard saw scores in 8 steps, first in 1 and last in 8" in alarms
+
+
+def test_answers_that_are_all_empty_are_seen(base, data, runs, tmp_path, monkeypatch):
+    monkeypatch.setattr("align.stages.ppo_steps.decode_completion", lambda *_: " ")
+    with pytest.raises(
+        RunFailed, match=r"for 2 steps 100% of the answers are empty .* 100% of the answers are the same"
+    ):
+        run(recipe("ppo", base, data, runs, tmp_path / "ppo", guard={"on": "stop", "patience": 2}))
+    assert [(row["empty_share"], row["same_share"]) for row in read_metrics(tmp_path / "ppo")] == [(1.0, 1.0)] * 2
+
+
+def test_a_run_that_goes_back_too_often_is_stopped(base, data, runs, tmp_path, capsys):
+    values = recipe("ppo", base, data, runs, tmp_path / "ppo", rewards=constant(tmp_path))
+    values["ppo"]["missing_eos_penalty"] = None
+    values["guard"] = {"on": "rollback", "patience": 1, "max_rollbacks": 2}
+    with pytest.raises(RunFailed, match=r"stopped at step 1 after 2 rollbacks \(`guard.max_rollbacks`\): all answers"):
+        run(values)
+    assert "rolled back from step 1 to 0 (2 of 2), to 0.25 of the learning rate" in said(capsys)
+    assert [path.name for path in checkpoints(tmp_path / "ppo")] == ["step-00000000"]
+
+
+@pytest.mark.parametrize(("budget", "is_kept_in"), [(1e-3, True), (1e-13, False)])
+def test_a_kl_beyond_its_budget_goes_back_and_else_stops_as_ever(
+    budget, is_kept_in, base, data, runs, tmp_path, capsys
+):
+    own = {"kl_budget": budget, "kl_estimator": "k3", "kl_coef": 0.0, "eval_steps": 4, "num_iterations": 10}
+    going_back = {"on": "rollback", "rate_factor": 1e-4, "max_rollbacks": 1}
+    run(recipe("ppo", base, data, runs, tmp_path / "ppo", 0.01, ppo=own, guard=going_back))
+    manifest = read_manifest(tmp_path / "ppo")
+    assert "sequence KL" in manifest["rollbacks"][0]["why"] and len(manifest["rollbacks"]) == 1
+    assert manifest["status"] == "finished" and (manifest["metrics"]["best"] or manifest["metrics"]["kept"])
+    assert ("stopped at iteration" in said(capsys)) != is_kept_in
+    assert (manifest["metrics"]["iterations"] == 10) == is_kept_in
+
+
+# ------------------------------------------------------------------------------------------- the course of a run, by bits
+
+
+class Killed(BaseException):
+    """Nothing is done about it."""
+
+
+FIGURES = (
+    "step",
+    "loss",
+    "score",
+    "kl",
+    "grad_norm",
+    "policy_loss",
+    "learning_rate",
+    "learning_rate_policy",
+    "rollbacks",
+)
+
+
+@pytest.fixture
+def goes_wrong(monkeypatch):
+    """At step 5, unless it has gone back before."""
+    judge = guard.judge
+
+    def judging(history, step, figures, *args, **kwargs):
+        is_wrong = step == 5 and not history["rollbacks"]
+        return judge(history, step, figures | ({"weight_norm": math.nan} if is_wrong else {}), *args, **kwargs)
+
+    monkeypatch.setattr(guard, "judge", judging)
+
+
+@pytest.mark.parametrize("stage", ["sft", "reward", "ppo"])
+def test_a_kill_while_going_back_changes_nothing(stage, base, data, runs, tmp_path, monkeypatch, goes_wrong):
+    lora = {"kind": "lora", "r": 4, "lora_dropout": 0.2}  # dropout: the generators' state matters
+    changes = {"guard": {"on": "rollback"}} | ({} if stage == "ppo" else {"method": lora})
+    run(recipe(stage, base, data, runs, tmp_path / "whole", **changes))
+    cut = recipe(stage, base, data, runs, tmp_path / "cut", **changes)
+    deleted, delete = [], shutil.rmtree
+
+    def killing_delete(path, *args, **kwargs):
+        if "step-00000005" in str(path) or "checkpoint-5" in str(path) or deleted:
+            raise AssertionError("the step that went wrong was saved")
+        delete(path, *args, **kwargs)
+        if str(path).endswith(("step-00000004", "checkpoint-4")):
+            deleted.append(path)
+            raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(shutil, "rmtree", killing_delete)
+        run(cut)
+    run(cut)
+    assert tiny.largest_difference(tmp_path / "whole", tmp_path / "cut") == 0.0
+    logged = [
+        [{k: row[k] for k in FIGURES if k in row} for row in read_metrics(tmp_path / name)] for name in ("whole", "cut")
+    ]
+    assert logged[0] == logged[1]
+    events = [read_manifest(tmp_path / name)["rollbacks"] for name in ("whole", "cut")]
+    assert events[0] == events[1] and [(event["at"], event["to"]) for event in events[0]] == [(5, 3)]
+    assert [row.get("rollbacks", 0) for row in read_metrics(tmp_path / "cut") if "weight_norm" in row] == [0] * 3 + [
+        1
+    ] * 5
+
+
+def test_a_checkpoint_from_before_trouble_is_kept_while_the_figures_are_odd(base, data, runs, tmp_path, monkeypatch):
+    judge, seen = guard.judge, []
+
+    def judging(history, step, figures, *args, **kwargs):
+        seen.append([path.name[-1] for path in checkpoints(tmp_path / "reward")])
+        return judge(history, step, figures | ({"loss": 1e9} if step >= 4 else {}), *args, **kwargs)
+
+    monkeypatch.setattr(guard, "judge", judging)
+    with pytest.raises(
+        RunFailed, match="stopped at step 8: for 5 steps `loss` is .*step-00000002 is its last good state"
+    ):
+        run(recipe("reward", base, data, runs, tmp_path / "reward", guard={"on": "stop", "patience": 5}))
+    assert seen[-1] == ["2", "6", "7"]
+    assert [path.name for path in checkpoints(tmp_path / "reward")] == ["step-00000002"]

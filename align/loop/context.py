@@ -56,6 +56,8 @@ class Context:
 
     def run(self, settings: StageSettings) -> dict[str, Any]:
         """Runs a stage unless it is finished; its manifest."""
+        for line in self.loop.change(settings):
+            print(f"changed: {line}", flush=True)
         if state_of(settings) != "finished":
             code, reason = self.start(settings, Path(f"{settings.output}.yaml"))
             if code:

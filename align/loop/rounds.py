@@ -7,11 +7,11 @@ from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
-from align.artifact import member_folders
+from align.artifact import change, member_folders
 from align.errors import BadInput
 from align.identity import TEMPLATE_FILE, template_of
 from align.recipe import SHARED_KEYS, first_error
-from align.recipe_file import read_recipe
+from align.recipe_file import is_within, keys_of, read_recipe
 from align.settings import (
     STAGES,
     CollectSettings,
@@ -41,6 +41,16 @@ class Loop:
 
     path: Path
     settings: LoopSettings
+    changes: tuple[str, ...] = ()  # overrides by which stages under way, and the loop, go on as others
+
+    def names(self, key: str) -> bool:
+        """Whether one of the changes names this key of the loop's recipe."""
+        return any(is_within(key, other) for other in keys_of(self.changes))
+
+    def change(self, settings: StageSettings) -> list[str]:
+        """Has a stage under way go on with what was changed of its section; a line on each change."""
+        section = "ensemble" if isinstance(settings, RewardSettings) else settings.kind
+        return change(settings, lambda key: self.names(f"{section}.{key}"))
 
     @property
     def out(self) -> Path:
@@ -175,17 +185,18 @@ def _pairs(folder: Path, train: str, validation: str | None = None) -> dict[str,
     return data | ({"validation": str(held_out)} if validation and held_out.is_file() else {})
 
 
-def load_loop(name: str, overrides: Sequence[str] = ()) -> Loop:
-    """Reads, overrides and validates a loop's recipe. Imports nothing heavy and writes nothing.
+def load_loop(name: str, overrides: Sequence[str] = (), changes: Sequence[str] = ()) -> Loop:
+    """Reads, overrides and validates a loop's recipe. Imports nothing heavy and writes nothing. `changes` are overrides
+    by which what is under way may go on as another.
 
     Raises:
         BadInput: with the key, the file and the cure.
     """
-    path, values, where = read_recipe(name, overrides)
+    path, values, where = read_recipe(name, [*overrides, *changes])
     if "stage" in values or "stages" in values:
         raise BadInput(f"{path} is a recipe of stages, not of a loop; start it with: align run {path}")
     try:
-        loop = Loop(path, LoopSettings.model_validate(values))
+        loop = Loop(path, LoopSettings.model_validate(values), tuple(changes))
     except ValidationError as error:
         raise BadInput(first_error(error, LoopSettings, "", where)) from error
     for section, keys in OURS.items():

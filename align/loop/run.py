@@ -10,7 +10,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from align.artifact import MANIFEST, differences, is_harmless, state_of, which_run
+from align.artifact import CHANGEABLE, MANIFEST, differences, is_harmless, state_of, which_run
 from align.data import Prompt
 from align.door import check_model, check_recipe
 from align.errors import BadInput
@@ -25,7 +25,7 @@ from align.locks import LOCK, at_work_in
 from align.loop.context import Context, Halt, Result, Start
 from align.loop.keeping import keep, open_loop, put_away_damaged, tell_store, told_of
 from align.loop.patience import outlast
-from align.loop.rounds import Loop
+from align.loop.rounds import OURS, Loop
 from align.loop.steps import STEPS, Prompts, bring_back_files, prompts_of, why_to_stop
 from align.parents import check_start
 from align.recipe import Recipe, first_error
@@ -66,6 +66,8 @@ def _run(loop: Loop, prompts: Prompts, start_stage: Start) -> int:
             for split, rows in prompts.items():
                 store.add_prompts(rows, split)
             sft = loop.sft()
+            for line in loop.change(sft) if sft is not None else ():
+                print(f"changed: {line}", flush=True)
             if sft is not None and state_of(sft) != "finished":
                 code, _ = start_stage(sft, Path(f"{sft.output}.yaml"))
                 if code:
@@ -224,13 +226,14 @@ def _check_output(loop: Loop) -> None:
         for section in now:
             if section not in MAY_CHANGE and before[section] != now[section]:
                 found = differences(before[section], now[section], section)  # none: a key that is null, or left out
-                changed = [each for each in found if each[0] not in equal and not is_harmless(each[0])]
+                changed = [each for each in found if each[0] not in equal and not _may_be(each[0], loop)]
                 if found and not changed:
                     continue
                 key, was, becomes = changed[0] if changed else (section, before[section], now[section])
+                how = "to go on with it so, give the key after `--set`; else " if _may_change(key) else ""
                 raise BadInput(
                     f"{loop.path}: `output`: {loop.out} holds a loop of another recipe (`{key}` was {brief(was)}, is "
-                    f"{brief(becomes)}); choose another output"
+                    f"{brief(becomes)}); {how}choose another output"
                 )
         what = changed_part(parts_before, parts)
         if what is not None:
@@ -246,6 +249,17 @@ def _check_output(loop: Loop) -> None:
         raise BadInput(f"{loop.path}: `output`: {loop.out} is a run's folder; choose another")
     if store := open_loop(loop, written):
         store.close()
+
+
+def _may_be(key: str, loop: Loop) -> bool:
+    """Whether a key may be another than the loop began with."""
+    return is_harmless(key) or (_may_change(key) and loop.names(key))
+
+
+def _may_change(key: str) -> bool:
+    """Whether a key of a stage's section may become another where the loop's user says so."""
+    section, _, own = key.partition(".")
+    return section in OURS and CHANGEABLE.fullmatch(own) is not None
 
 
 def _made_of(loop: Loop) -> dict[str, dict[str, str]]:

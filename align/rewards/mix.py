@@ -108,7 +108,9 @@ class RewardMix:
             )
         total = math.fsum(weighted)
         if not abs(total) <= LARGEST:
-            raise RunFailed(f"the rewards of the answer to {prompt.where} add up to {total:g}: lower their weights")
+            raise RunFailed(
+                f"the rewards of the answer to {prompt.where} add up to {total:g}: lower their weights (`--set`)"
+            )
         return total
 
 

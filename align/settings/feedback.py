@@ -1,5 +1,7 @@
 """Stages of a round of the feedback loop: collect, score, and an ensemble of reward models."""
 
+import json
+from pathlib import Path
 from typing import Annotated, ClassVar
 
 from pydantic import Field
@@ -14,6 +16,16 @@ class EnsembleSettings(RewardSettings):
 
     kind: ClassVar[str] = "ensemble"
     num_members: Annotated[int, Field(ge=2, le=1000)] = 4
+
+    def members(self) -> list[RewardSettings]:
+        """The reward stage of each member."""
+        values = json.loads(self.model_dump_json(by_alias=True))
+        del values["num_members"]
+        own = [
+            {"stage": "reward", "output": str(Path(self.output) / f"member-{number}"), "seed": self.seed + number}
+            for number in range(self.num_members)
+        ]
+        return [RewardSettings.model_validate(values | each) for each in own]
 
 
 class CollectSettings(StageSettings):

@@ -4,12 +4,11 @@ What they disagree on is what the labels do not settle: it is what people should
 paid for. Each member is a reward run of its own, in `<output>/member-<k>`; one that is finished is passed over.
 """
 
-import json
 from pathlib import Path
 
-from align.artifact import begin, finish, member_folders, read_manifest, state_of, tidy
+from align.artifact import begin, finish, read_manifest, state_of, tidy
 from align.identity import fingerprint
-from align.settings import EnsembleSettings, RewardSettings
+from align.settings import EnsembleSettings
 from align.stages import reward
 from align.worker import Worker, seed_everything
 
@@ -19,7 +18,7 @@ def run(settings: EnsembleSettings, worker: Worker) -> None:
     if worker.is_main:
         begin(settings, fingerprint(settings.model.base, settings.model.revision))
     worker.wait()
-    members = [member(settings, number) for number in range(settings.num_members)]
+    members = settings.members()
     for number, own in enumerate(members, 1):
         if state_of(own) == "finished":
             if worker.is_main:
@@ -34,15 +33,3 @@ def run(settings: EnsembleSettings, worker: Worker) -> None:
         metrics = {name: sum(each[name] for each in found) / len(found) for name in found[0]}
         finish(settings.output, metrics=metrics, members=[Path(own.output).name for own in members])
     worker.wait()
-
-
-def member(settings: EnsembleSettings, number: int) -> RewardSettings:
-    """The reward stage of one member, from 0 up."""
-    values = json.loads(settings.model_dump_json(by_alias=True))
-    del values["num_members"]
-    values |= {
-        "stage": RewardSettings.kind,
-        "output": str(member_folders(settings.output, settings.num_members)[number]),
-        "seed": settings.seed + number,
-    }
-    return RewardSettings.model_validate(values)

@@ -17,7 +17,7 @@ from transformers import get_scheduler
 from align.errors import Diverged, RunFailed
 from align.worker import Worker
 
-SMALLER_RATE = "to go on from there, start `align run` again with a smaller learning rate after `--set`"
+SMALLER_RATE = "to go on from there, start the same `align` command again with a smaller learning rate after `--set`"
 
 
 class Learner:

@@ -354,7 +354,7 @@ def _check_ratio(numbers: dict[str, float], policy: Role, ppo: Ppo) -> None:
         raise RunFailed(
             f"the first minibatch's {name} is {numbers[name]:.2g}, over {tolerance:g}: sampling and update do not see "
             "the same policy (dropout, or an attention kernel that depends on the batch); raise "
-            "`ppo.ratio_tolerance` only if the dtype explains it"
+            "`ppo.ratio_tolerance` (after `--set`) only if the dtype explains it"
         )
 
 

@@ -184,7 +184,7 @@ def _step(this: _Run, step: int) -> dict[str, Any]:
     if step == 1 and metrics["grad_norm"] == 0.0:
         raise RunFailed(
             "the reward model's gradient is zero at the first step: chosen and rejected answers "
-            "are the same to it; check the data and max_length"
+            "are the same to it; check the data and max_length, and begin in another output"
         )
     return metrics | {"weight_norm": course.weight_norm()}
 
