@@ -4,12 +4,13 @@
 
 Each kill: a tiny stage, pipeline, loop or labelling page under load is started as a user starts it; at a random moment
 SIGKILL, SIGTERM or SIGINT goes to the parent, to one of its children, or to all; sometimes twice. Then the same command
-runs until it is done. Weights, figures without times, and labels must be those of the undisturbed one, and nothing may be
-left over: no process, no temporary name, no checkpoint. Kill number n of a seed is always the same but for the machine's
-speed. Results are added to DIR/results.jsonl as they come; the same command goes on after the last of them.
+runs until it is done. Weights, figures without times, and labels must be those of the undisturbed one, and nothing may
+be left over: no process, no temporary name, no checkpoint. Kill number n of a seed is always the same but for the
+machine's speed. Results are added to DIR/results.jsonl as they come; the same command goes on after the last of them.
 """
 
 import argparse
+import contextlib
 import hashlib
 import json
 import os
@@ -28,16 +29,15 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", WANDB_MODE="disabled", TRANSFORMERS_OFFLINE="1")
-os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import yaml
+import yaml  # noqa: E402
 
-from align.files import is_temporary
-from align.processes import processes_with
-from align.track import read_metrics
-from tests import test_load, test_loop, tiny
+from align.files import is_temporary  # noqa: E402
+from align.processes import processes_with  # noqa: E402
+from align.track import read_metrics  # noqa: E402
+from tests import test_load, test_loop, tiny  # noqa: E402
 
+ALONE = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "WANDB_MODE": "disabled", "OMP_NUM_THREADS": "1"}
 MARK = "ALIGN_TORTURE"  # in the environment of all that is started
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 TARGETS = ("parent", "child", "group")
@@ -144,7 +144,7 @@ def _labels_and_weights(recipe: str, folder: Path) -> dict[str, Any]:
     return test_loop.state(load_loop(recipe), folder)
 
 
-# ------------------------------------------------------------------------------------------------------- how it is killed
+# ----------------------------------------------------------------------------------------------------- how it is killed
 
 
 def start(command: Command, mark: str) -> subprocess.Popen[bytes]:
@@ -152,7 +152,7 @@ def start(command: Command, mark: str) -> subprocess.Popen[bytes]:
     return subprocess.Popen(
         [sys.executable, "-m", "align.cli", *command.words],
         cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": str(ROOT), MARK: mark},
+        env=os.environ | {MARK: mark},
         stdout=subprocess.DEVNULL,
         stderr=(command.folder / "stderr.txt").open("ab"),
         start_new_session=True,
@@ -166,10 +166,8 @@ def strike(
     under = [pid for pid in processes_with(MARK, mark) if pid != process.pid]
     struck = {"parent": [process.pid], "child": rng.sample(under, 1) if under else [process.pid]}
     for pid in struck.get(target, [process.pid, *under]):
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.kill(pid, number)
-        except ProcessLookupError:
-            pass
 
 
 def wait_until_gone(process: subprocess.Popen[bytes], mark: str) -> str:
@@ -301,6 +299,7 @@ def main() -> None:
     parser.add_argument("--only", default=",".join(KINDS), help=f"some of {','.join(KINDS)}")
     parser.add_argument("--work", type=Path, help="a folder that is kept; else a temporary one")
     given = parser.parse_args()
+    os.environ.update(ALONE | {"PYTHONPATH": str(ROOT)})
     kinds = given.only.split(",")
     if unknown := set(kinds) - set(KINDS):
         parser.error(f"--only: {', '.join(sorted(unknown))}: some of {','.join(KINDS)}")
