@@ -74,7 +74,12 @@ def processes_of(launch_id: str) -> list[int]:
     A process group is not enough: torch's elastic launcher gives each worker a session of its own, and a child
     that has lost its parent keeps its environment. Always empty where there is no /proc.
     """
-    mark = f"{LAUNCH_ID}={launch_id}".encode()
+    return processes_with(LAUNCH_ID, launch_id)
+
+
+def processes_with(variable: str, value: str) -> list[int]:
+    """The same by any variable of the environment."""
+    mark = f"{variable}={value}".encode()
     sessions = _sessions()
     marked = set()
     for pid in sessions:

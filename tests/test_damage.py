@@ -1,7 +1,7 @@
 """Every file of a run's folder and of a loop's, damaged in every way: one line, or the right result. Never a traceback,
 and never another result.
 
-`ALIGN_DAMAGE=full` tries every damage of every file; without it, each file meets each damage about every third time.
+`ALIGN_DAMAGE=full` tries every damage of every file; without it, a few of them, always the same.
 """
 
 import contextlib
@@ -21,16 +21,19 @@ from align.artifact import read_manifest
 from align.door import check_recipe
 from align.entry import run_stage
 from align.errors import BadInput, RunFailed
+from align.feedback.exchange import export_run
+from align.loop.rounds import load_loop
+from align.loop.run import run_loop
 from align.models.merging import merge
 from align.recipe import Recipe
 from align.report.loop_page import report
 from align.settings import STAGES
 from align.track import Tracker, read_metrics
 from align.wording import trouble_with_files
-from tests import tiny
+from tests import test_loop, tiny
 
 IS_FULL = os.environ.get("ALIGN_DAMAGE") == "full"
-SHARE = 3  # of the damages of a file, one in so many is tried in the quick test
+SHARE, SHARE_OF_RUNS = 6, 14  # of the damages, one in so many is tried in the quick test; of those that train, fewer
 OTHER_JSON = b'{"name": "something else", "values": [1, 2, 3]}\n'
 PICTURES = (".png", ".html", ".md")  # nothing reads them
 TIMES = ("seconds", "tokens_per_second", "peak_mib", "runtime", "per_second")  # of figures that are no result
@@ -85,8 +88,8 @@ def files_of(folder: Path) -> list[Path]:
     return sorted(p for p in folder.rglob("*") if p.is_file() and p.suffix not in PICTURES and "wandb" not in p.parts)
 
 
-def is_tried(*names: object) -> bool:
-    return IS_FULL or zlib.crc32(repr(names).encode()) % SHARE == 0
+def is_tried(*names: object, share: int = SHARE) -> bool:
+    return IS_FULL or zlib.crc32(repr(names).encode()) % share == 0
 
 
 # ------------------------------------------------------------------------------------------------------------ commands
@@ -281,7 +284,7 @@ def test_a_finished_run(stage, world, tmp_path):
                     if differs:
                         wrong += [check(call, expected, path, f"{stage}: {path.relative_to(run)} {name}, {command}")]
     assert not (found := [each for each in wrong if each]), "\n".join(found)
-    assert tried >= len(files_of(run))
+    assert tried >= 4
     assert align_run(own) == "finished"
 
 
@@ -311,7 +314,7 @@ def test_a_run_that_was_killed(stage, world, tmp_path):
     expected = go_on()
     for path in files_of(killed):
         for name in DAMAGES:
-            if not is_tried(stage, path.name, name):
+            if not is_tried(stage, path.name, name, share=SHARE_OF_RUNS):
                 continue
             tried += 1
             shutil.rmtree(output)
@@ -322,4 +325,65 @@ def test_a_run_that_was_killed(stage, world, tmp_path):
                 if differs:
                     wrong += [check(go_on, expected, there, f"{stage} killed: {path.relative_to(killed)} {name}")]
     assert not (found := [each for each in wrong if each]), "\n".join(found)
-    assert tried >= len(files_of(killed)) and read_manifest(killed)["status"] == "running"
+    assert tried >= 2 and read_manifest(killed)["status"] == "running"
+
+
+# ------------------------------------------------------------------------------------------------------------- a loop
+
+
+def at_reward(settings, path: Path) -> tuple[int, str]:
+    """Runs a stage in this process; ends the loop where the first reward model would be trained."""
+    if settings.stage in ("reward", "ensemble"):
+        raise Killed
+    return test_loop.in_process(settings, path)
+
+
+@pytest.fixture(scope="module")
+def cut_loop(base, data, tmp_path_factory):
+    """A loop that was killed when its labels were merged; the path of its recipe and its folder."""
+    folder = tmp_path_factory.mktemp("loop")
+    recipe = test_loop.recipe(base, data, folder)
+    with pytest.raises(Killed), contextlib.redirect_stdout(io.StringIO()):
+        run_loop(load_loop(recipe), at_reward)
+    return recipe, folder / "loop"
+
+
+def test_a_loop(cut_loop, tmp_path):
+    """What is trained on is what was labelled, or one line says why not."""
+    recipe, folder = cut_loop
+    kept, exported, wrong, tried = tmp_path / "kept", tmp_path / "labels.jsonl", [], 0
+    shutil.copytree(folder, kept)
+    sources = ("pairs.jsonl", "held-out-pairs.jsonl", "prompts.jsonl")
+
+    def go_on() -> object:
+        with contextlib.suppress(Killed):
+            return run_loop(load_loop(recipe), at_reward)
+        return {name: (folder / "round-0" / name).read_bytes() for name in sources}
+
+    def export() -> object:
+        exported.unlink(missing_ok=True)
+        export_run(str(folder), str(exported), "labels")
+        return exported.read_bytes()
+
+    def page() -> object:
+        return report(folder).read_bytes()
+
+    expected = {call: call() for call in (go_on, export, page)}
+    assert all(expected[go_on].values())
+    for path in files_of(kept):
+        if path.name == ".lock":
+            continue
+        for name in DAMAGES:
+            for call in (go_on, export, page):
+                if not is_tried("loop", str(path.relative_to(kept)), name, call.__name__):
+                    continue
+                tried += 1
+                there = folder / path.relative_to(kept)
+                with damaged(there, name) as differs:
+                    if differs:
+                        what = f"loop: {path.relative_to(kept)} {name}, {call.__name__}"
+                        wrong.append(check(call, expected[call], there, what))
+                shutil.rmtree(folder)
+                shutil.copytree(kept, folder)
+    assert not (found := [each for each in wrong if each]), "\n".join(found)
+    assert tried >= 10
