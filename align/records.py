@@ -158,7 +158,8 @@ def _first(error: ValidationError | RecursionError) -> str:
         return "it is nested too deeply"
     first = error.errors(include_url=False, include_context=False)[0]
     key = one_line(".".join(map(str, first["loc"])), 60)
-    return f"`{key}`: {one_line(first['msg'], 100)}; it is {one_line(repr(first['input']), 60)}"
+    says = one_line(first["msg"].removeprefix("Value error, "), 100)
+    return f"`{key}`: {says}; it is {one_line(repr(first['input']), 60)}"
 
 
 def read_adapter_config(folder: str | Path) -> AdapterConfig:

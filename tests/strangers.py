@@ -12,6 +12,7 @@ import sqlite3
 import sys
 import traceback
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -134,6 +135,14 @@ BASES: dict[str, Callable[[Path], None]] = {  # of a base
 }  # fmt: skip
 
 
+SCORERS: dict[str, Callable[[Path], None]] = {  # of an adapter that makes a base a reward model
+    "a scorer's base on the Hub": changed("adapter_config.json", base_model_name_or_path=SOMEBODYS),
+    "a scorer's base on the Hub, no weights": both(
+        without("*.safetensors"), changed("adapter_config.json", base_model_name_or_path=SOMEBODYS)
+    ),
+}
+
+
 def stores(port: int) -> dict[str, str]:
     return {
         "a store on a server": f"postgresql+psycopg://user:{PASSWORD}@127.0.0.1:{port}/labels",
@@ -176,6 +185,11 @@ def main(runs: Path, base: Path, data: Path, work: Path) -> None:
     for name, change in RUNS.items():
         folder = copied(runs / "sft", work / "their" / "sft", change)
         report(name, of_run(str(folder), base, data, work))
+    for name, change in SCORERS.items():
+        folder = copied(runs / "reward", work / "their" / "reward", both(without("manifest.json"), change))
+        report(
+            name, of_run(str(folder), base, data, work) | {"load classifier": lambda: loaded_classifier(str(folder))}
+        )
     for name, change in BASES.items():
         folder = copied(base, work / "their" / "base", change)
         report(name, of_base(str(folder), data, work))

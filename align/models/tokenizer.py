@@ -37,7 +37,7 @@ def tokenizer_of(settings: Model, folder: str | None) -> PreTrainedTokenizerBase
     try:
         return load_tokenizer(Model(base=folder))
     except BadInput:
-        if not has_adapter(folder):
+        if Path(folder).is_dir() or not has_adapter(folder):
             raise
     return load_tokenizer(settings)  # an adapter on the Hub that brings none
 
