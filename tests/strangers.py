@@ -187,9 +187,8 @@ def main(runs: Path, base: Path, data: Path, work: Path) -> None:
         report(name, of_run(str(folder), base, data, work))
     for name, change in SCORERS.items():
         folder = copied(runs / "reward", work / "their" / "reward", both(without("manifest.json"), change))
-        report(
-            name, of_run(str(folder), base, data, work) | {"load classifier": lambda: loaded_classifier(str(folder))}
-        )
+        load = partial(loaded_classifier, str(folder))
+        report(name, of_run(str(folder), base, data, work) | {"load classifier": load})
     for name, change in BASES.items():
         folder = copied(base, work / "their" / "base", change)
         report(name, of_base(str(folder), data, work))

@@ -277,7 +277,7 @@ def test_files_that_are_no_store(tmp_path):
     other.execute("CREATE TABLE prompts (words TEXT)")
     other.close()
     for create in (False, True):
-        assert "is no SQLite database" in refused(tmp_path / "text.db", create=create)
+        assert "cannot be opened: it is no SQLite database" in refused(tmp_path / "text.db", create=create)
         assert "is no store: it has tables of something else (prompts)" in refused(tmp_path / "other.db", create=create)
         assert "cannot be made" in refused(tmp_path / "text.db" / "store.db", create=True)
     assert "is empty" in refused(tmp_path / "empty.db")

@@ -167,7 +167,7 @@ def test_code_that_a_manifest_names_is_not_run(tmp_path, monkeypatch):
     data = {"train": [{"path": str(tmp_path / "rows.jsonl"), "format": reference}]}
     write_manifest(tmp_path, {"kind": "sft", "status": "finished", "recipe": {"data": data}})
     seen = seen_prompts([str(tmp_path)], [Prompt("a", {}, "")])
-    assert "which is not run: this recipe does not name it" in seen.unknown[0] and not (tmp_path / "ran").exists()
+    assert "code that this recipe does not name, and that is not run" in seen.unknown[0] and not (tmp_path / "ran").exists()
     monkeypatch.setattr(hub, "_named", {reference})
     assert seen_prompts([str(tmp_path)], [Prompt("a", {}, "")]).unknown == ()
     assert (tmp_path / "ran").exists()

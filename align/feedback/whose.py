@@ -38,7 +38,7 @@ def check_ours(file: Path) -> None:
         if not header:
             return
         if not header.startswith(MAGIC):
-            raise BadInput(f"the store {file} is no SQLite database; name another file")
+            raise BadInput(f"the store {file} cannot be opened: it is no SQLite database; name another file")
         check_tables(_tables(file, has_log=header[WRITE_VERSION : WRITE_VERSION + 1] == b"\2"), str(file))
     except (OSError, sqlite3.Error) as error:
         raise BadInput(f"the store {file} cannot be opened: {one_line(error)}") from None

@@ -106,9 +106,7 @@ def _check_formats(data: Data, run: str) -> None:
     """Raises BadInput where rows would be read by code that the run's manifest names, and this recipe does not."""
     for source in (*data.train, *data.validation):
         if is_reference(source.format) and not may_run(source.format):
-            raise BadInput(
-                f"{run}: its data is read by {source.format}, which is not run: this recipe does not name it"
-            )
+            raise BadInput(f"{run}: its rows are read by code that this recipe does not name, and that is not run")
 
 
 def _asked(example: Example) -> Iterator[Example]:
