@@ -161,13 +161,18 @@ def test_a_stage_may_ask_for_what_its_pipeline_or_loop_names(tmp_path, monkeypat
 
 
 def test_code_that_a_manifest_names_is_not_run(tmp_path, monkeypatch):
-    (tmp_path / "theirs.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\ndef rows(row):\n    return row\n")
+    (tmp_path / "theirs.py").write_text(
+        f"open({str(tmp_path / 'ran')!r}, 'w').close()\ndef rows(row):\n    return row\n"
+    )
     (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
     reference = f"{tmp_path}/theirs.py:rows"
     data = {"train": [{"path": str(tmp_path / "rows.jsonl"), "format": reference}]}
     write_manifest(tmp_path, {"kind": "sft", "status": "finished", "recipe": {"data": data}})
     seen = seen_prompts([str(tmp_path)], [Prompt("a", {}, "")])
-    assert "code that this recipe does not name, and that is not run" in seen.unknown[0] and not (tmp_path / "ran").exists()
+    assert (
+        "code that this recipe does not name, and that is not run" in seen.unknown[0]
+        and not (tmp_path / "ran").exists()
+    )
     monkeypatch.setattr(hub, "_named", {reference})
     assert seen_prompts([str(tmp_path)], [Prompt("a", {}, "")]).unknown == ()
     assert (tmp_path / "ran").exists()
