@@ -24,6 +24,7 @@ from align.files import folder_in_one_go as folder_in_one_go
 from align.files import write_atomically as write_atomically
 from align.files import write_lines as write_lines
 from align.files import write_text as write_text
+from align.hub import is_folder_name
 from align.identity import (
     UNKNOWN,
     changed_part,
@@ -32,13 +33,13 @@ from align.identity import (
     digest_of,
     equal_paths,
     fingerprint,
-    is_folder_name,
     made_of,
     of_whole_file,
     same,
 )
 from align.locks import LOCK
 from align.plain_json import dumps
+from align.records import Manifest, checked, read_object
 from align.settings import EnsembleSettings, StageSettings
 from align.wording import brief, did_you_mean_path, one_line
 
@@ -106,16 +107,16 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
             raise BadInput(f"{folder} is a file; name the folder of a run")
         raise BadInput(f"{folder} is not there{did_you_mean_path(Path(folder), folders=True) or cure}")
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-        _check_shape(manifest)
+        manifest = read_object(path)
+        checked(manifest, Manifest)
         wanted = manifest.pop(DIGEST, None)  # none in what an earlier version wrote
         if wanted is not None and wanted != _digest_of_values(manifest):
             raise ValueError("it is not what its run wrote")
     except OSError as error:
         raise BadInput(f"{path} cannot be read ({error.strerror})") from error
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise BadInput(f"{path} is damaged ({one_line(error)}); delete the folder and run its stage again") from error
-    return dict(manifest)
+    return manifest
 
 
 def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
@@ -127,15 +128,6 @@ def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
 
 def _digest_of_values(values: dict[str, Any]) -> str:
     return digest_of(json.dumps(values, sort_keys=True).encode())
-
-
-def _check_shape(manifest: Any) -> None:
-    """Raises ValueError unless what is there of a manifest is of the type that everyone takes it for."""
-    if not isinstance(manifest, dict) or not isinstance(manifest.get("kind"), str):
-        raise ValueError("it is no object with a `kind`")
-    for name, type_ in (("status", str), ("recipe", dict), ("parents", dict), ("made_of", dict), ("metrics", dict)):
-        if not isinstance(manifest.get(name, type_()), type_):
-            raise ValueError(f"`{name}` is {brief(manifest[name])}")
 
 
 def check_parent(folder: str, kinds: tuple[str, ...], where: str) -> None:

@@ -49,6 +49,14 @@ Changes = Annotated[
 ]
 
 
+StoreAt = Annotated[
+    str | None,
+    typer.Option(
+        "--store", callback=_at_home, help="The loop's store, where it is not in its folder: a file or a URL."
+    ),
+]
+
+
 @app.command()
 def run(recipe: RecipeName, overrides: Overrides = None, changes: Changes = None) -> None:
     """Run a stage or a whole pipeline; what is finished is passed over, what was stopped goes on."""
@@ -164,6 +172,7 @@ def label(
     ] = None,
     allow_host: Annotated[list[str] | None, typer.Option(help="A name by which people reach the page.")] = None,
     lease_seconds: Annotated[float, typer.Option(help="How long a pair waits for a page that has gone away.")] = 120.0,
+    store: StoreAt = None,
 ) -> None:
     """Serve the page on which people say which of two answers is better."""
     from align.feedback.page.command import label as serve_page
@@ -178,6 +187,7 @@ def label(
         allow_hosts=allow_host or [],
         lease_seconds=lease_seconds,
         echo=typer.echo,
+        store_at=store,
     )
 
 
@@ -189,13 +199,14 @@ def export_feedback(
     file: Annotated[str, typer.Argument(metavar="FILE", callback=_at_home, help="A new .jsonl file.")],
     format: Annotated[str, typer.Option(help="trl: labelled pairs, as TRL reads them; labels: every label.")] = "trl",
     with_ties: Annotated[bool, typer.Option("--with-ties", help="trl: also pairs left undecided.")] = False,
+    store: StoreAt = None,
 ) -> None:
     """Write what has been labelled to a file."""
     from align.feedback.exchange import export_run
 
     if format not in ("trl", "labels"):
         raise BadInput(f"`--format {format}`: one of trl, labels")
-    typer.echo(export_run(run, file, format, with_ties=with_ties))  # type: ignore[arg-type]
+    typer.echo(export_run(run, file, format, with_ties=with_ties, store_at=store))  # type: ignore[arg-type]
 
 
 @feedback.command("import")
@@ -207,11 +218,12 @@ def import_feedback(
         str,
         typer.Argument(metavar="FILE", callback=_at_home, help="Preferences in a format that the reward stage reads."),
     ],
+    store: StoreAt = None,
 ) -> None:
     """Take preferences that people have given elsewhere, as labels of round 0."""
     from align.feedback.exchange import import_run
 
-    typer.echo(import_run(run, file))
+    typer.echo(import_run(run, file, store_at=store))
 
 
 Kept = Annotated[
@@ -261,11 +273,12 @@ def status(run: Annotated[str, typer.Argument(metavar="RUN", callback=_at_home, 
 @app.command()
 def report(
     run: Annotated[str, typer.Argument(metavar="RUN", callback=_at_home, help="A loop's folder, or any stage's run.")],
+    store: StoreAt = None,
 ) -> None:
     """Write RUN/report.html, one page that opens offline: figures, curves, costs and samples."""
     from align.report.loop_page import report as write_report
 
-    typer.echo(write_report(run))
+    typer.echo(write_report(run, store))
 
 
 def main() -> None:

@@ -9,6 +9,7 @@ from align.artifact import named_none, state_of
 from align.data import Loaded, load, looks_like_hub_id
 from align.errors import BadInput
 from align.files import reading
+from align.hub import name_all
 from align.models.facts import (
     INDEX,
     WEIGHTS,
@@ -53,6 +54,7 @@ def check_recipe(recipe: Recipe, changes: Sequence[str] = ()) -> dict[str, str]:
     Raises:
         BadInput: with the stage's key, the reason and the cure.
     """
+    _take_at_its_word(recipe)
     makers = {resolved(settings.output): name for name, settings in recipe.stages.items()}
     made: dict[str, StageSettings] = {}  # folder -> the earlier stage that makes it
     states = {}
@@ -79,8 +81,15 @@ def remarks(recipe: Recipe) -> list[str]:
 
 def check_stage(recipe: Recipe, name: str) -> str:
     """Checks one stage that is about to run: what it starts from must be there. Returns what its output holds."""
+    _take_at_its_word(recipe)
     with _naming(recipe, name):
         return _check_stage(recipe.stages[name], {})
+
+
+def _take_at_its_word(recipe: Recipe) -> None:
+    """What the user's recipe names may be asked for at the Hub, here and in the stages."""
+    for settings in recipe.stages.values():
+        name_all(settings.model_dump(mode="json", by_alias=True))
 
 
 @contextmanager

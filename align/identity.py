@@ -8,7 +8,6 @@ the id alone, which any commit of that id may be.
 import hashlib
 import json
 import os
-import re
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from functools import lru_cache
@@ -16,13 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from align.errors import BadInput
+from align.hub import asking, is_folder_name, may_ask
+from align.records import ADAPTER_CONFIG, read_object
 from align.settings import Data, Model, StageSettings
 
 UNKNOWN = "none"  # the fingerprint of what is not there, or that an earlier version did not take
 ENDS = 1 << 20  # bytes at both ends of a weights file that are read
 MIDDLE = 256  # and in the middle of each of its tensors
-HUB_ID = re.compile(r"\b[\w.-]+\b/\b[\w.-]+\b", re.ASCII)  # the rule of the Hub, less its length and double dots
-LONGEST_ID = 96
+LONGEST_HEADER = 100 * 2**20  # of a weights file: safetensors' own limit
 HUB_SECONDS = 5.0  # that the Hub is waited for
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -38,7 +38,6 @@ TOKENIZER_FILES = (
 )
 TEMPLATE_FILE = "chat_template.jinja"
 NAMED_TEMPLATES = "additional_chat_templates/*.jinja"  # beside it
-ADAPTER_CONFIG = "adapter_config.json"
 PLACES = ("base_model_name_or_path", "revision")  # of an adapter's config: where its base lies, not what it is
 
 
@@ -128,14 +127,15 @@ def _add_ends(digest: Any, file: Path) -> None:
 
 def _add_middles(digest: Any, file: Path) -> None:
     """A few bytes of every tensor of a weights file: weights that were tuned in some layers differ nowhere else."""
-    with suppress(OSError, ValueError, TypeError, KeyError, AttributeError), file.open("rb") as handle:  # or damaged
+    damaged = (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError)
+    with suppress(*damaged), file.open("rb") as handle:
         start = int.from_bytes(handle.read(8), "little") + 8
-        if file.suffix != ".safetensors" or start > file.stat().st_size:
+        if file.suffix != ".safetensors" or start > min(file.stat().st_size, LONGEST_HEADER):
             return
         tensors = json.loads(handle.read(start - 8))
         for begin, end in sorted(each["data_offsets"] for name, each in tensors.items() if name != "__metadata__"):
             handle.seek(start + (begin + end) // 2)
-            digest.update(handle.read(min(MIDDLE, end - begin)))
+            digest.update(handle.read(max(0, min(MIDDLE, end - begin))))
 
 
 def digest_of(content: bytes) -> str:
@@ -158,7 +158,8 @@ def _of_hub(name: str, revision: str | None, kind: str) -> str:
 def hub_commit(name: str, revision: str | None = None, kind: str = "model") -> str | None:
     """The commit that a Hub id (of `kind` model or dataset) stands for now; None where it cannot be known.
 
-    Asked of the Hub, else of the cache; the answer holds as long as this process, so that all that it loads is of one.
+    Asked of the Hub, if a recipe names it, else of the cache; the answer holds as long as this process, so that all
+    that it loads is of one.
     """
     import huggingface_hub
     from huggingface_hub import constants
@@ -167,7 +168,7 @@ def hub_commit(name: str, revision: str | None = None, kind: str = "model") -> s
     if is_folder_name(name):
         return None
     try:
-        if not constants.HF_HUB_OFFLINE:
+        if may_ask(name) and not constants.HF_HUB_OFFLINE:
             found = huggingface_hub.HfApi().repo_info(name, revision=revision, repo_type=kind, timeout=HUB_SECONDS)
             return None if found.sha is None else str(found.sha)
     except Exception:  # no connection, no such repository, a server's own fault: of many libraries' kinds
@@ -291,12 +292,6 @@ def base_of(manifest: Mapping[str, Any], run: str | Path, *, recipes: str | None
     return next(place for place, each in zip(places, found, strict=True) if same(wanted, each))
 
 
-def is_folder_name(name: str) -> bool:
-    """Whether a model's name can only be a folder's: it is no `owner/name`, or `owner` is a folder here."""
-    is_id = HUB_ID.fullmatch(name) and len(name) <= LONGEST_ID and "--" not in name and ".." not in name
-    return not is_id or Path(name).parent.is_dir()
-
-
 def _places(manifest: Mapping[str, Any], run: Path) -> list[str]:
     """Where else a base may lie: where the run began from, or beside one of the folders that the run is in."""
     name = str(manifest["base"])
@@ -326,7 +321,8 @@ def has_adapter(folder: str | Path) -> bool:
         return (Path(name) / ADAPTER_CONFIG).is_file()
     from transformers.utils import find_adapter_config_file
 
-    return find_adapter_config_file(name, revision=hub_commit(name)) is not None
+    with asking(name) as is_local:
+        return find_adapter_config_file(name, revision=hub_commit(name), local_files_only=is_local) is not None
 
 
 def has_tokenizer(folder: str | Path) -> bool:
@@ -362,6 +358,6 @@ def have_same_tokens(one: str | Path, other: str | Path) -> bool:
 
 def _json_of(file: Path) -> dict[str, Any]:
     try:
-        return dict(json.loads(file.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
+        return read_object(file)
+    except (OSError, ValueError):
         return {}

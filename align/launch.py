@@ -29,6 +29,7 @@ import yaml
 
 from align.artifact import write_text
 from align.errors import BadInput
+from align.hub import WORDS, named
 from align.processes import (
     LAUNCH_ID,
     PARENT_PID,
@@ -313,6 +314,7 @@ def _environment(plan: LaunchPlan, status_file: Path, launch_id: str, grace_seco
     path = [os.environ.get("PYTHONPATH", ""), str(Path(__file__).resolve().parent.parent)]
     return {
         **{key: value for key, value in os.environ.items() if key not in INHERITED and not key.startswith(FAMILIES)},
+        WORDS: named(),
         **plan.environment,
         "ALIGN_EXPECTED_PROCESSES": str(plan.expected_processes),
         "ALIGN_EXPECTED_DEVICE": plan.expected_device,

@@ -3,7 +3,6 @@
 All that is read here are small JSON files and the headers of weights.
 """
 
-import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,18 +11,18 @@ from typing import Any
 from align.artifact import MANIFEST, check_parent, read_manifest
 from align.data import looks_like_hub_id
 from align.errors import BadInput
+from align.hub import is_folder_name
 from align.identity import (
-    ADAPTER_CONFIG,
     TEMPLATE_FILE,
     base_of,
     fingerprint,
     has_tokenizer,
     have_same_tokens,
-    is_folder_name,
     same,
     template_of,
 )
-from align.models.facts import check_classifier, check_generates, check_tokenizer, read_facts, read_shapes
+from align.models.facts import check_classifier, check_generates, check_tokenizer, read_adapter, read_facts, read_shapes
+from align.records import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from align.settings import (
     AnyMethod,
     EvaluateSettings,
@@ -36,7 +35,6 @@ from align.settings import (
     StageSettings,
 )
 from align.surroundings import cached_folder, may_be_fetched
-from align.wording import one_line
 
 HEADS = ("score.weight", "classifier.weight", "classifier.out_proj.weight")  # of sequence classifiers
 SPEAKERS = ("policy.", "policies.", "reference.")  # keys of what samples, or is compared with what samples
@@ -378,7 +376,7 @@ def _check_shapes(folder: str, base: str | None, key: str) -> None:
     embeddings are as large, and a head gives one number."""
     place = None if base is None else _place(base)
     layers = {} if place is None else read_facts(place).shapes
-    weights = Path(folder) / "adapter_model.safetensors"
+    weights = Path(folder) / ADAPTER_WEIGHTS
     for name, shape in read_shapes(weights).items() if weights.is_file() else ():
         if name.endswith(HEADS) and "lora_" not in name and shape[0] != 1:
             raise BadInput(f"`{key}`: the adapter in {folder} gives {shape[0]} labels; a reward has one")
@@ -399,7 +397,4 @@ def _check_shapes(folder: str, base: str | None, key: str) -> None:
 
 
 def _adapter_config(folder: str) -> dict[str, Any]:
-    try:
-        return dict(json.loads((Path(folder) / ADAPTER_CONFIG).read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
-        raise BadInput(f"{folder}/{ADAPTER_CONFIG} cannot be read: {one_line(error)}") from error
+    return read_adapter(folder).model_dump(exclude_unset=True)

@@ -12,7 +12,8 @@ from typing import Any, Literal, get_args
 from urllib.parse import urlsplit
 
 from align.errors import BadInput
-from align.identity import ADAPTER_CONFIG, is_folder_name
+from align.hub import is_folder_name
+from align.records import ADAPTER_CONFIG
 from align.settings import Track
 from align.wording import one_line
 

@@ -447,7 +447,7 @@ ELSEWHERE = {  # an adapter or a model made elsewhere, and what is said of it
     "a classifier's": (lambda base, out: foreign_adapter(base, out, task_type="SEQ_CLS"), "policy", "sequence classifier"),
     "no head": (lambda base, out: foreign_adapter(base, out), "critic", "without a head|is no reward model"),
     "a whole model as critic": (lambda base, out: shutil.copytree(base, out), "critic", "without a head|is no reward model"),
-    "a damaged config": (lambda base, out: (foreign_adapter(base, out), (out / "adapter_config.json").write_text("{")), "policy", "cannot be read"),
+    "a damaged config": (lambda base, out: (foreign_adapter(base, out), (out / "adapter_config.json").write_text("{")), "policy", "is damaged"),
     "no weights": (lambda base, out: (foreign_adapter(base, out), (out / "adapter_model.safetensors").unlink()), "policy", "no safetensors"),
 }  # fmt: skip
 

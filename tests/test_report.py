@@ -504,7 +504,7 @@ def test_a_run_of_any_kind_with_hostile_words(tmp_path):
         "status": "running",
         "base": HOSTILE[0],
         "recipe": {HOSTILE[3]: HOSTILE[5]},
-        "parents": {HOSTILE[0]: {"path": HOSTILE[1], "manifest": "none"}, "odd": None},
+        "parents": {HOSTILE[0]: {"path": HOSTILE[1], "manifest": "none"}},
         "versions": {HOSTILE[2]: HOSTILE[4]},
         "metrics": {HOSTILE[4]: 0.25, "not a number": math.nan},
         "cost": None,

@@ -1,5 +1,6 @@
 """The store: what is done twice is done once, nothing is lost or overwritten, and what is wrong is one line."""
 
+import json
 import math
 import os
 import signal
@@ -276,8 +277,8 @@ def test_files_that_are_no_store(tmp_path):
     other.execute("CREATE TABLE prompts (words TEXT)")
     other.close()
     for create in (False, True):
-        assert "cannot be opened" in refused(tmp_path / "text.db", create=create)
-        assert "version none" in refused(tmp_path / "other.db", create=create)
+        assert "cannot be opened: it is no SQLite database" in refused(tmp_path / "text.db", create=create)
+        assert "is no store: it has tables of something else (prompts)" in refused(tmp_path / "other.db", create=create)
         assert "cannot be made" in refused(tmp_path / "text.db" / "store.db", create=True)
     assert "is empty" in refused(tmp_path / "empty.db")
     assert "is not there" in refused(tmp_path)
@@ -405,8 +406,13 @@ def test_where_a_loops_store_is(tmp_path):
     assert store_of(tmp_path) == str(tmp_path / "store.db")
     (tmp_path / LOOP).write_text('{"store": null}')
     assert store_of(tmp_path) == str(tmp_path / "store.db")
-    (tmp_path / LOOP).write_text('{"store": "postgresql+psycopg://h/d"}')
-    assert store_of(tmp_path) == "postgresql+psycopg://h/d"
+    (tmp_path / LOOP).write_text(json.dumps({"store": str(tmp_path / "labels" / "of.db")}))
+    assert store_of(tmp_path) == str(tmp_path / "labels" / "of.db")
+    (tmp_path / LOOP).write_text('{"store": "postgresql+psycopg://me:secret@h/d"}')
+    with pytest.raises(
+        BadInput, match=r"says that its store is postgresql\+psycopg://h/d, which is not in that folder"
+    ):
+        store_of(tmp_path)
 
 
 @pytest.mark.parametrize("damaged", ["", "{", "[]", "null", "3", '"a"', "\ufeff{}", "[" * 100_000])

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from align.errors import BadInput
+from align.hub import asking
 
 if TYPE_CHECKING:
     from align.settings import Source
@@ -194,7 +195,10 @@ def _read_hub(source: Source) -> Iterator[Row]:
     except ImportError:
         raise BadInput(f"{label}: a Hub dataset needs the `datasets` package; pip install datasets") from None
     try:
-        rows = datasets.load_dataset(source.path, source.name, split=source.split, revision=source.revision)
+        with asking(source.path):
+            rows = datasets.load_dataset(source.path, source.name, split=source.split, revision=source.revision)
+    except BadInput as error:
+        raise BadInput(f"{label}: {error}") from None
     except Exception as error:
         raise BadInput(
             f"{label}: cannot be loaded from the Hub ({type(error).__name__}: {_first_line(error)});"

@@ -11,6 +11,7 @@ from itertools import takewhile
 from typing import TYPE_CHECKING, Any, cast
 
 from align.data.conversations import Message
+from align.data.rendering import Unbounded, rendered
 from align.data.unread import check_read
 from align.errors import BadInput
 from align.wording import one_line
@@ -69,13 +70,17 @@ def apply(
 ) -> Any:
     """`apply_chat_template`, whose failures are one line: the template is somebody's program."""
     _check_template(tokenizer, where, template)
-    check_read(tokenizer, messages, template, where)
     from jinja2 import TemplateError, TemplateSyntaxError
 
     conversation: Any = [dict(message) for message in messages]
     own = f"the chat template{f' of {tokenizer.name_or_path}' if tokenizer.name_or_path else ''}"
     try:
-        return tokenizer.apply_chat_template(conversation, **how, **template)
+        check_read(tokenizer, messages, template, where)
+        return rendered(tokenizer, conversation, **how, **template)
+    except BadInput:
+        raise
+    except Unbounded as error:
+        raise BadInput(f"{where}: {own} {error}; {TEMPLATE_CURE}") from None
     except TemplateSyntaxError as error:
         raise BadInput(
             f"{where}: {own} cannot be read (line {error.lineno}: {one_line(error.message)}); {TEMPLATE_CURE}"

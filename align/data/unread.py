@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 from align.data.conversations import MEANT, Message, Text
 from align.data.formats import Demonstration, Example, Preference
+from align.data.rendering import Unbounded, parsed, rendered
 from align.errors import BadInput
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 DOCUMENTS = ("tools", "documents")  # arguments of a template that are part of what a conversation says
-GENERATION = ("generation", "endgeneration")  # transformers' own tags, which jinja2 does not know
 
 
 def check_read(
@@ -105,7 +105,9 @@ def _source(tokenizer: PreTrainedTokenizerBase, template: Mapping[str, Any]) -> 
 
 def _rendered(tokenizer: PreTrainedTokenizerBase, messages: list[Any], template: Mapping[str, Any]) -> str:
     try:
-        return str(tokenizer.apply_chat_template([dict(m) for m in messages], tokenize=False, **template))
+        return str(rendered(tokenizer, [dict(m) for m in messages], tokenize=False, **template))
+    except Unbounded:
+        raise
     except Exception as error:  # a template that fails is another line's affair
         return f"{type(error).__name__}: {error}"
 
@@ -114,21 +116,10 @@ def _rendered(tokenizer: PreTrainedTokenizerBase, messages: list[Any], template:
 def _names(source: str) -> tuple[frozenset[str], frozenset[str]] | None:
     """What a template asks of messages (`message.x`, `message['x']`, `'x' in message`), and the arguments it takes;
     None of one that cannot be read, which rendering says."""
-    from jinja2 import TemplateSyntaxError, meta, nodes
-    from jinja2.ext import Extension, loopcontrols
-    from jinja2.parser import Parser
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
+    from jinja2 import meta, nodes
 
-    class Generation(Extension):
-        tags = {GENERATION[0]}  # noqa: RUF012 - jinja2's own way
-
-        def parse(self, parser: Parser) -> list[nodes.Node]:
-            next(parser.stream)
-            return parser.parse_statements((f"name:{GENERATION[1]}",), drop_needle=True)
-
-    try:
-        tree = ImmutableSandboxedEnvironment(extensions=[Generation, loopcontrols]).parse(source)
-    except TemplateSyntaxError:
+    tree = parsed(source)
+    if tree is None:
         return None
     asked = {node.attr for node in tree.find_all(nodes.Getattr)}
     asked |= {node.value for node in tree.find_all(nodes.Const) if isinstance(node.value, str)}

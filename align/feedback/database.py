@@ -14,6 +14,7 @@ from sqlalchemy import URL, Connection, Engine, create_engine, event, make_url
 from sqlalchemy.exc import ArgumentError, DatabaseError, DBAPIError, InterfaceError, NoSuchModuleError, OperationalError
 
 from align.errors import BadInput, RunFailed
+from align.feedback.whose import is_inside, outside
 from align.files import write_json
 from align.plain_json import dumps
 from align.wording import one_line
@@ -94,11 +95,25 @@ def _sum_of(values: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def store_of(run: str | Path) -> str:
-    """Where the store of a loop's folder is, as its recipe says; a store itself (a file or a database URL) stays."""
+def store_of(run: str | Path, named: str | None = None) -> str:
+    """Where the store of a loop's folder is: where the user says (`named`), else in the folder, as loop.json says; a
+    store itself (a file or a database URL) stays.
+
+    Raises:
+        BadInput: loop.json names one outside of the folder. Whoever wrote that file would choose what is opened, and
+            which server gets the user's name and password: the user has to say it.
+    """
     if "://" in str(run) or Path(run).is_file() or str(run).endswith(".db"):
+        if named is not None:
+            raise BadInput(f"{shown(store_url(str(run)))} is a store itself: leave `--store` out")
         return str(run)
-    return str(read_loop(Path(run)).get("store") or Path(run) / "store.db")
+    if named is not None:
+        return named
+    where = str(read_loop(Path(run)).get("store") or Path(run) / "store.db")
+    url = store_url(where)
+    if not is_inside(file_of(url) if url.startswith("sqlite:///") and "?" not in url else None, Path(run)):
+        raise outside(shown(url), Path(run))
+    return where
 
 
 def store_url(where: str) -> str:

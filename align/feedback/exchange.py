@@ -184,8 +184,16 @@ def _draw(store: Store, wanted: Iterable[tuple[int, str]]) -> dict[tuple[int, st
 # ------------------------------------------------------------------------------------------------ for the command line
 
 
-def export_run(run: str, file: str | Path, format: Literal["trl", "labels"] = "trl", *, with_ties: bool = False) -> str:
+def export_run(
+    run: str,
+    file: str | Path,
+    format: Literal["trl", "labels"] = "trl",
+    *,
+    with_ties: bool = False,
+    store_at: str | None = None,
+) -> str:
     """Writes the labels of a loop's folder (or of a store) to a .jsonl file; says what was done, in a sentence.
+    `store_at`: the folder's store, where it is elsewhere.
 
     Pairs left undecided are left out of TRL's format, all of whose rows are full preferences to a trainer that knows
     no `probability`; `with_ties` has them, with probability 1/2.
@@ -201,7 +209,7 @@ def export_run(run: str, file: str | Path, format: Literal["trl", "labels"] = "t
         raise BadInput(f"{path}: there is no folder {path.parent}; make it, or correct the path")
     if path.exists():
         raise BadInput(f"{path} is there already; name a new file")
-    store = open_store(run)
+    store = open_store(run, named=store_at)
     try:
         if not store.counts():
             raise BadInput(f"{store} has no labels yet; nothing was written")
@@ -220,7 +228,7 @@ def export_run(run: str, file: str | Path, format: Literal["trl", "labels"] = "t
         store.close()
 
 
-def import_run(run: str, file: str | Path, *, limit: int | None = None) -> str:
+def import_run(run: str, file: str | Path, *, limit: int | None = None, store_at: str | None = None) -> str:
     """Takes a file of preferences, or an export of all labels, into a loop's store, which is made where there is none;
     says what was done, in a sentence.
 
@@ -228,7 +236,7 @@ def import_run(run: str, file: str | Path, *, limit: int | None = None) -> str:
         BadInput: the file cannot be read, or does not fit the store.
     """
     is_backup = looks_like_labels(file)
-    store = open_store(run, create=True)
+    store = open_store(run, create=True, named=store_at)
     try:
         moved = import_labels(store, file) if is_backup else import_preferences(store, file, limit=limit)
     finally:

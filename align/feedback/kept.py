@@ -45,13 +45,14 @@ class Home:
         return f"align feedback {verb} {shlex.quote(self.name)}"
 
 
-def home_of(run: str | Path) -> Home:
-    """The home of a loop's folder, of a store's file, or of a database URL.
+def home_of(run: str | Path, named: str | None = None) -> Home:
+    """The home of a loop's folder, of a store's file, or of a database URL. `named`: the folder's store, where the user
+    says it.
 
     Raises:
-        BadInput: the folder's loop.json is damaged.
+        BadInput: the folder's loop.json is damaged, or names a store that is not in the folder.
     """
-    where = store_of(run)
+    where = store_of(run, named)
     if where != str(run):
         return Home(where, Path(run), "store", str(run))
     file = file_of(store_url(where))
@@ -61,13 +62,13 @@ def home_of(run: str | Path) -> Home:
     return Home(where, file.parent, file.stem, str(file.parent) if is_loops_own else where, is_loops_own)
 
 
-def open_store(run: str | Path, *, create: bool = False) -> Store:
+def open_store(run: str | Path, *, create: bool = False, named: str | None = None) -> Store:
     """The store of a loop's folder, held against what the loop remembers; a store that is named itself as it is.
 
     Raises:
         BadInput: it is not there (and is not to be made), cannot be opened, or is not the one that the loop had.
     """
-    home = home_of(run)
+    home = home_of(run, named)
     told = read_loop(home.folder) if home.is_loop and home.folder is not None else {}
     return open_home(home, told) or Store(home.where, create=create)
 

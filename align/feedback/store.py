@@ -58,6 +58,7 @@ from align.feedback.schema import (
     Prompt,
     Step,
 )
+from align.feedback.whose import check_ours, check_tables
 from align.wording import one_line
 
 
@@ -73,6 +74,8 @@ class Store:
         file = file_of(self.url)
         if file is not None:
             _check_file(file, create)
+            if file.is_file():
+                check_ours(file)
         self.engine = open_engine(self.url)
         self._writer = self.engine.execution_options(writes=True)
         self.is_sqlite = self.engine.dialect.name == "sqlite"
@@ -137,7 +140,8 @@ class Store:
         """Makes the tables where there are none, or checks their version; two that do it at once take turns."""
         with self.writing() if create else self.reading() as session:
             there = set(inspect(session.connection()).get_table_names())
-            if create and not there & set(Base.metadata.tables):
+            check_tables(there, str(self))
+            if create and not there:
                 Base.metadata.create_all(session.connection())
                 session.add(Fact(name="version", value=str(VERSION)))
                 return

@@ -19,6 +19,7 @@ from align.feedback.database import BESIDE, KEPT, MADE_OF, MARK, write_loop
 from align.feedback.kept import at_work_on
 from align.feedback.store import Store
 from align.files import clear_temporaries
+from align.hub import name_all
 from align.identity import changed_part, data_parts, equal_paths, model_parts
 from align.launch import plan, start
 from align.locks import LOCK, at_work_in
@@ -80,7 +81,7 @@ def _run(loop: Loop, prompts: Prompts, start_stage: Start) -> int:
                     print(f"ends after round {number}: {why}", flush=True)
                     break
         print(f"kept: {verdict['kept']}, {verdict['policy']}", flush=True)
-        print(report(loop.out), flush=True)
+        print(report(loop.out, loop.store), flush=True)
         return 0
     except Halt as halt:
         if str(halt):
@@ -158,6 +159,7 @@ def check_loop(loop: Loop) -> Prompts:
     Raises:
         BadInput: with the recipe's file, the key and the cure.
     """
+    name_all(_values(loop.settings))  # all of it, also what only its later stages read
     stages: dict[str, StageSettings] = {}
     sft = loop.sft()
     if sft is not None:

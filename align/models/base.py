@@ -5,13 +5,14 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from align.errors import BadInput
 from align.identity import fingerprint, hub_commit
 from align.models.attention import use_flat_attention
 from align.models.facts import check_quantised
+from align.models.loading import load_causal, load_config
 from align.models.tokenizer import first_line, load_tokenizer
 from align.settings import Model
 
@@ -44,14 +45,13 @@ def load_base(settings: Model, device: torch.device) -> Base:
     revision = settings.revision if Path(settings.base).is_dir() else hub_commit(settings.base, settings.revision)
     settings = settings.model_copy(update={"revision": revision or settings.revision})  # all of one commit
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        model = load_causal(
             settings.base,
-            revision=settings.revision,
+            settings.revision,
             dtype=compute_dtype(settings, device),
             attn_implementation=settings.attn_implementation,
             **quantisation,
             device_map={"": device},
-            use_safetensors=True,
         )
     except (OSError, ValueError, ImportError, SafetensorError) as error:
         raise BadInput(f"`model.base`: {settings.base} cannot be loaded: {first_line(error)}") from error
@@ -70,7 +70,7 @@ def load_base(settings: Model, device: torch.device) -> Base:
 def _is_quantised(settings: Model) -> bool:
     """Whether the base is in 4 bits as it was saved, and is read as it is; another form of the kind is refused."""
     try:
-        config = AutoConfig.from_pretrained(settings.base, revision=settings.revision).to_dict()
+        config = load_config(settings.base, settings.revision).to_dict()
     except (OSError, ValueError) as error:
         raise BadInput(f"`model.base`: {settings.base} cannot be loaded: {first_line(error)}") from error
     check_quantised(config, settings.load_in, f"`model.base`: {settings.base}")

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from align.errors import BadInput
+from align.records import ADAPTER_CONFIG, ADAPTER_WEIGHTS, AdapterConfig, read_adapter_config, read_object
 from align.wording import one_line
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -96,14 +97,11 @@ def read_facts(folder: str | Path) -> Facts:
 
 def _json_object(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
+        return read_object(path)
+    except ValueError as error:
         raise BadInput(f"{path} is damaged ({one_line(error, 100)}); fetch or save the model again") from error
     except OSError as error:
         raise BadInput(f"{path} cannot be read: {error.strerror}") from error
-    if not isinstance(found, dict):
-        raise BadInput(f"{path} is damaged (it holds no object); fetch or save the model again")
-    return found
 
 
 def _shapes(folder: Path) -> dict[str, tuple[int, ...]]:
@@ -117,12 +115,32 @@ def _shapes(folder: Path) -> dict[str, tuple[int, ...]]:
         raise BadInput(f"{folder / INDEX} names no weights; fetch or save the model again")
     shapes: dict[str, tuple[int, ...]] = {}
     for name in sorted({str(shard) for shard in shards.values()}):
+        if name != Path(name).name:
+            raise BadInput(f"{folder / INDEX} names `{one_line(name, 60)}`, which is no file of this folder")
         if not (folder / name).is_file():
             raise BadInput(
                 f"{folder / INDEX} names {name}, which is not there; fetch the model again, to the last file"
             )
         shapes |= read_shapes(folder / name)
     return shapes
+
+
+def read_adapter(folder: str | Path) -> AdapterConfig:
+    """The configuration of the adapter in a folder, whose sizes are held against its weights.
+
+    Raises:
+        BadInput: it is damaged, or speaks of more than its weights have, which would be made before they are read.
+    """
+    config, weights = read_adapter_config(folder), Path(folder) / ADAPTER_WEIGHTS
+    shapes = read_shapes(weights) if weights.is_file() else {}
+    longest = max((side for shape in shapes.values() for side in shape), default=0)
+    for name, size in config.sizes().items():
+        if shapes and size > longest:
+            raise BadInput(
+                f"{Path(folder) / ADAPTER_CONFIG} is damaged: `{one_line(name, 60)}` is {size:,}, and no side of its "
+                f"weights is over {longest:,}; save the adapter again, or fetch it again"
+            )
+    return config
 
 
 def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:

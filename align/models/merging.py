@@ -6,19 +6,21 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from peft import PeftConfig, PeftModel
+from peft import PeftModel
 from peft.tuners.ia3.layer import IA3Layer
 from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from pydantic import ValidationError
 
 from align.artifact import MANIFEST, check_whole, folder_in_one_go, read_manifest
 from align.errors import BadInput
 from align.identity import base_of
 from align.locks import LOCK, at_work_in
 from align.models.linear import reading_layer
+from align.models.loading import load_adapter_config, load_any_tokenizer, load_causal
 from align.models.lora import FusedLinear
 from align.models.roles import Bases, Role
+from align.models.tokenizer import first_line
 from align.settings import Model
 from align.wording import one_line
 
@@ -80,7 +82,7 @@ def merge(run: str, out: str) -> float:
         raise BadInput(f"the run in {run} is not finished; start it again to go on with it")
     _check_new(target)
     check_whole(folder, manifest)
-    kind = str(getattr(PeftConfig.from_pretrained(run).peft_type, "value", ""))
+    kind = str(getattr(load_adapter_config(run).peft_type, "value", ""))
     if kind in UNMERGEABLE:
         raise BadInput(
             f"the adapter in {run} cannot be merged: {UNMERGEABLE[kind]}; open it with PEFT (`import align`)"
@@ -97,9 +99,12 @@ def _check_new(target: Path) -> None:
 
 def _merge(folder: Path, target: Path, manifest: dict[str, Any]) -> float:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    settings = Model(**manifest["recipe"]["model"])
+    try:
+        settings = Model.model_validate(manifest["recipe"]["model"])
+    except ValidationError as error:
+        raise BadInput(f"{folder / MANIFEST} is damaged (`recipe.model`); run its stage again") from error
     bases = Bases(settings.model_copy(update={"base": base_of(manifest, folder), "chat_template": None}), device)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = _tokenizer_of(str(folder))
     ids = _probe_ids(tokenizer, device)
     before = _logits(bases.role(str(folder)), ids)
     if bases.settings.load_in == "nf4":
@@ -113,8 +118,15 @@ def _merge(folder: Path, target: Path, manifest: dict[str, Any]) -> float:
     with folder_in_one_go(target) as path:
         merged.save_pretrained(path)
         tokenizer.save_pretrained(path)
-    again: Any = AutoModelForCausalLM.from_pretrained(target, dtype=merged.dtype, device_map={"": device}).eval()
+    again: Any = load_causal(str(target), dtype=merged.dtype, device_map={"": device}).eval()
     return max(float((a - b).abs().max()) for a, b in zip(before, _logits(Role(again), ids), strict=True))
+
+
+def _tokenizer_of(run: str) -> Any:
+    try:
+        return load_any_tokenizer(run)
+    except (OSError, ValueError) as error:
+        raise BadInput(f"no tokenizer can be loaded from {run}: {first_line(error)}") from error
 
 
 def _dequantise(model: Any) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from peft import PeftConfig, PeftModel, get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
+from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
@@ -24,6 +24,7 @@ from align.models.attention import Prefix, flat_states, is_flat, prefix_length, 
 from align.models.base import Base, load_base, trunk_of
 from align.models.layout import Layout, Tree, flat_layout, padded_layout
 from align.models.linear import PlainLinear
+from align.models.loading import load_adapter_config, load_adapter_weights
 from align.models.lora import fuse
 from align.models.methods import inject, prefix_of, with_method
 from align.models.tokenizer import tokenizer_of
@@ -224,7 +225,7 @@ def adapter_weights(model: PeftModel) -> dict[str, Tensor]:
 
 
 def _with_saved_adapter(model: PreTrainedModel, folder: str, trainable: bool) -> tuple[PeftModel, Tensor | None]:
-    config = PeftConfig.from_pretrained(folder)
+    config: Any = load_adapter_config(folder)
     if getattr(config, "bias", "none") != "none":
         raise BadInput(f"the adapter in {folder} trains biases of the base, which roles share: use `bias: none`")
     saved = set(getattr(config, "modules_to_save", None) or ()) - HEADS
@@ -238,7 +239,7 @@ def _with_saved_adapter(model: PreTrainedModel, folder: str, trainable: bool) ->
     if hasattr(config, "modules_to_save"):
         config.modules_to_save = None
     peft_model = inject(model, config)
-    weights = load_peft_weights(folder, device=str(model.device))
+    weights = load_adapter_weights(folder, str(model.device))
     head = weights.pop(head_key(peft_model), None)
     wanted = {name: tensor.shape for name, tensor in adapter_weights(peft_model).items()}
     for name in weights.keys() - wanted.keys():

@@ -2,12 +2,13 @@
 
 from pathlib import Path
 
-from transformers import AutoTokenizer
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from align.errors import BadInput
 from align.identity import has_adapter, has_tokenizer
+from align.models.loading import load_any_tokenizer
 from align.settings import Model
+from align.wording import one_line
 
 
 def load_tokenizer(settings: Model) -> PreTrainedTokenizerBase:
@@ -16,7 +17,7 @@ def load_tokenizer(settings: Model) -> PreTrainedTokenizerBase:
     A missing pad token becomes the end token: masks are made from lengths, so the two may be the same.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(settings.base, revision=settings.revision)
+        tokenizer = load_any_tokenizer(settings.base, settings.revision)
     except (OSError, ValueError) as error:
         raise BadInput(f"`model.base`: no tokenizer can be loaded from {settings.base}: {first_line(error)}") from error
     if settings.chat_template is not None:
@@ -36,11 +37,15 @@ def tokenizer_of(settings: Model, folder: str | None) -> PreTrainedTokenizerBase
     try:
         return load_tokenizer(Model(base=folder))
     except BadInput:
-        if not has_adapter(folder):
+        if Path(folder).is_dir() or not has_adapter(folder):
             raise
     return load_tokenizer(settings)  # an adapter on the Hub that brings none
 
 
 def first_line(error: Exception) -> str:
-    """The first line of what a library says."""
-    return str(error).strip().split("\n")[0]
+    """The first line of what a library says; where it asks to trust a model's code, that this is never done."""
+    text = str(error).strip()
+    if "trust_remote_code" in text:
+        return "it brings code of its own, which is never run: give a model that transformers knows by itself"
+    first = text.split("\n")[0]
+    return one_line(text) if first.endswith((":", ": ")) else first

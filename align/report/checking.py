@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.text import Text
 
 from align.data import encode_demonstration, encode_pair, encode_prompt, load, looks_like_hub_id
+from align.errors import BadInput
 from align.identity import has_tokenizer
 from align.recipe import Recipe
 from align.report.tables import plain
@@ -78,13 +79,12 @@ def _trainable(settings: StageSettings, method: AnyMethod) -> str:
     if not Path(settings.model.base).is_dir():
         return "(the base is on the Hub: counted when it is loaded)"
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
 
     from align.models.attention import NAME
     from align.models.methods import with_method
 
     with torch.device("meta"):
-        model: Any = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(settings.model.base))
+        model: Any = _empty(settings.model.base)
         whole = trained = model.num_parameters()
         if not isinstance(method, Full):
             model.config._attn_implementation = NAME  # whether it really takes it is seen when it is loaded
@@ -92,6 +92,16 @@ def _trainable(settings: StageSettings, method: AnyMethod) -> str:
             tuned = with_method(model, method, None, head=isinstance(settings, RewardSettings))
             trained = sum(p.numel() for p in tuned.parameters() if p.requires_grad)
     return f"{trained:,} of {whole:,} parameters ({trained / whole:.2%}), method {method.kind}"
+
+
+def _empty(base: str) -> Any:
+    from align.models.loading import empty_causal, load_config
+    from align.models.tokenizer import first_line
+
+    try:
+        return empty_causal(load_config(base))
+    except (OSError, ValueError, ImportError) as error:
+        raise BadInput(f"`model.base`: {base} cannot be loaded: {first_line(error)}") from error
 
 
 def _show_sample(console: Console, settings: StageSettings) -> None:

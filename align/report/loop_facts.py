@@ -101,14 +101,14 @@ class Facts:
         return read_manifest(folder) if (folder / MANIFEST).is_file() else {}
 
 
-def read(folder: Path) -> Facts:
-    """Reads a loop's folder and its store, wherever that is.
+def read(folder: Path, store_at: str | None = None) -> Facts:
+    """Reads a loop's folder and its store: the one in it, or that at `store_at`, which the user has named.
 
     Raises:
-        BadInput: loop.json is damaged, or the store cannot be opened.
+        BadInput: loop.json is damaged, or the store is not in the folder, or cannot be opened.
     """
     recipe = {key: value for key, value in read_loop(folder).items() if key not in BESIDE}
-    store = open_store(folder)
+    store = open_store(folder, named=store_at)
     try:
         done: dict[int, dict[str, Found]] = defaultdict(dict)
         for round_, step in store.steps():

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from align.artifact import MANIFEST, damaged_rows
+from align.errors import BadInput
 from align.feedback.database import LOOP
 from align.feedback.schema import EVALUATION
 from align.report import loop_labels, stage_page
@@ -48,15 +49,17 @@ VERSUS = {  # metrics of a round -> whom its policy is compared with, and who sa
 }
 
 
-def report(folder: str | Path) -> Path:
-    """Writes RUN/report.html, of a loop or of one stage's run; its path.
+def report(folder: str | Path, store: str | None = None) -> Path:
+    """Writes RUN/report.html, of a loop or of one stage's run; its path. `store`: the loop's, where it is elsewhere.
 
     Raises:
         BadInput: the folder is neither.
     """
     where = Path(folder)
     is_loop = (where / LOOP).is_file() or (where / "round-0").is_dir()
-    page = page_of(read(where)) if is_loop else stage_page.page_of(where)
+    if store is not None and not is_loop:
+        raise BadInput(f"{folder} is no loop's folder, and has no store: leave `--store` out")
+    page = page_of(read(where, store)) if is_loop else stage_page.page_of(where)
     damaged = [said for run in _runs(where) for said in damaged_rows(run)]
     for said in damaged:
         print(safe(f"warning: {said}"), flush=True)

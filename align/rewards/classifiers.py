@@ -12,16 +12,23 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
-from transformers.utils import find_adapter_config_file
 
 from align.data import Prompt, Text, ending_of
 from align.data.collate import pad_right
 from align.data.templates import render
 from align.errors import BadInput
+from align.hub import may_ask, name_all
+from align.identity import has_adapter
 from align.models.backoff import Phase, in_passes, is_out_of_memory
 from align.models.budget import reading_tokens
 from align.models.layout import Tree, passes_of
+from align.models.loading import (
+    load_adapter,
+    load_adapter_config,
+    load_adapter_weights,
+    load_any_tokenizer,
+    load_classifier,
+)
 from align.models.tokenizer import first_line
 from align.rewards.mix import Answers
 from align.settings import LearnedReward
@@ -65,7 +72,7 @@ def phase_of(path: str) -> Phase:
 
 def _loaded(path: str) -> tuple[Any, Any]:
     try:
-        model, tokenizer = _whole(path) if find_adapter_config_file(path) is None else _adapted(path)
+        model, tokenizer = _adapted(path) if has_adapter(path) else _whole(path)
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
         if is_out_of_memory(error):
             raise
@@ -76,46 +83,38 @@ def _loaded(path: str) -> tuple[Any, Any]:
 
 
 def _whole(path: str) -> tuple[Any, Any]:
-    model, missing = _from_transformers(path)
+    model, missing = load_classifier(path)
     if missing:
         raise ValueError(f"its weights lack `{missing[0]}`: it is no trained sequence classifier")
-    return model, AutoTokenizer.from_pretrained(path)
+    return model, load_any_tokenizer(path)
 
 
 def _adapted(path: str) -> tuple[Any, Any]:
     """As TRL's RewardTrainer saves it: an adapter with its head, over a base that it names."""
-    from peft import PeftConfig, PeftModel, load_peft_weights
-
-    config = PeftConfig.from_pretrained(path)
+    config: Any = load_adapter_config(path)
     if config.task_type not in ("SEQ_CLS", None):  # None: TRL's, where the recipe named no type
         raise ValueError(f"its adapter is of task type {config.task_type}; a reward model's is SEQ_CLS")
     base = str(config.base_model_name_or_path)
     if not Path(base).is_dir() and (Path(path) / base).is_dir():
         base = str(Path(path) / base)
-    labels = [len(weight) for name, weight in load_peft_weights(path, device="cpu").items() if _is_head(name)]
+    if may_ask(path):  # what the recipe takes from the Hub stands there over what it names
+        name_all(base)
+    labels = [len(weight) for name, weight in load_adapter_weights(path, "cpu").items() if _is_head(name)]
     further = {"num_labels": labels[0]} if labels else {}
-    model, missing = _from_transformers(base, revision=config.revision, **further)
+    model, missing = load_classifier(base, config.revision, **further)
     if missing and not labels:
         raise ValueError(
             f"neither it nor its base {base} has weights for `{missing[0]}`: train it with `task_type: SEQ_CLS`"
         )
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        tokenizer = load_any_tokenizer(path)
     except (OSError, ValueError):  # it has none of its own
-        tokenizer = AutoTokenizer.from_pretrained(base, revision=config.revision)
-    return PeftModel.from_pretrained(model, path), tokenizer
+        tokenizer = load_any_tokenizer(base, config.revision)
+    return load_adapter(model, path, config), tokenizer
 
 
 def _is_head(name: str) -> bool:
     return name.endswith(("score.weight", "classifier.weight", "classifier.out_proj.weight"))
-
-
-def _from_transformers(path: str, **further: Any) -> tuple[Any, list[str]]:
-    """The classifier, and which of its weights are not in its files: they would be random numbers."""
-    model, info = AutoModelForSequenceClassification.from_pretrained(
-        path, use_safetensors=True, output_loading_info=True, **further
-    )
-    return model, sorted(info["missing_keys"])
 
 
 def _reads_pairs(tokenizer: Any) -> bool:

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer
 
 from align.artifact import MANIFEST, read_manifest
 from align.data import closed, encode_completion, end_token_ids, ending_of
@@ -16,6 +15,7 @@ from align.errors import BadInput, RunFailed
 from align.maths.ensembles import conservative
 from align.models.backoff import Phase
 from align.models.layout import Ids
+from align.models.loading import load_any_tokenizer
 from align.models.roles import Bases
 from align.models.scoring import SCORING, reads_whole, score_sequences
 from align.rewards.classifiers import classifier, phase_of, question_text
@@ -65,7 +65,7 @@ def _ours(settings: LearnedReward, bases: Bases, phase: Phase) -> Scorer:
         )
     manifest = read_manifest(settings.path)
     role = bases.role(settings.path, head=True)
-    tokenizer = AutoTokenizer.from_pretrained(settings.path)
+    tokenizer = load_any_tokenizer(settings.path)
     mean, std = (float(manifest["score_mean"]), float(manifest["score_std"])) if settings.normalize else (0.0, 1.0)
     if std < MIN_STD:
         raise BadInput(f"`rewards`: {settings.path} gave all its reference samples the same score: it learnt nothing")

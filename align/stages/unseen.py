@@ -12,6 +12,8 @@ from align.artifact import MANIFEST, read_manifest
 from align.data import Demonstration, Example, Kind, Prompt, load
 from align.data.mixtures import prompt_key
 from align.errors import BadInput
+from align.hub import may_run
+from align.plugins import is_reference
 from align.settings import Data
 from align.wording import one_line
 
@@ -85,7 +87,9 @@ def _trained_on(runs: Iterable[str]) -> tuple[dict[tuple[Data, Kind], str], list
         try:
             manifest = read_manifest(run)
             section, kind = TRAINED_ON[manifest["kind"]]
-            sections.setdefault((Data.model_validate(manifest["recipe"][section]), kind), run)
+            data = Data.model_validate(manifest["recipe"][section])
+            _check_formats(data, run)
+            sections.setdefault((data, kind), run)
         except BadInput as error:
             unknown.append(f"{run}: {one_line(error)}" if run not in str(error) else one_line(error))
             continue
@@ -96,6 +100,13 @@ def _trained_on(runs: Iterable[str]) -> tuple[dict[tuple[Data, Kind], str], list
         bases = {manifest.get("base"), (manifest["recipe"].get("model") or {}).get("base")}
         waiting += [str(base) for base in bases if base and (Path(base) / MANIFEST).is_file()]  # a fully tuned run
     return sections, unknown
+
+
+def _check_formats(data: Data, run: str) -> None:
+    """Raises BadInput where rows would be read by code that the run's manifest names, and this recipe does not."""
+    for source in (*data.train, *data.validation):
+        if is_reference(source.format) and not may_run(source.format):
+            raise BadInput(f"{run}: its rows are read by code that this recipe does not name, and that is not run")
 
 
 def _asked(example: Example) -> Iterator[Example]:

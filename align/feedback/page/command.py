@@ -29,8 +29,10 @@ def label(
     allow_hosts: Sequence[str],
     lease_seconds: float,
     echo: Callable[[str], None],
+    store_at: str | None = None,
 ) -> None:
-    """Serves the labelling page of a loop until it is stopped; `echo` shows the links.
+    """Serves the labelling page of a loop until it is stopped; `echo` shows the links. `store_at`: the loop's store,
+    where it is not in its folder.
 
     Raises:
         BadInput: a missing extra, file, store or annotator, a taken port, or an address that would be open to all.
@@ -47,7 +49,7 @@ def label(
         raise BadInput(f"--lease-seconds is {lease_seconds:g}; it goes from 2 to 86400 (a day)")
     text = None if guidelines is None else _text_of(guidelines)
     hosts = hosts_of(host, allow_hosts)
-    store = open_store(run)
+    store = open_store(run, named=store_at)
     try:
         queue, admins = Queue(store, lease_seconds=lease_seconds), list(admin)
         people = [person for person in store.annotators() if not person.is_simulated]
@@ -63,7 +65,7 @@ def label(
             app = create_app(queue, guidelines=text, allowed_hosts=hosts)
             for line in [*_known(where, people, tokens), *_told(at, tokens, is_loopback=_is_loopback(host))]:
                 echo(line)
-            with copied_while_open(store, home_of(run), echo):
+            with copied_while_open(store, home_of(run, store_at), echo):
                 serve(app, listener)
     finally:
         store.close()

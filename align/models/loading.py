@@ -1,0 +1,129 @@
+"""The only doors through which transformers and PEFT load what lies in a folder, or on the Hub.
+
+No code that comes with a model is run, and a folder never becomes a request (`align.hub`).
+"""
+
+from pathlib import Path
+from typing import Any, cast
+
+from peft import PeftConfig, PeftModel, load_peft_weights
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+)
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+from transformers.utils import find_adapter_config_file
+
+from align.errors import BadInput
+from align.hub import asking
+from align.models.facts import read_adapter
+from align.records import ADAPTER_WEIGHTS
+from align.wording import one_line
+
+ATTENTIONS = (None, "eager", "sdpa", "flash_attention_2", "flex_attention")  # that transformers brings itself
+
+
+def load_config(name: str, revision: str | None = None) -> Any:
+    """A model's configuration, which may not name an implementation of attention that would be fetched."""
+    with asking(name) as is_local:
+        config = AutoConfig.from_pretrained(name, revision=revision, local_files_only=is_local, trust_remote_code=False)
+    named = getattr(config, "_attn_implementation", None)
+    if named not in ATTENTIONS:
+        raise BadInput(f"{name} asks for the attention {named!r}, whose code it would fetch; it is not run")
+    return config
+
+
+def load_causal(name: str, revision: str | None = None, **how: Any) -> PreTrainedModel:
+    """A causal language model from safetensors; `how` as transformers takes it."""
+    with asking(name) as is_local:
+        return AutoModelForCausalLM.from_pretrained(
+            name, revision=revision, local_files_only=is_local, trust_remote_code=False, use_safetensors=True, **how
+        )
+
+
+def empty_causal(config: Any) -> PreTrainedModel:
+    """A model of this shape without the weights of any."""
+    with asking(""):
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+
+
+def load_classifier(name: str, revision: str | None = None, **how: Any) -> tuple[PreTrainedModel, list[str]]:
+    """A sequence classifier, and which of its weights are not in its files: they would be random numbers."""
+    config = load_config(name, revision)
+    for key, value in how.items():
+        setattr(config, key, value)
+    with asking(name) as is_local:
+        model, info = AutoModelForSequenceClassification.from_pretrained(
+            name,
+            config=config,
+            revision=revision,
+            local_files_only=is_local,
+            trust_remote_code=False,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+    return model, sorted(info["missing_keys"])
+
+
+def load_any_tokenizer(name: str, revision: str | None = None) -> PreTrainedTokenizerBase:
+    """The tokenizer in a folder, or of a Hub id, as it is."""
+    with asking(name) as is_local:
+        return cast(
+            PreTrainedTokenizerBase,
+            AutoTokenizer.from_pretrained(name, revision=revision, local_files_only=is_local, trust_remote_code=False),
+        )
+
+
+# ------------------------------------------------------------------------------------------------------------- adapters
+
+
+def load_adapter_config(name: str) -> PeftConfig:
+    """PEFT's own configuration of an adapter, made of what `align.records` has let pass.
+
+    Raises:
+        BadInput: it is damaged, of a kind that PEFT does not know, or speaks of sizes that its weights do not have.
+    """
+    values = read_adapter(_folder_of(name)).model_dump(exclude_unset=True)
+    values.pop("runtime_config", None)  # of a process, which PEFT leaves out too
+    try:
+        return cast(PeftConfig, PeftConfig.from_peft_type(**PeftConfig.check_kwargs(**values)))
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise BadInput(f"the adapter in {name} is none that PEFT takes: {one_line(repr(error))}") from error
+
+
+def load_adapter_weights(name: str, device: str) -> dict[str, Tensor]:
+    """An adapter's tensors by PEFT's names, from safetensors alone."""
+    file = Path(name) / ADAPTER_WEIGHTS
+    try:
+        if file.is_file():
+            return load_file(file, device=device)
+        if Path(name).is_dir():
+            raise BadInput(
+                f"{name} holds no {ADAPTER_WEIGHTS} (pickled weights are not loaded); save the adapter again"
+            )
+        with asking(name):
+            return dict(load_peft_weights(name, device=device))
+    except SafetensorError as error:
+        raise BadInput(f"{file} is damaged ({one_line(error)}); save the adapter again, or fetch it again") from error
+
+
+def load_adapter(model: Any, name: str, config: PeftConfig) -> PeftModel:
+    """`model` with the adapter of `name` in it, as PEFT opens one."""
+    with asking(name):
+        return PeftModel.from_pretrained(model, name, config=config)
+
+
+def _folder_of(name: str) -> Path:
+    if Path(name).is_dir():
+        return Path(name)
+    with asking(name):
+        found = find_adapter_config_file(name)
+    if found is None:
+        raise BadInput(f"{name} holds no adapter")
+    return Path(found).parent

@@ -1,0 +1,177 @@
+"""What the JSON files of a run's or a model's folder may say: schemas, since anybody may have written them.
+
+Unknown keys are let pass (other versions write more); what is known has the type and the size that everyone takes it
+for. Nothing here loads a library of models.
+"""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+
+from align.errors import BadInput
+from align.wording import one_line
+
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+MOST_BYTES = 256 * 2**20  # of one such file: the largest tokenizers' are an eighth of it
+LARGEST_SIZE = 2**20  # of a rank, a number of virtual tokens and the like
+LONGEST_PATTERN = 2000  # characters of a regular expression over the names of modules
+
+
+def _plain_name(name: str) -> str:
+    if name != Path(name).name or name in ("", ".", ".."):
+        raise ValueError("must be a name in this folder")
+    return name
+
+
+Text = Annotated[str, Field(max_length=4096)]
+Name = Annotated[str, Field(max_length=255), AfterValidator(_plain_name)]  # of what lies in the same folder
+Size = Annotated[int, Field(ge=0, le=LARGEST_SIZE)]
+Pattern = Annotated[str, Field(max_length=LONGEST_PATTERN)]
+Names = Pattern | list[Text]
+Nothing = Annotated[None, Field(default=None)]
+
+
+class Record(BaseModel):
+    """A JSON object of a file; keys that it does not name are kept as they are."""
+
+    model_config = ConfigDict(extra="allow", strict=True, protected_namespaces=())
+
+
+class Part(Record):
+    """Something that a run is made of."""
+
+    what: Text
+    path: Text
+    fingerprint: Text
+
+
+class Parent(Record):
+    """A run that another one has read."""
+
+    path: Text
+    manifest: Text
+
+
+class RecipeOfRun(Record):
+    """The recipe in a manifest, of which others than its own stage read this."""
+
+    model: dict[str, Any] = {}
+
+
+class Manifest(Record):
+    """A run's manifest.json."""
+
+    kind: Text
+    status: Literal["running", "finished"] = "running"
+    base: Text | None = None
+    base_path: Text | None = None
+    base_from_here: Text | None = None
+    base_fingerprint: Text | None = None
+    contents: Text | None = None
+    made_of: dict[str, Part] = {}
+    parents: dict[str, Parent] = {}
+    members: list[Name] = []
+    files: dict[Name, Text] = {}
+    recipe: RecipeOfRun = RecipeOfRun()
+    metrics: dict[str, Any] = {}
+    versions: dict[str, Any] = {}
+    score_mean: float | None = None
+    score_std: float | None = None
+
+
+class AdapterConfig(Record):
+    """An adapter's adapter_config.json: what is known to matter of all of PEFT's kinds.
+
+    `layer_replication` would make layers that nobody has trained, and megatron's keys name a module to import.
+    """
+
+    peft_type: Text | None = None
+    task_type: Text | None = None
+    base_model_name_or_path: Text | None = None
+    revision: Text | None = None
+    bias: bool | Text = "none"
+    modules_to_save: list[Text] | None = None
+    target_modules: Names | None = None
+    exclude_modules: Names | None = None
+    layers_to_transform: int | list[int] | None = None
+    layers_pattern: Names | None = None
+    rank_pattern: dict[Pattern, Any] | None = None
+    alpha_pattern: dict[Pattern, float] | None = None
+    lora_alpha: float | None = None
+    r: Size | None = None
+    init_r: Size | None = None
+    target_r: Size | None = None
+    num_virtual_tokens: Size | None = None
+    token_dim: Size | None = None
+    encoder_hidden_size: Size | None = None
+    reduction_factor: Size | None = None
+    layer_replication: Nothing = None
+    megatron_config: Nothing = None
+
+    def sizes(self) -> dict[str, int]:
+        """The numbers by which the adapter's weights are made: no one is longer than all sides of these."""
+        if self.peft_type == "LOKR":  # a rank past a layer's sides means all of it
+            return {}
+        given = {name: getattr(self, name) for name in ("r", "init_r", "num_virtual_tokens")}
+        of_layers = {f"rank_pattern.{name}": size for name, size in (self.rank_pattern or {}).items()}
+        return {name: size for name, size in (given | of_layers).items() if isinstance(size, int) and size > 0}
+
+
+AnyRecord = TypeVar("AnyRecord", bound=Record)
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """A JSON object from a file.
+
+    Raises:
+        ValueError: it is none, or too large.
+        OSError: it cannot be read.
+    """
+    if path.stat().st_size > MOST_BYTES:
+        raise ValueError(f"it has {path.stat().st_size:,} bytes, and {MOST_BYTES:,} are the most")
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+    if not isinstance(found, dict):
+        raise ValueError("it is no object")
+    return found
+
+
+def checked(values: dict[str, Any], schema: type[AnyRecord]) -> AnyRecord:
+    """`values` by a schema.
+
+    Raises:
+        ValueError: the first key that is not what it should be.
+    """
+    try:
+        return schema.model_validate(values)
+    except (ValidationError, RecursionError) as error:
+        raise ValueError(_first(error)) from None
+
+
+def _first(error: ValidationError | RecursionError) -> str:
+    if isinstance(error, RecursionError):
+        return "it is nested too deeply"
+    first = error.errors(include_url=False, include_context=False)[0]
+    key = one_line(".".join(map(str, first["loc"])), 60)
+    says = one_line(first["msg"].removeprefix("Value error, "), 100)
+    return f"`{key}`: {says}; it is {one_line(repr(first['input']), 60)}"
+
+
+def read_adapter_config(folder: str | Path) -> AdapterConfig:
+    """The configuration of the adapter in a folder.
+
+    Raises:
+        BadInput: it is damaged, or no adapter of PEFT's could be so.
+    """
+    path = Path(folder) / ADAPTER_CONFIG
+    try:
+        return checked(read_object(path), AdapterConfig)
+    except OSError as error:
+        raise BadInput(f"{path} cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise BadInput(f"{path} is damaged ({one_line(error)}); save the adapter again, or fetch it again") from error
