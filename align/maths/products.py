@@ -26,12 +26,12 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 def is_for_onednn(x: Tensor, weight: Tensor) -> bool:
     """Whether oneDNN is there, does such products, and is the faster one: x (..., I), weight (O, I)."""
     is_large = x.numel() * weight.shape[0] >= SMALL
-    return is_large and _is_plain(x) and _is_plain(weight) and _is_onednn_right()
+    return is_large and _is_plain(x) and _is_plain(weight) and _is_onednn_on()
 
 
 def pack(weight: Tensor) -> Tensor | None:
     """A copy of weight (O, I) in oneDNN's own order, for `packed_product`; None where nothing would be won by it."""
-    if weight.numel() < LARGE or not _is_plain(weight) or not _is_onednn_right():
+    if weight.numel() < LARGE or not _is_plain(weight) or not _is_onednn_on():
         return None
     return _packed(weight)
 
@@ -43,6 +43,10 @@ def packed_product(x: Tensor, packed: Tensor, bias: Tensor | None = None) -> Ten
 
 def _is_plain(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu" and tensor.dtype == torch.float32
+
+
+def _is_onednn_on() -> bool:
+    return bool(torch.backends.mkldnn.enabled) and _is_onednn_right()
 
 
 @cache

@@ -6,6 +6,8 @@ left behind: the end is that of a run which began with the smaller size. The siz
 as long as the process lives. Nothing here waits for other processes: each finds a size of its own.
 """
 
+import ctypes
+import errno
 import os
 import re
 import sys
@@ -28,8 +30,8 @@ SIGNS = (  # of errors that have no class of their own, beside those that accele
     "CUDNN_STATUS_ALLOC_FAILED",
     "DefaultCPUAllocator: not enough memory",
     "bad_alloc",
-    "could not create a memory object",  # oneDNN
 )
+ONEDNN = re.compile(r"could not (create|execute|initialize) (a|the) (memory|primitive)( object)?$")
 TOKENS, ANSWERS = "tokens in a pass", "answers at a time"  # what a size counts
 
 
@@ -55,9 +57,13 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether an allocation failed, on a CPU or a GPU, in torch or outside of it."""
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
-    if not isinstance(error, RuntimeError) or isinstance(error, RunFailed):
+    if isinstance(error, (OSError, ImportError)):
+        return getattr(error, "errno", None) == errno.ENOMEM or "failed to map segment" in str(error)
+    if not isinstance(error, RuntimeError):
         return False
-    return should_reduce_batch_size(error) or any(sign in str(error) for sign in SIGNS)
+    return (
+        should_reduce_batch_size(error) or any(sign in str(error) for sign in SIGNS) or bool(ONEDNN.match(str(error)))
+    )
 
 
 def in_passes(
@@ -114,7 +120,8 @@ def halving(
                 raise
             if size <= 1:
                 raise _too_large(phase, error) from error
-        clear_device_cache(garbage_collection=True)  # the error is gone by now, and with it what its frames held
+            _without_onednn_after(error)
+        _free()  # the error is gone by now, and with it what its frames held
         _restore(random)
         size = smaller(size)
     if size < first:
@@ -132,7 +139,8 @@ def or_else(phase: Phase, work: Callable[[], T], instead: T, otherwise: str) -> 
     except Exception as error:
         if not is_out_of_memory(error):
             raise
-    clear_device_cache(garbage_collection=True)
+        _without_onednn_after(error)
+    _free()
     _fitting[phase] = 0
     _say(phase, otherwise, None)
     return instead
@@ -162,6 +170,20 @@ def _say(phase: Phase, change: str, size: int | None) -> None:
     who = f"process {os.environ.get('RANK', '0')}: " if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
     begin_so = f" (`{phase.key}: {size}` begins so)" if phase.key and size is not None else ""
     print(f"{who}out of memory {phase.name}: {change}, from here on{begin_so}", file=sys.stderr, flush=True)
+
+
+def _without_onednn_after(error: Exception) -> None:
+    """Where oneDNN's compiler had no memory for its code, it fails from then on, however much there may be."""
+    if ONEDNN.match(str(error)):
+        torch.backends.mkldnn.set_flags(False)
+
+
+def _free() -> None:
+    """Gives back what nothing holds: on a CPU to the kernel, for what is no block of the heap."""
+    clear_device_cache(garbage_collection=True)
+    libc = ctypes.CDLL(None) if os.name == "posix" else None
+    if libc is not None and hasattr(libc, "malloc_trim"):
+        libc.malloc_trim(0)
 
 
 def _random_state() -> tuple[Tensor, Tensor | None]:

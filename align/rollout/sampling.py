@@ -8,7 +8,7 @@ from torch import Tensor
 from align.models.backoff import Phase, halving, or_else
 from align.models.merging import merged_view
 from align.models.roles import Role
-from align.rollout.engine import sample_flat
+from align.rollout.engine import Answer, sample_flat
 from align.rollout.generate import sample_padded
 from align.rollout.rollouts import Reading, Rollouts, by_row, rollouts_of
 from align.settings import Sampling
@@ -44,12 +44,12 @@ def sample(
             phase, at_once, lambda size: sample_padded(role, *given, end_ids=end_ids, pad_id=pad_id, batch_size=size)
         )
         return rollouts_of(prompts, drawn, end_ids=end_ids), None
-    merged = or_else(MERGING, lambda: merged_view(role), role, "the adapter stays beside its base, which is slower")
-    answers = halving(
-        phase,
-        at_once,
-        lambda size: sample_flat(merged, *given, end_ids=end_ids, batch_size=size, max_batch_tokens=max_batch_tokens),
-    )
+
+    def attempt(size: int) -> list[Answer]:
+        merged = or_else(MERGING, lambda: merged_view(role), role, "the adapter stays beside its base, which is slower")
+        return sample_flat(merged, *given, end_ids=end_ids, batch_size=size, max_batch_tokens=max_batch_tokens)
+
+    answers = halving(phase, at_once, attempt)
     rollouts = rollouts_of(prompts, [answer.tokens for answer in answers], end_ids=end_ids)
     if not role.is_exact:
         return rollouts, None
