@@ -116,9 +116,12 @@ class Server:
 
     def restart(self) -> None:
         """Dies in the middle of whatever is under way, and comes back with what was committed."""
+        self.die()
+        self.start()
+
+    def die(self) -> None:
         self._process.send_signal(signal.SIGQUIT)
         self._process.wait(timeout=20)
-        self.start()
 
     def _wait(self) -> None:
         import psycopg

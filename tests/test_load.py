@@ -38,11 +38,11 @@ P95_SECONDS = 0.2
 class Server:
     """`align label` as a process of its own."""
 
-    def __init__(self, run, port=0, people=()):
-        command = [sys.executable, "-m", "align.cli", "label", run, "--port", str(port)]
+    def __init__(self, run, port=0, people=(), before=(), **pipes):
+        command = [*before, sys.executable, "-m", "align.cli", "label", run, "--port", str(port)]
         command += [part for name in people for part in ("--add", name)]
         environment = os.environ | {"PYTHONUNBUFFERED": "1"}
-        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment, **pipes)
         self.tokens = {}
         for line in self.process.stdout:
             link = re.fullmatch(r"(.+): http://127\.0\.0\.1:(\d+)/enter#(.+)\n", line)

@@ -60,6 +60,13 @@ class Page:
         self.app = create_app(self.queue, **settings)
         self.clients = []
 
+    @classmethod
+    def of(cls, queue):
+        """The page of a queue that is there."""
+        made = cls.__new__(cls)
+        made.store, made.queue, made.app, made.clients = queue.store, queue, create_app(queue), []
+        return made
+
     def client(self):
         client = TestClient(self.app, base_url=AT, headers={"Origin": AT}, raise_server_exceptions=False)
         self.clients.append(client)

@@ -11,7 +11,16 @@ from typing import Any
 from urllib.parse import unquote
 
 from sqlalchemy import URL, Connection, Engine, create_engine, event, make_url
-from sqlalchemy.exc import ArgumentError, DatabaseError, DBAPIError, InterfaceError, NoSuchModuleError, OperationalError
+from sqlalchemy.exc import (
+    ArgumentError,
+    DatabaseError,
+    DBAPIError,
+    InterfaceError,
+    NoSuchModuleError,
+    OperationalError,
+    SQLAlchemyError,
+)
+from sqlalchemy.exc import TimeoutError as AllInUse
 
 from align.errors import BadInput, RunFailed
 from align.feedback.whose import is_inside, outside
@@ -183,10 +192,10 @@ def safe_line(error: object, url: str) -> str:
     return one_line(line)
 
 
-def is_failure(error: DBAPIError) -> bool:
-    """Whether the database failed, and not what it was asked."""
-    is_known = isinstance(error, OperationalError | InterfaceError) or type(error) is DatabaseError
-    return is_known or error.connection_invalidated
+def is_failure(error: SQLAlchemyError) -> bool:
+    """Whether the database failed, or is too busy, and not what it was asked."""
+    is_known = isinstance(error, OperationalError | InterfaceError | AllInUse) or type(error) is DatabaseError
+    return is_known or (isinstance(error, DBAPIError) and error.connection_invalidated)
 
 
 def _patience(url: URL) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from typing import Any
 
 from sqlalchemy import Connection, delete, func, inspect, select, update
 from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import TimeoutError as AllInUse
 from sqlalchemy.orm import Session
 
 from align.errors import BadInput
@@ -111,10 +112,11 @@ class Store:
         """
         try:
             yield
-        except DBAPIError as error:
+        except (DBAPIError, AllInUse) as error:
             if not is_failure(error):
                 raise
-            said = f"the store {self} does not answer ({safe_line(error.orig, self.url)}); nothing is half done"
+            cause = error.orig if isinstance(error, DBAPIError) else error
+            said = f"the store {self} does not answer ({safe_line(cause, self.url)}); nothing is half done"
             raise (StoreFailed if self.engine.dialect.name == "sqlite" else Away)(said) from error
 
     @contextmanager

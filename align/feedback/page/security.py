@@ -74,6 +74,8 @@ class Guard:
 
     def _refusal(self, scope: Scope) -> JSONResponse | None:
         headers = Headers(scope=scope)
+        if "transfer-encoding" in headers and "content-length" in headers:  # a proxy may see another end than we do
+            return refuse(400, "A request has one length: Content-Length or Transfer-Encoding, not both.")
         hosts = headers.getlist("host")
         match = HOST.fullmatch(hosts[0]) if len(hosts) == 1 else None
         # a name that somebody else points at this address is not ours (DNS rebinding)
@@ -97,6 +99,8 @@ async def _body_of(scope: Scope, receive: Receive) -> tuple[bytes, JSONResponse 
         async with asyncio.timeout(BODY_SECONDS):
             while True:
                 message = await receive()
+                if message["type"] == "http.disconnect":
+                    return b"", refuse(400, "The request was cut off.")
                 part = message.get("body", b"")
                 size += len(part)
                 body += part if size <= BODY_LIMIT else b""
@@ -112,7 +116,7 @@ async def _body_of(scope: Scope, receive: Receive) -> tuple[bytes, JSONResponse 
 
 def refuse(status: int, sentence: str) -> JSONResponse:
     """An error: one sentence."""
-    closing = {"Connection": "close"} if status in (408, 413) else None  # the rest of a body is not read
+    closing = {"Connection": "close"} if status in (400, 408, 413) else None  # the rest of a body is not read
     return JSONResponse({"error": sentence}, status, headers=closing)
 
 

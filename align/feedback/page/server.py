@@ -4,12 +4,14 @@ The page never learns more of a pair than its texts. It says `left` or `right`; 
 again, and what it sends of anything else is not believed.
 """
 
+import logging
 import secrets
 import signal
 import socket
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated, Any, Literal
 
 import uvicorn
@@ -22,7 +24,9 @@ from markupsafe import Markup
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.exceptions import HTTPException
 
+from align.feedback.database import StoreFailed
 from align.feedback.page import admin
+from align.feedback.page.connections import BoundedProtocol, Brief, Waiting, make_room
 from align.feedback.page.rendering import conversation, rendered
 from align.feedback.page.security import Buckets, Guard, Seal, csrf_of, exchange, holder, is_same, refuse
 from align.feedback.queue import COMMENT_LIMIT, Answer, Queue, Refused, Task, shown_order
@@ -249,6 +253,7 @@ def create_app(
     app.mount("/static", StaticFiles(packages=[("align.feedback.page", "static")]))
     app.add_exception_handler(HTTPException, _on_refusal)
     app.add_exception_handler(Refused, lambda _, error: refuse(409, f"{str(error)[:1].upper()}{str(error)[1:]}."))
+    app.add_exception_handler(StoreFailed, _on_failed_store)
     app.add_exception_handler(RequestValidationError, _on_wrong_body)
     app.add_exception_handler(Exception, lambda *_: refuse(500, "The server has failed at this; try again."))
     return Guard(app, hosts=frozenset(host.lower().strip("[]") for host in allowed_hosts))
@@ -257,13 +262,24 @@ def create_app(
 def _on_refusal(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     known = {404: "There is no such page.", 405: "This page does not take such a request."}
-    sentence = known.get(error.status_code, error.detail)
-    if request.url.path.startswith("/api/") or request.url.path.startswith("/static/"):
-        response: Response = refuse(error.status_code, sentence)
-    else:
-        response = _desk(request).page("message", error.status_code, sentence=sentence)
+    response = _said(request, error.status_code, known.get(error.status_code, error.detail))
     response.headers.update(error.headers or {})
     return response
+
+
+def _on_failed_store(request: Request, error: Exception) -> Response:
+    """The page's script tries again until it is taken."""
+    logging.getLogger("uvicorn.error").warning("a request was put off: %s", error)
+    response = _said(request, 503, "The database does not answer; no label is lost. Try again in a moment.")
+    response.headers["Retry-After"] = "5"
+    return response
+
+
+def _said(request: Request, status: int, sentence: str) -> Response:
+    """A sentence to whoever asked: to the script as JSON, to a person as a page."""
+    if request.url.path.startswith("/api/") or request.url.path.startswith("/static/"):
+        return refuse(status, sentence)
+    return _desk(request).page("message", status, sentence=sentence)
 
 
 def _on_wrong_body(request: Request, error: Exception) -> Response:
@@ -277,8 +293,27 @@ def serve(app: Guard, listener: socket.socket) -> None:
     """Answers until SIGTERM or SIGINT, finishes what is under way, and exits with 0."""
     for name in (signal.SIGTERM, signal.SIGINT):  # uvicorn raises the signal again when it has shut down
         signal.signal(name, lambda *_: sys.exit(0))
-    # no access log: it would hold who asked for what; the traces of faults still go to stderr
+    server, _ = server_of(app)
+    server.run([listener])
+
+
+def server_of(app: Guard) -> tuple[uvicorn.Server, Waiting]:
+    """A server with as much room as there are descriptors, and the connections that wait in it."""
+    room = make_room()
+    waiting = Waiting(room.waiting)
+    # no access log: it would hold who asked for what; the traces of faults still go to stderr, each once
     config = uvicorn.Config(
-        app, log_level="warning", access_log=False, server_header=False, ws="none", timeout_graceful_shutdown=5
+        app,
+        http=partial(BoundedProtocol, waiting=waiting),  # type: ignore[arg-type]  # called as a class is
+        ws="none",
+        backlog=room.backlog,
+        limit_concurrency=room.all,
+        timeout_graceful_shutdown=5,
+        log_level="warning",
+        access_log=False,
+        server_header=False,
     )
-    uvicorn.Server(config).run([listener])
+    brief = Brief()
+    for log in ("uvicorn.error", "asyncio"):
+        logging.getLogger(log).addFilter(brief)
+    return uvicorn.Server(config), waiting
