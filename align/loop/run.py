@@ -15,6 +15,7 @@ from pydantic import ValidationError
 from align.artifact import MANIFEST, differences, is_harmless, state_of, which_run, write_json
 from align.data import Prompt
 from align.door import check_model, check_recipe
+from align.endings import last
 from align.errors import BadInput
 from align.feedback.database import LOOP, read_loop
 from align.feedback.store import Store
@@ -93,9 +94,9 @@ def _run(loop: Loop, prompts: Prompts, start_stage: Start) -> int:
             store.add_prompts(rows, split)
         sft = loop.sft()
         if sft is not None and state_of(sft) != "finished":
-            code, _ = start_stage(sft, Path(f"{sft.output}.yaml"))
+            code, reason = start_stage(sft, Path(f"{sft.output}.yaml"))
             if code:
-                return code
+                raise Halt(code, reason)
         for number in range(loop.settings.num_rounds):
             this = Context(loop, store, number, start_stage)
             _round(this)
@@ -107,7 +108,9 @@ def _run(loop: Loop, prompts: Prompts, start_stage: Start) -> int:
         print(report(loop.out), flush=True)
         return 0
     except Halt as halt:
-        if str(halt):
+        if halt.code:
+            last.say(str(halt))
+        elif str(halt):
             print(str(halt), flush=True)
         return halt.code
     finally:
