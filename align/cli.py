@@ -1,13 +1,18 @@
 """The `align` command. Thin, and light until something heavy is really needed."""
 
 import json
+import signal
 import sys
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
 
-from align.errors import BadInput, RunFailed
-from align.wording import safe, trouble_with_files
+from align.endings import FAILED, REFUSED, Ending, ending_of, last, open_streams, take_signals
+from align.errors import BadInput
+
+UsageError: Any = typer.BadParameter.__mro__[1]  # which has no public name of its own
+FOLDERS: list[str | Path] = []  # where the command's runs are: their error.log takes what nobody foresaw
 
 app = typer.Typer(
     add_completion=False,
@@ -64,7 +69,9 @@ def run(recipe: RecipeName, overrides: Overrides = None, changes: Changes = None
     from align.recipe import load_recipe
 
     words = [*(overrides or []), *(changes or [])]
-    raise typer.Exit(run_recipe(load_recipe(recipe, words), words, changes or []))
+    loaded = load_recipe(recipe, words)
+    FOLDERS.extend(stage.output for stage in loaded.stages.values())
+    raise typer.Exit(run_recipe(loaded, words, changes or []))
 
 
 @app.command()
@@ -126,7 +133,9 @@ def loop(recipe: RecipeName, overrides: Overrides = None, changes: Changes = Non
     from align.loop.rounds import load_loop
     from align.loop.run import run_loop
 
-    raise typer.Exit(run_loop(load_loop(recipe, overrides or [], changes or [])))
+    loaded = load_loop(recipe, overrides or [], changes or [])
+    FOLDERS.append(loaded.out)
+    raise typer.Exit(run_loop(loaded))
 
 
 @app.command()
@@ -177,6 +186,7 @@ def label(
     """Serve the page on which people say which of two answers is better."""
     from align.feedback.page.command import label as serve_page
 
+    FOLDERS.append(run)
     serve_page(
         run,
         host=host,
@@ -204,6 +214,7 @@ def export_feedback(
     """Write what has been labelled to a file."""
     from align.feedback.exchange import export_run
 
+    FOLDERS.append(run)
     if format not in ("trl", "labels"):
         raise BadInput(f"`--format {format}`: one of trl, labels")
     typer.echo(export_run(run, file, format, with_ties=with_ties, store_at=store))  # type: ignore[arg-type]
@@ -223,6 +234,7 @@ def import_feedback(
     """Take preferences that people have given elsewhere, as labels of round 0."""
     from align.feedback.exchange import import_run
 
+    FOLDERS.append(run)
     typer.echo(import_run(run, file, store_at=store))
 
 
@@ -278,25 +290,46 @@ def report(
     """Write RUN/report.html, one page that opens offline: figures, curves, costs and samples."""
     from align.report.loop_page import report as write_report
 
+    FOLDERS.append(run)
     typer.echo(write_report(run, store))
 
 
 def main() -> None:
-    """Entry point: bad input is one line and exit code 2."""
+    """Entry point: however the command ends, its exit code tells how, and its last line why (`align.endings`)."""
+    open_streams()
+    last.hold()
+    received = take_signals()
     try:
-        app(standalone_mode=True)
-    except BadInput as error:
-        print(safe(f"align: {error}"), file=sys.stderr)
-        sys.exit(2)
-    except RunFailed as error:
-        print(safe(f"align: {error}"), file=sys.stderr)
-        sys.exit(1)
-    except OSError as error:
-        told = trouble_with_files(error)
-        if told is None:
-            raise
-        print(safe(f"align: {told}"), file=sys.stderr)
-        sys.exit(1)
+        code = app(standalone_mode=False) or 0
+        sys.stdout.flush()  # else it fails later, where nobody tells
+        ending = Ending(int(code), "")
+    except UsageError as error:
+        ending = _usage(error)
+    except SystemExit as left:
+        ending = _left(left)
+    except BaseException as error:  # else Python shows a traceback
+        ending = ending_of(error, *reversed(FOLDERS))
+    if received and ending.code:  # whatever it was that the signal broke
+        number = received[-1]
+        ending = Ending(128 + number, last.ending.line or f"stopped by {signal.Signals(number).name}")
+    last.leave(ending)
+
+
+def _left(error: SystemExit) -> Ending:
+    """A way out that is not ours: typer's, for a pipe that broke, or some library's."""
+    if isinstance(error.__context__, BrokenPipeError):
+        return ending_of(error.__context__, *reversed(FOLDERS))
+    is_code = error.code is None or isinstance(error.code, int)
+    return Ending(int(error.code or 0), "") if is_code else Ending(FAILED, str(error.code))  # type: ignore[arg-type]
+
+
+def _usage(error: Any) -> Ending:
+    """Words that the command does not take; none at all: its help."""
+    if type(error).__name__ == "NoArgsIsHelpError":
+        error.show()
+        return Ending(REFUSED, "")
+    command = error.ctx.command_path if error.ctx is not None else "align"
+    return Ending(REFUSED, f"{error.format_message().rstrip('.')} (see `{command} --help`)")
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from pydantic import ValidationError
 from align.artifact import read_manifest, recipe_of, state_of, write_json
 from align.data import load
 from align.door import check_recipe
+from align.endings import last
 from align.errors import BadInput
 from align.launch import LaunchPlan, plan, start
 from align.locks import at_work_in
@@ -287,6 +288,7 @@ def _trial(
     elif state_of(settings) != "finished":
         code, reason = _start(order, launch, settings, name)
         if code in STOPPED:
+            last.say(reason)
             return code
         if code:
             print(f"  {name} failed: {reason} (delete {failed} to try again)", flush=True)

@@ -3,23 +3,24 @@
 Validates again (the stage may be started by hand), runs, and writes its exit code where `align run` reads it.
 """
 
+import contextlib
+import faulthandler
 import os
 import signal
 import sys
 import time
-import traceback
 from contextlib import ExitStack
 from pathlib import Path
 
 from align.artifact import state_of, tidy
 from align.door import check_stage
-from align.errors import BadInput, RunFailed
+from align.endings import FAILED, Ending, ending_of, open_streams, tell
+from align.errors import BadInput
 from align.locks import at_work_in, beside
 from align.processes import PARENT_PID, die_with_parent, read_status, write_status
 from align.recipe import Recipe, load_recipe
 from align.settings import StageSettings
 from align.stages import runner
-from align.wording import safe, trouble_with_files
 from align.worker import Stopped, Worker, quiet_libraries, seed_everything
 
 
@@ -62,37 +63,49 @@ def _run(settings: StageSettings, worker: Worker) -> None:
 
 def main(kind: str | None = None, arguments: list[str] | None = None) -> None:
     """Entry of a stage's process; `kind` picks that stage of a pipeline. Exits with the stage's code."""
+    open_streams()
+    faulthandler.enable()
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until the worker takes it: no traceback out of an import
     die_with_parent(parent=int(os.environ[PARENT_PID]) if PARENT_PID in os.environ else None)
-    words = list(sys.argv[1:] if arguments is None else arguments)
-    code, message = 1, ""
+    folders: list[str] = []
     try:
-        recipe, name = _chosen(words, kind)
+        recipe, name = _chosen(list(sys.argv[1:] if arguments is None else arguments), kind)
+        folders.append(recipe.stages[name].output)
         check_stage(recipe, name)
         run_stage(recipe.stages[name])
-        code = 0
-    except BadInput as error:
-        code, message = 2, str(error)
-    except Stopped as stop:
-        code, message = stop.code, str(stop)
-    except KeyboardInterrupt:  # before the worker took the signal
-        code, message = 128 + signal.SIGINT, "stopped by a signal; nothing new to save"
-    except RunFailed as error:
-        code, message = 1, f"align: {error}"
-    except Exception as failure:
-        trouble = trouble_with_files(failure) if isinstance(failure, OSError) else None
-        message = traceback.format_exc() if trouble is None else f"align: {trouble}"
+        error: BaseException | None = None
+    except BaseException as raised:  # a library's SystemExit too, which would pass for success
+        error = raised
+    code = _tell(error, folders)
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        sys.stdout.flush()
+    os._exit(code)  # library threads (wandb, datasets) must not hold the process, nor change its code
+
+
+def _tell(error: BaseException | None, folders: list[str]) -> int:
+    """The exit code. `align run` is told how this ended, and says it when no process is left; else it is said here."""
     is_first, told = _is_first(), os.environ.get("ALIGN_STATUS_FILE")
     if not is_first:
         time.sleep(1.0)  # let the first process say it first
     earlier = read_status(Path(told)) if told else None
-    has_failed = earlier is not None and earlier.exit_code != 0  # what follows from that is no news
-    if not has_failed and (is_first or code in (1, 2)):
-        if message:
-            print(safe(message if code == 1 else f"align: {message}"), file=sys.stderr, flush=True)
-        if told:
-            write_status(Path(told), code, message.strip().split("\n")[-1])
-    sys.stdout.flush()
-    os._exit(code)  # library threads (wandb, datasets) must not hold the process, nor change its code
+    if earlier is not None and earlier.exit_code != 0:  # what follows from that is no news
+        return FAILED if error is not None else 0
+    ending = _ending(error, folders)
+    if is_first or ending.code in (1, 2):
+        try:
+            if told:
+                write_status(Path(told), ending.code, ending.line)
+            else:
+                tell(ending.line)
+        except OSError:  # the disk is full
+            tell(ending.line)
+    return ending.code
+
+
+def _ending(error: BaseException | None, folders: list[str]) -> Ending:
+    if error is None:
+        return Ending(0, "")
+    return Ending(error.code, str(error)) if isinstance(error, Stopped) else ending_of(error, *folders)
 
 
 def _chosen(words: list[str], kind: str | None) -> tuple[Recipe, str]:

@@ -1,6 +1,6 @@
 """Start one stage under `accelerate launch`, see that nothing of it is left, and bring its exit code home.
 
-    code = run_stage(plan("ddp"), ["recipes/ppo/qlora.yaml"], Path("runs/ppo/status.json"))
+    ended = run_stage(plan("ddp"), ["recipes/ppo/qlora.yaml"], Path("runs/ppo/status.json"))
 
 Every launched process carries the id of its launch in its environment. The chain of a signal is
 
@@ -20,28 +20,35 @@ import subprocess
 import sys
 import time
 import uuid
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import yaml
 
 from align.artifact import write_text
+from align.endings import ending_of
 from align.errors import BadInput
 from align.hub import WORDS, named
 from align.processes import (
     LAUNCH_ID,
     PARENT_PID,
+    Status,
     die_with_parent,
     kill_launch,
     processes_of,
     read_status,
     send,
+    write_status,
 )
 from align.resources import recipes_folder
 from align.settings import StageSettings
 from align.wording import brief, did_you_mean, one_line
+
+if TYPE_CHECKING:
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 NAMED = ("cpu", "gpu", "ddp")
 SUPPORTED = ("NO", "MULTI_CPU", "MULTI_GPU")
@@ -252,11 +259,10 @@ def start(launch: LaunchPlan, settings: StageSettings, path: Path) -> tuple[int,
     write_text(path, f"# align run {path}\n" + yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
     status = path.with_name(f".{path.stem}.status.json")
     try:
-        code = run_stage(launch, [str(path)], status)
-        told = read_status(status)
+        ended = run_stage(launch, [str(path)], status)
     finally:
         status.unlink(missing_ok=True)
-    return code, told.message if told else f"exit code {code}"
+    return ended.exit_code, ended.message
 
 
 def run_stage(
@@ -266,12 +272,12 @@ def run_stage(
     *,
     grace_seconds: float = 120,
     module: str = "align.entry",
-) -> int:
-    """Run `module` with `script_arguments` in the processes of `plan`; return its exit code when all are gone.
+) -> Status:
+    """Run `module` with `script_arguments` in the processes of `plan`; return how it ended when all are gone.
 
-    The code is the one that the worker wrote to `status_file`; without one, that of the process that failed
-    (128 + signal where a signal ended it). SIGTERM or SIGINT to us is passed on once; after `grace_seconds`
-    whatever is left is killed, and the code is 143 or 130. Call it from the main thread.
+    Exit code and line are those that the worker wrote to `status_file`; a worker that wrote none has failed. SIGTERM or
+    SIGINT to us is passed on once, as SIGTERM; after `grace_seconds` whatever is left is killed, and the code is 143 or
+    130. Call it from the main thread, which prints the line: nothing else is left then that could print.
     """
     status_file.parent.mkdir(parents=True, exist_ok=True)
     status_file.unlink(missing_ok=True)
@@ -300,12 +306,34 @@ def run_stage(
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+    return _ended(code if code >= 0 else 128 - code, received, read_status(status_file))
+
+
+def _ended(code: int, received: list[int], status: Status | None) -> Status:
+    """How a stage has ended, of which the launcher's code is `code`, and we received these signals."""
+    number = code - 128
     if received:
-        return 128 + received[0]
-    status = read_status(status_file)
+        when = "before there was anything to save" if status is None else "when the stage had just finished"
+        nothing = f"stopped by {signal.Signals(received[0]).name} {when}"
+        return Status(128 + received[0], (status and status.message) or nothing)
+    if number > 0 and number not in (signal.SIGTERM, signal.SIGINT, signal.SIGPIPE):
+        return Status(1, _killed(number))  # what another process says then is not the cause
     if status is not None:
-        return status.exit_code
-    return code if code >= 0 else 128 - code
+        return status
+    if number > 0:
+        return Status(code, f"the stage was stopped by {signal.Signals(number).name} before it could save")
+    words = "before it was done" if code == 0 else f"with exit code {code}"
+    return Status(code or 1, f"the stage's process ended {words}, without a word of why")
+
+
+def _killed(number: int) -> str:
+    """A process of the stage that a signal ended which nobody can catch, or which the system sends for a crash."""
+    name = signal.Signals(number).name if number in set(signal.Signals) else f"signal {number}"
+    if number == signal.SIGKILL:
+        why = "was killed (SIGKILL): out of memory? The same command goes on from the last checkpoint"
+    else:
+        why = f"crashed ({name}) within a library; what it printed is above"
+    return f"a process of the stage {why}"
 
 
 def _environment(plan: LaunchPlan, status_file: Path, launch_id: str, grace_seconds: float) -> dict[str, str]:
@@ -336,12 +364,12 @@ def _wait(launcher: subprocess.Popen[bytes], launch_id: str, received: list[int]
         if launcher_is_gone and not left:
             return
         if deadline == math.inf and (received or launcher_is_gone):
-            number = received[0] if received else signal.SIGTERM
-            # the launcher passes it on to its workers; without a launcher, what is left are orphans
-            send(left if launcher_is_gone else [launcher.pid], number)
+            # the launcher passes it on to its workers; without a launcher, what is left are orphans. Never SIGINT: a
+            # process that imports its libraries would end it in a traceback
+            send(left if launcher_is_gone else [launcher.pid], signal.SIGTERM)
             deadline = time.monotonic() + grace_seconds
             if received:
-                name = signal.Signals(number).name
+                name = signal.Signals(received[0]).name
                 print(
                     f"align: {name}: the stage has {grace_seconds:g} s to save and end",
                     file=sys.stderr,
@@ -368,13 +396,16 @@ def _launcher() -> None:
     def stop(number: int, frame: FrameType | None) -> None:
         raise _Stopped(number)
 
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, stop)  # torch's launcher puts its own in place when it starts workers
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    die_with_parent(signal.SIGTERM, parent=int(os.environ[PARENT_PID]))
+    os.environ[PARENT_PID] = str(os.getpid())  # for the worker's own die_with_parent
+    logging.disable(logging.ERROR)  # torch's own lines about a failed worker; in this process only
+    from accelerate.commands.launch import main  # seconds, in which a signal ends us at once: there is no worker yet
+
     try:
-        die_with_parent(signal.SIGTERM, parent=int(os.environ[PARENT_PID]))
-        os.environ[PARENT_PID] = str(os.getpid())  # for the worker's own die_with_parent
-        logging.disable(logging.ERROR)  # torch's own lines about a failed worker; in this process only
-        code = _accelerate()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, stop)  # torch's launcher puts its own in place when it starts workers
+        code = _accelerate(main)
     except _Stopped as stopped:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, signal.SIG_IGN)
@@ -384,26 +415,35 @@ def _launcher() -> None:
     sys.exit(code)
 
 
-def _accelerate() -> int:
+def _accelerate(main: Callable[[], None]) -> int:
     """Run accelerate's launcher in this process; return the exit code of the worker that failed first, or 0."""
-    from accelerate.commands.launch import main
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
+    status_file = Path(os.environ["ALIGN_STATUS_FILE"])
     try:
         main()
         return 0
     except SignalException as error:  # torch's launcher has passed it on and waited
         return 128 + int(error.sigval)
     except subprocess.CalledProcessError as error:
-        code, story = error.returncode, str(error)
+        code = error.returncode
     except ChildFailedError as error:
-        code, story = error.get_first_failure()[1].exitcode, str(error)
-    except ValueError as error:  # accelerate refuses the config file
-        code, story = 1, str(error)
-    if read_status(Path(os.environ["ALIGN_STATUS_FILE"])) is None:
-        print(f"accelerate launch: {story}", file=sys.stderr, flush=True)
+        code = _first_code(error)
+    except ValueError as error:
+        write_status(status_file, 2, f"accelerate refuses the config file of `launch`: {one_line(error)}")
+        return 2
+    except Exception as error:
+        ending = ending_of(error)
+        write_status(status_file, ending.code, f"accelerate's launcher failed: {ending.line}")
+        return ending.code
     return code if code >= 0 else 128 - code
+
+
+def _first_code(error: "ChildFailedError") -> int:
+    """The exit code of the worker that failed first; of several at once, of one that was killed: the others lost it."""
+    codes = [failure.exitcode for failure in error.failures.values()]
+    return next((code for code in codes if code < 0), error.get_first_failure()[1].exitcode)
 
 
 def _reap_children() -> None:

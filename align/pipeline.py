@@ -7,6 +7,7 @@ from pathlib import Path
 
 from align.artifact import change, tidy
 from align.door import check_recipe, remarks
+from align.endings import last
 from align.errors import BadInput
 from align.launch import LaunchPlan, plan, run_stage
 from align.locks import at_work_in, check_free
@@ -79,11 +80,12 @@ def _run(recipe: Recipe, overrides: list[str], states: dict[str, str], plans: di
         status = Path(stage.output).resolve().parent / f".{Path(stage.output).name}.status.json"
         status.parent.mkdir(parents=True, exist_ok=True)
         try:
-            code = run_stage(plans[name], [str(recipe.path), "--stage", name, *overrides], status)
+            ended = run_stage(plans[name], [str(recipe.path), "--stage", name, *overrides], status)
         finally:
             status.unlink(missing_ok=True)
-        if code:
-            return code
+        if ended.exit_code:
+            last.say(ended.message)
+            return ended.exit_code
         print(f"{title}: {time.perf_counter() - begun:.0f} s", flush=True)
     print(f"done in {time.perf_counter() - started:.0f} s", flush=True)
     return 0

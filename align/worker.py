@@ -23,7 +23,7 @@ class Stopped(Exception):
     """The run was asked to stop and has saved its state; `code` is the exit code (143 or 130)."""
 
     def __init__(self, code: int):
-        super().__init__(f"stopped by a signal, state saved (exit code {code})")
+        super().__init__("stopped by a signal; what was reached is kept, and the same command goes on from there")
         self.code = code
 
 

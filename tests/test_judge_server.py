@@ -508,10 +508,10 @@ def test_those_who_wait_for_the_one_that_judges_end_with_it(tmp_path, monkeypatc
     thread = threading.Thread(target=interrupt)
     thread.start()
     launch = plan(str(recipes_folder() / "accelerate" / "ddp_cpu.yaml"))
-    code = run_stage(launch, [str(tmp_path)], tmp_path / "status", module="tests.helpers.slow_judge")
+    ended = run_stage(launch, [str(tmp_path)], tmp_path / "status", module="tests.helpers.slow_judge")
     thread.join()
     told = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
-    assert code == 0 and told == [
+    assert ended.exit_code == 0 and told == [
         [[65, 14, [0, 1]], ["BadInput"], ["Stopped"]],
         [[0, None, [0, 1]], ["BadInput"], ["Stopped"]],
     ]

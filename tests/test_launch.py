@@ -1,5 +1,6 @@
 """align.launch: real launches on the CPU with a fake worker. No test may leave a process behind."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -15,7 +16,7 @@ import pytest
 from align import launch as launching
 from align.errors import BadInput
 from align.launch import LaunchPlan, plan, run_stage
-from align.processes import kill_launch, processes_of, read_status, write_status
+from align.processes import Status, kill_launch, processes_of, read_status, write_status
 from align.resources import recipes_folder
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -49,8 +50,8 @@ def started(tmp_path: Path) -> Iterator[Any]:
     def start(launch: str, what: str, *, num_ranks: int = 1, grace: float = 60) -> tuple[Any, str]:
         code = (
             "import sys; from pathlib import Path; from align.launch import plan, run_stage; "
-            f"sys.exit(run_stage(plan({launch!r}), [{what!r}, {str(tmp_path)!r}], Path({str(tmp_path)!r}) / 'status', "
-            f"grace_seconds={grace}, module={WORKER!r}))"
+            f"end = run_stage(plan({launch!r}), [{what!r}, {str(tmp_path)!r}], Path({str(tmp_path)!r}) / 'status', "
+            f"grace_seconds={grace}, module={WORKER!r}); print(end.message, file=sys.stderr); sys.exit(end.exit_code)"
         )
         process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True)
         ours.append(process)
@@ -77,7 +78,7 @@ def test_two_cpu_processes_form_one_group(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     two = plan(str(CONFIGS / "ddp_cpu.yaml"))
     assert (two.expected_processes, two.expected_device) == (2, "cpu")
-    assert run_stage(two, ["group", str(tmp_path)], tmp_path / "status", module=WORKER) == 0
+    assert run_stage(two, ["group", str(tmp_path)], tmp_path / "status", module=WORKER) == Status(0, "")
     for rank in range(2):
         facts = until(tmp_path / f"{rank}.json")
         assert (facts["num_processes"], facts["device"], facts["backend"]) == (2, "cpu", "gloo")
@@ -107,17 +108,46 @@ def test_the_workers_exit_code_comes_home(name: str, tmp_path: Path, capfd: pyte
     status = tmp_path / "status"
     status.write_text("left by an earlier run")
     # a short grace: what stops the other rank is torch's launcher
-    code = run_stage(
+    ended = run_stage(
         plan(str(CONFIGS / f"{name}.yaml")), ["fail", str(tmp_path)], status, grace_seconds=5, module=WORKER
     )
-    assert code == 7
-    assert capfd.readouterr().err.strip() == "fake worker: seven"  # and no traceback of the launcher's
+    assert ended == Status(7, "seven")
+    assert capfd.readouterr().err == ""  # no traceback of the launcher's; whoever called it says the line
 
 
-def test_a_worker_that_said_nothing_is_reported(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    assert run_stage(plan("cpu"), ["die", str(tmp_path)], tmp_path / "status", module=WORKER) == 128 + 9
-    shown = capfd.readouterr().err
-    assert "SIGKILL" in shown and "Traceback" not in shown
+@pytest.mark.parametrize(
+    "name, what, says",
+    [
+        ("cpu", "die", "was killed (SIGKILL): out of memory?"),
+        ("ddp_cpu", "die", "was killed (SIGKILL): out of memory?"),  # not what the other saw of that
+        ("cpu", "crash", "crashed (SIGSEGV) within a library"),
+        ("cpu", "leave", "ended before it was done, without a word"),
+    ],
+)
+def test_a_worker_that_said_nothing_has_failed(
+    name: str, what: str, says: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    launch = plan(str(CONFIGS / f"{name}.yaml"))
+    ended = run_stage(launch, [what, str(tmp_path)], tmp_path / "status", grace_seconds=5, module=WORKER)
+    assert ended.exit_code == 1 and says in ended.message
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_ctrl_c_while_a_worker_imports_is_no_traceback(started: Any) -> None:
+    process, launch_id = started("cpu", "importing")
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=30) == 130 and processes_of(launch_id) == []
+    first, last = process.stderr.read().splitlines()
+    assert "to save and end" in first and last == "stopped by SIGINT before there was anything to save"
+
+
+def test_a_config_that_accelerate_refuses_is_one_line(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text("{distributed_type: 'NO', use_cpu: true, num_processes: 1, gpu_ids: '', rdzv_backend: no such}")
+    found = dataclasses.replace(plan("cpu"), arguments=("--config_file", str(path), "--cpu", "--multi_gpu"))
+    ended = run_stage(found, ["group", str(tmp_path)], tmp_path / "status", module=WORKER)
+    assert ended.exit_code in (1, 2) and ended.message.startswith("accelerate") and "\n" not in ended.message
+    assert "Traceback" not in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -131,7 +161,7 @@ def test_a_signal_lets_the_worker_save(started: Any, tmp_path: Path, launch: str
     process.send_signal(number)  # a second one is not passed on
     assert process.wait(timeout=30) == 128 + number
     for rank in range(num_ranks):
-        assert json.loads((tmp_path / f"{rank}.saved").read_text()) == [number]
+        assert json.loads((tmp_path / f"{rank}.saved").read_text()) == [signal.SIGTERM]  # whichever it was
     assert processes_of(launch_id) == []
     shown = process.stderr.read()
     assert "to save and end" in shown and "Traceback" not in shown
@@ -163,7 +193,7 @@ def test_killing_the_launcher_takes_the_worker_down(started: Any, tmp_path: Path
     worker = until(tmp_path / "0.json")["pid"]
     (launcher,) = set(processes_of(launch_id)) - {worker}
     os.kill(launcher, signal.SIGKILL)
-    assert process.wait(timeout=30) == 128 + 9
+    assert process.wait(timeout=30) == 1
     assert (tmp_path / "0.saved").exists()
     assert processes_of(launch_id) == []
 

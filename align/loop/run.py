@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from align.artifact import CHANGEABLE, MANIFEST, differences, is_harmless, state_of, which_run
 from align.data import Prompt
 from align.door import check_model, check_recipe
+from align.endings import last
 from align.errors import BadInput
 from align.feedback.copies import BACKUPS
 from align.feedback.database import BESIDE, KEPT, MADE_OF, MARK, write_loop
@@ -70,9 +71,9 @@ def _run(loop: Loop, prompts: Prompts, start_stage: Start) -> int:
             for line in loop.change(sft) if sft is not None else ():
                 print(f"changed: {line}", flush=True)
             if sft is not None and state_of(sft) != "finished":
-                code, _ = start_stage(sft, Path(f"{sft.output}.yaml"))
+                code, reason = start_stage(sft, Path(f"{sft.output}.yaml"))
                 if code:
-                    return code
+                    raise Halt(code, reason)
             for number in range(loop.settings.num_rounds):
                 this = Context(loop, store, number, start_stage)
                 _round(this, lambda: keep(loop, store, told))
@@ -84,7 +85,9 @@ def _run(loop: Loop, prompts: Prompts, start_stage: Start) -> int:
         print(report(loop.out, loop.store), flush=True)
         return 0
     except Halt as halt:
-        if str(halt):
+        if halt.code:
+            last.say(str(halt))
+        elif str(halt):
             print(str(halt), flush=True)
         return halt.code
 

@@ -42,21 +42,43 @@ def group(folder: Path) -> None:
         expected=[os.environ.get("ALIGN_EXPECTED_PROCESSES"), os.environ.get("ALIGN_EXPECTED_DEVICE")],
         threads=torch.get_num_threads(),
     )
+    write_status(Path(os.environ["ALIGN_STATUS_FILE"]), 0, "") if "ALIGN_STATUS_FILE" in os.environ else None
     accelerator.end_training()
 
 
 def fail(folder: Path) -> None:
     """Fail in the last rank with 7 in the status, and 3 as its process's own code; the others wait."""
     if int(os.environ.get("WORLD_SIZE", "1")) - 1 == RANK:
-        print("fake worker: seven", file=sys.stderr, flush=True)
         write_status(Path(os.environ["ALIGN_STATUS_FILE"]), 7, "seven")
         sys.exit(3)
     time.sleep(60)
 
 
 def die(folder: Path) -> None:
-    """End by kill -9, as the kernel does where memory is short: no status is written."""
+    """The last rank ends by kill -9, as the kernel does where memory is short; another tells what it saw of that."""
+    if int(os.environ.get("WORLD_SIZE", "1")) - 1 != RANK:
+        write_status(Path(os.environ["ALIGN_STATUS_FILE"]), 1, "connection closed by peer")
+        time.sleep(60)
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+def crash(folder: Path) -> None:
+    """End by a signal of the system's, as a library does that reads where there is nothing."""
+    os.kill(os.getpid(), signal.SIGSEGV)
+
+
+def leave(folder: Path) -> None:
+    """End as if all were well, and say nothing."""
+    os._exit(0)
+
+
+def importing(folder: Path) -> None:
+    """Be in the middle of an import, as far as signals go: Python's own handlers, and a library that catches all."""
+    ready(folder)
+    try:
+        time.sleep(60)
+    except BaseException as error:
+        raise ImportError("half imported") from error
 
 
 def save(folder: Path) -> None:
@@ -87,4 +109,13 @@ def deaf(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    {"group": group, "fail": fail, "die": die, "save": save, "deaf": deaf}[sys.argv[1]](Path(sys.argv[2]))
+    {
+        "group": group,
+        "fail": fail,
+        "die": die,
+        "save": save,
+        "deaf": deaf,
+        "crash": crash,
+        "leave": leave,
+        "importing": importing,
+    }[sys.argv[1]](Path(sys.argv[2]))
