@@ -232,6 +232,21 @@ def test_a_store_that_moved_is_known_by_its_mark(begun, base, data):
     assert not other.out.exists()
 
 
+def test_a_store_that_is_named_itself_is_held_against_its_own_loop_alone(begun, base, data):
+    folder = begun.out.parent
+    emptied(begun)
+    with pytest.raises(BadInput, match="is empty; this loop's had 4 labels"):
+        open_store(begun.store)
+    restore(begun.store)
+    moved = folder / "elsewhere.db"
+    shutil.copy(copies_in(begun.out, "store")[-1], moved)
+    loop = load_loop(recipe(base, data, folder, store=str(moved)))
+    assert run_loop(loop, stopped) == 143
+    Path(begun.store).unlink()
+    Store(begun.store, create=True).close()  # no loop's any more
+    open_store(begun.store).close()
+
+
 def test_a_folder_that_is_older_than_its_store_is_refused(begun):
     """As a copied folder's loop that went on with the one store of both."""
     then = (begun.out / LOOP).read_bytes()

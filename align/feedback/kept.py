@@ -58,8 +58,16 @@ def home_of(run: str | Path, named: str | None = None) -> Home:
     file = file_of(store_url(where))
     if file is None:
         return Home(where, None, "store", shown(where), is_loop=False)  # as a message may name it: it has a password
-    is_loops_own = (file.parent / LOOP).is_file() and Path(store_of(file.parent)).resolve() == file.resolve()
+    is_loops_own = _is_loops_own(file)
     return Home(where, file.parent, file.stem, str(file.parent) if is_loops_own else where, is_loops_own)
+
+
+def _is_loops_own(file: Path) -> bool:
+    """Whether a store that is named itself is that of the loop in whose folder it is."""
+    try:
+        return (file.parent / LOOP).is_file() and Path(store_of(file.parent)).resolve() == file.resolve()
+    except BadInput:
+        return False
 
 
 def open_store(run: str | Path, *, create: bool = False, named: str | None = None) -> Store:

@@ -53,9 +53,9 @@ RECIPE_ENDINGS = (".yaml", ".yml")
 
 
 def home_of_loop(loop: Loop, told: Told) -> Home:
-    """The loop's store, as the recipe names it now."""
-    is_where_it_was = told.get("store") == loop.settings.store
-    return Home(loop.store, loop.out, "store", str(loop.out if is_where_it_was else loop.path))
+    """The loop's store, as the recipe names it now. The folder alone tells of one that is in it, and was."""
+    is_in_folder = loop.settings.store is None and told.get("store") is None
+    return Home(loop.store, loop.out, "store", str(loop.out if is_in_folder else loop.path))
 
 
 def told_of(loop: Loop) -> tuple[dict[str, Any], str]:
