@@ -13,11 +13,14 @@ from align import pipeline
 from align.artifact import change, read_manifest, state_of
 from align.door import check_recipe
 from align.errors import BadInput
+from align.loop.rounds import load_loop
+from align.loop.run import run_loop
 from align.recipe import load_recipe
 from align.report import stage_page
 from align.settings import EnsembleSettings
+from align.stages.sft_course import SftCourse
 from align.track import Tracker, read_metrics
-from tests import tiny
+from tests import test_loop, tiny
 
 ROOT = Path(__file__).resolve().parents[1]
 RATE = {"sft": "train.learning_rate", "reward": "train.learning_rate", "ppo": "ppo.learning_rate"}
@@ -171,3 +174,31 @@ def test_the_command_line_takes_it(base, data, runs, tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     assert "changed: `seed` was 0, is 7 after step 2\nchanged: `train.learning_rate` was" in done.stdout
     assert [each["key"] for each in read_manifest(tmp_path / "reward")["changes"]] == ["seed", "train.learning_rate"]
+
+
+def test_a_stage_of_a_loop_that_is_under_way_changes_too(base, data, tmp_path, monkeypatch, capsys):
+    path, seal = test_loop.recipe(base, data, tmp_path), SftCourse.seal
+
+    def dying_seal(self, step):
+        seal(self, step)
+        assert step < 2, "cut off"
+
+    with monkeypatch.context() as patch, pytest.raises(AssertionError, match="cut off"):
+        patch.setattr(SftCourse, "seal", dying_seal)
+        run_loop(load_loop(path), test_loop.in_process)
+    word = "sft.train.learning_rate=1e-6"
+    with pytest.raises(
+        BadInput, match=r"another recipe \(`train.learning_rate` was .*; to go on with it so, give the key"
+    ):
+        run_loop(load_loop(path, [word]))
+    begun = []
+
+    def begin(settings, file):
+        begun.append(state_of(settings))
+        return 7, "enough"
+
+    assert run_loop(load_loop(path, [], [word]), begin) == 7 and begun == ["running"]
+    assert "changed: `train.learning_rate` was 0.003, is 1e-06 after step 2" in capsys.readouterr().out
+    assert run_loop(load_loop(path, [word]), begin) == 7  # from now on it is the loop's
+    with pytest.raises(BadInput, match="another recipe"):
+        run_loop(load_loop(path, [], ["sft.packing=true"]), begin)

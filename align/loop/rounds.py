@@ -2,12 +2,13 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
-from align.artifact import change, member_folders
+from align.artifact import change, member_folders, state_of
 from align.errors import BadInput
 from align.identity import TEMPLATE_FILE, template_of
 from align.recipe import SHARED_KEYS, first_error
@@ -49,8 +50,15 @@ class Loop:
 
     def change(self, settings: StageSettings) -> list[str]:
         """Has a stage under way go on with what was changed of its section; a line on each change."""
+        return change(settings, partial(self._names_of, settings))
+
+    def state_of(self, settings: StageSettings) -> str:
+        """What a stage's output holds, which may be a run that is about to be changed."""
+        return state_of(settings, partial(self._names_of, settings))
+
+    def _names_of(self, settings: StageSettings, key: str) -> bool:
         section = "ensemble" if isinstance(settings, RewardSettings) else settings.kind
-        return change(settings, lambda key: self.names(f"{section}.{key}"))
+        return self.names(f"{section}.{key}")
 
     @property
     def out(self) -> Path:

@@ -171,7 +171,7 @@ def check_loop(loop: Loop) -> Prompts:
     reads = loop.collect(0, loop.sft_folder, loop.sft_folder)
     for name, data in (("prompts", loop.settings.prompts), ("evaluation", loop.settings.evaluation.prompts)):
         stages[name] = reads.model_copy(update={"prompts": data, "output": str(loop.out / f".{name}")})
-    check_recipe(Recipe(loop.path, stages, is_pipeline=True))
+    check_recipe(Recipe(loop.path, stages, is_pipeline=True), [f"stages.{word}" for word in loop.changes])
     _check_sections(loop)
     _check_functions(loop)
     _check_output(loop)

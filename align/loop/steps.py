@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from align.artifact import read_lines, state_of, write_lines
+from align.artifact import read_lines, write_lines
 from align.data import load
 from align.errors import BadInput
 from align.feedback.alarms import Policy, alarms, leader, policy_to_keep, reason_to_stop
@@ -251,7 +251,7 @@ def _demonstrated(loop: Loop) -> list[Any]:
     sft = loop.sft()
     return (
         []
-        if sft is None or state_of(sft) == "finished"
+        if sft is None or loop.state_of(sft) == "finished"
         else [_plain(r.prompt) for r in load(sft.data, "demonstrations").train]
     )
 
