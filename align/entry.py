@@ -54,9 +54,12 @@ def _is_first() -> bool:
 
 
 def _run(settings: StageSettings, worker: Worker) -> None:
+    from align.models.backoff import in_words
+
     try:
         seed_everything(settings.seed)
-        runner(settings)(settings, worker)
+        with in_words():
+            runner(settings)(settings, worker)
     finally:
         worker.accelerator.end_training()  # else gloo sometimes aborts at exit
 

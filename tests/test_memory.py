@@ -16,14 +16,17 @@ import pytest
 import torch
 import yaml
 
+from align import entry
 from align.artifact import read_lines, read_manifest, write_lines
 from align.data import Prompt
 from align.errors import RunFailed
-from align.models import backoff
+from align.maths import products
+from align.models import attention, backoff, methods
 from align.models.backoff import Phase, halving, in_passes, is_out_of_memory
 from align.models.layout import Tree, passes_of
 from align.models.roles import Bases
 from align.models.scoring import score_sequences
+from align.rewards import classifiers
 from align.rewards.judge import Question, build_judge
 from align.rewards.learned import learned
 from align.rewards.mix import Answers
@@ -36,6 +39,7 @@ from align.settings import (
     EvaluateSettings,
     JudgeSettings,
     LearnedReward,
+    Lora,
     Model,
     Sampling,
     ScoreSettings,
@@ -175,6 +179,58 @@ def test_a_row_that_does_not_fit_alone_is_one_line():
     )
     with pytest.raises(RunFailed, match=r"with one row alone \(MemoryError\)"):
         halving(Phase("here"), 1, lambda size: [0] * (1 << 60))
+
+
+def test_what_is_done_in_one_piece_is_one_line(monkeypatch):
+    """Models that are loaded, an optimiser's first step."""
+    ended = []
+    worker = SimpleNamespace(accelerator=SimpleNamespace(end_training=lambda: ended.append(True)))
+
+    def runner(settings):
+        raise OURS[1]
+
+    monkeypatch.setattr(entry, "runner", runner)
+    with pytest.raises(RunFailed, match=r"^out of memory \(CUDA out of memory. Tried .*`model.load_in`.*checkpoint$"):
+        entry._run(SimpleNamespace(seed=0), worker)
+    assert ended
+
+
+def test_no_other_way_is_taken_where_only_memory_was_short(base, tmp_path, monkeypatch):
+    """A base whose trial as a flat one, a method or a classifier that fails for lack of memory is none that cannot."""
+
+    def fails(*args, **kwargs):
+        raise MemoryError
+
+    monkeypatch.setattr(attention, "_trial", fails)
+    with pytest.raises(MemoryError):
+        Bases(Model(base=str(base)), torch.device("cpu"))
+    monkeypatch.undo()
+    bases = Bases(Model(base=str(base)), torch.device("cpu"))
+    failing = {methods: "get_peft_model", classifiers: "_whole"}
+    for module, name in failing.items():
+        monkeypatch.setattr(module, name, lambda *args, **kwargs: (_ for _ in ()).throw(OURS[2]))
+    with pytest.raises(RuntimeError, match="DefaultCPUAllocator"):
+        bases.role(None, method=Lora(), trainable=True)
+    with pytest.raises(RuntimeError, match="DefaultCPUAllocator"):
+        learned(LearnedReward.model_validate({"from": str(base)}), SimpleNamespace(device=torch.device("cpu")))
+
+
+def test_onednn_is_left_out_after_it_had_no_memory(monkeypatch):
+    """Its compiler gives nothing more after one failure, and torch's own products are as good."""
+    x, weight = torch.randn(512, 64), torch.randn(1024, 64)
+    if not products.is_for_onednn(x, weight):
+        pytest.skip("no oneDNN in this torch or on this machine")
+    failures = [OURS[9]]
+
+    def attempt(size):
+        if failures:
+            raise failures.pop()
+        return products.is_for_onednn(x, weight), products.pack(weight)
+
+    try:
+        assert halving(Phase("here"), 8, attempt) == (False, None)
+    finally:
+        torch.backends.mkldnn.set_flags(True)
 
 
 # ------------------------------------------------------------------------------------------------------------ training

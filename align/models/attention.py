@@ -17,6 +17,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from align.models.backoff import is_out_of_memory
 from align.models.layout import Span, Tree, flat_layout
 
 NAME = "align_flat"
@@ -258,7 +259,9 @@ def use_flat_attention(model: PreTrainedModel, trunk: nn.Module) -> bool:
     try:
         model.set_attn_implementation(NAME)
         found = torch.cat(_trial(model, trunk, prefix, first, second))
-    except Exception:  # whatever it is, this architecture takes the plain way
+    except Exception as error:  # whatever it is, this architecture takes the plain way
+        if is_out_of_memory(error):
+            raise
         model.set_attn_implementation("sdpa")
         return False
     tolerance = 1e-4 if model.dtype == torch.float32 else 0.05

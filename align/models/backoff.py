@@ -11,7 +11,8 @@ import errno
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence, Sized
+from collections.abc import Callable, Iterator, Sequence, Sized
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -144,6 +145,25 @@ def or_else(phase: Phase, work: Callable[[], T], instead: T, otherwise: str) -> 
     _fitting[phase] = 0
     _say(phase, otherwise, None)
     return instead
+
+
+@contextmanager
+def in_words() -> Iterator[None]:
+    """Says of what no smaller pieces can help, in one line.
+
+    Raises:
+        RunFailed: memory ran out outside of the phases.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        raise RunFailed(
+            f"out of memory ({_told(error)}) where nothing can be done in smaller pieces: load the models in fewer "
+            "bits (`model.load_in`), train fewer parameters or use a device with more memory; where there is more, the "
+            "same command goes on from the newest checkpoint"
+        ) from error
 
 
 def _worked(phase: Phase, work: Callable[[Piece], T], one: Piece) -> T:

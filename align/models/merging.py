@@ -16,6 +16,7 @@ from align.artifact import MANIFEST, check_whole, folder_in_one_go, read_manifes
 from align.errors import BadInput
 from align.identity import base_of
 from align.locks import LOCK, at_work_in
+from align.models.backoff import is_out_of_memory
 from align.models.linear import reading_layer
 from align.models.loading import load_adapter_config, load_any_tokenizer, load_causal
 from align.models.lora import FusedLinear
@@ -112,6 +113,8 @@ def _merge(folder: Path, target: Path, manifest: dict[str, Any]) -> float:
     try:
         merged: Any = bases.role(str(folder)).model.merge_and_unload()  # type: ignore[operator]
     except (RuntimeError, ValueError, NotImplementedError) as error:
+        if is_out_of_memory(error):
+            raise
         raise BadInput(f"the adapter in {folder} cannot be merged: PEFT says: {one_line(error)}") from error
     if merged.get_output_embeddings().weight is not merged.get_input_embeddings().weight:  # tied before, perhaps
         merged.config.get_text_config().tie_word_embeddings = merged.config.tie_word_embeddings = False

@@ -29,6 +29,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from align.errors import BadInput
 from align.models.attention import is_flat
+from align.models.backoff import is_out_of_memory
 from align.models.base import decoder_layers, trunk_of
 from align.models.bottleneck import BottleneckConfig
 from align.plugins import check_arguments, load_object, users_code
@@ -74,6 +75,8 @@ def inject(view: PreTrainedModel, config: PeftConfig) -> PeftModel:
         try:
             return cast(PeftModel, get_peft_model(view, config))
         except (ValueError, TypeError, AttributeError, KeyError, RuntimeError, ImportError) as error:
+            if is_out_of_memory(error):
+                raise
             raise BadInput(f"the method does not fit this model: {one_line(error)}") from error
 
 
