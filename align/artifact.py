@@ -401,7 +401,10 @@ def finish(folder: str | Path, **values: Any) -> None:
 
 def tidy(folder: str | Path) -> None:
     """Deletes what a finished run holds no more, where it was killed after its last word and before it had done so."""
-    clear_temporaries(Path(folder))
+    place = Path(folder).resolve()
+    clear_temporaries(place)
+    clear_temporaries(place.parent, of=place.name)
+    (place.parent / f".{place.name}.status.json").unlink(missing_ok=True)
     for path in (Path(folder) / CHECKPOINTS, *Path(folder).glob("best-*")):
         shutil.rmtree(path, ignore_errors=True)
 

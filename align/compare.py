@@ -282,7 +282,7 @@ def _trial(
     name = f"{_file_name(method)}-{ending}"
     settings = _settings(order, method, rate, steps, name)
     failed, recipe = order.out / f"{name}.failed.json", recipe_of(settings)
-    has_failed = failed.is_file() and json.loads(failed.read_text(encoding="utf-8"))["recipe"] == recipe
+    has_failed = _recipe_in(failed) == recipe
     if has_failed:
         print(f"{name} failed before, and is passed over (delete {failed} to try again)", flush=True)
     elif state_of(settings) != "finished":
@@ -295,6 +295,14 @@ def _trial(
             write_json(failed, {"exit_code": code, "reason": reason, "recipe": recipe})
             has_failed = True
     return Trial(method, rate, settings, math.nan if has_failed else _quality(settings), has_failed)
+
+
+def _recipe_in(failed: Path) -> Any:
+    """The recipe of a trial that failed; None where none did, or its file is damaged: then it is tried again."""
+    try:
+        return json.loads(failed.read_text(encoding="utf-8"))["recipe"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
 
 
 def _file_name(method: str) -> str:

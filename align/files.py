@@ -80,12 +80,13 @@ def is_temporary(name: str) -> bool:
     return TEMPORARY.fullmatch(name) is not None
 
 
-def clear_temporaries(*folders: Path) -> None:
-    """Deletes what processes that are no more have left half-written in these folders."""
+def clear_temporaries(*folders: Path, of: str = "") -> None:
+    """Deletes what processes that are no more have left half-written in these folders: all, or (in a folder that is
+    not a run's alone) that whose name begins with `of`."""
     for folder in folders:
         for path in folder.iterdir() if folder.is_dir() else ():
             found = TEMPORARY.fullmatch(path.name)
-            if found is not None and not is_alive(int(found[1] or 0)):
+            if found is not None and path.name[1:].startswith(of) and not is_alive(int(found[1] or 0)):
                 _delete(path)
 
 
@@ -139,7 +140,7 @@ def folder_in_one_go(folder: Path) -> Iterator[Path]:
         RunFailed: the disk refuses it; `folder` is as it was.
     """
     temporary = temporary_beside(folder)
-    clear_temporaries(folder.parent)
+    clear_temporaries(folder.parent, of=folder.name)
     shutil.rmtree(temporary, ignore_errors=True)
     with writing(folder):
         try:

@@ -31,6 +31,7 @@ import yaml
 from align.artifact import write_text
 from align.endings import ending_of
 from align.errors import BadInput
+from align.files import clear_temporaries
 from align.hub import WORDS, named
 from align.processes import (
     LAUNCH_ID,
@@ -281,6 +282,7 @@ def run_stage(
     """
     status_file.parent.mkdir(parents=True, exist_ok=True)
     status_file.unlink(missing_ok=True)
+    clear_temporaries(status_file.parent, of=status_file.name.removeprefix("."))
     launch_id = uuid.uuid4().hex
     environment = _environment(plan, status_file, launch_id, grace_seconds)
     start = [sys.executable, "-c", "from align.launch import _launcher; _launcher()"]

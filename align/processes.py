@@ -114,7 +114,7 @@ def write_status(path: Path, exit_code: int, message: str) -> None:
     earlier = read_status(path)
     if earlier is not None and earlier.exit_code != 0:
         return
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    part = path.with_name(f".{path.name.removeprefix('.')}.{os.getpid()}.tmp")  # as `files` names what is being written
     part.write_text(json.dumps(asdict(Status(exit_code, message))), encoding="utf-8")
     os.replace(part, path)
 

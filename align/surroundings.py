@@ -6,18 +6,19 @@ import functools
 import importlib.util
 import netrc
 import os
-import tempfile
 from pathlib import Path
 from typing import Any, Literal, get_args
 from urllib.parse import urlsplit
 
 from align.errors import BadInput
+from align.files import clear_temporaries, temporary_beside
 from align.hub import is_folder_name
 from align.records import ADAPTER_CONFIG
 from align.settings import Track
 from align.wording import one_line
 
 OURS = 40  # bytes that names of our own add to that of an output folder, in the folder that holds it
+TRIAL = "align-writes-here"
 HUB_SECONDS = 5.0
 WandbMode = Literal["online", "offline", "disabled", "shared"]
 WANDB_MODES: dict[str, WandbMode] = {name: name for name in get_args(WandbMode)} | {"dryrun": "offline"}
@@ -39,7 +40,10 @@ def check_writable(output: str, where: str = "`output`") -> None:
             if not place.is_dir():
                 what = "link that leads nowhere" if place.is_symlink() else "file"
                 raise BadInput(f"{where}: {place} is a {what}; name a folder")
-            os.rmdir(tempfile.mkdtemp(prefix=".align-", dir=place))
+            trial = temporary_beside(place / TRIAL)
+            clear_temporaries(place, of=TRIAL)
+            trial.mkdir(exist_ok=True)
+            trial.rmdir()
     except OSError as error:
         raise BadInput(f"{where}: {output} cannot be written ({error.strerror}); choose another folder") from error
 

@@ -191,7 +191,7 @@ def wait_until_gone(process: subprocess.Popen[bytes], mark: str) -> str:
 
 def left_over(folder: Path) -> str:
     """What of a run under way is still in a folder whose runs are all finished."""
-    unwanted = ("checkpoints", ".status.json", ".part")
+    unwanted = ("checkpoints", ".status.json")
     found = [p for p in folder.rglob("*") if is_temporary(p.name) or p.name.endswith(unwanted)]
     return ", ".join(str(path.relative_to(folder)) for path in found)
 

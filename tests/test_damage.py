@@ -11,6 +11,7 @@ import os
 import random
 import re
 import shutil
+import sys
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -35,6 +36,7 @@ from tests import test_loop, tiny
 IS_FULL = os.environ.get("ALIGN_DAMAGE") == "full"
 SHARE, SHARE_OF_RUNS = 6, 14  # of the damages, one in so many is tried in the quick test; of those that train, fewer
 OTHER_JSON = b'{"name": "something else", "values": [1, 2, 3]}\n'
+pytestmark = pytest.mark.timeout(0 if IS_FULL else 300)
 PICTURES = (".png", ".html", ".md")  # nothing reads them
 TIMES = ("seconds", "tokens_per_second", "peak_mib", "runtime", "per_second")  # of figures that are no result
 
@@ -113,6 +115,13 @@ def said_by(command: Callable[[], object]) -> tuple[str, object]:
 
 def check(command: Callable[[], object], expected: object, path: Path, what: str) -> str | None:
     """What is wrong: it should be one line that names the file or its folder, or the right result."""
+    wrong = _wrong(command, expected, path, what)
+    if wrong is not None and IS_FULL:
+        print(wrong, file=sys.__stderr__, flush=True)  # the whole takes long
+    return wrong
+
+
+def _wrong(command: Callable[[], object], expected: object, path: Path, what: str) -> str | None:
     try:
         told, result = said_by(command)
     except Exception as error:

@@ -86,6 +86,8 @@ def _check_shape(found: Any) -> None:
     """Raises ValueError unless this is what was written, as far as its sum (which an earlier version lacks) tells."""
     if not isinstance(found, dict):
         raise ValueError("it is no object")
+    if found and not found.keys() & {MARK, "store", "prompts", "num_rounds"}:
+        raise ValueError("it is no loop's")
     for name, type_ in SHAPE.items():
         if name in found and not isinstance(found[name], type_):
             raise ValueError(f"`{name}` is {one_line(found[name], 40)}")
