@@ -58,7 +58,9 @@ def page(tmp_path):
     """A page in this process: its server, whose `port` and `waiting` connections can be looked at."""
     store = Store(tmp_path / "store.db", create=True)
     fill(store, 5)
-    server, waiting = server_of(create_app(Queue(store)))
+    queue = Queue(store)
+    server, waiting = server_of(create_app(queue))
+    server.token = queue.invite("ann")
     listener = command.listen("127.0.0.1", 0)
     server.port, server.waiting = listener.getsockname()[1], waiting
     thread = threading.Thread(target=server.run, args=([listener],))
@@ -185,6 +187,25 @@ def test_those_who_wait_longest_go_first(page, monkeypatch):
         while sum(map(is_open, lines)) > 5 and time.monotonic() < end:
             time.sleep(0.02)
         assert [is_open(line) for line in lines] == [False] * 4 + [True] * 5
+
+
+def test_who_renders_keeps_nobody_else_waiting(page, monkeypatch):
+    begun, may_end = threading.Event(), threading.Event()
+
+    def slow(text):
+        begun.set()
+        assert may_end.wait(20)
+        return {"html": "", "raw": ""}
+
+    monkeypatch.setattr("align.feedback.page.server.rendered", slow)
+    ann = Browser(page.port, page.token)
+    thread = threading.Thread(target=ann.post, args=("/api/next", {}))
+    thread.start()
+    assert begun.wait(20)
+    assert asked(page.port) == 200 and not may_end.is_set()
+    may_end.set()
+    thread.join()
+    ann.close()
 
 
 def test_room_is_divided():
