@@ -255,6 +255,8 @@ def test_hostile_formulas_do_not_hold_up_the_page(browser, server):
     go_to(visit, "Solve.")
     until(visit.page, "document.querySelector('#pair .katex') !== null")
     visit.page.wait_for_timeout(100)
+    depth = "(() => { let d = 0; for (let row = [document.body]; row.length; row = row.flatMap((e) => [...e.children])) d += 1; return d })()"
+    assert visit.page.evaluate(depth) < 240  # a thousand bring the browser down
     assert visit.page.evaluate("window.__longest") < 3000  # milliseconds; a few hundred where nothing else runs
     visit.press("t")
     visit.saved()

@@ -8,6 +8,8 @@ const STORED = "align-page"; // where this browser keeps what its person wishes
 const csrf = document.querySelector("meta[name=csrf]")?.content ?? "";
 
 const DRESSING = 300; // milliseconds for a pair's formulas and colours
+const DEPTH = 200; // of a formula's elements: some 28 fractions in each other; at a thousand Chromium falls over
+const ELEMENTS = 3000; // of a formula
 const CODE = 4000; // characters of code that are coloured at once
 const FORMULAS = {
   throwOnError: true, // then it stays as it was written
@@ -182,7 +184,13 @@ function setFormula(code) {
   } catch {
     return;
   }
-  code.replaceWith(shown);
+  if (!isTooMuch(shown)) code.replaceWith(shown);
+}
+
+function isTooMuch(root) {
+  let depth = 0;
+  for (let row = [root]; row.length && depth <= DEPTH; row = row.flatMap((element) => [...element.children])) depth += 1;
+  return depth > DEPTH || root.querySelectorAll("*").length > ELEMENTS;
 }
 
 function colour(code, colours) {
