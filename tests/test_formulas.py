@@ -28,7 +28,10 @@ FOUND = {
     "without an end": ("\\[\nx\n\n\\]\n\n$$y", []),
     "too long": (f"\\({'x' * (LENGTH + 1)}\\)", []),
     "as long as may be": (f"\\({'x' * LENGTH}\\)", [f"\\({'x' * LENGTH}\\)"]),
-    "harmless commands": (r"$\left(\lambda\right) \leftarrow \delta \quad 50\%$", [r"$\left(\lambda\right) \leftarrow \delta \quad 50\%$"]),
+    "harmless commands": (
+        r"$\left(\lambda\right) \leftarrow \delta \quad 50\%$",
+        [r"$\left(\lambda\right) \leftarrow \delta \quad 50\%$"],
+    ),
 }
 UNSEEN = [
     r"\phantom{x}", r"\hphantom{x}", r"\color{white} x", r"\textcolor{#fff}{x}", r"\colorbox{red}{x}", r"\rlap{x}", r"\mathllap{x}",

@@ -1,4 +1,4 @@
-r"""Formulas in Markdown: `\(x\)` and `$x$` in a line, `\[x\]` and `$$x$$` for themselves, kept from the Markdown in them.
+r"""Formulas in Markdown: `\(x\)` and `$x$` in a line, `\[x\]` and `$$x$$` for themselves, kept from Markdown.
 
 They become `<code class="math">` with the TeX as it was written; the page's script sets them with KaTeX, in the browser
 of whoever reads them, where a formula that takes long holds up nobody else. One in which something could go unseen, by

@@ -25,8 +25,8 @@ from align.feedback.page.mathematics import add_formulas
 
 TAGS = {"p", "br", "hr", "strong", "em", "s", "u", "blockquote", "ul", "ol", "li", "pre", "code"}
 TAGS |= {"h3", "h4", "h5", "h6", "table", "thead", "tbody", "tr", "th", "td"}
-LANGUAGES = "bash c c++ console cpp cs csharp css diff go html java javascript js json kotlin kt lua perl php py python r"
-LANGUAGES += " rb rs ruby rust sh shell sql swift ts typescript xml yaml yml"  # that the page's script colours
+LANGUAGES = "bash c c++ console cpp cs csharp css diff go html java javascript js json kotlin kt lua perl php py"
+LANGUAGES += " python r rb rs ruby rust sh shell sql swift ts typescript xml yaml yml"  # that the page's script colours
 CLASSES = {"math", *(f"language-{name}" for name in LANGUAGES.split())}
 LENGTH = 65_536  # characters that are read as Markdown
 STEPS = 8_000  # of the parser; about a tenth of a second
@@ -112,7 +112,7 @@ def _as_markdown(text: str) -> str | None:
 
 
 def markdown(text: str) -> str:
-    """Safe HTML of Markdown: no tags but `TAGS`, and no attributes but the first number of a list and `CLASSES` of code.
+    """Safe HTML of Markdown: no tags but `TAGS`, and no attributes but a list's first number and code's `CLASSES`.
 
     Raises:
         TooMuch: it takes more than `STEPS`, or is nested deeper than `NESTING`, where the parser leaves out the rest.
