@@ -23,6 +23,7 @@ pytest.importorskip("fastapi", reason="the labelling page's extra is not install
 import httpx
 from playwright.sync_api import expect, sync_playwright
 
+from align.feedback.page.rendering import CLASSES
 from align.feedback.store import Store
 from tests.test_page import make_store
 
@@ -270,7 +271,14 @@ def test_hostile_answers_stay_inert(browser, tmp_path):
         while page.locator("#pair").is_visible():
             assert page.locator("#pair").locator(FORBIDDEN).count() == 0
             attributes = "[...document.querySelectorAll('#pair .text *')].flatMap((e) => e.getAttributeNames())"
-            assert set(page.evaluate(attributes)) <= {"start", "dir", "tabindex"}  # the last two are the script's
+            assert set(page.evaluate(attributes)) <= {
+                "start",
+                "class",
+                "dir",
+                "tabindex",
+            }  # the last two are the script's
+            classes = page.evaluate("[...document.querySelectorAll('#pair .text *')].map((e) => e.className)")
+            assert set(classes) <= {""} | CLASSES
             for element in page.locator("#left .rendered u").all()[:3]:
                 element.click(force=True)
             assert "\u202e" not in page.locator("#pair").text_content()

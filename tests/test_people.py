@@ -17,12 +17,35 @@ __all__ = ["browser"]
 STORY = "\n\n".join(f"{i}. " + "Once upon a time there was a king who labelled. " * 6 for i in range(40))
 PERSIAN = "می‌خواهم **PDF‌ها** را بخوانم.\n\n- یک\n- دو\n\n> نقل قول\n\nAn English paragraph.\n\n```\nx = 1\n```"
 JAPANESE = "葛\U000e0100城市と直・骨・角を読む。👨‍👩‍👧"
+MATHS = (
+    "Roots of \\(x^2 - 5x + 6 = 0\\):\n\n\\[\nx_{1,2} = \\frac{5 \\pm \\sqrt{25 - 24}}{2}\n\\]\n\n"
+    "with $\\vec{v}$ for $5 to $6, and $$\\begin{pmatrix} 1 & 2 \\\\ 3 & 4 \\end{pmatrix}$$"
+)
+HOSTILE = "\n\n".join(
+    f"\\({formula}\\)"
+    for formula in (
+        "\\frac{" * 160,
+        "\\sqrt{" * 120 + "x" + "}" * 120,
+        "{" * 490 + "}" * 490,
+        "x" + "^{x" * 200 + "}" * 200,
+        "\\begin{matrix}" + "&" * 900 + "\\end{matrix}",
+        "\\left(" * 90 + "x" + "\\right)" * 90,
+        "\\underbrace{" * 60 + "x" + "}" * 60,
+        "<img src=x onerror=window.__xss=1>",
+        "\\text{<script>window.__xss=1</script>}",
+        "\\unknown{x}",
+        "\\href{javascript:window.__xss=1}{x}",
+        "\\phantom{secret}",
+    )
+)
+CODE = "```js\nlet x = '</code><img src=x onerror=window.__xss=1>'; // \u202e\n```\n\n```py\ndef f(): # <b>\n    return 1\n```"
 PAIRS = [
     ("چرا؟", PERSIAN, "I do not speak Persian."),
     ("なぜ?", JAPANESE, "क्‍ष"),
     ("Tell me a long story.", STORY, STORY[: len(STORY) // 2]),
     ("Explain.", MARKDOWN + "\n\n##### Deep\n\n" + "```\n" + "wide " * 80 + "\n```", "# Title\n\n### Deeper\n\ntext"),
-    ("More?", "one", "two"),
+    ("Solve.", MATHS, HOSTILE),
+    ("More?", CODE, "two"),
     ("And more?", "three", "four"),
 ]
 
@@ -33,7 +56,7 @@ def server(tmp_path_factory):
     asked, answers = [pair[0] for pair in PAIRS], [pair[1:] for pair in PAIRS]
     make_store(folder / "store.db", len(PAIRS), asked=asked, answers=answers, wanted=9).close()
     (folder / "guidelines.md").write_text("# How\n\nPrefer the *true* one.\n\n### Why\n\n1. It is true.")
-    people = [word for name in ("ann", "bob", "carl", "dora", "emil") for word in ("--add", name)]
+    people = [word for name in ("ann", "bob", "carl", "dora", "emil", "fred", "gina") for word in ("--add", name)]
     with serving(folder, *people, "--admin", "eve", "--guidelines", str(folder / "guidelines.md")) as started:
         yield started
 
@@ -127,7 +150,7 @@ def test_keys_can_be_switched_off_and_stay_off(browser, server):
     visit = Visit(browser, server, "bob")
     page, before = visit.page, visit.texts()
     page.get_by_role("button", name="Settings").click()
-    page.get_by_label("Keys answer").uncheck()
+    page.get_by_label("Single keys work").uncheck()
     page.get_by_role("button", name="Close").click()
     for _ in range(2):
         visit.press("1", "t", "b", "s", "u", "r", "g", "?")
@@ -137,7 +160,7 @@ def test_keys_can_be_switched_off_and_stay_off(browser, server):
         page.reload()
         visit.see()
     page.get_by_role("button", name="Settings").click()
-    page.get_by_label("Keys answer").check()
+    page.get_by_label("Single keys work").check()
     page.keyboard.press("Escape")
     assert page.locator("[aria-keyshortcuts]").count() == 12
     visit.press("t")
@@ -196,4 +219,45 @@ def test_at_a_large_zoom_nothing_covers_the_text(browser, server):
     page = visit.page
     assert page.evaluate("document.documentElement.scrollWidth") <= 320
     assert page.evaluate("getComputedStyle(document.querySelector('footer')).position") == "static"
+    visit.close(server)
+
+
+def test_formulas_are_set_and_code_is_coloured(browser, server):
+    visit = Visit(browser, server, "fred")
+    page = visit.page
+    page.evaluate("addEventListener('securitypolicyviolation', (e) => (window.__violation = e.violatedDirective))")
+    go_to(visit, "Solve.")
+    side = f"#{side_of(visit, MATHS)} .rendered"
+    expect(page.locator(f"{side} .katex")).to_have_count(4)
+    assert page.locator(f"{side} .katex-display").count() == 2 and "for $5 to $6" in page.locator(side).text_content()
+    until(page, "document.fonts.check('1em KaTeX_Math')")
+    assert page.evaluate("[...document.fonts].some((f) => f.family === 'KaTeX_Math' && f.status === 'loaded')")
+    other = f"#{'right' if 'left' in side else 'left'} .rendered"
+    written = page.locator(f"{other} code").all_text_contents()
+    assert any("phantom{secret}" in one for one in written) and any("\\unknown" in one for one in written)
+    assert page.locator(f"{other} :is(a, img, script)").count() == 0
+    go_to(visit, "More?")
+    expect(page.locator("#pair .rendered .hljs-keyword").first).to_be_visible()
+    coloured = page.locator("#pair .rendered pre > code").all_text_contents()
+    assert coloured[1] == "def f(): # <b>\n    return 1\n" and "U+202E" in coloured[0]
+    assert page.locator("#pair .rendered mark").count() == 1  # what is hidden stays shown: such code has no colours
+    assert page.evaluate("[window.__xss, window.__violation]") == [None, None]
+    visit.close(server)
+
+
+def test_hostile_formulas_do_not_hold_up_the_page(browser, server):
+    visit = Visit(browser, server, "gina")
+    go_to(visit, "Tell me a long story.")
+    visit.page.evaluate(
+        "window.__longest = 0; new PerformanceObserver((list) => list.getEntries().forEach("
+        "(e) => (window.__longest = Math.max(window.__longest, e.duration)))).observe({type: 'longtask', buffered: false})"
+    )
+    go_to(visit, "Solve.")
+    until(visit.page, "document.querySelector('#pair .katex') !== null")
+    visit.page.wait_for_timeout(100)
+    depth = "(() => { let d = 0; for (let row = [document.body]; row.length; row = row.flatMap((e) => [...e.children])) d += 1; return d })()"
+    assert visit.page.evaluate(depth) < 240  # a thousand bring the browser down
+    assert visit.page.evaluate("window.__longest") < 3000  # milliseconds; a few hundred where nothing else runs
+    visit.press("t")
+    visit.saved()
     visit.close(server)

@@ -21,9 +21,13 @@ from markdown_it.rules_core import StateCore
 from markdown_it.token import Token
 
 from align.feedback.page.invisible import with_hidden_shown
+from align.feedback.page.mathematics import add_formulas
 
 TAGS = {"p", "br", "hr", "strong", "em", "s", "u", "blockquote", "ul", "ol", "li", "pre", "code"}
 TAGS |= {"h3", "h4", "h5", "h6", "table", "thead", "tbody", "tr", "th", "td"}
+LANGUAGES = "bash c c++ console cpp cs csharp css diff go html java javascript js json kotlin kt lua perl php py"
+LANGUAGES += " python r rb rs ruby rust sh shell sql swift ts typescript xml yaml yml"  # that the page's script colours
+CLASSES = {"math", *(f"language-{name}" for name in LANGUAGES.split())}
 LENGTH = 65_536  # characters that are read as Markdown
 STEPS = 8_000  # of the parser; about a tenth of a second
 NESTING = 20  # of quotes and lists
@@ -108,12 +112,13 @@ def _as_markdown(text: str) -> str | None:
 
 
 def markdown(text: str) -> str:
-    """Safe HTML of Markdown: no tags but `TAGS`, and only the first number of a list as an attribute.
+    """Safe HTML of Markdown: no tags but `TAGS`, and no attributes but a list's first number and code's `CLASSES`.
 
     Raises:
         TooMuch: it takes more than `STEPS`, or is nested deeper than `NESTING`, where the parser leaves out the rest.
     """
-    return nh3.clean(_MARKDOWN.render(text), tags=TAGS, attributes={"ol": {"start"}}, link_rel=None)
+    html, allowed = _MARKDOWN.render(text), {"code": CLASSES}
+    return nh3.clean(html, tags=TAGS, attributes={"ol": {"start"}}, allowed_classes=allowed, link_rel=None)
 
 
 def _content(content: Any) -> str:
@@ -187,6 +192,7 @@ def _new_markdown() -> MarkdownIt:
     made.block.ruler.before("table", "count", _count_block, {"alt": ["paragraph", "blockquote", "list"]})
     made.inline.ruler.before("text", "count", _count_inline)
     made.renderer.rules.update(link_open=_link_open, link_close=_link_close)  # type: ignore[attr-defined]
+    add_formulas(made, lambda state, steps: _spend(state.env, steps))
     made.core.ruler.push("headings", _set_headings)
     return made
 

@@ -7,6 +7,19 @@ const CAP = 600; // seconds of an item at the most: whoever looks longer is else
 const STORED = "align-page"; // where this browser keeps what its person wishes
 const csrf = document.querySelector("meta[name=csrf]")?.content ?? "";
 
+const DRESSING = 300; // milliseconds for a pair's formulas and colours
+const DEPTH = 200; // of a formula's elements: some 28 fractions in each other; at a thousand Chromium falls over
+const ELEMENTS = 3000; // of a formula
+const CODE = 4000; // characters of code that are coloured at once
+const FORMULAS = {
+  throwOnError: true, // then it stays as it was written
+  strict: "ignore", // what is not quite TeX is set all the same: a Persian or Chinese word in it
+  trust: false,
+  maxSize: 5, // em
+  maxExpand: 200,
+};
+const MACROS = { "\\vec": "\\overrightarrow", "\\pmb": "\\boldsymbol" }; // without style attributes, which this page forbids
+
 let hand = []; // pairs leased to this person; the first is in front of them
 const leaving = new Set(); // names of pairs whose answer is on its way
 let line = Promise.resolve(); // what is to be saved, one after another
@@ -145,9 +158,50 @@ function message(said) {
 const size = (id) => [...$(id).querySelectorAll(".raw")].reduce((sum, one) => sum + one.textContent.length, 0);
 const panes = () => [...document.querySelectorAll("#pair > section, .answers > section")];
 
+const inside = (kind) => [...document.querySelectorAll(`.text:not(.raw) ${kind}`)].filter((code) => !code.childElementCount);
+
+// Formulas and code of what is in front, from their sources that the server marked; with what they need fetched first.
+async function dress() {
+  const item = hand[0];
+  const [formulas, codes] = [inside("code.math"), inside("pre > code[class^=language-]")];
+  try {
+    if (formulas.length) await import("/static/katex/katex.min.js");
+    const colours = codes.length ? (await import("/static/highlight/highlight.min.js")).default : null;
+    if (hand[0] !== item) return;
+    const end = performance.now() + DRESSING; // whatever is left then stays as it was written
+    const isInTime = () => performance.now() < end;
+    for (const code of formulas) isInTime() && setFormula(code);
+    for (const code of codes) isInTime() && colour(code, colours);
+  } catch {} // not to be had: the sources say the same
+  reach();
+}
+
+function setFormula(code) {
+  const [, opening, tex] = code.textContent.match(/^(\\[([]|\$\$?)(.*?)(?:\\[)\]]|\$\$?)$/s) ?? [];
+  const shown = Object.assign(document.createElement("span"), { className: "formula" });
+  try {
+    katex.render(tex, shown, { ...FORMULAS, macros: { ...MACROS }, displayMode: ["$$", "\\["].includes(opening) });
+  } catch {
+    return;
+  }
+  if (!isTooMuch(shown)) code.replaceWith(shown);
+}
+
+function isTooMuch(root) {
+  let depth = 0;
+  for (let row = [root]; row.length && depth <= DEPTH; row = row.flatMap((element) => [...element.children])) depth += 1;
+  return depth > DEPTH || root.querySelectorAll("*").length > ELEMENTS;
+}
+
+function colour(code, colours) {
+  const language = code.className.replace("language-", "");
+  if (code.textContent.length > CODE || !colours.getLanguage(language)) return;
+  code.innerHTML = colours.highlight(code.textContent, { language, ignoreIllegals: true }).value; // escapes the rest
+}
+
 // What is wider than its place can be scrolled from the keyboard too.
 function reach() {
-  for (const wide of document.querySelectorAll(".text pre, .text table")) {
+  for (const wide of document.querySelectorAll(".text pre, .text table, .katex-display")) {
     if (wide.scrollWidth > wide.clientWidth) wide.tabIndex = 0;
     else wide.removeAttribute("tabindex");
   }
@@ -178,8 +232,8 @@ function show({ isMoving = false } = {}) {
   $("right").replaceChildren(...text(item.right));
   for (const pane of panes()) pane.scrollTop = 0;
   window.scrollTo(0, 0);
-  reach();
   announce();
+  dress();
   if (isMoving) $("pair-name").focus({ preventScroll: true });
 }
 
