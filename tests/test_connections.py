@@ -279,6 +279,8 @@ def test_a_server_that_stays_away_is_waited_for_and_then_named_in_a_line(own_ser
     assert "\n" not in str(caught.value) and capsys.readouterr().out.count("\n") == 1
     with pytest.raises(CannotOpen):  # to begin with, it is the user's to say where it is
         outlast(lambda: Store(url), wait_seconds=60)
+    with pytest.raises(RunFailed, match="cannot be opened: .*the same command goes on"):
+        outlast(lambda: Store(url), was_open=True, wait_seconds=0.3)
     own_server.start()
     assert outlast(store.steps) == []
     store.close()

@@ -136,8 +136,9 @@ def _fill(target: Connection, source: Connection) -> None:
     for table in Base.metadata.sorted_tables:
         if table.name != PASSING:
             query = select(table).order_by(*table.primary_key).execution_options(yield_per=500)
-            for part in source.execute(query).mappings().partitions():
-                target.execute(insert(table), [dict(row) for row in part])
+            with source.execute(query) as rows:
+                for part in rows.mappings().partitions():
+                    target.execute(insert(table), [dict(row) for row in part])
 
 
 # -------------------------------------------------------------------------------------------------- reading a copy

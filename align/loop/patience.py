@@ -13,11 +13,11 @@ IS_BACK = 60.0  # seconds of work after which a server that goes away is waited 
 Done = TypeVar("Done")
 
 
-def outlast(do: Callable[[], Done], *, wait_seconds: float = WAIT_SECONDS) -> Done:
+def outlast(do: Callable[[], Done], *, was_open: bool = False, wait_seconds: float = WAIT_SECONDS) -> Done:
     """Does it, and again whenever the store's server went away meanwhile, until it is done.
 
-    Only for what can be cut off anywhere and done again to the same end. A store that cannot be opened to begin with is
-    not waited for.
+    Only for what can be cut off anywhere and done again to the same end. A store that cannot be opened is waited for if
+    it `was_open` before: else its URL may be wrong.
 
     Raises:
         RunFailed: the server stayed away for `wait_seconds`.
@@ -28,7 +28,7 @@ def outlast(do: Callable[[], Done], *, wait_seconds: float = WAIT_SECONDS) -> Do
         try:
             done = do()
         except (Away, CannotOpen) as error:
-            if isinstance(error, CannotOpen) and end is None:
+            if isinstance(error, CannotOpen) and end is None and not was_open:
                 raise
             if end is None:
                 print(f"{error}; waiting for it up to {wait_seconds / 60:.0f} minutes", flush=True)

@@ -57,7 +57,7 @@ def run_loop(loop: Loop, start_stage: Start | None = None) -> int:
             return start(launch, settings, path)
 
         print(f"{loop.settings.num_rounds} rounds in {loop.out}, {launch.description}", flush=True)
-    with at_work_in(loop.out):
+    with at_work_in(loop.out):  # what goes away meanwhile is waited for below; here, while the store is opened
         return outlast(lambda: _run(loop, prompts, start_stage))
 
 
@@ -66,7 +66,7 @@ def _run(loop: Loop, prompts: Prompts, start_stage: Start) -> int:
     try:
         with _opened(loop) as (store, told):
             for split, rows in prompts.items():
-                store.add_prompts(rows, split)
+                outlast(partial(store.add_prompts, rows, split))
             sft = loop.sft()
             for line in loop.change(sft) if sft is not None else ():
                 print(f"changed: {line}", flush=True)
@@ -77,12 +77,13 @@ def _run(loop: Loop, prompts: Prompts, start_stage: Start) -> int:
             for number in range(loop.settings.num_rounds):
                 this = Context(loop, store, number, start_stage)
                 _round(this, lambda: keep(loop, store, told))
-                verdict = store.result(number, "decide") or {}
-                if why := why_to_stop(this, verdict):  # not the stored reason: the recipe may allow more now
+                verdict = outlast(partial(store.result, number, "decide")) or {}
+                # not the stored reason: the recipe may allow more now
+                if why := outlast(partial(why_to_stop, this, verdict)):
                     print(f"ends after round {number}: {why}", flush=True)
                     break
         print(f"kept: {verdict['kept']}, {verdict['policy']}", flush=True)
-        print(report(loop.out, loop.store), flush=True)
+        print(outlast(partial(report, loop.out, loop.store), was_open=True), flush=True)
         return 0
     except Halt as halt:
         if halt.code:
@@ -122,10 +123,10 @@ def _opened(loop: Loop) -> Iterator[tuple[Store, dict]]:
 
 def _round(this: Context, done: Callable[[], None]) -> None:
     for name, step in STEPS.items():
-        if this.store.result(this.round, name) is not None:
+        if outlast(partial(this.store.result, this.round, name)) is not None:
             continue
         begun = time.perf_counter()
-        bring_back_files(this)
+        outlast(partial(bring_back_files, this))
         print(f"[round {this.round}] {name}", flush=True)
         result = outlast(partial(_step, this, name, step))
         outlast(done)
