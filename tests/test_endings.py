@@ -188,7 +188,7 @@ def test_a_signal_ends_a_command_with_its_finally_blocks_run(number, tmp_path):
     [
         (["chekc"], "align: No such command 'chekc'. Did you mean 'check'? (see `align --help`)"),
         (["check"], "align: Missing argument 'RECIPE' (see `align check --help`)"),
-        (["run", "--fast", "x.yaml"], "align: No such option: --fast (see `align run --help`)"),
+        (["run", "--qqq", "x.yaml"], "align: No such option: --qqq (see `align run --help`)"),
     ],
 )
 def test_words_that_the_command_does_not_take_are_one_line(words, line):
