@@ -6,6 +6,8 @@ import functools
 import importlib.util
 import netrc
 import os
+import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, get_args
 from urllib.parse import urlsplit
@@ -110,7 +112,7 @@ def look_at_hub(name: str, revision: str | None, where: str, kind: str = "model"
     if constants.HF_HUB_OFFLINE:
         return f"{where}: {name} is not looked at: the Hub is switched off (HF_HUB_OFFLINE)"
     try:
-        found: Any = HfApi().repo_info(name, revision=revision, repo_type=kind, timeout=HUB_SECONDS)
+        found: Any = _in_time(lambda: HfApi().repo_info(name, revision=revision, repo_type=kind, timeout=HUB_SECONDS))
     except GatedRepoError as error:
         raise BadInput(f"{where}: {name} is gated: ask for access on its page, and log in (`hf auth login`)") from error
     except RepositoryNotFoundError as error:
@@ -124,6 +126,28 @@ def look_at_hub(name: str, revision: str | None, where: str, kind: str = "model"
     if kind == "model" and files and not any(file.endswith(".safetensors") for file in files):
         raise BadInput(f"{where}: {name} holds no safetensors on the Hub (pickled weights are not loaded)")
     return ""
+
+
+def _in_time(call: Callable[[], Any]) -> Any:
+    """What `call` returns or raises; TimeoutError where it takes twice HUB_SECONDS, which bound each read alone: a
+    server that sends a byte now and then would hold us for ever."""
+    ended: list[tuple[bool, Any]] = []
+
+    def work() -> None:
+        try:
+            ended.append((True, call()))
+        except Exception as error:
+            ended.append((False, error))
+
+    thread = threading.Thread(target=work, daemon=True)  # one that hangs must not hold the process
+    thread.start()
+    thread.join(2 * HUB_SECONDS)
+    if not ended:
+        raise TimeoutError
+    is_well, found = ended[0]
+    if not is_well:
+        raise found
+    return found
 
 
 def may_be_fetched(name: str) -> bool:

@@ -2,6 +2,8 @@
 
 import json
 import struct
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -482,6 +484,26 @@ def test_the_hub_is_looked_at(place: Path, monkeypatch: pytest.MonkeyPatch, name
     else:
         check_recipe(recipe)
         assert [says in line for line in remarks(recipe)] == ([True] if says else [])
+    surroundings.look_at_hub.cache_clear()
+
+
+def test_a_hub_that_never_ends_its_answer_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+
+    never = threading.Event()
+
+    class Dripping:
+        def repo_info(self, *args: Any, **settings: Any) -> Any:
+            never.wait(30)
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Dripping)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(surroundings, "HUB_SECONDS", 0.1)
+    surroundings.look_at_hub.cache_clear()
+    begun = time.monotonic()
+    assert "the Hub does not answer (TimeoutError)" in surroundings.look_at_hub("org/far", None, "`model.base`")
+    assert time.monotonic() - begun < 5.0
+    never.set()
     surroundings.look_at_hub.cache_clear()
 
 
