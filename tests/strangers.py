@@ -110,6 +110,8 @@ RUNS: dict[str, Callable[[Path], None]] = {  # of an sft run
     "a rank that is a word": both(manifest(), changed("adapter_config.json", r="8; import os")),
     "layers again and again": both(manifest(), changed("adapter_config.json", layer_replication=[[0, 10**9]])),
     "a module to import": both(manifest(), changed("adapter_config.json", megatron_config={"a": 1}, megatron_core="evil")),
+    "a pattern without an end": both(manifest(), changed("adapter_config.json", target_modules="(([a-z_.0-9])+)+!")),
+    "deep JSON in its figures": both(manifest(), holds("metrics.jsonl", DEEP), holds("samples.jsonl", DEEP)),
     "a kind that PEFT does not know": both(manifest(), changed("adapter_config.json", peft_type="EVIL")),
     "deep JSON in the adapter": both(manifest(), holds("adapter_config.json", DEEP)),
     "deep JSON in the manifest": holds("manifest.json", DEEP),
@@ -125,6 +127,7 @@ RUNS: dict[str, Callable[[Path], None]] = {  # of an sft run
     "data on the Hub": manifest(recipe={"model": {"base": "b"}, "data": {"train": [{"path": "stranger/data"}]}}),
 }  # fmt: skip
 BASES: dict[str, Callable[[Path], None]] = {  # of a base
+    "a base as it is": without(),
     "a base with code": changed("config.json", model_type="evil", **CODE),
     "a base with an adapter beside it": changed("adapter_config.json", base_model_name_or_path=SOMEBODYS, peft_type="LORA"),
     "a base without weights": without("*.safetensors"),
@@ -173,12 +176,13 @@ def main(runs: Path, base: Path, data: Path, work: Path) -> None:
     import builtins
 
     from align.data import rendering
+    from align.models import loading
 
     def asked(*words: Any) -> str:
         raise AssertionError(f"a question: {words}")
 
     builtins.input = asked  # type: ignore[assignment]
-    rendering.SECONDS = 1.0
+    rendering.SECONDS = loading.PATTERN_SECONDS = 1.0
     (work / "evil.py").write_text("open('ran', 'w')\ndef run(row):\n    return row\n")
     os.chdir(work)
     port = int(os.environ["HF_ENDPOINT"].rpartition(":")[2])
@@ -255,6 +259,7 @@ def of_base(folder: str, data: Path, work: Path) -> dict[str, Callable[[], Any]]
         **common(folder),
         "check base": lambda: checked(recipe, work),
         "load": lambda: loaded(folder),
+        "train": lambda: ran(recipe, work),
         "load classifier": lambda: loaded_classifier(folder),
     }
 

@@ -3,14 +3,13 @@ memory and output, so that a loop without an end, or a text that doubles itself,
 """
 
 import os
-import signal
-import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from align.limits import TookTooLong, within
 
 if TYPE_CHECKING:
     from jinja2 import nodes
@@ -54,7 +53,7 @@ def rendered(tokenizer: Any, conversation: list[Any], **how: Any) -> Any:
     Raises:
         Unbounded: it goes past one. In another thread than the main one, where no signal arrives, time has no limit.
     """
-    with _memory(), _time():
+    with _memory(), _seconds():
         given = tokenizer.chat_template
         for source in given.values() if isinstance(given, dict) else [given]:
             _check_powers(str(source))
@@ -78,23 +77,12 @@ def _check_powers(source: str) -> None:
 
 
 @contextmanager
-def _time() -> Iterator[None]:
-    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
-        yield
-        return
-
-    def stop(number: int, frame: Any) -> None:
-        raise Unbounded(f"takes more than {SECONDS:g} s")
-
-    begun, before = time.monotonic(), signal.signal(signal.SIGALRM, stop)
-    left, every = signal.setitimer(signal.ITIMER_REAL, SECONDS, 0.5)  # again: jinja catches all, as it folds constants
+def _seconds() -> Iterator[None]:
     try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, signal.SIG_DFL if before is None else before)
-        if left:  # somebody else's clock goes on
-            signal.setitimer(signal.ITIMER_REAL, max(0.001, left - (time.monotonic() - begun)), every)
+        with within(SECONDS):
+            yield
+    except TookTooLong as error:
+        raise Unbounded(str(error)) from None
 
 
 @contextmanager

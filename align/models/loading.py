@@ -3,6 +3,7 @@
 No code that comes with a model is run, and a folder never becomes a request (`align.hub`).
 """
 
+import re
 from pathlib import Path
 from typing import Any, cast
 
@@ -22,10 +23,12 @@ from transformers.utils import find_adapter_config_file
 
 from align.errors import BadInput
 from align.hub import asking
+from align.limits import TookTooLong, within
 from align.models.facts import read_adapter
 from align.records import ADAPTER_WEIGHTS
 from align.wording import one_line
 
+PATTERN_SECONDS = 10.0
 ATTENTIONS = (None, "eager", "sdpa", "flash_attention_2", "flex_attention")  # that transformers brings itself
 
 
@@ -113,8 +116,23 @@ def load_adapter_weights(name: str, device: str) -> dict[str, Tensor]:
         raise BadInput(f"{file} is damaged ({one_line(error)}); save the adapter again, or fetch it again") from error
 
 
+def check_patterns(model: Any, config: PeftConfig, name: str) -> None:
+    """Raises BadInput where the names of modules cannot be matched with an adapter's regular expressions in time."""
+    given = [getattr(config, key, None) for key in ("target_modules", "exclude_modules")]
+    ends = [*(getattr(config, "rank_pattern", None) or {}), *(getattr(config, "alpha_pattern", None) or {})]
+    patterns = [each for each in given if isinstance(each, str)] + [rf"(.*\.)?({each})$" for each in ends]
+    try:
+        with within(PATTERN_SECONDS):
+            for pattern in patterns:
+                for module, _ in model.named_modules():
+                    re.fullmatch(pattern, module)
+    except (TookTooLong, re.error, RecursionError) as error:
+        raise BadInput(f"the adapter in {name} chooses modules by a pattern that fails: {one_line(error)}") from None
+
+
 def load_adapter(model: Any, name: str, config: PeftConfig) -> PeftModel:
     """`model` with the adapter of `name` in it, as PEFT opens one."""
+    check_patterns(model, config, name)
     with asking(name):
         return PeftModel.from_pretrained(model, name, config=config)
 

@@ -24,7 +24,7 @@ from align.models.attention import Prefix, flat_states, is_flat, prefix_length, 
 from align.models.base import Base, load_base, trunk_of
 from align.models.layout import Layout, Tree, flat_layout, padded_layout
 from align.models.linear import PlainLinear
-from align.models.loading import load_adapter_config, load_adapter_weights
+from align.models.loading import check_patterns, load_adapter_config, load_adapter_weights
 from align.models.lora import fuse
 from align.models.methods import inject, prefix_of, with_method
 from align.models.tokenizer import tokenizer_of
@@ -238,6 +238,7 @@ def _with_saved_adapter(model: PreTrainedModel, folder: str, trainable: bool) ->
     config.task_type = "CAUSAL_LM"  # the head, if any, is ours to place
     if hasattr(config, "modules_to_save"):
         config.modules_to_save = None
+    check_patterns(model, config, folder)
     peft_model = inject(model, config)
     weights = load_adapter_weights(folder, str(model.device))
     head = weights.pop(head_key(peft_model), None)
