@@ -15,6 +15,7 @@ from align import compare, entry, locks, pipeline
 from align.artifact import read_manifest, state_of
 from align.errors import BadInput
 from align.locks import LOCK, at_work_in, check_free
+from align.processes import Status
 from align.recipe import load_recipe
 from align.stages import runner
 from tests import tiny
@@ -177,7 +178,7 @@ def test_nor_begins_it_between_the_stages_of_the_first(written, monkeypatch):
     def ends(*_):
         with pytest.raises(BadInput, match=rf"`output`: another run is at work in .*out \(process {os.getpid()}\)"):
             pipeline.run_recipe(load_recipe(str(path)), [])
-        return 3
+        return Status(3, "it failed")
 
     monkeypatch.setattr(pipeline, "run_stage", ends)
     before = sorted(path.parent.iterdir())
