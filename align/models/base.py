@@ -11,6 +11,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from align.errors import BadInput
 from align.identity import fingerprint, hub_commit
 from align.models.attention import use_flat_attention
+from align.models.backoff import is_out_of_memory
 from align.models.facts import check_quantised
 from align.models.loading import load_causal, load_config
 from align.models.tokenizer import first_line, load_tokenizer
@@ -54,6 +55,8 @@ def load_base(settings: Model, device: torch.device) -> Base:
             device_map={"": device},
         )
     except (OSError, ValueError, ImportError, SafetensorError) as error:
+        if is_out_of_memory(error):
+            raise
         raise BadInput(f"`model.base`: {settings.base} cannot be loaded: {first_line(error)}") from error
     model.requires_grad_(False).eval()
     switch_dropout_off(model)
