@@ -36,6 +36,7 @@ from tests.databases import KINDS, fill, new_url
 
 ROOT = Path(__file__).resolve().parents[1]
 TOKEN = "hf_aTokenOfTheUsersOwn"
+pytestmark = pytest.mark.timeout(1000)  # the strangers' commands: half a minute on a core of its own
 
 
 class Listener(socketserver.ThreadingTCPServer):
