@@ -36,6 +36,7 @@ from tests.databases import KINDS, fill, new_url
 
 ROOT = Path(__file__).resolve().parents[1]
 TOKEN = "hf_aTokenOfTheUsersOwn"
+pytestmark = pytest.mark.timeout(1000)  # the strangers' commands: half a minute on a core of its own
 
 
 class Listener(socketserver.ThreadingTCPServer):
@@ -74,7 +75,7 @@ def told(listener, runs, base, data, tmp_path_factory):
     environment = {k: v for k, v in os.environ.items() if k not in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")} | own
     done = subprocess.run(
         [sys.executable, "-m", "tests.strangers", str(runs), str(base), str(data), str(work)],
-        capture_output=True, text=True, cwd=ROOT, env=environment, timeout=280,
+        capture_output=True, text=True, cwd=ROOT, env=environment, timeout=900,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")], work
