@@ -133,6 +133,8 @@ def _digest_of_values(values: dict[str, Any]) -> str:
 def check_parent(folder: str, kinds: tuple[str, ...], where: str) -> None:
     """Raises BadInput unless `folder` is a finished run of one of `kinds` (`*`: anything without a manifest too)."""
     if "*" in kinds and not (Path(folder) / MANIFEST).is_file():
+        if (Path(folder) / LOGS[0]).is_file():  # a run's, whose scale of scores and tokenizer would be forgotten
+            raise BadInput(f"{where}: {folder} is a run's folder that has lost its {MANIFEST}; {AGAIN}")
         return
     manifest = _at(where, lambda: read_manifest(folder))
     if manifest.get("kind") not in kinds:

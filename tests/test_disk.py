@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from align.artifact import MANIFEST, begin, read_manifest, state_of, tidy
+from align.artifact import MANIFEST, begin, check_parent, read_manifest, state_of, tidy
 from align.door import check_recipe
 from align.errors import BadInput, RunFailed
 from align.files import clear_temporaries, folder_in_one_go, is_temporary, temporary_beside, write_text
@@ -336,3 +336,10 @@ def test_a_manifest_of_another_than_its_run_is_damaged(runs, tmp_path):
     path.write_text(path.read_text().replace('"score_std": ', '"score_std": 1'))
     with pytest.raises(BadInput, match="is damaged"):
         read_manifest(path.parent)
+
+
+def test_a_run_that_has_lost_its_manifest_is_not_taken_for_a_model_made_elsewhere(runs, tmp_path):
+    shutil.copytree(runs / "reward", tmp_path / "reward")
+    (tmp_path / "reward" / MANIFEST).unlink()
+    with pytest.raises(BadInput, match="has lost its manifest.json"):
+        check_parent(str(tmp_path / "reward"), ("reward", "*"), "`critic.from`")
