@@ -209,7 +209,8 @@ def seed_everything(seed: int) -> None:
 
 
 def quiet_libraries() -> None:
-    """Progress bars and advice of the libraries do not belong between our lines. Before they are imported."""
+    """Progress bars and advice of the libraries do not belong between our lines, nor is anybody told what runs here
+    (TRL would tell the Hub which trainer). Before they are imported."""
     import logging
     import warnings
 
@@ -220,5 +221,7 @@ def quiet_libraries() -> None:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module=r"(transformers|trl|peft|accelerate|bitsandbytes|datasets|torch)\b")
     import transformers
+    from huggingface_hub import constants
 
+    constants.HF_HUB_DISABLE_TELEMETRY = True
     transformers.utils.logging.disable_progress_bar()

@@ -15,6 +15,7 @@ from align.door import check_recipe
 from align.errors import BadInput
 from align.loop.rounds import load_loop
 from align.loop.run import run_loop
+from align.processes import Status
 from align.recipe import load_recipe
 from align.report import stage_page
 from align.settings import EnsembleSettings
@@ -52,7 +53,7 @@ def start(monkeypatch, path, *changes, overrides=()):
         recipe = load_recipe(words[0], words[3:])
         check_recipe(recipe)
         tiny.run(recipe.stages[words[2]])
-        return 0
+        return Status(0, "")
 
     monkeypatch.setattr(pipeline, "run_stage", in_this_process)
     words = [*overrides, *changes]

@@ -130,7 +130,7 @@ def _wrong(command: Callable[[], object], expected: object, path: Path, what: st
     names = {path.name, *(str(parent) for parent in list(path.parents)[:3])}
     if result is None and not any(name in last for name in names):
         return f"{what}: the line names no file: {last!r}"
-    if result is not None and result != expected and path.name not in told:
+    if result is not None and result != expected and path.name not in told.replace("\n", ""):  # a long path is folded
         return f"{what}: another result, and no word of it"
     return None
 

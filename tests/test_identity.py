@@ -7,7 +7,6 @@ import subprocess
 import sys
 import tarfile
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,7 +21,7 @@ from align.errors import BadInput
 from align.identity import base_of, check_contents, contents, fingerprint, same
 from align.models.merging import merge
 from align.models.roles import Bases
-from align.recipe import load_recipe
+from align.recipe import Recipe, load_recipe
 from align.report.stage_page import page_of
 from align.settings import Model
 from align.stages.ppo import cast_roles
@@ -173,7 +172,7 @@ def test_what_changed_is_noticed_where_a_run_goes_on_or_is_passed_over(house, ch
     settings = ppo(model={"base": "base", "chat_template": "template.jinja"}, prompts=prompts)
     begin(settings, fingerprint("base"))
     edit_json("runs/ppo/manifest.json", status=status)
-    recipe = SimpleNamespace(path=Path("r.yaml"), stages={"ppo": settings}, is_pipeline=False)
+    recipe = Recipe(Path("r.yaml"), {"ppo": settings}, is_pipeline=False)
     assert check_recipe(recipe) == {"ppo": status}
     act, word = CHANGES[change]
     act()
@@ -202,7 +201,7 @@ def evaluate():
 
 def check(settings):
     Path("rewards.py").write_text("def one(completions, **kwargs):\n    return [1.0 for _ in completions]\n")
-    check_recipe(SimpleNamespace(path=Path("r.yaml"), stages={settings.kind: settings}, is_pipeline=False))
+    check_recipe(Recipe(Path("r.yaml"), {settings.kind: settings}, is_pipeline=False))
 
 
 @pytest.mark.parametrize("place", LOADS)

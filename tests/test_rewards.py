@@ -162,7 +162,7 @@ def test_an_answer_wins_only_what_it_wins_in_both_orders():
 
         tokens, cost = 7, 0.5
 
-        def __call__(self, questions):
+        def __call__(self, questions, beat):
             asked.extend(question.prompt for question in questions)
             first = {"good": 0.9, "bad": 0.2, "even": 0.5, "other": 0.2, "one": 0.7, "two": 0.6}
             return [combined(first[q.a], first[q.b]) for q in questions]
@@ -173,7 +173,7 @@ def test_an_answer_wins_only_what_it_wins_in_both_orders():
     judged = {"new": answered("good", "even", "one", "same"), "old": answered("bad", "other", "two", "same")}
     settings = SimpleNamespace(compare=[("new", "old"), ("old", "new"), ("new", "old")])
     rows = [Prompt(f"prompt {i}", {}, "here") for i in range(4)]
-    worker = SimpleNamespace(stop_if_asked=lambda save: None)
+    worker = SimpleNamespace(by_one=lambda call: call(lambda: None))
     found = judge_metrics(Judge(), judged, rows, settings, worker)
     # a win; a win in one order only; a verdict that turns; the same words, which nobody is asked about
     assert [row["win_rate"] for row in found["compare_by_judge"]] == [2.5 / 4, 1.5 / 4, 2.5 / 4]
