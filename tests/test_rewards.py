@@ -173,7 +173,7 @@ def test_an_answer_wins_only_what_it_wins_in_both_orders():
     judged = {"new": answered("good", "even", "one", "same"), "old": answered("bad", "other", "two", "same")}
     settings = SimpleNamespace(compare=[("new", "old"), ("old", "new"), ("new", "old")])
     rows = [Prompt(f"prompt {i}", {}, "here") for i in range(4)]
-    worker = SimpleNamespace(by_one=lambda call: call(lambda: None))
+    worker = SimpleNamespace(by_one=lambda call: call and call(lambda: None))
     found = judge_metrics(Judge(), judged, rows, settings, worker)
     # a win; a win in one order only; a verdict that turns; the same words, which nobody is asked about
     assert [row["win_rate"] for row in found["compare_by_judge"]] == [2.5 / 4, 1.5 / 4, 2.5 / 4]
