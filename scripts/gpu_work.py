@@ -1,4 +1,4 @@
-"""The parts of gpu.sh that are measured: ceilings of the card, and PPO iterations beside what they cost at least.
+"""The parts of gpu.sh that are measured: ceilings of the card, and PPO iterations by phase.
 
     python scripts/gpu_work.py --work DIR --out DIR rates
     python scripts/gpu_work.py --work DIR --out DIR ppo 8b --load-in nf4 --prompts 8 --tokens 512 512

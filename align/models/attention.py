@@ -22,7 +22,7 @@ from align.models.layout import Span, Tree, flat_layout
 
 NAME = "align_flat"
 UNKNOWN = ("softcap", "sliding_window", "s_aux", "position_bias")  # arguments that `attend` does not honour
-WIDTHS_GROW_BY = {"cuda": 64}  # keys: cuDNN plans each new shape of attention, and a token more must not be one
+WIDTHS_GROW_BY = {"cuda": 64}  # keys: cuDNN may plan each new shape anew, and a token more should be none
 STRETCHING = ("dynamic", "longrope")  # rotary positions that depend on the longest position of the pass
 
 # (layer, query (1, heads, T, D), key and value (1, kv heads, T, D), scaling) -> (1, T, heads, D)

@@ -15,9 +15,16 @@ from torch import Tensor, nn
 from transformers import get_scheduler
 
 from align.errors import Diverged, RunFailed
+from align.models.backoff import Phase
 from align.worker import Worker
 
 SMALLER_RATE = "to go on from there, start the same `align` command again with a smaller learning rate after `--set`"
+SHORTER = "begin anew with a smaller `max_length`, or use a device with more memory"
+TRAINING = Phase(  # of what is supervised
+    "in training",
+    "train.max_batch_tokens",
+    f"start the same command again with `train.gradient_checkpointing: true`, if it is not yet; else {SHORTER}",
+)
 
 
 class Learner:

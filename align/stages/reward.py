@@ -41,7 +41,7 @@ from align.settings import Data, RewardSettings, Training
 from align.stages import checkpoint
 from align.stages.costs import Costs, adapter_bytes, kl_to_base
 from align.stages.course import Course
-from align.stages.learner import Learner, available
+from align.stages.learner import SHORTER, TRAINING, Learner, available
 from align.stages.order import left_out, row_order, steps_of
 from align.track import Tracker
 from align.worker import Worker
@@ -53,12 +53,6 @@ TRAINED_ON = (
     "hold some out (`data.validation_split`), or give a `reference`"
 )
 PROBE_TOLERANCE = 1e-4
-SHORTER = "begin anew with a smaller `max_length`, or use a device with more memory"
-TRAINING = Phase(
-    "in training",
-    "train.max_batch_tokens",
-    f"start the same command again with `train.gradient_checkpointing: true`, if it is not yet; else {SHORTER}",
-)
 SCORING = Phase("while scoring answers", "train.max_batch_tokens", SHORTER)
 Sequences = tuple[Sequence[Ids], Sequence[Ids]]  # prompts, and an answer to each
 

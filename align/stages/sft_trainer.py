@@ -23,16 +23,10 @@ from align.models.layout import Tree, passes_of
 from align.models.roles import Role
 from align.settings import SftSettings
 from align.stages.costs import Costs
-from align.stages.learner import available, rebase
+from align.stages.learner import SHORTER, TRAINING, available, rebase
 from align.stages.sft_course import OffCourse, SftCourse
 from align.worker import Worker
 
-SHORTER = "begin anew with a smaller `max_length`, or use a device with more memory"
-TRAINING = Phase(
-    "in training",
-    "train.max_batch_tokens",
-    f"start the same command again with `train.gradient_checkpointing: true`, if it is not yet; else {SHORTER}",
-)
 EVALUATION = Phase("while reading the held-out rows", "train.max_batch_tokens", SHORTER)
 NO_LOSS = -100
 Document = tuple[list[int], list[int]]  # ids and labels
