@@ -3,6 +3,7 @@
 #
 #   tests         those marked `gpu`
 #   rates         what the card multiplies and copies, the ceilings of what follows
+#   trace         a token's step and a training pass of the 1B shape, operation by operation
 #   1b, 8b, nf4   PPO iterations over random weights of Llama 3's shapes, by phase; nf4 is the 8B shape in 4 bits
 #   quickstart    the README's, with `launch: gpu`
 #
@@ -12,7 +13,7 @@
 # of the others in WHEELS (a folder, .whl) are put beside, in a folder that goes away with the machine.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-python=${PYTHON:-python3} wheels=${WHEELS:-.whl} parts=${PARTS:-tests rates 8b nf4 1b quickstart}
+python=${PYTHON:-python3} wheels=${WHEELS:-.whl} parts=${PARTS:-tests rates trace 8b nf4 1b quickstart}
 mkdir -p "${1:-runs/gpu}"
 out=$(cd "${1:-runs/gpu}" && pwd)
 work=$(mktemp -d)
@@ -27,7 +28,7 @@ gpu_work() { timeout "$1" "$python" scripts/gpu_work.py --work "$work" --out "$o
 { nvidia-smi || true; "$python" --version; "$python" -m pip list; } > "$out/machine.txt" 2>&1
 for part in $parts; do
     case $part in
-        tests) said=$(timeout 120 "$python" -m pytest -m gpu -p no:cacheprovider tests/test_gpu.py 2>&1 | tee "$out/tests.txt" | tail -1) ;;
+        tests) said=$(timeout 180 "$python" -m pytest -m gpu -p no:cacheprovider tests/test_gpu.py 2>&1 | tee "$out/tests.txt" | tail -1) ;;
         rates) said=$(gpu_work 40 rates) ;;
         quickstart)
             launch=gpu; [[ -n ${SMALL:-} ]] && launch=cpu
@@ -36,10 +37,11 @@ for part in $parts; do
                 > "$out/quickstart.txt" 2>&1
             said="exit code $?, in $SECONDS s from the start"
             cp "$work"/quickstart/ppo/metrics.jsonl "$out/quickstart-ppo.jsonl" 2> /dev/null ;;
+        trace) said=$(gpu_work 90 trace 1b --tokens 256 32) ;;
         1b) said=$(gpu_work 100 ppo 1b --prompts 64 --tokens 256 256) ;;
         8b) said=$(gpu_work 240 ppo 8b --prompts 64 --tokens 256 256) ;;
         nf4) said=$(gpu_work 240 ppo 8b --load-in nf4 --prompts 8 --tokens 512 512 --iterations 1) ;;
-        *) echo "no part is called $part: tests, rates, 8b, nf4, 1b, quickstart" >&2; exit 2 ;;
+        *) echo "no part is called $part: tests, rates, trace, 8b, nf4, 1b, quickstart" >&2; exit 2 ;;
     esac
     tell "$part: $said"
 done

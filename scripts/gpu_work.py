@@ -137,6 +137,68 @@ def ppo(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def trace(options: argparse.Namespace) -> dict[str, float]:
+    """What a token's step and a training pass cost, and on what: operations by their time are in `trace-*.txt`.
+
+    Launches are kernels and copies that the host hands to the card; busy is the share of the time that the card works.
+    """
+    from torch.profiler import ProfilerActivity, profile
+
+    from align.models.roles import Bases
+    from align.rollout.draw import uniforms
+    from align.rollout.sampling import sample
+    from align.settings import Lora, Model, Sampling
+
+    count, (prompt, answer) = options.prompts, options.tokens
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = options.work / options.shape
+    if not model.is_dir():
+        make_model(options.shape, model)
+    role = Bases(Model(base=str(model), load_in=options.load_in), device).role(None, method=Lora(r=16), trainable=True)
+    rng = random.Random(0)
+    prompts = [[rng.randrange(3, 900) for _ in range(prompt)] for _ in range(count)]
+    sampling = Sampling(max_new_tokens=answer)
+    numbers = uniforms(0, 0, 0, range(count), answer)
+
+    def draw() -> None:
+        sample(role, prompts, numbers, sampling, end_ids=[], pad_id=0, batch_size=count)
+
+    def train() -> None:
+        from align.models.layout import Tree
+
+        layout = role.layout([Tree(row, [row[:answer]]) for row in prompts[: max(1, count // 8)]])
+        states = role.states(layout, layout.before)
+        role.logprobs(states, layout.tokens, temperature=1.0).sum().backward()
+
+    found: dict[str, float] = {}
+    for name, work, steps in (("draw", draw, answer), ("train", train, 1)):
+        seconds = seconds_of(work, repeats=1)
+        kinds = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
+        with profile(activities=kinds) as profiler:
+            work()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+        averages = profiler.key_averages()
+        by_device, by_host = (
+            averages.table(sort_by=key, row_limit=30, max_name_column_width=60)
+            for key in (
+                "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total",
+                "self_cpu_time_total",
+            )
+        )
+        (options.out / f"trace-{name}-{options.load_in}.txt").write_text(f"{by_device}\n\n{by_host}\n")
+        launches = sum(event.count for event in averages if "Launch" in event.key or event.key.startswith("cudaMemcpy"))
+        waits = sum(event.count for event in averages if "Synchronize" in event.key)
+        busy = sum(e.self_device_time_total for e in averages if e.device_type == torch.autograd.DeviceType.CUDA) / 1e6
+        found |= {
+            f"{name}_seconds": seconds,
+            f"{name}_launches_a_step": launches / steps,
+            f"{name}_waits_a_step": waits / steps,
+            f"{name}_device_seconds": busy,
+        }
+    return {key: round(value, 4) for key, value in found.items()}
+
+
 def common(options: argparse.Namespace) -> list[str]:
     return ["--work", str(options.work), "--out", str(options.out), *(["--small"] if options.small else [])]
 
@@ -149,20 +211,21 @@ def main() -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("rates")
     commands.add_parser("make").add_argument("shape", choices=SHAPES)
-    of_ppo = commands.add_parser("ppo")
-    of_ppo.add_argument("shape", choices=SHAPES)
-    of_ppo.add_argument("--load-in", default="bfloat16", choices=("float32", "bfloat16", "nf4"))
-    of_ppo.add_argument("--prompts", type=int, default=64)
-    of_ppo.add_argument("--tokens", type=int, nargs=2, default=(256, 256), metavar=("PROMPT", "ANSWER"))
-    of_ppo.add_argument("--iterations", type=int, default=2)
+    for name in ("ppo", "trace"):
+        of_model = commands.add_parser(name)
+        of_model.add_argument("shape", choices=SHAPES)
+        of_model.add_argument("--load-in", default="bfloat16", choices=("float32", "bfloat16", "nf4"))
+        of_model.add_argument("--prompts", type=int, default=64)
+        of_model.add_argument("--tokens", type=int, nargs=2, default=(256, 256), metavar=("PROMPT", "ANSWER"))
+        of_model.add_argument("--iterations", type=int, default=2)
     options = parser.parse_args()
     if options.command == "make":
         return make_model(options.shape, options.work / options.shape)
-    if options.small and options.command == "ppo":
+    if options.small and options.command in ("ppo", "trace"):
         options.shape, options.prompts, options.tokens = "small", 4, (8, 8)
         options.load_in = "float32" if options.load_in == "bfloat16" else options.load_in
-    found = rates(options.small) if options.command == "rates" else ppo(options)
-    print(json.dumps(found))
+    made = {"rates": lambda: rates(options.small), "ppo": lambda: ppo(options), "trace": lambda: trace(options)}
+    print(json.dumps(made[options.command]()))
     return None
 
 

@@ -1,8 +1,14 @@
 """What only a GPU shows: its kernels against transformers' own passes, in every precision that a recipe can ask for."""
 
+import gc
+import re
+from contextlib import contextmanager
+
 import pytest
 import torch
 
+from align.artifact import read_manifest
+from align.models import backoff
 from align.models.roles import Bases
 from align.rollout.draw import uniforms
 from align.rollout.reading import read_all
@@ -85,3 +91,99 @@ def test_ppo_starts_at_ratio_one_and_repeats(base, data, runs, tmp_path, load_in
         )
     assert rows[0] == rows[1]
     assert rows[0][1]["first_logratio"] < (1e-4 if load_in == "float32" else 0.2)
+
+
+# ------------------------------------------------------------------------------------------------------ a card that is full
+
+PIECES = {"per_device_train_batch_size": 256, "max_batch_tokens": 65_536, "learning_rate": 1e-3}
+
+
+@contextmanager
+def room_for(size):
+    """A card of so many bytes for torch's allocator, which is all that this process has."""
+    backoff.forget()
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction(size / torch.cuda.get_device_properties(0).total_memory)
+    try:
+        yield
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+        backoff.forget()
+
+
+@pytest.fixture(scope="module")
+def big(tmp_path_factory):
+    """A base and data of which one pass of all rows takes most of a gigabyte."""
+    folder = tmp_path_factory.mktemp("big")
+    tiny.make_base(folder / "base", hidden=1024, num_attention_heads=8, num_key_value_heads=8)
+    tiny.make_data(folder, num_rows=340)
+    (folder / "spread.py").write_text(SPREAD)
+    return folder
+
+
+def peak_of(run):
+    return 2**20 * read_manifest(run)["cost"]["peak_mib"]
+
+
+CASES = {
+    "sft": {"train": PIECES | {"max_steps": 2}},
+    "reward": {"train": PIECES | {"max_steps": 2, "per_device_train_batch_size": 128}},
+    "ppo": {
+        "policy": {"method": {"kind": "lora", "r": 4}},
+        "critic": {"kind": "trunk"},
+        "ppo": {
+            "num_iterations": 1,
+            "prompts_per_iteration": 128,
+            "num_generations": 2,
+            "num_ppo_epochs": 1,
+            "num_mini_batches": 1,
+            "sampling_batch_size": 256,
+            "max_batch_tokens": 65_536,
+            "eval_steps": 0,
+        },
+    },
+}
+
+
+@pytest.mark.parametrize("stage", CASES)
+@pytest.mark.parametrize("share", [0.6, 0.3])  # of what passes take beside the base
+def test_a_run_on_a_full_card_goes_on_in_smaller_passes(big, tmp_path, capfd, stage, share):
+    changes = CASES[stage] | ({"rewards": [{"use": f"{big}/spread.py:spread"}]} if stage == "ppo" else {})
+    rows, size = [], torch.cuda.get_device_properties(0).total_memory
+    held = torch.cuda.memory_allocated() + (big / "base" / "model.safetensors").stat().st_size
+    for name in ("whole", "full"):
+        with room_for(size):
+            tiny.run(tiny.settings(stage, big / "base", big, tmp_path / name, **changes))
+        rows.append(read_metrics(tmp_path / name))
+        size = int(held + share * (peak_of(tmp_path / "whole") - held))
+        said = re.findall("out of memory (.*?):.*from here on", capfd.readouterr().err)
+        assert bool(said) == (name == "full") and len(said) == len(set(said))
+    assert peak_of(tmp_path / "full") <= size
+    assert len(rows[0]) == len(rows[1])
+    first, other = rows[0][0], rows[1][0]
+    for key, value in first.items():
+        if not key.startswith(COSTS):
+            assert other[key] == pytest.approx(value, rel=1e-3, abs=1e-4), key
+
+
+@pytest.mark.parametrize("load_in", ["float32", "bfloat16", "nf4"])
+def test_slots_that_a_full_card_does_not_hold_are_halved(big, cuda, capfd, load_in):
+    role = Bases(Model(base=str(big / "base"), load_in=load_in), cuda).role(None, method=Lora(r=4), trainable=True)
+    sampling = Sampling(max_new_tokens=100)
+    prompts = [PROMPTS[i % len(PROMPTS)] for i in range(128)]
+    numbers = uniforms(3, 0, 1, range(len(prompts)), sampling.max_new_tokens)
+
+    def answers():
+        return sample(role, prompts, numbers, sampling, pad_id=PAD, end_ids=[END], batch_size=128)[0].answers
+
+    torch.cuda.reset_peak_memory_stats()
+    held = torch.cuda.memory_allocated()
+    whole = answers()
+    room = held + (torch.cuda.max_memory_allocated() - held) // 2
+    with room_for(room):
+        found = answers()
+    assert "out of memory while sampling" in capfd.readouterr().err
+    assert [len(answer) > 0 for answer in found] == [True] * 128
+    if load_in == "float32":
+        assert found == whole

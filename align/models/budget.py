@@ -1,12 +1,15 @@
 """How many tokens a pass holds. It changes memory and speed; a result only by rounding, and by which random numbers an
 adapter's dropout draws."""
 
+from weakref import WeakKeyDictionary
+
+import torch
 from transformers import PreTrainedModel
 
-ACTIVATIONS = {"cuda": 4 * 2**30}  # bytes kept for the backward pass, where the recipe does not say
-ACTIVATIONS_ELSEWHERE = 2**30
+ACTIVATIONS = 2**30  # bytes kept for the backward pass on a CPU, where the recipe does not say
+SHARE = 0.5  # the same on a GPU, of what is free there: logits, optimisers and the allocator's holes want the rest
 NUMBERS_A_LAYER = 24  # times the hidden size: what a layer keeps of a token (attention, gated MLP, norms)
-BYTES = 4  # a number: over 16-bit weights too, where adapters compute in float32
+QUANTISED = 4  # bytes a number over weights in few bits, where adapters compute in float32
 BOUNDS = 256, 65_536
 READING = 4  # passes without gradient keep nothing, and hold so many times the tokens
 
@@ -30,6 +33,24 @@ def reading_tokens(model: PreTrainedModel, asked: int | None) -> int:
 
 
 def _fitting(model: PreTrainedModel, numbers: int) -> int:
-    a_token = numbers * model.config.get_text_config().hidden_size * BYTES
-    fitting = ACTIVATIONS.get(model.device.type, ACTIVATIONS_ELSEWHERE) // a_token
-    return min(max(fitting, BOUNDS[0]), BOUNDS[1])
+    is_quantised = getattr(model, "is_quantized", False)
+    a_token = (
+        numbers * model.config.get_text_config().hidden_size * (QUANTISED if is_quantised else model.dtype.itemsize)
+    )
+    if model.device.type != "cuda":
+        return min(max(ACTIVATIONS // a_token, BOUNDS[0]), BOUNDS[1])
+    fitting = int(SHARE * _free(model)) // a_token
+    # a power of two: what else there is on the card, which may change from start to start, rarely changes it
+    return min(max(1 << max(fitting.bit_length() - 1, 0), BOUNDS[0]), BOUNDS[1])
+
+
+_free_at_first: WeakKeyDictionary[PreTrainedModel, int] = WeakKeyDictionary()
+
+
+def _free(model: PreTrainedModel) -> int:
+    """Bytes of the model's GPU that nothing held when it was first asked: passes keep their size during a run."""
+    if model not in _free_at_first:
+        free, _ = torch.cuda.mem_get_info(model.device)
+        unused = torch.cuda.memory_reserved(model.device) - torch.cuda.memory_allocated(model.device)
+        _free_at_first[model] = free + unused
+    return _free_at_first[model]

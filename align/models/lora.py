@@ -1,8 +1,10 @@
 """LoRA layers in fewer passes over memory: the same numbers as PEFT's own, to rounding.
 
 PEFT's layer writes W x, B A x, its scaled copy and their sum one after the other, and the backward pass mirrors it.
-Here both products are added into one buffer, each way. What is not plain LoRA in one dtype (dropout, DoRA, several
-adapters, 4-bit weights, an adapter in float32 over 16 bits) is left to PEFT's own layer.
+Here both products are added into one buffer, each way. Over weights in 16 bits the adapter stays in float32 and is
+rounded for the products alone, as autocast does: PEFT's layer would widen the states and multiply them in float32, in
+twice as many operations. What is not plain LoRA (dropout, DoRA, several adapters, 4-bit weights) is left to PEFT's own
+layer.
 """
 
 from typing import Any, cast
@@ -16,10 +18,15 @@ from align.models.linear import PlainLinear
 
 
 class _Product(torch.autograd.Function):
-    """y = x W^T + bias + s (x A^T) B^T, W and its bias frozen: x (M, I), W (O, I), A (r, I), B (O, r) -> (M, O)."""
+    """y = x W^T + bias + s (x A^T) B^T, W and its bias frozen: x (M, I), W (O, I), A (r, I), B (O, r) -> (M, O).
+
+    All is multiplied in the dtype of x and W; the gradients of A and B are of theirs.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float) -> Tensor:
+        ctx.dtypes = a.dtype, b.dtype
+        a, b = a.to(x.dtype), b.to(x.dtype)
         inner = product(x, a)  # (M, r)
         ctx.save_for_backward(x, weight, a, b, inner)
         ctx.scale = scale
@@ -32,7 +39,7 @@ class _Product(torch.autograd.Function):
         through = product(slope, b.T).mul_(ctx.scale)  # (M, r)
         into = product(slope, weight.T).addmm_(through, a) if ctx.needs_input_grad[0] else None
         of_a, of_b = product(through.T, x.T), product(inner.T, slope.T).mul_(ctx.scale).T  # (r, I), (O, r)
-        return into, None, None, of_a, of_b, None
+        return into, None, None, of_a.to(ctx.dtypes[0]), of_b.to(ctx.dtypes[1]), None
 
 
 class FusedLinear(Linear):
@@ -50,7 +57,7 @@ class FusedLinear(Linear):
 
     @property
     def is_plain(self) -> bool:
-        """Whether the layer computes W x + bias + s B A x over a frozen W, all in one dtype, and nothing more."""
+        """Whether the layer computes W x + bias + s B A x over a frozen W, and nothing more."""
         base, names = self.base_layer, self.active_adapters
         if self.disable_adapters or self.merged or len(names) != 1:
             return False
@@ -64,7 +71,6 @@ class FusedLinear(Linear):
             and not is_dropping
             and a.bias is None
             and b.bias is None
-            and base.weight.dtype == a.weight.dtype
         )
 
     def merged_weight(self) -> Tensor:

@@ -85,7 +85,7 @@ class Training(Settings):
     max_steps: Annotated[int, Field(ge=-1, le=MOST)] = -1  # > 0 overrides num_train_epochs
     per_device_train_batch_size: Count = 8  # rows of a step; how many go in a pass is max_batch_tokens' affair
     gradient_accumulation_steps: Count = 1
-    max_batch_tokens: Count | None = None  # of a pass: memory only; None: 1 GiB of activations, GPU 4
+    max_batch_tokens: Count | None = None  # of a pass: memory only; None: 1 GiB kept, GPU half the free
     optim: Optimizer = "adamw_torch_fused"  # bitsandbytes' keep their state in 8 bits, or in pages a GPU can lend out
     weight_decay: NonNegative = 0.0
     warmup_ratio: Fraction = 0.03
@@ -272,7 +272,7 @@ class Ppo(Settings):
     num_generations: Count = 1  # samples of each prompt
     num_ppo_epochs: Count = 4
     num_mini_batches: Count = 1  # optimiser steps an epoch
-    max_batch_tokens: Count | None = None  # of a pass: memory only; None: 1 GiB of activations, GPU 4
+    max_batch_tokens: Count | None = None  # of a pass: memory only; None: 1 GiB kept, GPU half the free
     sampling_batch_size: Count = 32  # answers in the making at a time
     learning_rate: Positive = 3e-5
     optim: Optimizer = "adamw_torch_fused"

@@ -112,6 +112,28 @@ def test_a_fused_layer_has_pefts_gradients_and_merges():
     torch.testing.assert_close(reading(numbers(90, 270)), results[1][0], rtol=0, atol=2e-4)
 
 
+def test_a_fused_layer_over_16_bits_is_as_exact_as_autocast():
+    """Weights in bfloat16, the adapter in float32; the right numbers are those of the same weights in float64."""
+    plain = nn.Sequential(nn.Linear(270, 260))
+    inject_adapter_in_model(LoraConfig(r=4, target_modules=["0"], init_lora_weights=False), plain)
+    plain[0].base_layer.bfloat16()
+    expected, autocast, fused = copy.deepcopy(plain).double(), copy.deepcopy(plain).float(), plain
+    fuse(fused)
+    assert isinstance(fused[0], FusedLinear) and fused[0].is_plain
+    start, slope = numbers(900, 270).bfloat16(), numbers(900, 260, seed=1).bfloat16()
+    results = []
+    for model, dtype in ((expected, torch.float64), (autocast, torch.float32), (fused, torch.bfloat16)):
+        x = start.to(dtype).requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=model is autocast):
+            y = model(x)
+        y.backward(slope.to(y.dtype))
+        results.append([y.detach(), x.grad, *(p.grad for p in model.parameters() if p.requires_grad)])
+    assert [found.dtype for found in results[2]] == [torch.bfloat16] * 2 + [torch.float32] * 2
+    for right, theirs, found in zip(*results, strict=True):
+        error, allowed = (float((each.double() - right).norm() / right.norm()) for each in (found, theirs))
+        assert error <= 1.2 * allowed and error < 0.01
+
+
 def test_log_probabilities_of_a_large_output_layer_are_right():
     states, weight, tokens = numbers(70, 200), numbers(900, 200, seed=1) * 0.1, torch.arange(70) * 7
     results = []
