@@ -31,7 +31,15 @@ from align.locks import at_work_in
 from align.plugins import is_reference
 from align.recipe import Recipe, first_error, load_recipe
 from align.report.comparison import Comparison, Result, show, write
-from align.settings import METHODS, STAGES, EvaluateSettings, PpoSettings, RewardSettings, SftSettings, StageSettings
+from align.settings import (
+    METHODS,
+    STAGES,
+    EvaluateSettings,
+    PpoSettings,
+    RewardSettings,
+    StageSettings,
+    SupervisedSettings,
+)
 from align.track import read_metrics
 
 # Learning rates that the sources train with, smallest first; the middle one is the usual one.
@@ -107,7 +115,7 @@ def order_of(
 
 
 def _chosen(recipe: Recipe, name: str | None) -> StageSettings:
-    able = {key: s for key, s in recipe.stages.items() if isinstance(s, (SftSettings, RewardSettings, PpoSettings))}
+    able = {key: s for key, s in recipe.stages.items() if isinstance(s, (SupervisedSettings, PpoSettings))}
     if name is None and len(able) != 1:
         raise BadInput(f"{recipe.path}: name the stage to compare methods in: --stage {' | '.join(able) or 'sft'}")
     if name is not None and name not in able:
@@ -167,7 +175,7 @@ def _method_of(name: str) -> dict[str, Any]:
 
 
 def _own_method(settings: StageSettings) -> dict[str, Any]:
-    if isinstance(settings, (SftSettings, RewardSettings)):
+    if isinstance(settings, SupervisedSettings):
         return settings.method.model_dump(mode="json")
     assert isinstance(settings, PpoSettings)
     return settings.policy.method.model_dump(mode="json") if settings.policy.method else {"kind": "lora"}
@@ -177,7 +185,7 @@ def _own_rate(settings: StageSettings) -> float | None:
     """The learning rate that the recipe gives; None where it leaves the default."""
     if isinstance(settings, PpoSettings):
         return settings.ppo.learning_rate if "learning_rate" in settings.ppo.model_fields_set else None
-    assert isinstance(settings, (SftSettings, RewardSettings))
+    assert isinstance(settings, SupervisedSettings)
     is_given = "train" in settings.model_fields_set and "learning_rate" in settings.train.model_fields_set
     return settings.train.learning_rate if is_given else None
 
@@ -377,7 +385,7 @@ def _result(trial: Trial, swept: list[Trial], gold: dict[str, float]) -> Result:
 def _num_steps(settings: StageSettings) -> int:
     if isinstance(settings, PpoSettings):
         return settings.ppo.num_iterations
-    assert isinstance(settings, (SftSettings, RewardSettings))
+    assert isinstance(settings, SupervisedSettings)
     return settings.train.max_steps
 
 

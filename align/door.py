@@ -38,10 +38,9 @@ from align.settings import (
     OwnMethod,
     PpoSettings,
     Prefix,
-    RewardSettings,
     ScoreSettings,
-    SftSettings,
     StageSettings,
+    SupervisedSettings,
 )
 from align.surroundings import cached_folder, check_wandb, check_writable, look_at_hub
 from align.wording import did_you_mean_path
@@ -164,11 +163,6 @@ def check_model(settings: StageSettings) -> None:
     if facts is not None:
         _check_facts(settings, facts)
     _check_method(settings, key, method)
-    if isinstance(settings, SftSettings) and settings.packing and model.attn_implementation == "eager":
-        raise BadInput(
-            "`packing: true` is exact with `attn_implementation` sdpa or flash_attention_2; with eager set "
-            "`packing: false`"
-        )
 
 
 def _facts(settings: StageSettings) -> Facts | None:
@@ -227,7 +221,7 @@ def _lengths(settings: StageSettings) -> Iterator[tuple[str, int]]:
     method = method_of(settings)[1]
     prefix = method.num_virtual_tokens if isinstance(method, Prefix) else 0
     beside = f" and a prefix of {prefix}" if prefix else ""
-    if isinstance(settings, (SftSettings, RewardSettings)):
+    if isinstance(settings, SupervisedSettings):
         yield f"`max_length`{beside}", settings.max_length + prefix
     if isinstance(settings, (PpoSettings, EvaluateSettings, CollectSettings)):
         length = settings.max_prompt_length + settings.sampling.max_new_tokens + prefix

@@ -30,9 +30,8 @@ from align.settings import (
     Model,
     PpoSettings,
     Prefix,
-    RewardSettings,
-    SftSettings,
     StageSettings,
+    SupervisedSettings,
 )
 from align.surroundings import cached_folder, may_be_fetched
 
@@ -80,7 +79,7 @@ def is_on_hub(name: str) -> bool:
 
 def method_of(settings: StageSettings) -> tuple[str, AnyMethod | None]:
     """The key and value of the stage's PEFT method."""
-    if isinstance(settings, (SftSettings, RewardSettings)):
+    if isinstance(settings, SupervisedSettings):
         return "method", settings.method
     return "policy.method", settings.policy.method if isinstance(settings, PpoSettings) else None
 

@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from align.artifact import CHECKPOINTS, LOGS, MANIFEST, note, read_manifest, recipe_of
+from align.artifact import LOGS, MANIFEST, checkpoint_path, note, read_manifest, recipe_of
 from align.files import write_json, write_text, writing
 from align.identity import digest_of
 from align.plain_json import dumps
@@ -145,11 +145,9 @@ def keep_logs(folder: str | Path, checkpoint: Path) -> None:
 
 def damaged_since(folder: str | Path, step: int) -> list[str]:
     """The names of the logs that are no more what they were at the checkpoint of `step`."""
-    names = (f"step-{step:08d}", f"checkpoint-{step}")
-    file = next((f for name in names if (f := Path(folder) / CHECKPOINTS / name / LOGGED).is_file()), None)
-    return (
-        [] if file is None else [name for name, was in _noted(file).items() if not _begins(Path(folder) / name, *was)]
-    )
+    file = checkpoint_path(folder, step) / LOGGED
+    noted = _noted(file) if file.is_file() else {}
+    return [name for name, was in noted.items() if not _begins(Path(folder) / name, *was)]
 
 
 def _noted(file: Path) -> dict[str, tuple[int, str]]:

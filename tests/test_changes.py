@@ -19,7 +19,7 @@ from align.processes import Status
 from align.recipe import load_recipe
 from align.report import stage_page
 from align.settings import EnsembleSettings
-from align.stages.sft_course import SftCourse
+from align.stages.course import Course
 from align.track import Tracker, read_metrics
 from tests import test_loop, tiny
 
@@ -178,14 +178,14 @@ def test_the_command_line_takes_it(base, data, runs, tmp_path):
 
 
 def test_a_stage_of_a_loop_that_is_under_way_changes_too(base, data, tmp_path, monkeypatch, capsys):
-    path, seal = test_loop.recipe(base, data, tmp_path), SftCourse.seal
+    path, save = test_loop.recipe(base, data, tmp_path), Course.save
 
-    def dying_seal(self, step):
-        seal(self, step)
+    def dying_save(self, step):
+        save(self, step)
         assert step < 2, "cut off"
 
     with monkeypatch.context() as patch, pytest.raises(AssertionError, match="cut off"):
-        patch.setattr(SftCourse, "seal", dying_seal)
+        patch.setattr(Course, "save", dying_save)
         run_loop(load_loop(path), test_loop.in_process)
     word = "sft.train.learning_rate=1e-6"
     with pytest.raises(

@@ -17,8 +17,7 @@ from align.models.tokenizer import load_tokenizer
 from align.report import stage_page
 from align.report.page import unseen
 from align.settings import EvaluateSettings, Model, PpoSettings, SftSettings
-from align.stages import reward, sft_trainer
-from align.stages.costs import Costs
+from align.stages import reward, sft, supervised
 from align.stages.unseen import seen_prompts
 from align.track import read_metrics
 from align.worker import Worker
@@ -54,7 +53,7 @@ def slow_figures(base, documents):
     return sum(losses) / len(losses), sum(right) / len(right)
 
 
-def sft(base, folder, output, *, packing=False, **train):
+def sft_run(base, folder, output, *, packing=False, **train):
     sources = {"train": str(folder / "train.jsonl"), "validation": str(folder / "held.jsonl")}
     values = tiny.recipe("sft", base, folder, output, packing=packing) | {"data": sources}
     settings = SftSettings.model_validate(values | {"train": values["train"] | UNMOVED | train})
@@ -73,7 +72,7 @@ def test_held_out_figures_are_over_all_tokens_whatever_the_batch_size(base, unev
             (folder / f"{name}.jsonl").write_text("\n".join(texts) + "\n")
     found = {}
     for size in (1, 3, 8):
-        settings = sft(base, folder, tmp_path / f"run-{size}", per_device_train_batch_size=size, max_steps=1)
+        settings = sft_run(base, folder, tmp_path / f"run-{size}", per_device_train_batch_size=size, max_steps=1)
         found[size] = read_manifest(tmp_path / f"run-{size}")["metrics"]
     tokenizer = load_tokenizer(Model(base=str(base)))
     rows = [encode_demonstration(tokenizer, row, 64) for row in load(settings.data, "demonstrations").validation]
@@ -89,23 +88,28 @@ def test_held_out_figures_are_over_all_tokens_whatever_the_batch_size(base, unev
 def test_the_logged_loss_is_the_token_mean_since_the_last_log(
     base, uneven, tmp_path, monkeypatch, size, accumulation, packing
 ):
-    batches = []
+    batches, step_of, loss = [], supervised._step, sft.Demonstrations.loss
 
-    class Noted(sft_trainer.Trainer):
-        def training_step(self, model, inputs, num_items_in_batch=None):
-            batches.append((self.state.global_step, list(sft_trainer._documents(inputs))))
-            return super().training_step(model, inputs, num_items_in_batch)
+    def noted_step(this, step):
+        batches.append((step, []))
+        return step_of(this, step)
 
-    monkeypatch.setattr(sft_trainer, "Trainer", Noted)
+    def noted_loss(task, role, examples):
+        if torch.is_grad_enabled():
+            batches[-1][1].extend(examples)
+        return loss(task, role, examples)
+
+    monkeypatch.setattr(supervised, "_step", noted_step)
+    monkeypatch.setattr(sft.Demonstrations, "loss", noted_loss)
     steps = {"max_steps": 5, "logging_steps": 2, "per_device_train_batch_size": size, "save_steps": 0}
-    sft(base, uneven, tmp_path / "sft", packing=packing, gradient_accumulation_steps=accumulation, **steps)
+    sft_run(base, uneven, tmp_path / "sft", packing=packing, gradient_accumulation_steps=accumulation, **steps)
     logged = [row for row in read_metrics(tmp_path / "sft") if "loss" in row]
-    assert [row["step"] for row in logged] == [1, 2, 4]
+    assert [row["step"] for row in logged] == [1, 2, 4, 5]
     before = 0
     for row in logged:
-        rows = [document for step, batch in batches if before <= step < row["step"] for document in batch]
+        rows = [document for step, batch in batches if before < step <= row["step"] for document in batch]
         before = row["step"]
-        expected = slow_figures(base, [(ids, [label != -100 for label in labels]) for ids, labels in rows])
+        expected = slow_figures(base, [(each.input_ids, each.loss_mask) for each in rows])
         assert (row["loss"], row["mean_token_accuracy"]) == pytest.approx(expected, rel=2e-6)
 
 
@@ -124,8 +128,9 @@ def test_training_counts_pairs_as_evaluation_does(base, data, tmp_path):
     role = bases.role(None, method=settings.method, trainable=True, head=True)
     torch.nn.init.normal_(role.head.weight)
     expected = reward.evaluate_pairs(role, pairs, worker)
-    learner = reward._learner(role, settings.train, 2, worker)
-    found = reward.train_step(role, pairs, 1.1, learner, settings, worker, Costs(worker))
+    task = reward.Pairs(pairs, settings.center_rewards_coefficient)
+    sums = supervised._summed(task, role, pairs, worker, supervised.TRAINING, 16, lambda loss: loss.backward())
+    found = task.means(sums)
     assert found["accuracy"] == pytest.approx(expected["eval_accuracy"], abs=1e-6)
     assert found["margin"] == pytest.approx(expected["eval_margin"], abs=1e-5)
     decided = sum(

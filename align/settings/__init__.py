@@ -37,6 +37,7 @@ from align.settings.stages import (
     SftSettings,
     Source,
     StageSettings,
+    SupervisedSettings,
     Track,
     Training,
 )
@@ -92,6 +93,7 @@ __all__ = [
     "SftSettings",
     "Source",
     "StageSettings",
+    "SupervisedSettings",
     "Track",
     "Training",
 ]

@@ -106,7 +106,7 @@ class Guard(Settings):
     on: Literal["warn", "stop", "rollback"] = "warn"  # rollback: to the last good state, with a smaller rate
     max_rollbacks: Count = 3  # then it stops
     rate_factor: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.5  # of the learning rates, at each rollback
-    patience: Count = 3  # steps in a row (SFT: logged ones); weights that explode are trouble at once
+    patience: Count = 3  # steps in a row; weights that explode are trouble at once
     max_weights: Annotated[float, Field(gt=1.0)] = 10.0  # norm of what is trained, in medians of the last 20 steps
     max_gradient: Annotated[float, Field(gt=1.0)] = 100.0  # the gradient's norm, likewise
     max_loss: Annotated[float, Field(gt=1.0)] = 10.0  # the loss (PPO: the critic's), likewise
@@ -147,30 +147,31 @@ class StageSettings(Settings):
         return {}
 
 
-class SftSettings(StageSettings):
-    """Supervised fine-tuning on demonstrations, with TRL's SFTTrainer."""
+class SupervisedSettings(StageSettings):
+    """What every stage has that learns from demonstrations or pairs."""
 
-    kind: ClassVar[str] = "sft"
     method: MethodOrLora = Lora()
     data: Data
     max_length: Annotated[int, Field(ge=8, le=MOST)] = 1024
-    packing: bool = True
     train: Training = Training()
     guard: Guard = Guard()
+
+
+class SftSettings(SupervisedSettings):
+    """Supervised fine-tuning on demonstrations."""
+
+    kind: ClassVar[str] = "sft"
+    packing: bool = True  # rows of a step hold several demonstrations, up to max_length tokens, as TRL packs them
 
     def data_sections(self) -> dict[str, tuple[str, Data]]:
         return {"data": ("demonstrations", self.data)}
 
 
-class RewardSettings(StageSettings):
+class RewardSettings(SupervisedSettings):
     """A reward model on preference pairs: Bradley-Terry, soft labels, weights and margins."""
 
     kind: ClassVar[str] = "reward"
-    method: MethodOrLora = Lora()
-    data: Data
-    max_length: Annotated[int, Field(ge=8, le=MOST)] = 1024
     train: Training = Training(learning_rate=1e-4)
-    guard: Guard = Guard()
     center_rewards_coefficient: NonNegative = 0.01
     reference: Sources = ()  # demonstrations to measure score mean and std on; none: the held-out pairs' answers
 

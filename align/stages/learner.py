@@ -51,7 +51,7 @@ class Learner:
         self.name, self.parameters, self.worker = name, parameters, worker
         self.max_grad_norm, self._base_rate = max_grad_norm, learning_rate
         self.optimizer = _optimizer(optim, worker.device)(
-            parameters, lr=learning_rate, betas=betas, eps=epsilon, weight_decay=weight_decay
+            _groups(parameters, weight_decay), lr=learning_rate, betas=betas, eps=epsilon
         )
         self.schedule = get_scheduler(
             "constant_with_warmup" if schedule == "constant" else schedule,
@@ -106,6 +106,14 @@ class Learner:
     def slow_down(self, factor: float) -> None:
         """Has the schedule go on with `factor` of the rate that the learner was made with."""
         rebase(self.optimizer, self.schedule, self._base_rate * factor)
+
+
+def _groups(parameters: list[nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
+    """All parameters in a group; or, where weights decay, norms and biases in one of their own, which does not."""
+    if not weight_decay:
+        return [{"params": parameters, "weight_decay": 0.0}]
+    by_decay = (([p for p in parameters if (p.ndim > 1) == decays], decays) for decays in (True, False))
+    return [{"params": group, "weight_decay": weight_decay * decays} for group, decays in by_decay if group]
 
 
 def rebase(optimizer: torch.optim.Optimizer, schedule: Any, rate: float) -> None:

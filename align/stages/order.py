@@ -2,8 +2,11 @@
 be remembered to resume."""
 
 import math
+from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
+import torch
 
 
 def steps_of(num_rows: int, rows_a_step: int, num_epochs: float, max_steps: int) -> int:
@@ -31,3 +34,26 @@ def epoch_order(num_rows: int, epoch: int, seed: int) -> list[int]:
 def left_out(count: int, total: int, max_length: int) -> str:
     """What a length limit cost, said only if it cost something."""
     return f"{count} of {total} rows left out: over {max_length} tokens" if count else ""
+
+
+class Order(NamedTuple):
+    """How many steps a run has, and which rows each of them sees."""
+
+    num_steps: Callable[[int, int, float, int], int]  # of rows, rows a step, epochs, steps asked for (or -1)
+    rows: Callable[[int, int, int, int], list[int]]  # of rows, rows a step, step (from 0), seed
+
+
+def trainers_steps(num_rows: int, rows_a_step: int, num_epochs: float, max_steps: int) -> int:
+    """As transformers' Trainer counts them: an epoch's last step may be a short one."""
+    return max_steps if max_steps > 0 else math.ceil(num_epochs * math.ceil(num_rows / rows_a_step))
+
+
+def trainers_rows(num_rows: int, rows_a_step: int, step: int, seed: int) -> list[int]:
+    """Row numbers of step `step` (from 0) as transformers' Trainer draws them with this seed."""
+    epoch, at = divmod(step, math.ceil(num_rows / rows_a_step))
+    order = torch.randperm(num_rows, generator=torch.Generator().manual_seed(seed + epoch))
+    return [int(row) for row in order[at * rows_a_step : (at + 1) * rows_a_step]]
+
+
+SERIES = Order(steps_of, row_order)
+TRAINERS = Order(trainers_steps, trainers_rows)

@@ -5,17 +5,15 @@ standard deviation of the score measured afterwards, on answers that it was not 
 checkpoint, so that PPO gets scores around 0 of size 1. What was saved is loaded again and must give the same scores.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from align.artifact import begin, finish
 from align.data import (
     Demonstration,
     EncodedPair,
@@ -27,23 +25,18 @@ from align.data import (
     load,
     unread,
 )
-from align.errors import BadInput, Diverged, RunFailed
+from align.errors import BadInput, RunFailed
 from align.maths.calibration import pair_calibration_error, pair_outcomes
 from align.maths.losses import pair_loss
-from align.models.backoff import Phase, in_passes
-from align.models.budget import training_tokens
-from align.models.layout import Ids, Tree, passes_of
+from align.models.backoff import Phase
+from align.models.layout import Ids, Tree
 from align.models.roles import Bases, Role
-from align.models.saving import save_role, save_tokenizer
 from align.models.scoring import WHOLE, branch_scores, score_sequences
 from align.report.curves import reward_curves
-from align.settings import Data, RewardSettings, Training
-from align.stages import checkpoint
-from align.stages.costs import Costs, adapter_bytes, kl_to_base
-from align.stages.course import Course
-from align.stages.learner import SHORTER, TRAINING, Learner, available
-from align.stages.order import left_out, row_order, steps_of
-from align.track import Tracker
+from align.settings import Data, RewardSettings
+from align.stages.learner import SHORTER
+from align.stages.order import left_out
+from align.stages.supervised import Task, end, save, train
 from align.worker import Worker
 
 PROBE_ROWS = 8
@@ -70,133 +63,75 @@ class Pair:
         return Tree(self.tokens.prompt_ids, [self.tokens.chosen_ids, self.tokens.rejected_ids])
 
 
+class Pairs(Task[Pair]):
+    """Bradley-Terry on pairs.
+
+    The loss is divided by what so many pairs weigh on average over the data (`mean_weight` a pair), not by what these
+    weigh: else a step of light pairs alone would count as much as one of heavy ones.
+    """
+
+    name = "reward"
+    figures: ClassVar = ("accuracy", "margin")  # both as `evaluate_pairs` has them
+    shown: ClassVar = ("accuracy", "eval_accuracy")
+    nothing_to_learn = (
+        "chosen and rejected answers are the same to the reward model; check the data and max_length, and begin in "
+        "another output"
+    )
+
+    def __init__(self, pairs: Sequence[Pair], centring: float):
+        self.mean_weight = sum(pair.preference.weight for pair in pairs) / len(pairs)
+        self.centring = centring
+
+    def tree(self, example: Pair) -> Tree:
+        return example.tree
+
+    def count(self, example: Pair) -> int:
+        return 1
+
+    def loss(self, role: Role, examples: Sequence[Pair]) -> tuple[Tensor, list[Tensor]]:
+        chosen, rejected = branch_scores(role, [pair.tree for pair in examples]).reshape(-1, 2).T
+        said = [(p.preference.probability, p.preference.weight, p.preference.margin) for p in examples]
+        probability, weight, margin = torch.tensor(said, device=role.device).T
+        loss = pair_loss(
+            chosen, rejected, probability=probability, weight=weight, margin=margin, centring=self.centring
+        )
+        return loss, [each.sum() for each in pair_outcomes(chosen - rejected, probability)]
+
+    def evaluate(
+        self, role: Role, examples: Sequence[Pair], worker: Worker, max_batch_tokens: int | None
+    ) -> dict[str, float]:
+        return evaluate_pairs(role, examples, worker, max_batch_tokens=max_batch_tokens)
+
+
 def run(settings: RewardSettings, worker: Worker) -> None:
     """Trains, evaluates and saves a reward model; goes on from its newest checkpoint."""
     bases = Bases(settings.model, worker.device)
     tokenizer = bases.main.tokenizer
     loaded = load(settings.data, "preferences")
-    train, said = encode_pairs(tokenizer, loaded.train, settings.max_length)
-    validation, _ = encode_pairs(tokenizer, loaded.validation, settings.max_length)
-    if not train:
+    pairs, said = encode_pairs(tokenizer, loaded.train, settings.max_length)
+    held_out, _ = encode_pairs(tokenizer, loaded.validation, settings.max_length)
+    if not pairs:
         raise BadInput(f"`data`: no pair is left to train on; {said}")
-    mean_weight = sum(pair.preference.weight for pair in train) / len(train)
-    reference = _reference_sequences(
-        settings, tokenizer, validation or train
-    )  # read now: bad ones must not cost a training run
+    # read now: bad ones must not cost a training run
+    reference = _reference_sequences(settings, tokenizer, held_out or pairs)
+    source = score_source(settings, held_out)
     role = bases.role(None, method=settings.method, trainable=True, head=True)
-    if settings.train.gradient_checkpointing:
-        role.causal.gradient_checkpointing_enable({"use_reentrant": False})
-    t = settings.train
-    rows_a_step = t.per_device_train_batch_size * t.gradient_accumulation_steps * worker.num_processes
-    num_steps = steps_of(len(train), rows_a_step, t.num_train_epochs, t.max_steps)
-    learner = _learner(role, t, num_steps, worker)
-    if worker.is_main:
-        begin(settings, bases.main.fingerprint)
-    worker.wait()
-    course = Course(
-        settings.output,
-        settings.seed,
-        settings.guard,
+    train(
+        settings,
         worker,
-        roles={"reward": role},
-        learners={"reward": learner},
-        start={"rows_a_step": rows_a_step},
-    )
-    start, before = course.progress["step"], course.progress["rows_a_step"]
-    if before != rows_a_step:
-        raise BadInput(
-            f"the run had {before} pairs a step and would now have {rows_a_step}: go on with as many "
-            "processes as before (`launch`), or choose another output"
-        )
-    tracker = Tracker(
-        settings, total=num_steps, start=start, shown=("loss", "accuracy", "eval_accuracy"), is_main=worker.is_main
-    )
-    course.tracker = tracker
-    try:
-        untouched = "" if score_source(settings, validation) != "train" else TRAINED_ON
-        words = *loaded.messages, *unread(tokenizer, loaded.train), said, ending_message(tokenizer), untouched
-        for message in (*course.words, *words, available(t.optim, worker.device)[1]):
-            tracker.say(message)
-        this = _Run(settings, worker, role, train, mean_weight, validation, num_steps, course, tracker, Costs(worker))
-        with this.costs.phases("train"):
-            while not _loop(this):
-                pass  # it has gone back
-        _finish(settings, worker, bases, role, validation, reference, tracker, this.costs)
-    finally:
-        tracker.close()
-
-
-@dataclass(frozen=True)
-class _Run:
-    """A reward run under way."""
-
-    settings: RewardSettings
-    worker: Worker
-    role: Role
-    train: list[Pair]
-    mean_weight: float
-    validation: list[Pair]
-    num_steps: int
-    course: Course
-    tracker: Tracker
-    costs: Costs
-
-
-def _loop(this: _Run) -> bool:
-    """Steps up to the end, or to where the run has to go back; returns whether it is the end."""
-    t, course, num_steps = this.settings.train, this.course, this.num_steps
-    for step in range(course.progress["step"] + 1, num_steps + 1):
-        try:
-            metrics = _step(this, step)
-        except Diverged as failure:
-            course.fell(step, failure)
-            return False
-        if this.validation and (step == num_steps or (t.eval_steps and step % t.eval_steps == 0)):
-            metrics |= evaluate_pairs(this.role, this.validation, this.worker, max_batch_tokens=t.max_batch_tokens)
-        trouble = course.judge(step, metrics)
-        if step % t.logging_steps == 0 or step in (1, num_steps) or trouble or "eval_loss" in metrics:
-            this.tracker.log(step, metrics)
-        if trouble:
-            course.go_back(step, trouble)
-            return False
-        if t.save_steps and step % t.save_steps == 0 and step < num_steps:
-            course.save(step)
-        this.worker.stop_if_asked(partial(course.save, step))
-    return True
-
-
-def _step(this: _Run, step: int) -> dict[str, Any]:
-    """One step on the rows that are its turn; its figures."""
-    rows, course = len(this.train), this.course
-    order = row_order(rows, course.progress["rows_a_step"], step - 1, course.seed)
-    pairs = [this.train[i] for i in order]
-    this.costs.begin_step()
-    metrics: dict[str, Any] = train_step(
-        this.role, pairs, this.mean_weight, course.learners["reward"], this.settings, this.worker, this.costs
-    )
-    this.costs.end_step()
-    if step == 1 and metrics["grad_norm"] == 0.0:
-        raise RunFailed(
-            "the reward model's gradient is zero at the first step: chosen and rejected answers "
-            "are the same to it; check the data and max_length, and begin in another output"
-        )
-    return metrics | {"weight_norm": course.weight_norm()}
-
-
-def _learner(role: Role, t: Training, num_steps: int, worker: Worker) -> Learner:
-    return Learner(
-        "reward model",
-        [p for _, p in role.trained()],
-        worker,
-        learning_rate=t.learning_rate,
-        schedule=t.lr_scheduler_type,
-        num_steps=num_steps,
-        num_warmup_steps=math.ceil(t.warmup_ratio * num_steps),
-        max_grad_norm=t.max_grad_norm,
-        weight_decay=t.weight_decay,
-        betas=(t.adam_beta1, t.adam_beta2),
-        epsilon=t.adam_epsilon,
-        optim=t.optim,
+        bases,
+        role,
+        Pairs(pairs, settings.center_rewards_coefficient),
+        [[pair] for pair in pairs],
+        held_out,
+        words=(
+            *loaded.messages,
+            *unread(tokenizer, loaded.train),
+            said,
+            ending_message(tokenizer),
+            TRAINED_ON if source == "train" else "",
+        ),
+        ending=partial(_ending, settings, bases, role, reference, source),
     )
 
 
@@ -215,62 +150,6 @@ def encode_pairs(
         if tokens is not None:
             pairs.append(Pair(preference, tokens))
     return pairs, left_out(len(preferences) - len(pairs), len(preferences), max_length)
-
-
-def train_step(
-    role: Role,
-    pairs: list[Pair],
-    mean_weight: float,
-    learner: Learner,
-    settings: RewardSettings,
-    worker: Worker,
-    costs: Costs,
-) -> dict[str, float]:
-    """One optimiser step on `pairs` (of all processes). Returns loss, accuracy and margin (both as `evaluate_pairs` has
-    them) and gradient norm.
-
-    The loss is divided by what so many pairs weigh on average over the data (`mean_weight` a pair), not by what these
-    weigh: else a step of light pairs alone would count as much as one of heavy ones.
-    """
-    role.train()
-    mine = [pairs[i] for i in worker.mine(len(pairs))]
-    trees = [pair.tree for pair in mine]
-    costs.tokens += sum(tree.num_tokens for tree in trees)
-
-    def work(numbers_of_pass: list[int]) -> Tensor:
-        batch = [mine[i] for i in numbers_of_pass]
-        chosen, rejected = branch_scores(role, [trees[i] for i in numbers_of_pass]).reshape(-1, 2).T
-        numbers = torch.tensor(
-            [[p.preference.probability, p.preference.weight, p.preference.margin] for p in batch], device=worker.device
-        ).T
-        loss = pair_loss(
-            chosen,
-            rejected,
-            probability=numbers[0],
-            weight=numbers[1],
-            margin=numbers[2],
-            centring=settings.center_rewards_coefficient,
-        ) / (len(pairs) * mean_weight)
-        loss.backward()
-        outcomes = (each.sum() for each in pair_outcomes(chosen - rejected, numbers[0]))
-        return torch.stack([loss, *outcomes]).detach().double()
-
-    budget = training_tokens(role.causal, settings.train.max_batch_tokens)
-    split = partial(passes_of, trees, is_flat=role.is_flat)
-    sums = torch.zeros(3, dtype=torch.float64, device=worker.device)  # loss, right, margin
-    for _, found in in_passes(TRAINING, budget, split, work, undo=learner.clear):
-        sums += found
-    role.eval()
-    sums = worker.sum_(sums)
-    rate = learner.learning_rate
-    norm = learner.step()
-    return {
-        "loss": float(sums[0]),
-        "accuracy": float(sums[1]) / len(pairs),
-        "margin": float(sums[2]) / len(pairs),
-        "grad_norm": norm,
-        "learning_rate": rate,
-    }
 
 
 def evaluate_pairs(
@@ -301,36 +180,26 @@ def evaluate_pairs(
     }
 
 
-def _finish(
+def _ending(
     settings: RewardSettings,
-    worker: Worker,
     bases: Bases,
     role: Role,
-    validation: list[Pair],
     reference: Sequences,
-    tracker: Tracker,
-    costs: Costs,
-) -> None:
+    source: str,
+    metrics: dict[str, float],
+    cost: dict[str, float],
+) -> str:
     """Measures mean and spread of the score, saves, and checks what was saved."""
-    tokenizer, budget = bases.main.tokenizer, settings.train.max_batch_tokens
-    metrics = evaluate_pairs(role, validation, worker, max_batch_tokens=budget) if validation else {}
-    cost = costs.figures(role, bases)
+    budget = settings.train.max_batch_tokens
     scores = score_sequences(role, *reference, max_batch_tokens=budget, phase=SCORING)
     mean, std = float(scores.mean()), float(scores.std(correction=0))
-    if worker.is_main:
-        folder = Path(settings.output)
-        save_role(role, folder, base_name=settings.model.base, revision=bases.main.revision)
-        save_tokenizer(tokenizer, folder)
-        _check_saved(bases, folder, role, (reference[0][:PROBE_ROWS], reference[1][:PROBE_ROWS]), budget)
-        reward_curves(folder)
-        cost |= {"kl_to_base": kl_to_base(role, bases), "adapter_bytes": adapter_bytes(folder)}
-        score = {"score_mean": mean, "score_std": std, "score_samples": len(scores)}
-        source = score_source(settings, validation)
-        finish(folder, metrics=metrics, cost=cost, score_source=source, **score, **WHOLE)
-        checkpoint.clear(settings.output)
-        shown = "".join(f", {name.removeprefix('eval_')} {value:.3f}" for name, value in metrics.items())
-        tracker.say(f"reward model in {settings.output}: score {mean:.3f} +- {std:.3f}{shown}")
-    worker.wait()
+    folder = save(settings, bases, role)
+    _check_saved(bases, folder, role, (reference[0][:PROBE_ROWS], reference[1][:PROBE_ROWS]), budget)
+    reward_curves(folder)
+    score = {"score_mean": mean, "score_std": std, "score_samples": len(scores), "score_source": source}
+    end(settings, bases, role, metrics, cost, **score, **WHOLE)
+    shown = "".join(f", {name.removeprefix('eval_')} {value:.3f}" for name, value in metrics.items())
+    return f"reward model in {folder}: score {mean:.3f} +- {std:.3f}{shown}"
 
 
 def score_source(settings: RewardSettings, validation: Sequence[Pair]) -> str:

@@ -1,0 +1,283 @@
+"""The one loop of what is supervised: a step's rows in passes, their loss, the optimiser, evaluation, checkpoints.
+
+A stage says what its examples are and what a pass of them loses (`Task`), and what is saved in the end.
+"""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar, Generic, TypeVar
+
+import torch
+from torch import Tensor
+
+from align.artifact import begin, finish
+from align.errors import BadInput, Diverged, RunFailed
+from align.models.backoff import Phase, in_passes
+from align.models.budget import training_tokens
+from align.models.layout import Tree, passes_of
+from align.models.roles import Bases, Role
+from align.models.saving import save_role, save_tokenizer
+from align.settings import SupervisedSettings, Training
+from align.stages import checkpoint
+from align.stages.costs import Costs, adapter_bytes, kl_to_base
+from align.stages.course import Course
+from align.stages.learner import SHORTER, TRAINING, Learner, available
+from align.stages.order import SERIES, Order
+from align.track import Tracker
+from align.worker import Worker
+
+EVALUATION = Phase("while reading the held-out rows", "train.max_batch_tokens", SHORTER)
+Example = TypeVar("Example")
+
+
+class Task(ABC, Generic[Example]):
+    """What is learnt from examples of one kind: demonstrations, or pairs."""
+
+    name: ClassVar[str]  # of what is trained, in checkpoints
+    figures: ClassVar[tuple[str, ...]]  # that a pass has beside its loss
+    shown: ClassVar[tuple[str, ...]]  # of these and `eval_...`, what a terminal has room for
+    nothing_to_learn: ClassVar[str]  # why the gradient may be zero at the first step, and the cure
+    mean_weight: float = 1.0  # of what `count` counts, over the data: a step of light pairs counts for less
+
+    @abstractmethod
+    def tree(self, example: Example) -> Tree:
+        """What a pass holds of it."""
+
+    @abstractmethod
+    def count(self, example: Example) -> int:
+        """How much is in it of what the figures are means over: supervised tokens; 1 of a pair."""
+
+    @abstractmethod
+    def loss(self, role: Role, examples: Sequence[Example]) -> tuple[Tensor, list[Tensor]]:
+        """Loss and figures of a pass: scalars, each summed over what is counted, the loss with its gradient."""
+
+    def evaluate(
+        self, role: Role, examples: Sequence[Example], worker: Worker, max_batch_tokens: int | None
+    ) -> dict[str, float]:
+        """Figures of held-out examples, by names that begin with `eval_`, `eval_loss` among them. All processes call
+        it."""
+        with torch.no_grad():
+            sums = _summed(self, role, examples, worker, EVALUATION, max_batch_tokens, lambda loss: None)
+        return {f"eval_{name}": value for name, value in self.means(worker.sum_(sums)).items()}
+
+    def means(self, sums: Tensor) -> dict[str, float]:
+        """sums (loss, figures.., count) -> the loss and the figures by name."""
+        loss, *figures, count = sums.tolist()
+        means = {name: figure / max(count, 1) for name, figure in zip(self.figures, figures, strict=True)}
+        return {"loss": loss / (max(count, 1) * self.mean_weight)} | means
+
+
+@dataclass(frozen=True)
+class _Run(Generic[Example]):
+    """A run under way."""
+
+    settings: SupervisedSettings
+    worker: Worker
+    task: Task[Example]
+    role: Role
+    rows: Sequence[Sequence[Example]]
+    held_out: Sequence[Example]
+    order: Order
+    num_steps: int
+    course: Course
+    tracker: Tracker
+    costs: Costs
+    found: dict[str, float] = field(default_factory=dict)  # of what is held out, after the last step
+
+
+def train(
+    settings: SupervisedSettings,
+    worker: Worker,
+    bases: Bases,
+    role: Role,
+    task: Task[Example],
+    rows: Sequence[Sequence[Example]],
+    held_out: Sequence[Example],
+    *,
+    words: Iterable[str],
+    ending: Callable[[dict[str, float], dict[str, float]], str],
+    order: Order = SERIES,
+) -> None:
+    """Trains the role, or goes on from the newest checkpoint, to the end. Then the first process calls `ending` with
+    figures of what was held out and what it cost, which saves the run and says so in a line.
+
+    A step takes the examples of so many `rows`, each of one or (packed) several. `words` are said at the start.
+
+    Raises:
+        BadInput: the run is under way, and its steps were of another number of rows.
+    """
+    t = settings.train
+    if t.gradient_checkpointing:
+        role.causal.gradient_checkpointing_enable({"use_reentrant": False})
+    rows_a_step = t.per_device_train_batch_size * t.gradient_accumulation_steps * worker.num_processes
+    num_steps = order.num_steps(len(rows), rows_a_step, t.num_train_epochs, t.max_steps)
+    learner = _learner(task.name, role, t, num_steps, worker)
+    if worker.is_main:
+        begin(settings, bases.main.fingerprint)
+    worker.wait()
+    course = Course(
+        settings.output,
+        settings.seed,
+        settings.guard,
+        worker,
+        roles={task.name: role},
+        learners={task.name: learner},
+        start={"rows_a_step": rows_a_step},
+    )
+    if (before := course.progress["rows_a_step"]) != rows_a_step:
+        raise BadInput(
+            f"the run had {before} rows a step and would now have {rows_a_step}: go on with as many processes as "
+            "before (`launch`), or choose another output"
+        )
+    tracker = Tracker(
+        settings, total=num_steps, start=course.progress["step"], shown=("loss", *task.shown), is_main=worker.is_main
+    )
+    course.tracker = tracker
+    try:
+        for message in (*course.words, *words, available(t.optim, worker.device)[1]):
+            tracker.say(message)
+        this = _Run(settings, worker, task, role, rows, held_out, order, num_steps, course, tracker, Costs(worker))
+        with this.costs.phases("train"):
+            while not _loop(this):
+                pass  # it has gone back
+        metrics, cost = this.found or _evaluate(this), this.costs.figures(role, bases)
+        if worker.is_main:
+            tracker.say(ending(metrics, cost))
+        worker.wait()
+    finally:
+        tracker.close()
+
+
+def save(settings: SupervisedSettings, bases: Bases, role: Role) -> Path:
+    """Writes the role and its tokenizer into the run's folder, which is not finished by that."""
+    folder = Path(settings.output)
+    save_role(role, folder, base_name=settings.model.base, revision=bases.main.revision)
+    save_tokenizer(bases.main.tokenizer, folder)
+    return folder
+
+
+def end(
+    settings: SupervisedSettings,
+    bases: Bases,
+    role: Role,
+    metrics: dict[str, float],
+    cost: dict[str, float],
+    **others: Any,
+) -> None:
+    """Finishes a run that is saved: its manifest has figures, costs and `others`; its checkpoints go."""
+    cost |= {"kl_to_base": kl_to_base(role, bases), "adapter_bytes": adapter_bytes(settings.output)}
+    finish(settings.output, metrics=metrics, cost=cost, **others)
+    checkpoint.clear(settings.output)
+
+
+def _loop(this: _Run[Any]) -> bool:
+    """Steps up to the end, or to where the run has to go back; returns whether it is the end."""
+    t, task, course, num_steps = this.settings.train, this.task, this.course, this.num_steps
+    for step in range(course.progress["step"] + 1, num_steps + 1):
+        try:
+            sums, metrics = _step(this, step)
+        except Diverged as failure:
+            course.fell(step, failure)
+            return False
+        since_log = sums + torch.tensor(course.progress.get("since_log") or [0.0], dtype=torch.float64)
+        metrics |= task.means(sums)
+        if step == num_steps or (t.eval_steps and step % t.eval_steps == 0):
+            this.found.clear()
+            this.found.update(_evaluate(this))
+            metrics |= this.found
+        trouble = course.judge(step, metrics)
+        is_logged = step % t.logging_steps == 0 or step in (1, num_steps) or bool(trouble) or "eval_loss" in metrics
+        if is_logged:
+            this.tracker.log(step, metrics | task.means(since_log))
+        course.progress |= {"step": step, "since_log": None if is_logged else since_log.tolist()}
+        if trouble:
+            course.go_back(step, trouble)
+            return False
+        if t.save_steps and step % t.save_steps == 0 and step < num_steps:
+            course.save(step)
+        this.worker.stop_if_asked(partial(course.save, step))
+    return True
+
+
+def _step(this: _Run[Any], step: int) -> tuple[Tensor, dict[str, Any]]:
+    """One step on the rows that are its turn: sums (loss, figures.., count) of all processes, and other figures."""
+    task, role, worker, course = this.task, this.role, this.worker, this.course
+    numbers = this.order.rows(len(this.rows), course.progress["rows_a_step"], step - 1, course.seed)
+    examples = [example for number in numbers for example in this.rows[number]]
+    divisor = sum(map(task.count, examples)) * task.mean_weight
+    learner = course.learners[task.name]
+    this.costs.begin_step()
+    role.train()
+    sums = _summed(
+        task,
+        role,
+        examples,
+        worker,
+        TRAINING,
+        this.settings.train.max_batch_tokens,
+        lambda loss: (loss / divisor).backward(),
+        undo=learner.clear,
+    )
+    role.eval()
+    this.costs.tokens += sum(task.tree(examples[i]).num_tokens for i in worker.mine(len(examples)))
+    rate, sums = learner.learning_rate, worker.sum_(sums)
+    norm = learner.step()
+    this.costs.end_step()
+    if step == 1 and norm == 0.0:
+        raise RunFailed(f"the gradient is zero at the first step: {task.nothing_to_learn}")
+    return sums.cpu(), {"grad_norm": norm, "learning_rate": rate, "weight_norm": course.weight_norm()}
+
+
+def _summed(
+    task: Task[Any],
+    role: Role,
+    examples: Sequence[Any],
+    worker: Worker,
+    phase: Phase,
+    max_batch_tokens: int | None,
+    use: Callable[[Tensor], None],
+    undo: Callable[[], None] = lambda: None,
+) -> Tensor:
+    """(loss, figures.., count) float64, summed over this process's share of the examples; `use` gets each pass's
+    loss."""
+    mine = [examples[i] for i in worker.mine(len(examples))]
+
+    def work(numbers: list[int]) -> Tensor:
+        batch = [mine[i] for i in numbers]
+        loss, figures = task.loss(role, batch)
+        use(loss)
+        count = torch.full_like(loss, sum(map(task.count, batch)), dtype=torch.float64)
+        return torch.stack([each.detach().double() for each in (loss, *figures, count)])
+
+    split = partial(passes_of, [task.tree(example) for example in mine], is_flat=role.is_flat)
+    found = in_passes(phase, training_tokens(role.causal, max_batch_tokens), split, work, undo=undo)
+    nothing = torch.zeros(len(task.figures) + 2, dtype=torch.float64, device=worker.device)
+    return sum((sums for _, sums in found), nothing)
+
+
+def _evaluate(this: _Run[Any]) -> dict[str, float]:
+    """What the task finds of what is held out."""
+    budget = this.settings.train.max_batch_tokens
+    this.role.eval()
+    return this.task.evaluate(this.role, this.held_out, this.worker, budget) if this.held_out else {}
+
+
+def _learner(name: str, role: Role, t: Training, num_steps: int, worker: Worker) -> Learner:
+    return Learner(
+        name,
+        [p for _, p in role.trained()],
+        worker,
+        learning_rate=t.learning_rate,
+        schedule=t.lr_scheduler_type,
+        num_steps=num_steps,
+        num_warmup_steps=math.ceil(t.warmup_ratio * num_steps),
+        max_grad_norm=t.max_grad_norm,
+        weight_decay=t.weight_decay,
+        betas=(t.adam_beta1, t.adam_beta2),
+        epsilon=t.adam_epsilon,
+        optim=t.optim,
+    )

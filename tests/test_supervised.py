@@ -1,0 +1,187 @@
+"""The one loop of what is supervised: against transformers' and TRL's trainers, across kills, and with a stage of one's
+own."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from datasets import Dataset
+from torch import nn
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+from trl import SFTConfig, SFTTrainer
+
+from align.artifact import read_manifest
+from align.data import encode_demonstration, load
+from align.door import check_recipe
+from align.errors import BadInput, RunFailed
+from align.models.tokenizer import load_tokenizer
+from align.recipe import load_recipe
+from align.settings import Model
+from align.stages.learner import Learner
+from align.stages.order import TRAINERS
+from align.stages.sft import packed
+from align.track import read_metrics
+from align.worker import Worker
+from tests import tiny
+
+STEPS = {"learning_rate": 1e-3, "logging_steps": 1, "save_steps": 0}
+TOY = Path(__file__).with_name("toy_dpo.py")
+
+
+@pytest.mark.parametrize(("rows", "size", "accumulation"), [(10, 3, 1), (12, 2, 2), (7, 2, 2), (5, 8, 1)])
+def test_rows_come_in_the_order_of_transformers_trainer(rows, size, accumulation, tmp_path):
+    seen = []
+
+    class Seeing(Trainer):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            seen.append((self.state.global_step, inputs["x"][:, 0].int().tolist()))
+            return model(inputs["x"]).sum()
+
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path),
+        seed=5,
+        data_seed=5,
+        num_train_epochs=2.5,
+        per_device_train_batch_size=size,
+        gradient_accumulation_steps=accumulation,
+        report_to="none",
+        save_strategy="no",
+        disable_tqdm=True,
+        use_cpu=True,
+        remove_unused_columns=False,
+    )
+    data = [{"x": torch.tensor([float(i)])} for i in range(rows)]
+    Seeing(nn.Linear(1, 1), arguments, train_dataset=data, data_collator=None).train()
+    theirs = [[row for at, batch in seen if at == step for row in batch] for step in range(seen[-1][0] + 1)]
+    num_steps = TRAINERS.num_steps(rows, size * accumulation, 2.5, -1)
+    assert [TRAINERS.rows(rows, size * accumulation, step, 5) for step in range(num_steps)] == theirs
+    assert TRAINERS.num_steps(rows, size, 2.5, 4) == 4
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_losses_and_weights_are_those_of_trls_trainer(base, data, tmp_path, packing):
+    """Full tuning, so that both start from the same weights; the trainer gets the same tokens and labels."""
+    steps = STEPS | {"num_train_epochs": 2, "per_device_train_batch_size": 3, "weight_decay": 0.1}
+    changes = {"method": {"kind": "full"}, "packing": packing, "train": steps, "max_length": 64}
+    settings = tiny.settings("sft", base, data, tmp_path / "ours", **changes)
+    tiny.run(settings)
+    tokenizer = load_tokenizer(Model(base=str(base)))
+    rows = [encode_demonstration(tokenizer, row, 64) for row in load(settings.data, "demonstrations").train]
+    labels = [[i if learnt else -100 for i, learnt in zip(row.input_ids, row.loss_mask, strict=True)] for row in rows]
+    t = settings.train
+    trainer = SFTTrainer(
+        AutoModelForCausalLM.from_pretrained(base),
+        SFTConfig(
+            output_dir=str(tmp_path / "theirs"),
+            seed=settings.seed,
+            data_seed=settings.seed,
+            learning_rate=t.learning_rate,
+            num_train_epochs=t.num_train_epochs,
+            per_device_train_batch_size=t.per_device_train_batch_size,
+            weight_decay=t.weight_decay,
+            warmup_steps=t.warmup_ratio,
+            lr_scheduler_type=t.lr_scheduler_type,
+            logging_steps=1,
+            max_length=64,
+            packing=packing,
+            gradient_checkpointing=False,
+            bf16=False,
+            use_cpu=True,
+            report_to="none",
+            save_strategy="no",
+            disable_tqdm=True,
+        ),
+        train_dataset=Dataset.from_dict({"input_ids": [list(row.input_ids) for row in rows], "labels": labels}),
+        processing_class=tokenizer,
+    )
+    trainer.train()
+    theirs = [row for row in trainer.state.log_history if "loss" in row]
+    ours = [row for row in read_metrics(tmp_path / "ours") if "loss" in row]
+    assert len(ours) == len(theirs) > 4
+    for found, expected in zip(ours, theirs, strict=True):
+        for key in ("loss", "grad_norm", "learning_rate"):
+            assert found[key] == pytest.approx(expected[key], rel=1e-3, abs=1e-6), key
+    tuned = AutoModelForCausalLM.from_pretrained(tmp_path / "ours").state_dict()
+    for name, weight in trainer.model.state_dict().items():
+        torch.testing.assert_close(tuned[name], weight, rtol=0, atol=2e-4)
+
+
+def test_packed_rows_hold_each_demonstration_once_within_the_length(base, data):
+    settings = tiny.settings("sft", base, data, data / "none")
+    tokenizer = load_tokenizer(Model(base=str(base)))
+    rows = [encode_demonstration(tokenizer, row, 64) for row in load(settings.data, "demonstrations").train]
+    groups = packed(rows, 64)
+    assert len(groups) < len(rows) and all(sum(len(row.input_ids) for row in group) <= 64 for group in groups)
+    assert sorted(id(row) for group in groups for row in group) == sorted(map(id, rows))
+
+
+def test_norms_and_biases_do_not_decay():
+    layer, norm = nn.Linear(3, 2), nn.LayerNorm(3)
+    parameters = [*layer.parameters(), *norm.parameters()]
+    before = [p.detach().clone() for p in parameters]
+    learner = Learner(
+        "layer", parameters, Worker(), learning_rate=0.1, schedule="constant", num_steps=2, weight_decay=0.5
+    )
+    learner.step()  # no gradient: what moves is decay
+    moved = [not torch.equal(p, was) for p, was in zip(parameters, before, strict=True)]
+    assert moved == [True, False, False, False]
+    torch.testing.assert_close(parameters[0], before[0] * (1 - 0.1 * 0.5))
+
+
+@pytest.mark.parametrize("stage", ["sft", "reward"])
+def test_what_is_logged_since_the_last_log_survives_a_kill(stage, base, data, tmp_path, monkeypatch):
+    """Logged every third step, saved every second: the sums of steps 1 to 4 are partly in a checkpoint."""
+    train = STEPS | {"max_steps": 7, "per_device_train_batch_size": 4, "logging_steps": 3, "save_steps": 2}
+    for name in ("whole", "cut"):
+        settings = tiny.settings(stage, base, data, tmp_path / name, train=train)
+        if name == "cut":
+            with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+                patch.setattr("align.stages.supervised._step", _dying_at(5))
+                tiny.run(settings)
+        tiny.run(settings)
+    rows = [read_metrics(tmp_path / name) for name in ("whole", "cut")]
+    assert rows[0] == rows[1] and [row["step"] for row in rows[0]] == [1, 3, 6, 7]
+    assert tiny.largest_difference(tmp_path / "whole", tmp_path / "cut") == 0.0
+
+
+def _dying_at(number):
+    from align.stages import supervised
+
+    own = supervised._step
+    return lambda this, step: own(this, step) if step < number else 1 / 0
+
+
+def test_a_run_of_an_earlier_version_that_is_under_way_is_refused(base, data, tmp_path):
+    kept = tmp_path / "sft" / "checkpoints" / "checkpoint-2"
+    kept.mkdir(parents=True)
+    with pytest.raises(BadInput, match="holds checkpoints of an earlier version of align.*delete the folder"):
+        tiny.run(tiny.settings("sft", base, data, tmp_path / "sft"))
+    assert [path.name for path in (tmp_path / "sft").iterdir()] == ["checkpoints"]
+
+
+def test_a_stage_on_pairs_of_ones_own_is_one_short_file(base, data, tmp_path, monkeypatch):
+    """Under 150 lines; it trains, evaluates, goes on after a kill as if there had been none, and is checked."""
+    assert len(TOY.read_text().splitlines()) <= 150
+    values = tiny.recipe("reward", base, data, tmp_path / "whole")
+    values |= {"stage": f"{TOY}:ToyDpo", "train": STEPS | {"max_steps": 5, "learning_rate": 1e-2, "save_steps": 2}}
+    for name in ("whole", "cut"):
+        path = tmp_path / f"{name}.yaml"
+        path.write_text(yaml.safe_dump(values | {"output": str(tmp_path / name)}))
+        check_recipe(load_recipe(str(path)))
+        if name == "cut":
+            with monkeypatch.context() as patch, pytest.raises(RunFailed, match="ZeroDivisionError"):
+                patch.setattr("align.stages.supervised._step", _dying_at(4))
+                _run_here(path)
+        _run_here(path)
+    rows = [read_metrics(tmp_path / name) for name in ("whole", "cut")]
+    assert rows[0] == rows[1]
+    assert rows[0][0]["loss"] == pytest.approx(math.log(2)) and rows[0][0]["accuracy"] == 0.0  # the start is the base
+    assert rows[0][-1]["loss"] < 0.6 and rows[0][-1]["eval_accuracy"] > 0.9
+    assert read_manifest(tmp_path / "whole")["metrics"]["eval_accuracy"] == rows[0][-1]["eval_accuracy"]
+
+
+def _run_here(path):
+    (settings,) = load_recipe(str(path)).stages.values()
+    tiny.run(settings)
