@@ -19,6 +19,7 @@ from align.door import check_recipe
 from align.errors import BadInput
 from align.models.layout import Tree
 from align.models.merging import merge
+from align.models.methods import has_weights
 from align.models.roles import Bases
 from align.models.saving import save_role
 from align.models.scoring import score_sequences
@@ -308,6 +309,8 @@ def test_roles_of_two_methods_stand_side_by_side(name, load, base):
         trained(first)
         assert torch.equal(logprobs_of(second), before)
     assert own <= {p.data_ptr() for p in other.parameters()}
+    leaves = {module for module in bases.main.model.modules() if has_weights(module) and not [*module.children()]}
+    assert leaves <= set(other.modules()) and (leaves <= set(role.modules())) == (name != "full")
     shared = own & {p.data_ptr() for p in role.parameters()}
     copied = {id(p) for _, p in role.trained()} if name in ("full", "freeze") else set()
     assert all(p.data_ptr() in own for p in role.parameters() if id(p) not in copied and not p.requires_grad)
@@ -489,6 +492,17 @@ def greedy(model):
 
 def plain(model):
     return model
+
+
+def hooking(model):
+    model.get_input_embeddings().register_forward_hook(lambda module, args, output: output + 1)
+    return mine(model, 2)
+
+
+def patching(model):
+    layer = model.model.layers[0].mlp.up_proj
+    layer.forward = lambda states: 0 * states
+    return mine(model, 2)
 """
 
 
@@ -519,7 +533,13 @@ def test_a_method_of_ones_own(load, own, base, data, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("function", "why"), [("greedy", "the base's own weights"), ("plain", "must return a PeftModel")]
+    ("function", "why"),
+    [
+        ("greedy", "the base's own weights"),
+        ("plain", "must return a PeftModel"),
+        ("hooking", "changes modules of the base"),
+        ("patching", "changes modules of the base"),
+    ],
 )
 def test_a_method_of_ones_own_that_breaks_the_rules(function, why, own, base):
     bases = Bases(Model(base=str(base)), CPU)

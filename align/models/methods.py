@@ -177,9 +177,9 @@ def _thawed(model: PreTrainedModel, method: Freeze, head: bool) -> list[str]:
         roots = [*layers[len(layers) - method.num_layers :], *_final_norms(model, layers)]
         if method.train_head and not head:
             roots.append(model.get_output_embeddings())
-        found = [names[leaf] for root in roots for leaf in root.modules() if _has_weights(leaf)]
+        found = [names[leaf] for root in roots for leaf in root.modules() if has_weights(leaf)]
     else:
-        found = [n for m, n in names.items() if _has_weights(m) and _matches(n, method.target_modules)]
+        found = [n for m, n in names.items() if has_weights(m) and _matches(n, method.target_modules)]
     if not found:
         raise BadInput(f"`target_modules: {method.target_modules}` names no module with weights of this model")
     return found
@@ -192,14 +192,15 @@ def _matches(name: str, wanted: str | tuple[str, ...]) -> bool:
     return any(name == end or name.endswith(f".{end}") for end in wanted)
 
 
-def _has_weights(module: nn.Module) -> bool:
+def has_weights(module: nn.Module) -> bool:
+    """Whether the module owns weights itself."""
     return next(module.parameters(recurse=False), None) is not None
 
 
 def _final_norms(model: PreTrainedModel, layers: nn.ModuleList) -> Iterator[nn.Module]:
     """What of the trunk comes after its layers and has weights."""
     children = list(trunk_of(model).children())
-    yield from (child for child in children[children.index(layers) + 1 :] if _has_weights(child))
+    yield from (child for child in children[children.index(layers) + 1 :] if has_weights(child))
 
 
 @contextmanager
@@ -264,14 +265,24 @@ def prefix_of(model: PeftModel) -> list[tuple[Tensor, Tensor]]:
 
 @contextmanager
 def _base_unchanged(model: PreTrainedModel, kind: str) -> Iterator[None]:
-    """Checks that a block leaves the base's tensors where they are, frozen, with the same numbers."""
+    """Checks that a block leaves the base as it is: its tensors where they are, frozen, with the same numbers, and the
+    modules that own them doing what they did."""
     before = [(p, p.data_ptr(), _probe(p)) for p in model.parameters()]
+    modules = [(module, _doing(module)) for module in model.modules() if has_weights(module)]
     yield
     for p, pointer, probe in before:
         if p.data_ptr() != pointer or (probe is not None and not torch.equal(cast(Tensor, _probe(p)), probe)):
             raise BadInput(f"`kind: {kind}` rewrites the base's weights, which all roles share; use another method")
         if p.requires_grad:
             raise BadInput(f"`kind: {kind}` trains the base's own weights, which all roles share; use another method")
+    if any(_doing(module) != doing for module, doing in modules):
+        raise BadInput(f"`kind: {kind}` changes modules of the base, which all roles share; put others in their place")
+
+
+def _doing(module: nn.Module) -> tuple[Any, ...]:
+    """What tells that a module computes something else than before: its class, a `forward` of its own, its hooks."""
+    hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
+    return type(module), module.__dict__.get("forward"), *(tuple(each.values()) for each in hooks)
 
 
 def _probe(p: nn.Parameter) -> Tensor | None:

@@ -26,7 +26,7 @@ from align.models.layout import Layout, Tree, flat_layout, padded_layout
 from align.models.linear import PlainLinear
 from align.models.loading import check_patterns, load_adapter_config, load_adapter_weights
 from align.models.lora import fuse
-from align.models.methods import inject, prefix_of, with_method
+from align.models.methods import has_weights, inject, prefix_of, with_method
 from align.models.tokenizer import tokenizer_of
 from align.settings import AnyMethod, Full, Model
 
@@ -124,11 +124,14 @@ class Role(nn.Module):
 
 
 def view(model: PreTrainedModel) -> PreTrainedModel:
-    """A module tree of its own over the very same parameters and buffers (4-bit ones too)."""
-    memo: dict[int, Any] = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
-    states = (getattr(module, "quant_state", None) for module in model.modules())  # of 4-bit layers
-    memo |= {id(state): state for state in states if state is not None}
-    return copy.deepcopy(model, memo)
+    """A module tree of its own over the very same leaves: modules that own weights and hold no other modules.
+
+    What is done to a leaf (a hook, a shard, a copy in another order) is done for every role. Modules that own weights
+    and hold others are copied over the same tensors, since an adapter takes the place of what they hold.
+    """
+    leaves = [module for module in model.modules() if has_weights(module) and next(module.children(), None) is None]
+    shared = (*leaves, *model.parameters(), *model.buffers())
+    return copy.deepcopy(model, {id(each): each for each in shared})
 
 
 def new_head(size: int, device: torch.device, *, bias: bool = False) -> nn.Linear:
