@@ -190,6 +190,15 @@ def damaged_rows(folder: str | Path) -> list[str]:
     return [f"{path} is damaged or gone: what this page shows of it is not what its run wrote" for path in damaged]
 
 
+def _refuse_trainers_checkpoints(folder: Path) -> None:
+    """In 0.1.0 an SFT run under way held checkpoints of transformers' Trainer."""
+    if any(folder.glob("checkpoint-*")):
+        raise BadInput(
+            f"{folder} holds checkpoints of an earlier version of align, from which this one cannot go on: finish the "
+            "run with that version, or delete the folder to start it again from its beginning"
+        )
+
+
 def _at(where: str, read: Callable[[], Answer]) -> Answer:
     try:
         return read()
@@ -244,7 +253,8 @@ def state_of(settings: StageSettings, named: Callable[[str], bool] = named_none)
             f"`output`: {folder} holds a run of other contents: {what}; bring them back, choose another output, or "
             "delete that folder"
         )
-    if manifest.get("status") != "finished":
+    if is_running:
+        _refuse_trainers_checkpoints(folder / CHECKPOINTS)
         return "running"
     _at("`output`", lambda: check_whole(folder, manifest))
     return "finished"

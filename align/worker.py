@@ -4,7 +4,7 @@ import ctypes
 import os
 import random
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import FrameType
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # of <malloc.h>
+K = TypeVar("K")
 T = TypeVar("T")
 TERMINATED = 143
 INTERRUPTED = 130
@@ -127,6 +128,30 @@ class Worker:
         found: list[Any] = [None] * self.num_processes
         dist.all_gather_object(found, value)
         return found
+
+    def gather_rows(self, numbers: Sequence[int], count: int, *columns: "Tensor") -> list["Tensor"]:
+        """Columns of `count` rows, whole, of which each process gives the rows of its `numbers`.
+
+        (own rows,) or (own rows, width) in; (count,) or (count, largest width) out on every process, in the order of
+        the numbers, narrower rows with zeros after.
+        """
+        if self.num_processes == 1:
+            return list(columns)
+        import torch
+
+        whole = []
+        at = torch.tensor(list(numbers), dtype=torch.long, device=self.device)
+        for column in columns:  # (own rows,) or (own rows, width)
+            widths = map(int, self._maxima(*column.shape[1:])) if column.ndim > 1 else ()
+            rows = torch.zeros(count, *widths, dtype=column.dtype, device=self.device)
+            own = rows if column.ndim == 1 else rows[:, : column.shape[1]]
+            own[at] = column.to(self.device)
+            whole.append(self.sum_(rows).to(column.device))
+        return whole
+
+    def merged(self, own: dict[K, T]) -> dict[K, T]:
+        """The mappings of all processes, none of which has a key of another's, as one."""
+        return {key: value for part in self.gather_objects(own) for key, value in part.items()}
 
     def agreed(self, call: Callable[[], T]) -> T:
         """`call()` on every process; what fails on one (the first, of several) is raised on all, so that none waits

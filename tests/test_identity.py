@@ -65,7 +65,19 @@ def test_a_run_of_an_earlier_version_is_passed_over_and_reported(earlier, stage)
     assert page_of(Path("runs") / stage)
 
 
-@pytest.mark.parametrize("stage", ["sft", "reward", "ppo"])
+def test_an_sft_run_of_an_earlier_version_goes_on_from_its_beginning(earlier):
+    """Its checkpoints were those of transformers' Trainer."""
+    word = "runs/sft-stopped/checkpoints holds checkpoints of an earlier version .* delete the folder to start it again"
+    with pytest.raises(BadInput, match=word):
+        of_recipe("sft.yaml", "output=runs/sft-stopped")
+    shutil.rmtree("runs/sft-stopped/checkpoints")
+    settings, state = of_recipe("sft.yaml", "output=runs/sft-stopped")
+    assert state == "running"
+    tiny.run(settings)
+    assert state_of(settings) == "finished"
+
+
+@pytest.mark.parametrize("stage", ["reward", "ppo"])
 def test_a_run_of_an_earlier_version_goes_on(earlier, stage):
     settings, state = of_recipe(f"{stage}.yaml", f"output=runs/{stage}-stopped")
     assert state == "running"

@@ -15,7 +15,7 @@ from trl import SFTConfig, SFTTrainer
 from align.artifact import read_manifest
 from align.data import encode_demonstration, load
 from align.door import check_recipe
-from align.errors import BadInput, RunFailed
+from align.errors import RunFailed
 from align.models.tokenizer import load_tokenizer
 from align.recipe import load_recipe
 from align.settings import Model
@@ -151,14 +151,6 @@ def _dying_at(number):
 
     own = supervised._step
     return lambda this, step: own(this, step) if step < number else 1 / 0
-
-
-def test_a_run_of_an_earlier_version_that_is_under_way_is_refused(base, data, tmp_path):
-    kept = tmp_path / "sft" / "checkpoints" / "checkpoint-2"
-    kept.mkdir(parents=True)
-    with pytest.raises(BadInput, match="holds checkpoints of an earlier version of align.*delete the folder"):
-        tiny.run(tiny.settings("sft", base, data, tmp_path / "sft"))
-    assert [path.name for path in (tmp_path / "sft").iterdir()] == ["checkpoints"]
 
 
 def test_a_stage_on_pairs_of_ones_own_is_one_short_file(base, data, tmp_path, monkeypatch):

@@ -45,6 +45,20 @@ def rollouts_of(
     return Rollouts(tuple(map(tuple, prompts)), tuple(map(tuple, answers)), ended)
 
 
+def tokens_of(rollouts: Rollouts) -> tuple[Tensor, Tensor]:
+    """The answers as tensors: tokens (B, R) int64, zeros after each, and lengths (B,)."""
+    lengths = rollouts.lengths
+    tokens = torch.zeros(len(lengths), int(lengths.max()) if len(lengths) else 0, dtype=torch.long)
+    for row, answer in enumerate(rollouts.answers):
+        tokens[row, : len(answer)] = torch.tensor(answer, dtype=torch.long)
+    return tokens, lengths
+
+
+def answers_of(tokens: Tensor, lengths: Tensor) -> list[list[int]]:
+    """The answers that `tokens_of` made tensors of."""
+    return [row[:length] for row, length in zip(tokens.tolist(), lengths.tolist(), strict=True)]
+
+
 def by_row(series: Sequence[Sequence[float]], width: int) -> Tensor:
     """(B, width) float32, row b's numbers first and zeros after."""
     whole = torch.zeros(len(series), width)

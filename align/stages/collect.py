@@ -60,9 +60,8 @@ def run(settings: CollectSettings, worker: Worker) -> None:
                     own = {"template": dict(rows[i].template)} if rows[i].template else {}
                     found[i, name, draw] = {"prompt": rows[i].prompt, "columns": rows[i].columns} | own | answer
             tracker.log(number, {"policy": name, "answers": sum(key[1] == name for key in found)})
-        parts = worker.gather_objects(found)
+        whole = worker.merged(found)
         if worker.is_main:
-            whole = {key: value for part in parts for key, value in part.items()}
             order = {name: at for at, name in enumerate(settings.policies)}
             lines = [whole[key] for key in sorted(whole, key=lambda key: (key[0], order[key[1]], key[2]))]
             write_lines(Path(settings.output) / CANDIDATES, lines)

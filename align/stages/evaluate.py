@@ -7,7 +7,7 @@ ties as halves; its interval is Wilson's at 95 %.
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from align.rewards import Answers, RewardMix, build_rewards, check_columns, mean
 from align.rewards.judge import Judge, Question, build_judge
 from align.rollout.draw import uniforms
 from align.rollout.reading import read_all
+from align.rollout.rollouts import answers_of, rollouts_of, tokens_of
 from align.rollout.sampling import sample
 from align.settings import EvaluateSettings
 from align.stages.judging import CACHE, ask
@@ -154,19 +155,29 @@ def _judge(
     kl = kl_estimate(own.logprobs, others.logprobs).sum(1)
     entropies = own.entropies.sum(1) / rollouts.lengths.clamp(min=1)
     texts = [decode_completion(tokenizer, ids, end_ids) for ids in rollouts.answers]
-    ended = rollouts.ended.tolist()
-    answers = Answers([rows[i] for i in mine], rollouts.prompts, texts, rollouts.answers, ended, tokenizer)
+    asked = [rows[i] for i in mine]
+    answers = Answers(asked, rollouts.prompts, texts, rollouts.answers, rollouts.ended.tolist(), tokenizer)
     mixes = {"": judge} | beside
     told = worker.agreed(lambda: {name: mix.told(answers) for name, mix in mixes.items()})
-    further = [{name: told[name].totals[i] for name in beside} for i in range(len(texts))]
-    extra = [{column: x for each in told.values() for column, x in each.extra[i].items()} for i in range(len(texts))]
-    columns = (kl.tolist(), rollouts.lengths.tolist(), ended, entropies.tolist(), further, extra)
-    found = list(zip(texts, told[""].totals, *columns, strict=True))
-    parts = worker.gather_objects(found)
-    whole = [parts[i % len(parts)][i // len(parts)] for i in range(len(rows))]
-    logged = means_of([each for part in worker.gather_objects([t.logged for t in told.values()]) for each in part])
-    said = Judged(*(list(column) for column in zip(*whole, strict=True)))  # type: ignore[arg-type]
-    return replace(said, logged=logged)
+    own_scores = torch.tensor([each.totals for each in told.values()], dtype=torch.float64)  # (mixes, own rows)
+    tokens, lengths, kl, entropies, scores = worker.gather_rows(
+        mine, len(rows), *tokens_of(rollouts), kl, entropies, own_scores.T
+    )
+    whole = rollouts_of([[] for _ in rows], answers_of(tokens, lengths), end_ids=end_ids)
+    extra = worker.merged(
+        {i: {name: x for each in told.values() for name, x in each.extra[k].items()} for k, i in enumerate(mine)}
+    )
+    return Judged(
+        texts=[decode_completion(tokenizer, ids, end_ids) for ids in whole.answers],
+        scores=scores[:, 0].tolist(),
+        kl=kl.tolist(),
+        lengths=lengths.tolist(),
+        ended=whole.ended.tolist(),
+        entropies=entropies.tolist(),
+        beside=[dict(zip(beside, row[1:], strict=True)) for row in scores.tolist()],
+        extra=[extra[i] for i in range(len(rows))],
+        logged=means_of([each for part in worker.gather_objects([t.logged for t in told.values()]) for each in part]),
+    )
 
 
 def _metrics(judged: dict[str, Judged], settings: EvaluateSettings, reference: str) -> dict:

@@ -8,7 +8,6 @@ import math
 from collections import Counter
 from dataclasses import dataclass
 from functools import partial
-from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -32,7 +31,7 @@ from align.phases import Phases
 from align.rewards import Answers, RewardMix, means_of
 from align.rollout.draw import uniforms
 from align.rollout.reading import read_all
-from align.rollout.rollouts import Rollouts, by_row, rollouts_of
+from align.rollout.rollouts import Rollouts, answers_of, rollouts_of, tokens_of
 from align.rollout.sampling import sample
 from align.settings import Ppo, PpoSettings
 from align.stages.learner import Learner
@@ -153,42 +152,32 @@ def sample_and_score(
         ended = rollouts.ended.tolist()
         answers = Answers(asked, rollouts.prompts, texts, rollouts.answers, ended, cast.tokenizer)
         told = worker.agreed(partial(cast.rewards.told, answers))
-    series = policy.logprobs, reference.logprobs, policy.entropies, critic.values
-    own = [
-        (
-            number,
-            answer,
-            texts[i],
-            told.totals[i],
-            {name: part[i] for name, part in told.parts.items()},
-            told.extra[i],
-            *(tensor[i, : len(answer)].tolist() for tensor in series),
-        )
-        for i, (number, answer) in enumerate(zip(mine, rollouts.answers, strict=True))
-    ]
-    whole = [row for part in worker.gather_objects(own) for row in part]
-    means = means_of(worker.gather_objects(told.logged))
-    prompts = [row for row in prompts for _ in range(num_generations)]
-    return _whole(prompts, sorted(whole, key=itemgetter(0)), cast, means)
-
-
-def _whole(prompts: list[PromptRow], rows: list[tuple], cast: Cast, logged: dict[str, float]) -> Scored:
-    """The rows of all processes as tensors."""
-    _, answers, texts, scores, parts, extra, *series = (list(column) for column in zip(*rows, strict=True))
-    rollouts = rollouts_of([row.ids for row in prompts], answers, end_ids=cast.end_ids)
-    logprobs, reference, entropies, values = (by_row(column, max(map(len, answers))) for column in series)
+    own_scores = torch.tensor([told.totals, *told.parts.values()], dtype=torch.float64)  # (1 + rewards, own rows)
+    tokens, lengths, logprobs, reference_logprobs, entropies, values, scores = worker.gather_rows(
+        mine,
+        len(prompts) * num_generations,
+        *tokens_of(rollouts),
+        policy.logprobs,
+        reference.logprobs,
+        policy.entropies,
+        critic.values,
+        own_scores.T,
+    )
+    whole = [row for row in prompts for _ in range(num_generations)]
+    replies = answers_of(tokens, lengths)
+    extra = worker.merged(dict(zip(mine, told.extra, strict=True)))
     return Scored(
-        prompts,
-        rollouts,
-        texts,
+        whole,
+        rollouts_of([row.ids for row in whole], replies, end_ids=cast.end_ids),
+        [decode_completion(cast.tokenizer, ids, cast.end_ids) for ids in replies],
         logprobs,
-        reference,
+        reference_logprobs,
         entropies,
         values,
-        torch.tensor(scores),
-        {name: [part[name] for part in parts] for name in parts[0]},
-        logged,
-        extra,
+        scores[:, 0].float(),
+        {name: scores[:, k].tolist() for k, name in enumerate(told.parts, 1)},
+        means_of(worker.gather_objects(told.logged)),
+        [extra[i] for i in range(len(whole))],
     )
 
 

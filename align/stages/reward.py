@@ -165,9 +165,7 @@ def evaluate_pairs(
         max_batch_tokens=max_batch_tokens,
         phase=phase,
     )
-    margins = torch.zeros(len(pairs))
-    for rank, part in enumerate(worker.gather_objects((scores[0::2] - scores[1::2]).tolist())):
-        margins[rank :: worker.num_processes] = torch.tensor(part)
+    (margins,) = worker.gather_rows(mine, len(pairs), scores[0::2] - scores[1::2])
     p = torch.tensor([pair.preference.probability for pair in pairs])
     right, towards = pair_outcomes(margins, p)
     ones, zeros = torch.ones_like(p), torch.zeros_like(p)

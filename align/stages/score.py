@@ -115,13 +115,11 @@ def _member_scores(settings: ScoreSettings, answers: Answers, bases: Bases, work
         [answers.ids[i] for i in mine],
         [answers.ended[i] for i in mine],
     )
-    found = []
-    for member in members:
+    found = torch.zeros(len(mine), len(members), dtype=torch.float64)
+    for k, member in enumerate(members):
         worker.stop_if_asked(lambda: None)  # there is nothing to save: the same scores are found again
-        found.append(member(own))
-    parts = worker.gather_objects(found)
-    whole = [[parts[i % len(parts)][k][i // len(parts)] for i in range(len(answers.texts))] for k in range(len(found))]
-    return torch.tensor(whole, dtype=torch.float64).T
+        found[:, k] = torch.tensor(member(own), dtype=torch.float64)
+    return worker.gather_rows(mine, len(answers.texts), found)[0]
 
 
 def draw_pairs(

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -10,7 +9,6 @@ from datasets import Dataset
 from torch import Tensor
 from trl import pack_dataset
 
-from align.artifact import CHECKPOINTS
 from align.data import Encoded, encode_demonstration, ending_message, load, report_truncation, unread
 from align.errors import BadInput
 from align.models.layout import Tree
@@ -48,7 +46,6 @@ class Demonstrations(Task[Encoded]):
 
 def run(settings: SftSettings, worker: Worker) -> None:
     """Trains and saves, or goes on from the newest checkpoint that is whole."""
-    _refuse_trainers_checkpoints(settings.output)
     bases = Bases(settings.model, worker.device)
     tokenizer = bases.main.tokenizer
     loaded = load(settings.data, "demonstrations")
@@ -69,16 +66,6 @@ def run(settings: SftSettings, worker: Worker) -> None:
         words=(*loaded.messages, *unread(tokenizer, loaded.train), said, ending_message(tokenizer)),
         ending=partial(_ending, settings, bases, role, len(rows)),
     )
-
-
-def _refuse_trainers_checkpoints(output: str) -> None:
-    """Until 0.1.0 an SFT run under way held checkpoints of transformers' Trainer."""
-    folder = Path(output) / CHECKPOINTS
-    if any(folder.glob("checkpoint-*")):
-        raise BadInput(
-            f"{folder} holds checkpoints of an earlier version of align, from which this one cannot go on: finish the "
-            "run with that version, or delete the folder to start it again from its beginning"
-        )
 
 
 def packed(rows: Sequence[Encoded], max_length: int) -> list[list[Encoded]]:
