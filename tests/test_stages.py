@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import shutil
@@ -208,6 +209,45 @@ def test_worker_alone_is_one_process():
     assert worker.num_processes == 1 and list(worker.mine(3)) == [0, 1, 2]
     assert worker.gather_objects({"a": 1}) == [{"a": 1}] and worker.maximum(2.0) == 2.0
     assert worker.agreed(lambda: 3) == 3
+
+
+@pytest.mark.parametrize(("ranks", "count"), [(2, 5), (3, 2), (4, 8)])
+def test_rows_of_all_processes_are_whole_on_each_in_their_order(ranks, count, monkeypatch):
+    """Processes with different numbers of rows (one may have none) and different widths; NaN and integers too."""
+    rows = [[float(i), *[i / 7] * (i % 3)] for i in range(count)]
+    width = max(map(len, rows))
+    whole = torch.zeros(count, width)
+    for i, row in enumerate(rows):
+        whole[i, : len(row)] = torch.tensor(row)
+    scores = torch.tensor([math.nan if i == 1 else i / 3 for i in range(count)], dtype=torch.float64)
+    tokens = torch.arange(count) * 10_000_000_000
+    found = []
+    for is_last_round in (False, True):  # in the first round each tells what it would send, in the second it gets it
+        sent = list(found)
+        found.clear()
+        for rank in range(ranks):
+            worker, mine = Worker(), list(range(rank, count, ranks))
+            worker.rank, worker.num_processes = rank, ranks
+            own = [torch.tensor(rows[i]) for i in mine]
+            wide = torch.nn.utils.rnn.pad_sequence(own, batch_first=True) if own else torch.zeros(0, 0)
+            calls = []
+            monkeypatch.setattr(worker, "_maxima", lambda *values: [float(width)] * len(values))
+
+            def summed(tensor, calls=calls, sent=sent, is_last_round=is_last_round):
+                calls.append(tensor.clone())
+                return sum(each[len(calls) - 1] for each in sent) if is_last_round else tensor
+
+            monkeypatch.setattr(worker, "sum_", summed)
+            given = worker.gather_rows(mine, count, wide, scores[mine], tokens[mine])
+            found.append(given if is_last_round else calls)
+    for given in found:
+        torch.testing.assert_close(given[0], whole, rtol=0, atol=0)
+        torch.testing.assert_close(given[1], scores, rtol=0, atol=0, equal_nan=True)
+        assert torch.equal(given[2], tokens) and [each.dtype for each in given] == [
+            whole.dtype,
+            scores.dtype,
+            torch.long,
+        ]
 
 
 @pytest.mark.parametrize("own", [None, RunFailed("mine")])

@@ -1,0 +1,72 @@
+"""What a notebook uses instead of the command line: recipes that are run, and policies that are opened."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from align.artifact import check_parent, read_manifest
+from align.endings import last
+from align.errors import RunFailed
+from align.pipeline import run_recipe
+from align.recipe import load_recipe as read
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from align.recipe import Recipe
+
+POLICIES = ("sft", "ppo")
+
+
+def load_recipe(recipe: str | Path, overrides: Mapping[str, Any] | None = None) -> "Recipe":
+    """A validated recipe: `.stages` maps names to settings. Loads nothing heavy and writes nothing.
+
+    Raises:
+        BadInput: with the key, the file and the cure.
+    """
+    return read(str(recipe), _words(overrides))
+
+
+def run(recipe: str | Path, overrides: Mapping[str, Any] | None = None) -> dict[str, dict[str, Any]]:
+    """`align run`: each stage in processes of its own; what is finished is passed over, what was stopped goes on.
+
+    Returns the manifest of each stage by its name (`["metrics"]`, `["cost"]`, ...).
+
+        align.run("recipe.yaml", {"stages.ppo.ppo.kl_coef": 0.1})
+
+    Raises:
+        BadInput: something is wrong with the recipe; nothing was started and nothing was written.
+        RunFailed: a stage failed; the same call goes on from its newest checkpoint.
+    """
+    loaded = load_recipe(recipe, overrides)
+    code = run_recipe(loaded, _words(overrides))
+    if code:
+        raise RunFailed(last.ending.line or f"the run of {recipe} ended with exit code {code}")
+    return {name: read_manifest(stage.output) for name, stage in loaded.stages.items()}
+
+
+def open_policy(
+    folder: str | Path, device: "torch.device | str" = "cpu"
+) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
+    """The model of a finished SFT or PPO run, adapter included, and the tokenizer that it was trained with, template
+    included: for transformers' `generate`.
+
+    Raises:
+        BadInput: the folder holds no such run, or its base is not there any more.
+    """
+    import torch
+
+    from align.models.roles import Bases
+    from align.settings import Model
+
+    check_parent(str(folder), POLICIES, "open_policy")
+    bases = Bases(Model.model_validate(read_manifest(folder)["recipe"]["model"]), torch.device(device))
+    role = bases.role(str(folder))
+    return role.causal, bases.tokenizer(str(folder))
+
+
+def _words(overrides: Mapping[str, Any] | None) -> list[str]:
+    """As they stand on the command line."""
+    return [f"{key}={json.dumps(value)}" for key, value in (overrides or {}).items()]
