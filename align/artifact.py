@@ -20,10 +20,6 @@ from typing import Any, TypeVar
 
 from align.errors import BadInput
 from align.files import clear_temporaries, is_temporary, write_json, writing
-from align.files import folder_in_one_go as folder_in_one_go
-from align.files import write_atomically as write_atomically
-from align.files import write_lines as write_lines
-from align.files import write_text as write_text
 from align.hub import is_folder_name
 from align.identity import (
     UNKNOWN,

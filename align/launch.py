@@ -28,10 +28,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import yaml
 
-from align.artifact import write_text
 from align.endings import ending_of
 from align.errors import BadInput
-from align.files import clear_temporaries
+from align.files import clear_temporaries, write_text
 from align.hub import WORDS, named
 from align.processes import (
     LAUNCH_ID,

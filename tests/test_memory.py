@@ -17,9 +17,10 @@ import torch
 import yaml
 
 from align import entry
-from align.artifact import read_lines, read_manifest, write_lines
+from align.artifact import read_lines, read_manifest
 from align.data import Prompt
 from align.errors import RunFailed
+from align.files import write_lines
 from align.maths import products
 from align.models import attention, backoff, methods
 from align.models.backoff import Phase, halving, in_passes, is_out_of_memory

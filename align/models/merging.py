@@ -12,8 +12,9 @@ from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from pydantic import ValidationError
 
-from align.artifact import MANIFEST, check_whole, folder_in_one_go, read_manifest
+from align.artifact import MANIFEST, check_whole, read_manifest
 from align.errors import BadInput
+from align.files import folder_in_one_go
 from align.identity import base_of
 from align.locks import LOCK, at_work_in
 from align.models.backoff import is_out_of_memory

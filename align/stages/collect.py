@@ -9,9 +9,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from align.artifact import begin, finish, write_lines
+from align.artifact import begin, finish
 from align.data import Prompt, decode_completion, encode_prompt, end_token_ids, load
 from align.errors import BadInput
+from align.files import write_lines
 from align.models.backoff import Phase
 from align.models.base import stop_ids
 from align.models.roles import Bases, Role
