@@ -54,7 +54,6 @@ def run(settings: CollectSettings, worker: Worker) -> None:
         for number, (name, folder) in enumerate(settings.policies.items(), 1):
             role, tokenizer = bases.role(folder), bases.tokenizer(folder)
             for draw in range(settings.num_generations.get(name, NUM_GENERATIONS)):
-                worker.stop_if_asked(lambda: None)  # there is nothing to save: the same answers are drawn again
                 mine = [kept[i] for i in worker.mine(len(kept))]
                 answers = _answers(role, tokenizer, name, draw, mine, prompts[name], settings)
                 for i, answer in zip(mine, answers, strict=True):

@@ -96,7 +96,6 @@ def run(settings: EvaluateSettings, worker: Worker) -> None:
             tracker.say(message)
         judged = {}
         for number, (name, folder) in enumerate(settings.policies.items(), 1):
-            worker.stop_if_asked(lambda: None)  # there is nothing to save: the same answers are drawn again
             speaker = Speaker(bases.role(folder), bases.tokenizer(folder))
             judged[name] = _judge(speaker, reference, rows, judge, beside, settings, worker)
             found = judged[name]

@@ -145,6 +145,7 @@ class _Run:
 def _loop(this: _Run) -> bool:
     """Steps up to the end, or to where the run has to go back; returns whether it is the end."""
     t, course, num_steps = this.settings.train, this.course, this.num_steps
+    this.worker.hold_signals()
     for step in range(course.progress["step"] + 1, num_steps + 1):
         try:
             metrics = _step(this, step)

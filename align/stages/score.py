@@ -118,7 +118,6 @@ def _member_scores(settings: ScoreSettings, answers: Answers, bases: Bases, work
     )
     found = []
     for member in members:
-        worker.stop_if_asked(lambda: None)  # there is nothing to save: the same scores are found again
         found.append(member(own))
     parts = worker.gather_objects(found)
     whole = [[parts[i % len(parts)][k][i // len(parts)] for i in range(len(answers.texts))] for k in range(len(found))]

@@ -79,6 +79,7 @@ def run(settings: SftSettings, worker: Worker) -> None:
 
 def _train(trainer: Trainer, course: SftCourse) -> bool:
     """Steps up to the end, or to where the run has to go back; returns whether it is the end."""
+    course.worker.hold_signals()
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(Bridge(course, trainer.costs))
     try:
