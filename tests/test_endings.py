@@ -235,7 +235,7 @@ def test_what_ends_a_stage_from_within_is_the_last_line_and_a_log(base, tmp_path
 def test_a_stage_that_has_nothing_to_save_ends_at_once(number, base, tmp_path):
     """Even while a library reads and does not come back to Python; and no lock stays."""
     mark = tmp_path / "mark"
-    body = f"import ctypes; open({str(mark)!r}, 'w').close(); ctypes.CDLL(None).sleep(100)"
+    body = f"import ctypes; open({str(mark)!r}, 'w').close(); [ctypes.CDLL(None).sleep(1) for _ in range(60)]"
     with align("run", own_stage(tmp_path, base, body), cwd=ROOT) as process:
         end = time.monotonic() + TIMEOUT
         while not mark.exists() and time.monotonic() < end:
