@@ -79,7 +79,7 @@ def clear_locks(folder: str | Path) -> None:
     whether its file is still there, so that nobody holds one that is gone."""
     for name in LOCKS:
         with suppress(OSError):
-            _leave(Path(folder) / name, os.open(Path(folder) / name, os.O_RDONLY))
+            _leave(Path(folder) / name, os.open(Path(folder) / name, os.O_RDWR))
 
 
 def _make(folder: Path) -> list[Path]:
