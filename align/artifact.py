@@ -20,10 +20,6 @@ from typing import Any, TypeVar
 
 from align.errors import BadInput
 from align.files import clear_temporaries, is_temporary, write_json, writing
-from align.files import folder_in_one_go as folder_in_one_go
-from align.files import write_atomically as write_atomically
-from align.files import write_lines as write_lines
-from align.files import write_text as write_text
 from align.hub import is_folder_name
 from align.identity import (
     UNKNOWN,
@@ -37,7 +33,7 @@ from align.identity import (
     of_whole_file,
     same,
 )
-from align.locks import LOCK
+from align.locks import LOCKS, clear_locks
 from align.plain_json import dumps
 from align.records import Manifest, checked, read_object
 from align.settings import EnsembleSettings, StageSettings
@@ -223,7 +219,7 @@ def state_of(settings: StageSettings, named: Callable[[str], bool] = named_none)
     file = next((path for path in (folder, *folder.parents) if path.is_file()), None)
     if file is not None:
         raise BadInput(f"`output`: {file} is a file; name a folder")
-    if not folder.exists() or all(is_temporary(path.name) or path.name == LOCK for path in folder.iterdir()):
+    if not folder.exists() or all(is_temporary(path.name) or path.name in LOCKS for path in folder.iterdir()):
         return "new"
     if not (folder / MANIFEST).is_file():
         raise BadInput(f"`output`: {folder} holds files that are no run of align; choose another folder")
@@ -414,6 +410,7 @@ def finish(folder: str | Path, **values: Any) -> None:
 def tidy(folder: str | Path) -> None:
     """Deletes what a finished run holds no more, where it was killed after its last word and before it had done so."""
     place = Path(folder).resolve()
+    clear_locks(place)
     clear_temporaries(place)
     clear_temporaries(place.parent, of=place.name)
     (place.parent / f".{place.name}.status.json").unlink(missing_ok=True)

@@ -9,10 +9,8 @@ from align.artifact import named_none, state_of
 from align.data import Loaded, load, looks_like_hub_id
 from align.errors import BadInput
 from align.files import reading
-from align.hub import name_all
+from align.hub import INDEX, WEIGHTS, name_all
 from align.models.facts import (
-    INDEX,
-    WEIGHTS,
     Facts,
     check_generates,
     check_quantised,

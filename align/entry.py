@@ -16,7 +16,7 @@ from align.artifact import state_of, tidy
 from align.door import check_stage
 from align.endings import FAILED, Ending, ending_of, open_streams, tell
 from align.errors import BadInput
-from align.locks import at_work_in, beside
+from align.locks import at_work_in, beside, clear_locks
 from align.processes import PARENT_PID, die_with_parent, read_status, write_status
 from align.recipe import Recipe, load_recipe
 from align.settings import StageSettings
@@ -38,6 +38,7 @@ def run_stage(settings: StageSettings) -> None:
         if not _is_first():  # where all have met, the first has the lock: it holds until the last of them ends
             stack.enter_context(beside(settings.output))
         _run(settings, worker)
+    clear_locks(settings.output)  # that of an `align run` which was killed
 
 
 def _is_finished(settings: StageSettings) -> bool:

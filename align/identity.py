@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from align.errors import BadInput
-from align.hub import asking, is_folder_name, may_ask
+from align.hub import fetched, is_folder_name, look, may_ask, reference_of
 from align.records import ADAPTER_CONFIG, read_object
 from align.settings import Data, Model, StageSettings
 
@@ -23,7 +23,6 @@ UNKNOWN = "none"  # the fingerprint of what is not there, or that an earlier ver
 ENDS = 1 << 20  # bytes at both ends of a weights file that are read
 MIDDLE = 256  # and in the middle of each of its tensors
 LONGEST_HEADER = 100 * 2**20  # of a weights file: safetensors' own limit
-HUB_SECONDS = 5.0  # that the Hub is waited for
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer.model",
@@ -161,19 +160,17 @@ def hub_commit(name: str, revision: str | None = None, kind: str = "model") -> s
     Asked of the Hub, if a recipe names it, else of the cache; the answer holds as long as this process, so that all
     that it loads is of one.
     """
-    import huggingface_hub
     from huggingface_hub import constants
-    from huggingface_hub.file_download import repo_folder_name
 
     if is_folder_name(name):
         return None
     try:
         if may_ask(name) and not constants.HF_HUB_OFFLINE:
-            found = huggingface_hub.HfApi().repo_info(name, revision=revision, repo_type=kind, timeout=HUB_SECONDS)
+            found = look(name, revision, kind)
             return None if found.sha is None else str(found.sha)
     except Exception:  # no connection, no such repository, a server's own fault: of many libraries' kinds
         pass
-    reference = Path(constants.HF_HUB_CACHE, repo_folder_name(repo_id=name, repo_type=kind), "refs", revision or "main")
+    reference = reference_of(name, revision, kind)
     return reference.read_text(encoding="utf-8").strip() if reference.is_file() else None
 
 
@@ -321,8 +318,8 @@ def has_adapter(folder: str | Path) -> bool:
         return (Path(name) / ADAPTER_CONFIG).is_file()
     from transformers.utils import find_adapter_config_file
 
-    with asking(name) as is_local:
-        return find_adapter_config_file(name, revision=hub_commit(name), local_files_only=is_local) is not None
+    with fetched(name) as commit:
+        return find_adapter_config_file(name, revision=commit, local_files_only=True) is not None
 
 
 def has_tokenizer(folder: str | Path) -> bool:

@@ -28,11 +28,11 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import yaml
 
-from align.artifact import write_text
 from align.endings import ending_of
 from align.errors import BadInput
-from align.files import clear_temporaries
+from align.files import clear_temporaries, write_text
 from align.hub import WORDS, named
+from align.locks import clear_locks
 from align.processes import (
     LAUNCH_ID,
     PARENT_PID,
@@ -263,6 +263,7 @@ def start(launch: LaunchPlan, settings: StageSettings, path: Path) -> tuple[int,
         ended = run_stage(launch, [str(path)], status)
     finally:
         status.unlink(missing_ok=True)
+        clear_locks(settings.output)  # of a stage that was ended in its middle
     return ended.exit_code, ended.message
 
 

@@ -18,7 +18,8 @@ from pathlib import Path
 
 from align.errors import BadInput
 
-LOCK = ".lock"
+LOCK, RUN_LOCK = ".lock", ".run.lock"  # of a stage's own processes, and of the `align run` that starts them
+LOCKS = (LOCK, RUN_LOCK)
 PATIENCE = 10.0  # seconds: a run that was just stopped or killed may still be saving
 SAID_AFTER = 1.0
 LOOK_EVERY = 0.05
@@ -71,6 +72,14 @@ def check_free(folder: str | Path, where: str = "`output`") -> None:
     if (Path(folder) / LOCK).is_file():
         with at_work_in(folder, where):
             pass
+
+
+def clear_locks(folder: str | Path) -> None:
+    """Takes away what killed processes have left of their locks. One that is held stays: who takes a lock looks
+    whether its file is still there, so that nobody holds one that is gone."""
+    for name in LOCKS:
+        with suppress(OSError):
+            _leave(Path(folder) / name, os.open(Path(folder) / name, os.O_RDWR))
 
 
 def _make(folder: Path) -> list[Path]:

@@ -10,7 +10,7 @@ from align.door import check_recipe, remarks
 from align.endings import last
 from align.errors import BadInput
 from align.launch import LaunchPlan, plan, run_stage
-from align.locks import at_work_in, check_free
+from align.locks import RUN_LOCK, at_work_in, check_free, clear_locks
 from align.recipe import Recipe
 from align.wording import safe
 
@@ -60,9 +60,9 @@ def _alone(folders: list[Path]) -> Iterator[None]:
     """
     with ExitStack() as stack:
         for folder in folders:
-            what = f"in {folder}"
-            stack.enter_context(at_work_in(folder.resolve().parent, what=what, name=f".{folder.name}.lock"))
+            stack.enter_context(at_work_in(folder, name=RUN_LOCK))
             check_free(folder)
+            stack.callback(clear_locks, folder)  # of a stage that was ended in its middle
         yield
 
 

@@ -6,15 +6,13 @@ import functools
 import importlib.util
 import netrc
 import os
-import threading
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, get_args
 from urllib.parse import urlsplit
 
 from align.errors import BadInput
 from align.files import clear_temporaries, temporary_beside
-from align.hub import is_folder_name
+from align.hub import fault_of, in_time, is_folder_name
 from align.records import ADAPTER_CONFIG
 from align.settings import Track
 from align.wording import one_line
@@ -107,47 +105,22 @@ def look_at_hub(name: str, revision: str | None, where: str, kind: str = "model"
         BadInput: there is no such repository or revision, or it holds pickled weights alone.
     """
     from huggingface_hub import HfApi, constants
-    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
     if constants.HF_HUB_OFFLINE:
         return f"{where}: {name} is not looked at: the Hub is switched off (HF_HUB_OFFLINE)"
     try:
-        found: Any = _in_time(lambda: HfApi().repo_info(name, revision=revision, repo_type=kind, timeout=HUB_SECONDS))
-    except GatedRepoError as error:
-        raise BadInput(f"{where}: {name} is gated: ask for access on its page, and log in (`hf auth login`)") from error
-    except RepositoryNotFoundError as error:
-        cure = "correct the name, or log in (`hf auth login`) where it is private"
-        raise BadInput(f"{where}: the Hub has no {kind} {name}; {cure}") from error
-    except RevisionNotFoundError as error:
-        raise BadInput(f"{where}: {name} has no revision {revision} on the Hub; correct it or leave it out") from error
-    except Exception as error:  # no network, no answer in time, a server's own fault: of many libraries' kinds
+        found: Any = in_time(
+            lambda: HfApi().repo_info(name, revision=revision, repo_type=kind, timeout=HUB_SECONDS), 2 * HUB_SECONDS
+        )
+    except Exception as error:  # of many libraries' kinds
+        fault = fault_of(error, name, revision, kind)
+        if isinstance(fault, BadInput):
+            raise BadInput(f"{where}: {fault}") from error
         return f"{where}: {name} cannot be looked at: the Hub does not answer ({one_line(type(error).__name__, 60)})"
     files = [file.rfilename for file in found.siblings or ()]
     if kind == "model" and files and not any(file.endswith(".safetensors") for file in files):
         raise BadInput(f"{where}: {name} holds no safetensors on the Hub (pickled weights are not loaded)")
     return ""
-
-
-def _in_time(call: Callable[[], Any]) -> Any:
-    """What `call` returns or raises; TimeoutError where it takes twice HUB_SECONDS, which bound each read alone: a
-    server that sends a byte now and then would hold us for ever."""
-    ended: list[tuple[bool, Any]] = []
-
-    def work() -> None:
-        try:
-            ended.append((True, call()))
-        except Exception as error:
-            ended.append((False, error))
-
-    thread = threading.Thread(target=work, daemon=True)  # one that hangs must not hold the process
-    thread.start()
-    thread.join(2 * HUB_SECONDS)
-    if not ended:
-        raise TimeoutError
-    is_well, found = ended[0]
-    if not is_well:
-        raise found
-    return found
 
 
 def may_be_fetched(name: str) -> bool:

@@ -47,7 +47,7 @@ def one_line(error: object, width: int = 200) -> str:
 
 def trouble_with_files(error: OSError) -> str | None:
     """What a disk or a permission refused, in a line; None where the error is of another sort, such as a network's."""
-    if error.filename is None and error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+    if error.filename is None and error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG):
         return None
     return one_line(f"{error.filename}: {error.strerror}" if error.filename is not None else str(error.strerror))
 
@@ -65,6 +65,7 @@ DISK = {
     errno.ENOTDIR: "bring its folder back",
     errno.ENAMETOOLONG: "choose a shorter name",
 }
+TORCH_WRITES = ("inline_container.cc", "PytorchStreamWriter", "iostream error")  # torch keeps no reason
 OS_ERROR = re.compile(r"os error (\d+)")  # as libraries in Rust write it
 
 
@@ -75,6 +76,6 @@ def refused_by_disk(error: BaseException) -> str | None:
         number = int(found[1])
     if number in DISK:
         return f"{os.strerror(number)}; {DISK[number]}, and run the same command again"
-    if "inline_container.cc" in str(error) or "PytorchStreamWriter" in str(error):  # torch keeps no reason
+    if any(word in str(error) for word in TORCH_WRITES):
         return "torch's file could not be written to its end; make room, and run the same command again"
     return None

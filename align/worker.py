@@ -54,9 +54,7 @@ class Worker:
         self._check_precision()
         if self.device.type == "cpu":
             keep_freed_memory()
-        self._signal = 0
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._ask_to_stop)
+        self._signal: int | None = None  # None: the system answers it
 
     def _check_mode(self) -> None:
         """Accelerate quietly runs another mode than the one asked for on some machines: then stop."""
@@ -82,16 +80,28 @@ class Worker:
                     "to no, and `model.load_in: bfloat16`"
                 )
 
-    def _ask_to_stop(self, number: int, frame: FrameType | None) -> None:
+    def hold_signals(self) -> None:
+        """From here on SIGTERM and SIGINT wait until the stage asks for them, at the end of a step. Before, there is
+        nothing to save: the system ends the process at once, whatever library it is in."""
+        if self._signal is None:
+            self._signal = 0
+            for number in (signal.SIGTERM, signal.SIGINT):
+                signal.signal(number, self._note_signal)
+
+    def _note_signal(self, number: int, frame: FrameType | None) -> None:
         self._signal = number
+
+    def _signal_so_far(self) -> float:
+        self.hold_signals()
+        return float(self._signal or 0)
 
     def is_asked_to_stop(self) -> bool:
         """Whether any process got a signal. All processes must ask together."""
-        return self.maximum(float(self._signal)) > 0
+        return self.maximum(self._signal_so_far()) > 0
 
     def stop_if_asked(self, save: Callable[[], None]) -> None:
         """At a step boundary: when any process got a signal, calls `save()` on all and raises Stopped."""
-        number = int(self.maximum(float(self._signal)))
+        number = int(self.maximum(self._signal_so_far()))
         if number:
             save()
             raise Stopped(TERMINATED if number == signal.SIGTERM else INTERRUPTED)
@@ -194,7 +204,7 @@ class Worker:
 
     def _meet(self, *, is_at_work: bool) -> bool:
         """Whether one process is at work. All come here together; any that has got a signal stops all."""
-        number, is_any = self._maxima(float(self._signal), float(is_at_work))
+        number, is_any = self._maxima(self._signal_so_far(), float(is_at_work))
         if number:
             raise Stopped(TERMINATED if number == signal.SIGTERM else INTERRUPTED)
         return is_any > 0.0

@@ -6,7 +6,8 @@ import math
 import pytest
 import torch
 
-from align.artifact import read_lines, read_manifest, write_lines
+from align.artifact import read_lines, read_manifest
+from align.files import write_lines
 from align.models.roles import Bases
 from align.rewards import build_rewards
 from align.rewards.learned import ensemble_members

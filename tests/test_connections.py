@@ -22,7 +22,8 @@ from align.feedback.page import command, connections
 from align.feedback.page.connections import Brief, Room, room_of
 from align.feedback.page.server import create_app, server_of
 from align.feedback.queue import Answer, Queue
-from align.feedback.store import NewLabel, Store
+from align.feedback.rows import NewLabel
+from align.feedback.store import Store
 from align.loop.patience import outlast
 from tests.databases import fill
 from tests.test_load import Browser, Server

@@ -530,7 +530,7 @@ def refuse(name: str) -> None:
 
 
 def test_what_is_written_is_json_and_read_again(tmp_path: Path) -> None:
-    from align.artifact import write_json, write_lines
+    from align.files import write_json, write_lines
     from align.track import Tracker
 
     odd = {"a": float("nan"), "b": [float("inf"), {"c": -float("inf")}], "d": (1.5, float("nan")), "e": 2, "f": True}

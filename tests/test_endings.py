@@ -199,8 +199,8 @@ def test_words_that_the_command_does_not_take_are_one_line(words, line):
 # ------------------------------------------------------------------------------------------------------------ a stage
 
 
-def run_stage(folder, base, data, body):
-    """`align run` of a stage of one's own, whose `run` has this body after the folder was begun."""
+def own_stage(folder, base, body):
+    """A recipe with a stage of one's own, whose `run` has this body after the folder was begun."""
     (folder / "own.py").write_text(
         "from align.artifact import begin\nfrom align.settings import StageSettings\n"
         "class Own(StageSettings):\n    stage: str\n    def run(self, worker):\n        begin(self, 'x')\n"
@@ -213,10 +213,10 @@ def run_stage(folder, base, data, body):
         "launch": "cpu",
     }
     (folder / "own.yaml").write_text(yaml.safe_dump(values))
-    return ended("run", folder / "own.yaml", stderr=subprocess.STDOUT, cwd=ROOT)
+    return folder / "own.yaml"
 
 
-def test_what_ends_a_stage_from_within_is_the_last_line_and_a_log(base, data, tmp_path):
+def test_what_ends_a_stage_from_within_is_the_last_line_and_a_log(base, tmp_path):
     body = """
         import align.worker, subprocess, sys
         subprocess.Popen([sys.executable, "-c", "import time; time.sleep(0.5); print('a child says goodbye')"])
@@ -224,8 +224,26 @@ def test_what_ends_a_stage_from_within_is_the_last_line_and_a_log(base, data, tm
             def end_training(self): raise SystemExit(0)  # as a library may, within ours
         worker.accelerator = Broken()
     """
-    code, both, _ = run_stage(tmp_path, base, data, body)
+    code, both, _ = ended("run", own_stage(tmp_path, base, body), stderr=subprocess.STDOUT, cwd=ROOT)
     assert code == 1, both
     log = tmp_path / "out" / "error.log"
     assert both.splitlines()[-1] == f"align: SystemExit: 0 (full traceback: {log})"
     assert "Traceback" not in both and "in end_training" in log.read_text()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stage_that_has_nothing_to_save_ends_at_once(number, base, tmp_path):
+    """Even while a library reads and does not come back to Python; and no lock stays."""
+    mark = tmp_path / "mark"
+    body = f"import ctypes; open({str(mark)!r}, 'w').close(); [ctypes.CDLL(None).sleep(1) for _ in range(60)]"
+    with align("run", own_stage(tmp_path, base, body), cwd=ROOT) as process:
+        end = time.monotonic() + TIMEOUT
+        while not mark.exists() and time.monotonic() < end:
+            time.sleep(0.02)
+        begun = time.monotonic()
+        process.send_signal(number)
+        _, errors = process.communicate(timeout=TIMEOUT)
+    assert process.returncode == 128 + number and time.monotonic() - begun < 20
+    assert errors.splitlines()[-1] == f"align: stopped by {number.name} before there was anything to save"
+    assert os.listdir(tmp_path / "out") == ["manifest.json"]
+    assert not [name for name in os.listdir(tmp_path) if name.startswith(".")]

@@ -9,18 +9,11 @@ import pytest
 
 from align.data import load
 from align.errors import BadInput
-from align.feedback.backup import export_labels, import_labels
-from align.feedback.exchange import (
-    Labelled,
-    Moved,
-    export_run,
-    import_preferences,
-    import_run,
-    labelled,
-    write_preferences,
-)
+from align.feedback.backup import Moved, export_labels, import_labels
+from align.feedback.exchange import Labelled, export_run, import_preferences, import_run, labelled, write_preferences
 from align.feedback.queue import Answer, Queue
-from align.feedback.store import NewLabel, Store
+from align.feedback.rows import NewLabel
+from align.feedback.store import Store
 from align.settings import Data, Source
 from tests import databases
 from tests.databases import fill

@@ -61,6 +61,28 @@ def test_imports_point_down():
             assert allowed, f"{path.relative_to(ROOT)} imports align.{other}, which is not below it"
 
 
+def test_a_name_is_imported_from_where_it_is_made():
+    """But for the public names and those of a package."""
+    files = [path for path in (ROOT / "align").rglob("*.py") if path.name != "__init__.py"]
+    trees = {path: ast.parse(path.read_text(encoding="utf-8")) for path in files}
+    made = {".".join(path.relative_to(ROOT).with_suffix("").parts): names_of(tree) for path, tree in trees.items()}
+    found = 0
+    for path in [*files, *(ROOT / "tests").rglob("*.py"), *(ROOT / "recipes").rglob("*.py")]:
+        for node in ast.walk(trees.get(path) or ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and node.module in made:
+                found += 1
+                elsewhere = {alias.name for alias in node.names} - made[node.module]
+                assert not elsewhere, f"{path}:{node.lineno}: {node.module} itself imports {elsewhere}"
+    assert found >= 400
+
+
+def names_of(tree: ast.Module) -> set[str]:
+    """What a module makes at its top, and does not import."""
+    made = {node.name for node in tree.body if isinstance(node, (ast.FunctionDef, ast.ClassDef, ast.AsyncFunctionDef))}
+    stored = (node for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store))
+    return made | {node.id for node in stored}
+
+
 def test_every_module_is_on_a_floor():
     names = {p.stem if p.is_file() else p.name for p in (ROOT / "align").iterdir() if not p.name.startswith("__")}
     assert names == set().union(*FLOORS)

@@ -18,7 +18,8 @@ from align.feedback.database import KEPT, LOOP, MARK, SUM, StoreFailed, read_loo
 from align.feedback.exchange import export_run, import_run
 from align.feedback.kept import at_work_on, copied_while_open, open_store
 from align.feedback.queue import Queue
-from align.feedback.store import NewLabel, Store
+from align.feedback.rows import NewLabel
+from align.feedback.store import Store
 from align.loop.keeping import RECIPE, backup, keep, restore
 from align.loop.rounds import load_loop
 from align.loop.run import run_loop

@@ -14,7 +14,7 @@ import yaml
 from align import compare, entry, locks, pipeline
 from align.artifact import read_manifest, state_of
 from align.errors import BadInput
-from align.locks import LOCK, at_work_in, check_free
+from align.locks import LOCK, RUN_LOCK, at_work_in, check_free, clear_locks
 from align.processes import Status
 from align.recipe import load_recipe
 from align.stages import runner
@@ -114,9 +114,11 @@ def test_where_there_are_no_locks_it_is_said(tmp_path, monkeypatch, capsys):
 
 def test_many_that_start_at_once_take_turns(tmp_path):
     code = (
-        "import sys; from pathlib import Path; from align.locks import at_work_in\n"
+        "import sys; from pathlib import Path; from align.locks import at_work_in, clear_locks\n"
         "for _ in range(50):\n"
+        "    clear_locks(sys.argv[1])\n"
         "    with at_work_in(sys.argv[1], patience=60):\n"
+        "        clear_locks(sys.argv[1])\n"
         "        n = Path(sys.argv[2]); n.write_text(str(int(n.read_text()) + 1))\n"
     )
     count = tmp_path / "count"
@@ -125,6 +127,18 @@ def test_many_that_start_at_once_take_turns(tmp_path):
     processes = [subprocess.Popen(command, cwd=ROOT) for _ in range(3)]
     assert [process.wait(60) for process in processes] == [0, 0, 0]
     assert count.read_text() == "150" and not (tmp_path / "out" / LOCK).exists()
+
+
+def test_locks_of_the_dead_go_and_those_of_the_living_stay(holder, tmp_path):
+    process, out = holder(), tmp_path / "out"
+    (out / RUN_LOCK).touch()
+    clear_locks(out)
+    assert [path.name for path in out.iterdir()] == [LOCK]
+    process.kill()
+    process.wait()
+    clear_locks(out)
+    clear_locks(out / "nowhere")
+    assert list(out.iterdir()) == []
 
 
 # ------------------------------------------------------------------------------------------------------ who holds one
@@ -161,6 +175,23 @@ def test_a_stage_holds_its_output_and_leaves_no_lock(written, monkeypatch):
     assert read_manifest(settings.output)["status"] == "finished" and not (Path(settings.output) / LOCK).exists()
 
 
+def test_no_lock_of_an_align_run_that_was_killed_stays(written, monkeypatch):
+    """Neither where its stage has ended after it, nor where the same command finds that it is done."""
+    _, settings = written
+    left = Path(settings.output) / RUN_LOCK
+    left.parent.mkdir()
+    left.touch()
+    monkeypatch.setattr(entry, "_run", lambda *_: None)
+    assert state_of(settings) == "new"
+    entry.run_stage(settings)
+    assert not left.exists()
+    left.touch()
+    (left.parent / LOCK).touch()
+    monkeypatch.setattr(entry, "state_of", lambda _: "finished")
+    entry.run_stage(settings)
+    assert list(left.parent.iterdir()) == []
+
+
 def test_a_second_align_run_is_refused_before_anything_starts(written, holder, monkeypatch):
     path, settings = written
     process = holder()
@@ -173,11 +204,12 @@ def test_a_second_align_run_is_refused_before_anything_starts(written, holder, m
 
 def test_nor_begins_it_between_the_stages_of_the_first(written, monkeypatch):
     """Two that start at once would share what the stage tells its starter, too."""
-    path, _ = written
+    path, settings = written
 
     def ends(*_):
         with pytest.raises(BadInput, match=rf"`output`: another run is at work in .*out \(process {os.getpid()}\)"):
             pipeline.run_recipe(load_recipe(str(path)), [])
+        (Path(settings.output) / LOCK).touch()  # as a stage leaves it that was ended in its middle
         return Status(3, "it failed")
 
     monkeypatch.setattr(pipeline, "run_stage", ends)

@@ -12,14 +12,16 @@ import yaml
 from sqlalchemy import func, select
 
 from align import locks
-from align.artifact import read_lines, read_manifest, write_lines
+from align.artifact import read_lines, read_manifest
 from align.errors import BadInput
 from align.feedback import schema
 from align.feedback.alarms import policy_to_keep
 from align.feedback.database import Away
 from align.feedback.exchange import import_run, people_say
 from align.feedback.queue import Answer, Queue
-from align.feedback.store import NewLabel, Store, prompt_hash
+from align.feedback.rows import NewLabel, prompt_hash
+from align.feedback.store import Store
+from align.files import write_lines
 from align.loop.context import Context
 from align.loop.merging import is_held_out
 from align.loop.people import duels

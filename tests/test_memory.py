@@ -17,13 +17,15 @@ import torch
 import yaml
 
 from align import entry
-from align.artifact import read_lines, read_manifest, write_lines
+from align.artifact import read_lines, read_manifest
 from align.data import Prompt
 from align.errors import RunFailed
+from align.files import write_lines
 from align.maths import products
 from align.models import attention, backoff, methods
 from align.models.backoff import Phase, halving, in_passes, is_out_of_memory
 from align.models.layout import Tree, passes_of
+from align.models.merging import merge
 from align.models.roles import Bases
 from align.models.scoring import score_sequences
 from align.rewards import classifiers
@@ -193,6 +195,26 @@ def test_what_is_done_in_one_piece_is_one_line(monkeypatch):
     with pytest.raises(RunFailed, match=r"^out of memory \(CUDA out of memory. Tried .*`model.load_in`.*checkpoint$"):
         entry._run(SimpleNamespace(seed=0), worker)
     assert ended
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "align.models.base.load_causal",
+        "peft.tuners.tuners_utils.BaseTuner.merge_and_unload",
+        "transformers.PreTrainedModel.save_pretrained",
+        "align.models.merging.load_causal",
+        "align.models.merging._logits",
+    ],
+)
+def test_a_merge_without_memory_is_one_line_and_leaves_nothing(name, runs, tmp_path, monkeypatch):
+    def fails(*args, **kwargs):
+        raise OURS[2]
+
+    monkeypatch.setattr(name, fails)
+    with pytest.raises(RunFailed, match=r"^out of memory \(DefaultCPU.*: nothing was written; run it again where"):
+        merge(str(runs / "sft"), str(tmp_path / "out"))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_no_other_way_is_taken_where_only_memory_was_short(base, tmp_path, monkeypatch):

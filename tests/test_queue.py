@@ -12,8 +12,9 @@ from sqlalchemy import event, select
 
 from align.errors import BadInput
 from align.feedback.queue import COMMENT_LIMIT, Answer, Progress, Queue, Refused, hash_of, shown_order
+from align.feedback.rows import NewLabel
 from align.feedback.schema import Annotator, Label, Lease, now
-from align.feedback.store import NewLabel, Store
+from align.feedback.store import Store
 from tests import databases
 from tests.databases import fill
 from tests.test_store import answered, run_together

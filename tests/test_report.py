@@ -14,8 +14,9 @@ from typer.testing import CliRunner
 
 from align.cli import app
 from align.errors import BadInput
+from align.feedback.rows import NewLabel
 from align.feedback.schema import Label
-from align.feedback.store import NewLabel, Store
+from align.feedback.store import Store
 from align.loop.steps import STEPS
 from align.report import loop_facts, loop_labels, loop_page
 from align.report.loop_page import report

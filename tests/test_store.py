@@ -16,9 +16,9 @@ from sqlalchemy.exc import IntegrityError
 
 from align.errors import BadInput
 from align.feedback.database import LOOP, read_loop, store_of
-from align.feedback.rows import answers_of_people
+from align.feedback.rows import NewLabel, answers_of_people
 from align.feedback.schema import Candidate, Comparison, Fact, Label
-from align.feedback.store import NewLabel, Store
+from align.feedback.store import Store
 from align.report.loop_facts import read as read_facts
 from tests import databases
 from tests.databases import fill

@@ -17,13 +17,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from align.errors import BadInput
-from align.hub import asking
+from align.errors import BadInput, RunFailed
+from align.hub import asking, in_time
 
 if TYPE_CHECKING:
     from align.settings import Source
 
 DATA_ENDINGS = (".jsonl", ".json", ".csv", ".parquet")
+STALLED_SECONDS = 600.0  # without a sign of a data set that is read into its cache
 HUB_ID = re.compile(r"[A-Za-z0-9_][\w.-]*/[\w.-]+")
 
 
@@ -192,13 +193,18 @@ def _read_hub(source: Source) -> Iterator[Row]:
     label = f"{source.path}[{source.split}]"
     try:
         import datasets
+        from huggingface_hub import constants
     except ImportError:
         raise BadInput(f"{label}: a Hub dataset needs the `datasets` package; pip install datasets") from None
     try:
-        with asking(source.path):
-            rows = datasets.load_dataset(source.path, source.name, split=source.split, revision=source.revision)
-    except BadInput as error:
-        raise BadInput(f"{label}: {error}") from None
+        with asking(source.path, source.revision):
+            rows = in_time(
+                lambda: datasets.load_dataset(source.path, source.name, split=source.split, revision=source.revision),
+                STALLED_SECONDS,
+                *map(Path, (constants.HF_HUB_CACHE, datasets.config.HF_DATASETS_CACHE)),
+            )
+    except (BadInput, RunFailed) as error:
+        raise type(error)(f"{label}: {error}") from None
     except Exception as error:
         raise BadInput(
             f"{label}: cannot be loaded from the Hub ({type(error).__name__}: {_first_line(error)});"

@@ -16,11 +16,12 @@ from sqlalchemy import select
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import aliased
 
-from align.artifact import write_lines
 from align.data import Row, read_rows
 from align.errors import BadInput
+from align.feedback.rows import NewLabel, chunks
 from align.feedback.schema import IMPORTED, Annotator, Candidate, Comparison, Label, Prompt
-from align.feedback.store import NewLabel, Store, chunks
+from align.feedback.store import Store
+from align.files import write_lines
 from align.settings import Source
 
 MARK = "align_labels"  # the first field of a line: the version of this format

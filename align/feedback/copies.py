@@ -19,11 +19,11 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 from sqlalchemy.pool import NullPool
 
-from align.artifact import write_atomically
 from align.errors import BadInput, RunFailed
 from align.feedback.database import MARK
 from align.feedback.schema import VERSION, Annotator, Base, Fact, Label, Lease, Step
 from align.feedback.store import Store
+from align.files import write_atomically
 from align.wording import one_line
 
 BACKUPS = "backups"  # the folder of a loop's copies

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from align.artifact import write_lines
 from align.data import Preference, parse, read_rows
 from align.data.beside import TEMPLATE, is_stated
 from align.data.conversations import MEANT
@@ -14,8 +13,10 @@ from align.errors import BadInput
 from align.feedback.backup import Moved, export_labels, import_labels, looks_like_labels
 from align.feedback.gate import soft_label
 from align.feedback.kept import open_store
+from align.feedback.rows import NewLabel, Pair, storable
 from align.feedback.schema import EVALUATION, IMPORTED
-from align.feedback.store import NewLabel, Pair, Store, storable
+from align.feedback.store import Store
+from align.files import write_lines
 from align.settings import Source
 
 MACHINES = ("reward", "judge")

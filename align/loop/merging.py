@@ -12,8 +12,9 @@ from align.feedback.gate import (
     machine_weight,
     target_level,
 )
+from align.feedback.rows import NewLabel, Pair, prompt_hash
 from align.feedback.schema import EVALUATION
-from align.feedback.store import NewLabel, Pair, Store, prompt_hash
+from align.feedback.store import Store
 from align.loop.rounds import Loop
 from align.maths.agreement import cohen_kappa, krippendorff_alpha, left_rate, pair_agreement, self_consistency
 from align.settings import Reward

@@ -9,8 +9,8 @@ from align.artifact import read_lines
 from align.feedback.annotators import Annotator
 from align.feedback.exchange import people_say
 from align.feedback.queue import Queue, shown_order
+from align.feedback.rows import NewLabel, prompt_hash
 from align.feedback.schema import EVALUATION
-from align.feedback.store import NewLabel, prompt_hash
 from align.loop.context import Context, Halt, Result
 from align.loop.merging import gold_scores
 from align.maths.calibration import comparison

@@ -6,14 +6,15 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from align.artifact import read_lines, write_lines
+from align.artifact import read_lines
 from align.data import load
 from align.errors import BadInput
 from align.feedback.alarms import Policy, alarms, leader, policy_to_keep, reason_to_stop
 from align.feedback.exchange import people_say
 from align.feedback.routing import Item, Shares, kickstart, overlap, reasks, route
+from align.feedback.rows import Pair, prompt_hash
 from align.feedback.schema import EVALUATION, IMPORTED
-from align.feedback.store import Pair, prompt_hash
+from align.files import write_lines
 from align.identity import of_whole_file
 from align.loop.context import Context, Result
 from align.loop.merging import is_held_out, merge_labels, write_labels

@@ -147,8 +147,14 @@ def or_else(phase: Phase, work: Callable[[], T], instead: T, otherwise: str) -> 
     return instead
 
 
+STAGES_CURE = (
+    "load the models in fewer bits (`model.load_in`), train fewer parameters or use a device with more memory; where "
+    "there is more, the same command goes on from the newest checkpoint"
+)
+
+
 @contextmanager
-def in_words() -> Iterator[None]:
+def in_words(cure: str = STAGES_CURE) -> Iterator[None]:
     """Says of what no smaller pieces can help, in one line.
 
     Raises:
@@ -160,9 +166,7 @@ def in_words() -> Iterator[None]:
         if not is_out_of_memory(error):
             raise
         raise RunFailed(
-            f"out of memory ({_told(error)}) where nothing can be done in smaller pieces: load the models in fewer "
-            "bits (`model.load_in`), train fewer parameters or use a device with more memory; where there is more, the "
-            "same command goes on from the newest checkpoint"
+            f"out of memory ({_told(error)}) where nothing can be done in smaller pieces: {cure}"
         ) from error
 
 

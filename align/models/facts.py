@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from align.errors import BadInput
+from align.hub import INDEX, WEIGHTS
 from align.records import ADAPTER_CONFIG, ADAPTER_WEIGHTS, AdapterConfig, read_adapter_config, read_object
 from align.wording import one_line
 
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 MOST_HEADER = 100 * 2**20  # bytes, safetensors' own limit
 POSITION_KEYS = ("n_positions", "max_position_embeddings", "n_ctx", "max_seq_len", "max_sequence_length")
 POSITION_TABLES = ("wpe", "positions_embed", "position_embeddings", "embed_positions", "position_embedding")

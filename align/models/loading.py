@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import Any, cast
 
-from peft import PeftConfig, PeftModel, load_peft_weights
+from peft import PeftConfig, PeftModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
@@ -22,7 +22,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from transformers.utils import find_adapter_config_file
 
 from align.errors import BadInput
-from align.hub import asking
+from align.hub import fetched
 from align.limits import TookTooLong, within
 from align.models.facts import read_adapter
 from align.records import ADAPTER_WEIGHTS
@@ -34,8 +34,8 @@ ATTENTIONS = (None, "eager", "sdpa", "flash_attention_2", "flex_attention")  # t
 
 def load_config(name: str, revision: str | None = None) -> Any:
     """A model's configuration, which may not name an implementation of attention that would be fetched."""
-    with asking(name) as is_local:
-        config = AutoConfig.from_pretrained(name, revision=revision, local_files_only=is_local, trust_remote_code=False)
+    with fetched(name, revision) as commit:
+        config = AutoConfig.from_pretrained(name, revision=commit, local_files_only=True, trust_remote_code=False)
     named = getattr(config, "_attn_implementation", None)
     if named not in ATTENTIONS:
         raise BadInput(f"{name} asks for the attention {named!r}, whose code it would fetch; it is not run")
@@ -44,15 +44,15 @@ def load_config(name: str, revision: str | None = None) -> Any:
 
 def load_causal(name: str, revision: str | None = None, **how: Any) -> PreTrainedModel:
     """A causal language model from safetensors; `how` as transformers takes it."""
-    with asking(name) as is_local:
+    with fetched(name, revision, weights=True) as commit:
         return AutoModelForCausalLM.from_pretrained(
-            name, revision=revision, local_files_only=is_local, trust_remote_code=False, use_safetensors=True, **how
+            name, revision=commit, local_files_only=True, trust_remote_code=False, use_safetensors=True, **how
         )
 
 
 def empty_causal(config: Any) -> PreTrainedModel:
     """A model of this shape without the weights of any."""
-    with asking(""):
+    with fetched(""):
         return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
 
 
@@ -61,12 +61,12 @@ def load_classifier(name: str, revision: str | None = None, **how: Any) -> tuple
     config = load_config(name, revision)
     for key, value in how.items():
         setattr(config, key, value)
-    with asking(name) as is_local:
+    with fetched(name, revision, weights=True) as commit:
         model, info = AutoModelForSequenceClassification.from_pretrained(
             name,
             config=config,
-            revision=revision,
-            local_files_only=is_local,
+            revision=commit,
+            local_files_only=True,
             trust_remote_code=False,
             use_safetensors=True,
             output_loading_info=True,
@@ -76,10 +76,10 @@ def load_classifier(name: str, revision: str | None = None, **how: Any) -> tuple
 
 def load_any_tokenizer(name: str, revision: str | None = None) -> PreTrainedTokenizerBase:
     """The tokenizer in a folder, or of a Hub id, as it is."""
-    with asking(name) as is_local:
+    with fetched(name, revision) as commit:
         return cast(
             PreTrainedTokenizerBase,
-            AutoTokenizer.from_pretrained(name, revision=revision, local_files_only=is_local, trust_remote_code=False),
+            AutoTokenizer.from_pretrained(name, revision=commit, local_files_only=True, trust_remote_code=False),
         )
 
 
@@ -102,16 +102,11 @@ def load_adapter_config(name: str) -> PeftConfig:
 
 def load_adapter_weights(name: str, device: str) -> dict[str, Tensor]:
     """An adapter's tensors by PEFT's names, from safetensors alone."""
-    file = Path(name) / ADAPTER_WEIGHTS
+    file = _folder_of(name) / ADAPTER_WEIGHTS
+    if not file.is_file():
+        raise BadInput(f"{name} holds no {ADAPTER_WEIGHTS} (pickled weights are not loaded); save the adapter again")
     try:
-        if file.is_file():
-            return load_file(file, device=device)
-        if Path(name).is_dir():
-            raise BadInput(
-                f"{name} holds no {ADAPTER_WEIGHTS} (pickled weights are not loaded); save the adapter again"
-            )
-        with asking(name):
-            return dict(load_peft_weights(name, device=device))
+        return load_file(file, device=device)
     except SafetensorError as error:
         raise BadInput(f"{file} is damaged ({one_line(error)}); save the adapter again, or fetch it again") from error
 
@@ -133,15 +128,18 @@ def check_patterns(model: Any, config: PeftConfig, name: str) -> None:
 def load_adapter(model: Any, name: str, config: PeftConfig) -> PeftModel:
     """`model` with the adapter of `name` in it, as PEFT opens one."""
     check_patterns(model, config, name)
-    with asking(name):
-        return PeftModel.from_pretrained(model, name, config=config)
+    with fetched(name):
+        return PeftModel.from_pretrained(model, str(_folder_of(name)), config=config)
 
 
 def _folder_of(name: str) -> Path:
     if Path(name).is_dir():
         return Path(name)
-    with asking(name):
-        found = find_adapter_config_file(name)
-    if found is None:
-        raise BadInput(f"{name} holds no adapter")
-    return Path(found).parent
+    try:
+        with fetched(name, weights=True) as commit:
+            found = find_adapter_config_file(name, revision=commit, local_files_only=True)
+            if found is None:
+                raise FileNotFoundError(f"{name} holds no adapter")
+            return Path(found).parent
+    except OSError as error:
+        raise BadInput(one_line(error)) from error

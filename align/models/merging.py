@@ -12,11 +12,12 @@ from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from pydantic import ValidationError
 
-from align.artifact import MANIFEST, check_whole, folder_in_one_go, read_manifest
+from align.artifact import MANIFEST, check_whole, read_manifest
 from align.errors import BadInput
+from align.files import folder_in_one_go
 from align.identity import base_of
 from align.locks import LOCK, at_work_in
-from align.models.backoff import is_out_of_memory
+from align.models.backoff import in_words, is_out_of_memory
 from align.models.linear import reading_layer
 from align.models.loading import load_adapter_config, load_any_tokenizer, load_causal
 from align.models.lora import FusedLinear
@@ -70,6 +71,7 @@ def merge(run: str, out: str) -> float:
 
     Raises:
         BadInput: `run` holds no adapter, or `out` holds something already.
+        RunFailed: memory or the disk is too small; nothing is written.
     """
     folder, target = Path(run), Path(out)
     manifest = read_manifest(folder)
@@ -88,7 +90,7 @@ def merge(run: str, out: str) -> float:
         raise BadInput(
             f"the adapter in {run} cannot be merged: {UNMERGEABLE[kind]}; open it with PEFT (`import align`)"
         )
-    with at_work_in(target, out):
+    with at_work_in(target, out), in_words("nothing was written; run it again where there is more memory"):
         _check_new(target)  # another may have just made it
         return _merge(folder, target, manifest)
 
@@ -121,8 +123,8 @@ def _merge(folder: Path, target: Path, manifest: dict[str, Any]) -> float:
     with folder_in_one_go(target) as path:
         merged.save_pretrained(path)
         tokenizer.save_pretrained(path)
-    again: Any = load_causal(str(target), dtype=merged.dtype, device_map={"": device}).eval()
-    return max(float((a - b).abs().max()) for a, b in zip(before, _logits(Role(again), ids), strict=True))
+        again: Any = load_causal(str(path), dtype=merged.dtype, device_map={"": device}).eval()
+        return max(float((a - b).abs().max()) for a, b in zip(before, _logits(Role(again), ids), strict=True))
 
 
 def _tokenizer_of(run: str) -> Any:

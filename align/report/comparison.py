@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 from pydantic import BeforeValidator, TypeAdapter
 
-from align.artifact import write_atomically, write_json, write_text
 from align.errors import BadInput
+from align.files import write_atomically, write_json, write_text
 from align.report.curves import ACCENT, INK, PALE, new_figure
 from align.report.page import inline
 from align.report.tables import plain

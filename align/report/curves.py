@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from align.artifact import write_atomically
+from align.files import write_atomically
 from align.track import read_metrics
 
 INK, ACCENT, PALE, PALE_BLUE = "#1f2a44", "#c2410c", "#94a3b8", "#bfdbfe"

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from align.artifact import write_text
+from align.files import write_text
 from align.report.curves import ACCENT, INK, PALE, new_figure
 from align.report.tables import plain, prompt_text
 

@@ -17,8 +17,9 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
-from align.artifact import checkpoint_path, checkpoints, folder_in_one_go, write_json
+from align.artifact import checkpoint_path, checkpoints
 from align.errors import RunFailed
+from align.files import folder_in_one_go, write_json
 from align.models.roles import Role
 from align.models.saving import restore, trained_state
 from align.stages.learner import Learner

@@ -9,9 +9,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from align.artifact import begin, finish, write_lines
+from align.artifact import begin, finish
 from align.data import Prompt, decode_completion, encode_prompt, end_token_ids, load
 from align.errors import BadInput
+from align.files import write_lines
 from align.models.backoff import Phase
 from align.models.base import stop_ids
 from align.models.roles import Bases, Role
@@ -53,7 +54,6 @@ def run(settings: CollectSettings, worker: Worker) -> None:
         for number, (name, folder) in enumerate(settings.policies.items(), 1):
             role, tokenizer = bases.role(folder), bases.tokenizer(folder)
             for draw in range(settings.num_generations.get(name, NUM_GENERATIONS)):
-                worker.stop_if_asked(lambda: None)  # there is nothing to save: the same answers are drawn again
                 mine = [kept[i] for i in worker.mine(len(kept))]
                 answers = _answers(role, tokenizer, name, draw, mine, prompts[name], settings)
                 for i, answer in zip(mine, answers, strict=True):

@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from align.artifact import begin, finish, read_manifest, write_json, write_text
+from align.artifact import begin, finish, read_manifest
 from align.data import Prompt, decode_completion, encode_prompt, end_token_ids, load
 from align.errors import BadInput
+from align.files import write_json, write_text
 from align.maths.calibration import comparison, win_rate
 from align.maths.kl import kl_estimate
 from align.models.backoff import Phase
@@ -96,7 +97,6 @@ def run(settings: EvaluateSettings, worker: Worker) -> None:
             tracker.say(message)
         judged = {}
         for number, (name, folder) in enumerate(settings.policies.items(), 1):
-            worker.stop_if_asked(lambda: None)  # there is nothing to save: the same answers are drawn again
             speaker = Speaker(bases.role(folder), bases.tokenizer(folder))
             judged[name] = _judge(speaker, reference, rows, judge, beside, settings, worker)
             found = judged[name]

@@ -128,6 +128,7 @@ def _loop(this: _Run) -> bool:
     ppo, progress, course = this.settings.ppo, this.progress, this.course
     if progress["step"] == 0 and this.held_out and ppo.eval_steps:
         this.tracker.log(0, _evaluate(this, 0))
+    this.worker.hold_signals()
     for iteration in range(progress["step"] + 1, ppo.num_iterations + 1):
         is_last = iteration == ppo.num_iterations
         try:

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from align.artifact import begin, finish, read_lines, write_lines
+from align.artifact import begin, finish, read_lines
 from align.data import Prompt, encode_completion
+from align.files import write_lines
 from align.models.backoff import Phase, in_passes
 from align.models.budget import reading_tokens
 from align.models.layout import Part, parts_of
@@ -117,7 +118,6 @@ def _member_scores(settings: ScoreSettings, answers: Answers, bases: Bases, work
     )
     found = torch.zeros(len(mine), len(members), dtype=torch.float64)
     for k, member in enumerate(members):
-        worker.stop_if_asked(lambda: None)  # there is nothing to save: the same scores are found again
         found[:, k] = torch.tensor(member(own), dtype=torch.float64)
     return worker.gather_rows(mine, len(answers.texts), found)[0]
 

@@ -177,6 +177,7 @@ def end(
 def _loop(this: _Run[Any]) -> bool:
     """Steps up to the end, or to where the run has to go back; returns whether it is the end."""
     t, task, course, num_steps = this.settings.train, this.task, this.course, this.num_steps
+    this.worker.hold_signals()
     for step in range(course.progress["step"] + 1, num_steps + 1):
         try:
             sums, metrics = _step(this, step)

@@ -8,8 +8,9 @@ output: runs/count
 
 from typing import ClassVar
 
-from align.artifact import begin, fingerprint, finish
+from align.artifact import begin, finish
 from align.data import encode_demonstration, load
+from align.identity import fingerprint
 from align.settings import Data, StageSettings
 
 

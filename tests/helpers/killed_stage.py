@@ -7,7 +7,8 @@ import os
 import signal
 import sys
 
-from align import artifact, entry, track
+from align import entry, track
+from align.stages import checkpoint
 
 WHERE, COUNT = sys.argv[1].split(":")
 
@@ -27,7 +28,7 @@ if WHERE == "log":
     track.Tracker.log = killing_log
 else:
     written = []
-    write_json = artifact.write_json
+    write_json = checkpoint.write_json
 
     def killing_write(path, values):
         if path.name == "checksums.json":  # the weights are on disk, the seal is not
@@ -36,6 +37,6 @@ else:
                 kill()
         write_json(path, values)
 
-    artifact.write_json = killing_write
+    checkpoint.write_json = killing_write
 
 entry.main(arguments=sys.argv[2:])

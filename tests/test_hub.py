@@ -1,0 +1,73 @@
+"""A Hub that fails: what the user gave wrong is said as bad input, what the Hub did as a run to start again, in time.
+
+All cases are tried by one process (`tests/helpers/hub_that_fails.py`), with a Hub of its own on this machine.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+TOKEN = "Bearer hf_secret"
+THE_USERS = ("missing", "secret", "gated", "forbidden", "unauthorised")
+
+
+@pytest.fixture(scope="module")
+def cases(base, data, tmp_path_factory):
+    work = tmp_path_factory.mktemp("hub")
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "TRANSFORMERS_"))}
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.helpers.hub_that_fails", str(base), str(data), str(work)],
+        capture_output=True, text=True, cwd=ROOT, env=environment | {"PYTHONPATH": str(ROOT)}, timeout=280,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+
+
+def test_a_hub_that_is_well_gives_all_with_its_token_and_to_nobody_else(cases):
+    well = {case["what"]: case for case in cases if case.get("fault", "") is None and not case["error"]}
+    assert {what: case["found"] for what, case in well.items() if what in ("model", "adapter", "data")} == {
+        "model": "Base",
+        "adapter": 28,
+        "data": 40,
+    }
+    assert "<assistant>" in well["tokenizer"]["found"]
+    assert all(case["tokens"] == [TOKEN] for case in well.values())
+    (elsewhere,) = (case for case in cases if case["what"] == "elsewhere")
+    assert elsewhere["tokens"] and set(elsewhere["tokens"]) == {None}  # where the Hub sends for a large file
+
+
+def test_what_the_user_gave_is_bad_input(cases):
+    found = [case for case in cases if case.get("fault") in THE_USERS]
+    assert len(found) == 5 * len(THE_USERS)
+    for case in found:
+        assert case["error"] == "BadInput" and "\n" not in case["line"], case
+        assert any(word in case["line"] for word in ("log in", "ask for access")), case
+
+
+def test_what_the_hub_did_is_a_run_to_start_again(cases):
+    found = [case for case in cases if case.get("fault") and case["fault"] not in THE_USERS and not case["is_kept"]]
+    assert len(found) == 5 * 2 + 3 + 4
+    for case in found:
+        if case["what"] == "check":
+            assert case["error"] == "" and "the Hub does not answer" in case["found"], case
+        else:
+            assert case["error"] == "RunFailed" and "\n" not in case["line"], case
+            assert "the Hub failed while org/" in case["line"] and "run the same command again" in case["line"], case
+        assert case["seconds"] < 15, case
+
+
+def test_a_cache_that_is_full_is_a_run_to_start_again(cases):
+    (full,) = (case for case in cases if case.get("fault", "") is None and case["error"])
+    assert full["error"] == "RunFailed" and "cannot be kept in the Hub's cache" in full["line"], full
+    assert "File too large; raise the limit" in full["line"]
+
+
+def test_what_is_cached_is_taken_where_the_hub_fails(cases):
+    kept = [case for case in cases if case.get("is_kept") and case["what"] != "check"]
+    assert len(kept) == 4
+    assert all(case["error"] == "" and case["asked"] <= 2 for case in kept), kept
