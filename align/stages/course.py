@@ -75,11 +75,13 @@ class Course:
         )
 
     def judge(self, step: int, metrics: dict[str, Any], *, kl_budget: float | None = None) -> str | None:
-        """Looks at a step's figures and adds to them what it sees; says it where the guard only warns.
+        """Looks at a step's figures and adds to them what it sees; says it where the guard only warns. All processes
+        call it.
 
         Returns why the run cannot go on from here, in words.
         """
-        verdict = guard.judge(self.progress["guard"], step, metrics, self.settings, kl_budget=kl_budget)
+        own = guard.judge(self.progress["guard"], step, metrics, self.settings, kl_budget=kl_budget)
+        verdict = guard.of_all(self.worker.gather_objects(own))
         self.progress["guard"] = verdict.history
         metrics |= verdict.figures
         if self.settings.on != "warn":
