@@ -14,9 +14,11 @@ from align.errors import Diverged, RunFailed
 from align.report import stage_page
 from align.settings import STAGES, Guard, PpoGuard
 from align.stages import guard, ppo_steps
-from align.track import read_metrics
+from align.stages.learner import Learner
+from align.stages.sft_trainer import Trainer
+from align.track import Tracker, read_metrics
 from tests import tiny
-from tests.two import run_two
+from tests.apart import run_apart
 
 CALM = {
     "weight_norm": 1.0,
@@ -28,11 +30,12 @@ CALM = {
     "score_std": 0.4,
     "eos_share": 0.5,
 }
+ALIKE = {"accuracy": 0.5, "margin": 0.0}  # of a reward model: looks wrong, and nothing explodes
 
 
 def judged(steps, settings, **also):
     """The verdicts on a run whose figures are those of CALM but for what each of `steps` changes."""
-    history, verdicts = guard.new_history(0, 1.0), []
+    history, verdicts = guard.new_history(0, 0.99), []
     for step, change in enumerate(steps, 1):
         verdicts.append(guard.judge(history, step, CALM | change, settings, **also))
         history = json.loads(json.dumps(verdicts[-1].history))  # as a checkpoint keeps it
@@ -80,6 +83,12 @@ def test_what_is_trouble_and_when(name, change, at_once):
 )
 def test_what_is_no_trouble(change):
     assert not any(verdict.seen for verdict in judged([{}] * 5 + [change] * 4, PpoGuard()))
+
+
+def test_a_reward_model_may_score_all_the_same_until_its_weights_have_moved():
+    """Figures are of the weights before their step, and a warm-up's first step has a rate of zero."""
+    steps = [ALIKE | {"weight_norm": norm} for norm in (0.99, 1.0, 1.01)]
+    assert [bool(verdict.seen) for verdict in judged(steps, Guard(patience=1))] == [False, False, True]
 
 
 def test_one_odd_step_is_no_trouble_and_does_not_become_usual():
@@ -206,7 +215,8 @@ def test_scores_that_are_all_the_same_stop_a_run_or_are_warned_of(base, data, ru
     with pytest.raises(RunFailed, match="stopped at step 3: for 3 steps all answers score the same; its last good sta"):
         run(values)
     run(recipe("ppo", base, data, runs, tmp_path / "warn", rewards=rewards, ppo=penalty))
-    assert said(capsys).count("warning: step 3: for 3 steps all answers score the same") == 1
+    told = said(capsys)
+    assert "warning: step 3: for 3 steps all answers score the same" in told and told.count("warning: step") == 1
     assert all("scores" in row["guard"] for row in read_metrics(tmp_path / "warn"))
     alarms = stage_page.page_of(tmp_path / "warn").alarms
     assert "the guard saw scores in 8 steps, first in 1 and last in 8" in alarms
@@ -290,7 +300,9 @@ def goes_wrong_in_the_second():
 
 
 @pytest.mark.parametrize("stage", ["sft", "reward", "ppo"])
-def test_a_kill_while_going_back_changes_nothing(stage, base, data, runs, tmp_path, monkeypatch, goes_wrong):
+def test_a_kill_while_going_back_and_one_after_it_change_nothing(
+    stage, base, data, runs, tmp_path, monkeypatch, goes_wrong
+):
     lora = {"kind": "lora", "r": 4, "lora_dropout": 0.2}  # dropout: the generators' state matters
     changes = {"guard": {"on": "rollback"}} | ({} if stage == "ppo" else {"method": lora})
     run(recipe(stage, base, data, runs, tmp_path / "whole", **changes))
@@ -305,9 +317,17 @@ def test_a_kill_while_going_back_changes_nothing(stage, base, data, runs, tmp_pa
             deleted.append(path)
             raise Killed
 
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(shutil, "rmtree", killing_delete)
-        run(cut)
+    log = Tracker.log
+
+    def killing_log(self, step, metrics):
+        log(self, step, metrics)
+        if step == 7:  # when it has gone back
+            raise Killed
+
+    for where, name, kills in ((shutil, "rmtree", killing_delete), (Tracker, "log", killing_log)):
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            patch.setattr(where, name, kills)
+            run(cut)
     run(cut)
     assert tiny.largest_difference(tmp_path / "whole", tmp_path / "cut") == 0.0
     logged = [
@@ -321,26 +341,61 @@ def test_a_kill_while_going_back_changes_nothing(stage, base, data, runs, tmp_pa
     ] * 5
 
 
-def test_a_checkpoint_from_before_trouble_is_kept_while_the_figures_are_odd(base, data, runs, tmp_path, monkeypatch):
+def saved(folder):
+    return [int(path.name.rpartition("-")[2]) for path in sorted((folder / "checkpoints").glob("*-*"))]
+
+
+@pytest.mark.parametrize("stage", ["sft", "reward"])
+def test_checkpoints_from_before_trouble_are_kept_while_figures_are_odd(stage, base, data, runs, tmp_path, monkeypatch):
     judge, seen = guard.judge, []
 
-    def judging(history, step, figures, *args, **kwargs):
-        seen.append([path.name[-1] for path in checkpoints(tmp_path / "reward")])
-        return judge(history, step, figures | ({"loss": 1e9} if step >= 4 else {}), *args, **kwargs)
+    def odd(history, step, figures, *args, **kwargs):
+        seen.append(saved(tmp_path / stage))
+        wrong = (ALIKE if step >= 3 else {}) | ({"loss": 1e9} if step >= 5 else {})
+        return judge(history, step, figures | wrong, *args, **kwargs)
 
-    monkeypatch.setattr(guard, "judge", judging)
+    monkeypatch.setattr(guard, "judge", odd)
     with pytest.raises(
-        RunFailed, match="stopped at step 8: for 5 steps `loss` is .*step-00000002 is its last good state"
+        RunFailed, match="stopped at step 8: for 6 steps all answers score the same; .*[^0-9]0*1 is its"
     ):
-        run(recipe("reward", base, data, runs, tmp_path / "reward", guard={"on": "stop", "patience": 5}))
-    assert seen[-1] == ["2", "6", "7"]
-    assert [path.name for path in checkpoints(tmp_path / "reward")] == ["step-00000002"]
+        run(recipe(stage, base, data, runs, tmp_path / stage, guard={"on": "stop", "patience": 6}))
+    assert seen[-1] == [1, 3, 6, 7]  # the last that was calm, the last that was sound, and the newest
+    assert saved(tmp_path / stage) == [1]
+
+
+@pytest.mark.parametrize("stage", ["sft", "reward"])
+def test_a_gradient_that_is_no_number_goes_back_to_what_was_sound(stage, base, data, runs, tmp_path, monkeypatch):
+    judge, histories, steps = guard.judge, [], []
+    place, name = (Trainer, "_gradients") if stage == "sft" else (Learner, "_sum_gradients")
+    real = getattr(place, name)
+
+    def sums(self, *args):
+        found = real(self, *args)
+        steps.append(True)
+        if len(steps) != 6:
+            return found
+        for p in self.role.parameters() if stage == "sft" else self.parameters:
+            if p.grad is not None:
+                p.grad.fill_(math.nan)
+        return found if stage == "sft" else math.nan
+
+    def alike(history, step, figures, *args, **kwargs):
+        histories.append(history)
+        return judge(history, step, figures | (ALIKE if step >= 3 else {}), *args, **kwargs)
+
+    monkeypatch.setattr(place, name, sums)
+    monkeypatch.setattr(guard, "judge", alike)
+    run(recipe(stage, base, data, runs, tmp_path / stage, guard={"on": "rollback", "patience": 20}))
+    (event,) = read_manifest(tmp_path / stage)["rollbacks"]
+    assert (event["at"], event["to"]) == (6, 4) and "gradient" in event["why"]
+    after = histories[5]  # of step 5 again: all that was known after step 4 still is
+    assert {**histories[4], "rollbacks": [event]} == after and after["in_a_row"] == {"scores": 2}
 
 
 # ------------------------------------------------------------------------------------------------------- two processes
 
 
-@pytest.mark.parametrize("stage", ["sft", "reward", "ppo"])
+@pytest.mark.parametrize("stage", ["sft", "ppo"])  # each has a course of its own, and a reward model has PPO's
 def test_what_one_process_of_two_sees_takes_both_back(stage, base, data, runs, tmp_path, monkeypatch, goes_wrong):
     monkeypatch.setattr(ppo_steps, "sample", partial(sampling, calls=[]))
     changes = {"guard": {"on": "rollback"}}
@@ -348,7 +403,7 @@ def test_what_one_process_of_two_sees_takes_both_back(stage, base, data, runs, t
     two = recipe(stage, base, data, runs, tmp_path / "two", **changes)
     if stage != "ppo":
         two["train"]["per_device_train_batch_size"] //= 2
-    run_two(two, tmp_path, goes_wrong_in_the_second)
+    run_apart(two, tmp_path, goes_wrong_in_the_second)
     events = [read_manifest(tmp_path / name)["rollbacks"] for name in ("one", "two")]
     assert events[0] == events[1]
     assert [(event["at"], event["to"]) for event in events[1]] == [(5, 3), *([(6, 4)] if stage == "ppo" else [])]

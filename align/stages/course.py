@@ -11,7 +11,7 @@ from align.settings import Guard
 from align.stages import checkpoint, guard
 from align.stages.learner import SMALLER_RATE, Learner, weight_norm
 from align.track import Tracker
-from align.worker import Worker, seed_everything
+from align.worker import Worker
 
 
 class Course:
@@ -103,14 +103,11 @@ class Course:
         left = checkpoints(self.output)
         if not (may_go_back and left):
             raise RunFailed(last_words(step, why, len(done), left))
-        for learner in self.learners.values():
-            learner.clear()
         progress = dict(self._resume().progress or {})
         done = [*done, {"at": step, "to": progress["step"], "why": why}]
         self.progress.clear()
         self.progress.update(progress, guard=progress["guard"] | {"rollbacks": done})
         self._slow_down()
-        seed_everything(self.seed)
         if self.worker.is_main:
             note(self.output, rollbacks=done)
         self.tracker.go_back(progress["step"])

@@ -75,7 +75,8 @@ def judge(
     seen = dict(exploding)
     if isinstance(guard, PpoGuard):
         seen |= dict(_collapsed(history, figures, guard))
-    if figures.get("accuracy") == 0.5 and abs(figures.get("margin", 1.0)) <= TIE:
+    is_tie = figures.get("accuracy") == 0.5 and abs(figures.get("margin", 1.0)) <= TIE
+    if is_tie and len(set(history["recent"]["weight_norm"])) > 1:  # a new head scores all the same until it has moved
         seen["scores"] = "all answers score the same"
     if kl_budget is not None and figures.get("kl", 0.0) > kl_budget:
         seen["kl"] = f"the KL is over `ppo.kl_budget: {kl_budget:g}`"
