@@ -59,9 +59,12 @@ class SftCourse:
         return self.settings.train.learning_rate * self.settings.guard.rate_factor**self.num_rollbacks
 
     def judge(self, step: int, metrics: dict[str, Any]) -> str | None:
-        """Looks at a step's figures and adds to them what it sees; says it where the guard only warns."""
+        """Looks at a step's figures and adds to them what it sees; says it where the guard only warns. All processes
+        call it."""
         metrics["weight_norm"] = self._weight_norm()
-        verdict = guard.judge(self.history, step, metrics, self.settings.guard)
+        verdict = guard.of_all(
+            self.worker.gather_objects(guard.judge(self.history, step, metrics, self.settings.guard))
+        )
         self.history = verdict.history
         metrics |= verdict.figures
         if self.settings.guard.on != "warn":
