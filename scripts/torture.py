@@ -7,6 +7,13 @@ SIGKILL, SIGTERM or SIGINT goes to the parent, to one of its children, or to all
 runs until it is done. Weights, figures without times, and labels must be those of the undisturbed one, and nothing may
 be left over: no process, no temporary name, no checkpoint. Kill number n of a seed is always the same but for the
 machine's speed. Results are added to DIR/results.jsonl as they come; the same command goes on after the last of them.
+
+`database` is a loop of two rounds, its stages in its own process, whose store is on a PostgreSQL server that dies and
+is started again every 2 seconds (by SIGKILL to all its processes, or its own immediate shutdown, at random), from the
+moment that the loop has its store until it ends. The command is given once; labels and weights must be those of the
+quiet loop, whose store is a SQLite file. Only with `--only`, and where PostgreSQL is installed:
+
+    python scripts/torture.py --only database --kills 3
 """
 
 import argparse
@@ -35,7 +42,7 @@ import yaml  # noqa: E402
 from align.files import is_temporary  # noqa: E402
 from align.processes import processes_with  # noqa: E402
 from align.track import read_metrics  # noqa: E402
-from tests import test_load, test_loop, tiny  # noqa: E402
+from tests import databases, test_load, test_loop, tiny  # noqa: E402
 
 ALONE = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "WANDB_MODE": "disabled", "OMP_NUM_THREADS": "1"}
 MARK = "ALIGN_TORTURE"  # in the environment of all that is started
@@ -45,6 +52,7 @@ AGAIN = 0.3  # of the runs are killed a second time
 TIMES = ("seconds", "tokens_per_second", "peak_mib", "runtime", "per_second")
 TRIES = 4  # of the same command, until it must be done
 LIMIT = 900.0  # seconds that a command may take
+EVERY = 2.0  # seconds from one death of a database to the next
 PEOPLE, PAIRS = 3, 60
 
 
@@ -65,6 +73,7 @@ class Command:
     words: tuple[str, ...]
     folder: Path
     outcome: Callable[[], Any]
+    module: str = "align.cli"
 
 
 # --------------------------------------------------------------------------------------------------- what is killed
@@ -101,6 +110,10 @@ class World:
         values = {"model": {"base": str(self.base)}, "launch": "cpu", "output": str(folder / "out"), "stages": stages}
         return self._run(yaml.safe_dump(values, sort_keys=False), folder)
 
+    def database(self, folder: Path, **changes: Any) -> Command:
+        recipe = test_loop.recipe(self.base, self.data, folder, **changes)
+        return Command((recipe,), folder, lambda: _labels_and_weights(recipe, folder), "tests.helpers.loop_here")
+
     def loop(self, folder: Path) -> Command:
         recipe = test_loop.recipe(self.base, self.data, folder, num_rounds=1)
         return Command(("loop", recipe), folder, lambda: _labels_and_weights(recipe, folder))
@@ -119,11 +132,13 @@ class World:
             "two": lambda: self.stage("ppo", folder, launch="ddp"),
             "pipeline": lambda: self.pipeline(folder),
             "loop": lambda: self.loop(folder),
+            "database": lambda: self.database(folder),
         }
         return made[what]()
 
 
 KINDS = ("sft", "reward", "ppo", "two", "pipeline", "loop", "page")
+BY_NAME = ("database",)  # takes minutes each, and PostgreSQL
 
 
 def _weights_and_figures(folder: Path) -> dict[str, Any]:
@@ -150,7 +165,7 @@ def _labels_and_weights(recipe: str, folder: Path) -> dict[str, Any]:
 def start(command: Command, mark: str) -> subprocess.Popen[bytes]:
     """The command as a process group of its own, whose every process carries `mark`."""
     return subprocess.Popen(
-        [sys.executable, "-m", "align.cli", *command.words],
+        [sys.executable, "-m", command.module, *command.words],
         cwd=ROOT,
         env=os.environ | {MARK: mark},
         stdout=subprocess.DEVNULL,
@@ -271,6 +286,37 @@ def kill_page(number: int, world: World, rng: random.Random) -> Result:
     return Result(number, "page", f"{which.name} to parent at {moment:.1f} s", wrong)
 
 
+# ------------------------------------------------------------------------------------------------------ the database
+
+
+def kill_database(number: int, world: World, whole: dict[str, Any], rng: random.Random) -> Result:
+    """A loop runs to its end while its database dies every two seconds: what comes of it is that of the quiet one."""
+    folder, mark = world.work / f"kill-{number}", f"{os.getpid()}-{number}"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    server = databases.Server(databases.programs())
+    try:
+        command = world.database(folder, store=server.url(server.new_database()))
+        process = start(command, mark)
+        while process.poll() is None and not (folder / "loop" / "loop.json").exists():
+            time.sleep(0.01)
+        deaths, begun = 0, time.monotonic()
+        while process.poll() is None and time.monotonic() < begun + LIMIT:
+            deaths += 1
+            time.sleep(max(0.0, begun + deaths * EVERY - time.monotonic()))
+            server.restart(rng.choice((signal.SIGKILL, signal.SIGQUIT)))
+        seconds = time.monotonic() - begun
+        wrong = wait_until_gone(process, mark)
+        if process.returncode != 0:
+            wrong = wrong or f"it ends with code {process.returncode}: {_last_line(folder / 'stderr.txt')}"
+        wrong = wrong or _difference(whole, command.outcome()) or left_over(folder)
+    finally:
+        server.stop()
+    if not wrong:
+        shutil.rmtree(folder)
+    return Result(number, "database", f"{deaths} deaths in {seconds:.0f} s", wrong)
+
+
 # ------------------------------------------------------------------------------------------------------------- all
 
 
@@ -296,13 +342,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", default=",".join(KINDS), help=f"some of {','.join(KINDS)}")
+    names = ",".join((*KINDS, *BY_NAME))
+    parser.add_argument("--only", default=",".join(KINDS), help=f"some of {names}")
     parser.add_argument("--work", type=Path, help="a folder that is kept; else a temporary one")
     given = parser.parse_args()
     os.environ.update(ALONE | {"PYTHONPATH": str(ROOT)})
     kinds = given.only.split(",")
-    if unknown := set(kinds) - set(KINDS):
-        parser.error(f"--only: {', '.join(sorted(unknown))}: some of {','.join(KINDS)}")
+    if unknown := set(kinds) - {*KINDS, *BY_NAME}:
+        parser.error(f"--only: {', '.join(sorted(unknown))}: some of {names}")
+    if "database" in kinds and databases.programs() is None:
+        parser.error("--only database: PostgreSQL's programs are not installed (Debian's package `postgresql`)")
     with tempfile.TemporaryDirectory(prefix="torture-") as temporary:
         work = (given.work or Path(temporary)).resolve()
         work.mkdir(parents=True, exist_ok=True)
@@ -321,6 +370,8 @@ def torture(world: World, kinds: list[str], kills: int, seed: int) -> list[Resul
         what = kinds[number % len(kinds)]
         if what == "page":
             result = kill_page(number, world, rng)
+        elif what == "database":
+            result = kill_database(number, world, undisturbed(what, world)[0], rng)
         else:
             result = kill_one(number, what, world, *undisturbed(what, world), rng)
         results.append(result)

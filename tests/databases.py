@@ -12,6 +12,7 @@ import signal
 import subprocess
 import tempfile
 import time
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 
@@ -114,13 +115,19 @@ class Server:
         )
         self._wait()
 
-    def restart(self) -> None:
+    def restart(self, number: signal.Signals = signal.SIGQUIT) -> None:
         """Dies in the middle of whatever is under way, and comes back with what was committed."""
-        self.die()
+        self.die(number)
         self.start()
 
-    def die(self) -> None:
-        self._process.send_signal(signal.SIGQUIT)
+    def die(self, number: signal.Signals = signal.SIGQUIT) -> None:
+        """By PostgreSQL's own immediate shutdown, or SIGKILL to all its processes at once, as the kernel does it."""
+        pid = self._process.pid
+        served = Path(f"/proc/{pid}/task/{pid}/children").read_text().split() if number == signal.SIGKILL else []
+        self._process.send_signal(number)
+        for each in served:
+            with suppress(ProcessLookupError):
+                os.kill(int(each), signal.SIGKILL)
         self._process.wait(timeout=20)
 
     def _wait(self) -> None:

@@ -37,7 +37,6 @@ IS_FULL = os.environ.get("ALIGN_DAMAGE") == "full"
 SHARE, SHARE_OF_RUNS = 10, 20  # of the damages, one in so many is tried in the quick test; of those that train, fewer
 OTHER_JSON = b'{"name": "something else", "values": [1, 2, 3]}\n'
 pytestmark = pytest.mark.timeout(0 if IS_FULL else 300)
-PICTURES = (".png", ".html", ".md")  # nothing reads them
 TIMES = ("seconds", "tokens_per_second", "peak_mib", "runtime", "per_second")  # of figures that are no result
 
 # ------------------------------------------------------------------------------------------------------------ damages
@@ -54,6 +53,13 @@ def flipped(content: bytes) -> bytes:
     return content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :]
 
 
+def with_a_letter_turned(content: bytes) -> bytes:
+    """One letter of it is another: a word, a name or a key that is still one."""
+    letters = [m.start() for m in re.finditer(rb"(?<=[a-z ])[a-y](?=[a-z ])", content)]
+    at = letters[zlib.crc32(content) % len(letters)] if letters else len(content) // 3
+    return content[:at] + bytes([content[at] + 1 & 0xFF]) + content[at + 1 :]
+
+
 def cut_at_a_line(content: bytes) -> bytes:
     """Whole lines are gone from its end, as where a copy was broken off."""
     lines = content.splitlines(keepends=True)
@@ -65,6 +71,7 @@ DAMAGES: dict[str, Callable[[bytes], bytes | None]] = {
     "cut at a line": cut_at_a_line,
     "empty": lambda content: b"",
     "one byte flipped": flipped,
+    "a letter turned": with_a_letter_turned,
     "missing": lambda content: None,
     "garbage": lambda content: random.Random(0).randbytes(len(content) + 7),
     "not ours": lambda content: OTHER_JSON,
@@ -87,7 +94,7 @@ def damaged(path: Path, name: str) -> Iterator[bool]:
 
 
 def files_of(folder: Path) -> list[Path]:
-    return sorted(p for p in folder.rglob("*") if p.is_file() and p.suffix not in PICTURES and "wandb" not in p.parts)
+    return sorted(p for p in folder.rglob("*") if p.is_file() and "wandb" not in p.parts)
 
 
 def is_tried(*names: object, share: int = SHARE) -> bool:
@@ -236,6 +243,8 @@ class World:
     def make(self) -> None:
         for stage in ("ensemble", "ppo", "collect", "score", "evaluate"):
             tiny.run(self.settings(stage, self.folder / stage))
+        tiny.run(self.settings("sft", self.folder / "sft-full", **FULLY))
+        (self.folder / "sft" / "error.log").write_text("Traceback\n  of a run that failed before\n", encoding="utf-8")
         for stage, step in (("sft", 3), ("reward", 3), ("ppo", 2), ("ensemble", 3)):
             with killed_at(step):
                 tiny.run(self.settings(stage, self.folder / f"{stage}-killed"))
@@ -249,8 +258,10 @@ def world(base, data, runs, tmp_path_factory):
     return made
 
 
+FULLY = {"method": {"kind": "full"}}
 READERS = {  # a finished run -> the stages that read it
     "sft": ("ppo", "collect"),
+    "sft-full": ("collect",),
     "reward": ("ppo",),
     "ensemble": ("score",),
     "ppo": ("evaluate",),
@@ -264,7 +275,7 @@ READERS = {  # a finished run -> the stages that read it
 def test_a_finished_run(stage, world, tmp_path):
     """It is passed over, reported, merged, and read by the next stages."""
     run, tried, wrong = world.folder / stage, 0, []
-    own = world.settings(stage, run)
+    own = world.settings("sft", run, **FULLY) if stage == "sft-full" else world.settings(stage, run)
     page = report(run).read_bytes()
     merged = tmp_path / "merged"
 
@@ -282,7 +293,8 @@ def test_a_finished_run(stage, world, tmp_path):
     if stage in ("sft", "ppo"):
         commands["merge"] = (merging, merging())
     for reader in READERS[stage]:
-        commands[reader] = _reading(world, reader, tmp_path)
+        read = {"policies": {"sft": str(run)}} if stage == "sft-full" else {}
+        commands[reader] = _reading(world, reader, tmp_path, **read)
     for path in files_of(run):
         for name in DAMAGES:
             for command, (call, expected) in commands.items():
@@ -297,8 +309,8 @@ def test_a_finished_run(stage, world, tmp_path):
     assert align_run(own) == "finished"
 
 
-def _reading(world: World, reader: str, folder: Path) -> tuple[Callable[[], object], object]:
-    settings = world.settings(reader, folder / "next")
+def _reading(world: World, reader: str, folder: Path, **changes: object) -> tuple[Callable[[], object], object]:
+    settings = world.settings(reader, folder / "next", **changes)
 
     def call() -> object:
         try:
@@ -396,3 +408,32 @@ def test_a_loop(cut_loop, tmp_path):
                 shutil.copytree(kept, folder)
     assert not (found := [each for each in wrong if each]), "\n".join(found)
     assert tried
+
+
+def test_any_byte_of_a_loops_store(cut_loop, tmp_path):
+    """What is exported is what people said of the texts that they read, or one line says why not."""
+    _, folder = cut_loop
+    store, exported, wrong = folder / "store.db", tmp_path / "labels.jsonl", []
+    content, rng = store.read_bytes(), random.Random(0)
+
+    def export() -> object:
+        exported.unlink(missing_ok=True)
+        export_run(str(folder), str(exported), "labels")
+        return exported.read_bytes()
+
+    expected = export()
+    places = [at for at, byte in enumerate(content) if byte]  # most of the others are no part of it
+    refused = 0
+    for at in rng.sample(places, 2000 if IS_FULL else 40):
+        changed = bytearray(content)
+        changed[at] ^= 1 << rng.randrange(8)
+        store.write_bytes(changed)
+        found = check(export, expected, store, f"loop: store.db, byte {at} is {changed[at]}")
+        refused += not exported.is_file()
+        wrong += [found] if found else []
+        for name in ("store.db-wal", "store.db-shm"):
+            (folder / name).unlink(missing_ok=True)
+        store.write_bytes(content)
+    assert not wrong, "\n".join(wrong)
+    assert refused > 10
+    assert export() == expected

@@ -2,24 +2,39 @@
 
 import json
 import math
+import os
 import shutil
+import struct
+from functools import partial
 
 import pytest
 
 from align.artifact import checkpoints, read_manifest
-from align.errors import RunFailed
+from align.errors import Diverged, RunFailed
 from align.report import stage_page
 from align.settings import STAGES, Guard, PpoGuard
-from align.stages import guard
-from align.track import read_metrics
+from align.stages import guard, ppo_steps
+from align.stages.learner import Learner
+from align.track import Tracker, read_metrics
 from tests import tiny
+from tests.apart import run_apart
 
-CALM = {"weight_norm": 1.0, "grad_norm": 0.5, "loss": 2.0, "entropy": 1.0, "score_std": 0.4, "eos_share": 0.5}
+CALM = {
+    "weight_norm": 1.0,
+    "grad_norm": 0.5,
+    "grad_norm_policy": 0.5,
+    "loss": 2.0,
+    "value_loss": 2.0,
+    "entropy": 1.0,
+    "score_std": 0.4,
+    "eos_share": 0.5,
+}
+ALIKE = {"accuracy": 0.5, "margin": 0.0}  # of a reward model: looks wrong, and nothing explodes
 
 
 def judged(steps, settings, **also):
     """The verdicts on a run whose figures are those of CALM but for what each of `steps` changes."""
-    history, verdicts = guard.new_history(0, 1.0), []
+    history, verdicts = guard.new_history(0, 0.99), []
     for step, change in enumerate(steps, 1):
         verdicts.append(guard.judge(history, step, CALM | change, settings, **also))
         history = json.loads(json.dumps(verdicts[-1].history))  # as a checkpoint keeps it
@@ -33,7 +48,9 @@ def judged(steps, settings, **also):
         ("weight_norm", {"weight_norm": math.nan}, True),
         ("loss", {"loss": math.inf}, True),
         ("loss", {"loss": 21.0}, False),
+        ("value_loss", {"value_loss": 21.0}, False),
         ("grad_norm", {"grad_norm": 51.0}, False),
+        ("grad_norm_policy", {"grad_norm_policy": 51.0}, False),
         ("entropy", {"entropy": 0.001}, False),
         ("scores", {"score_std": 0.0}, False),
         ("scores", {"accuracy": 0.5, "margin": 0.0}, False),
@@ -50,26 +67,59 @@ def test_what_is_trouble_and_when(name, change, at_once):
     assert [bool(verdict.trouble) for verdict in verdicts] == [step >= first for step in range(9)]
     assert [bool(verdict.news) for verdict in verdicts] == [step == first for step in range(9)]
     assert guard.good(verdicts[-1].history) == 4  # step 5 was calm with the state after step 4
-    is_explosion = name in ("weight_norm", "loss", "grad_norm")
+    is_explosion = name in ("weight_norm", "loss", "value_loss", "grad_norm", "grad_norm_policy")
     assert guard.good(verdicts[-1].history, "sound") == (4 if is_explosion else 8)
 
 
 @pytest.mark.parametrize(
     "change",
     [
-        {"weight_norm": 9.0},
-        {"loss": 19.0, "grad_norm": 49.0},
-        {"entropy": 0.02, "score_std": 1e-6, "empty_share": 0.9, "same_share": 0.9, "eos_share": 0.1},
+        {"weight_norm": 10.0},
+        {"loss": 20.0, "grad_norm": 50.0},
+        {"entropy": 0.01, "score_std": 1e-6, "empty_share": 0.9, "same_share": 0.9, "eos_share": 0.1},
+        {"accuracy": 0.5, "margin": 1e-4},
     ],
 )
 def test_what_is_no_trouble(change):
     assert not any(verdict.seen for verdict in judged([{}] * 5 + [change] * 4, PpoGuard()))
 
 
+def test_a_reward_model_may_score_all_the_same_until_its_weights_have_moved():
+    """Figures are of the weights before their step, and a warm-up's first step has a rate of zero."""
+    steps = [ALIKE | {"weight_norm": norm} for norm in (0.99, 1.0, 1.01)]
+    assert [bool(verdict.seen) for verdict in judged(steps, Guard(patience=1))] == [False, False, True]
+
+
 def test_one_odd_step_is_no_trouble_and_does_not_become_usual():
     verdicts = judged([{}] * 4 + [{"loss": 100.0}, {}] * 4, Guard(patience=2))
     assert not any(verdict.trouble for verdict in verdicts) and sum("loss" in v.seen for v in verdicts) == 4
     assert set(verdicts[-1].history["recent"]["loss"]) == {2.0}
+
+
+def test_what_is_usual_is_the_median_of_the_last_20_steps():
+    """Two high ones do not move it, and what was longer ago does not hold it."""
+    few, many = ([{"loss": 1.0}] * 12 + [{"loss": 5.0}] * count for count in (2, 12))
+    assert judged([*few, {"loss": 11.0}], Guard())[-1].seen
+    assert not judged([*many, {"loss": 49.0}], Guard())[-1].seen
+    assert judged([*many, {"loss": 51.0}], Guard())[-1].seen
+
+
+def test_a_run_that_has_never_been_calm_goes_back_to_its_start():
+    history = judged([{"loss": math.nan}], Guard())[-1].history
+    assert guard.good(history) == guard.good(history, "sound") == 0
+
+
+def test_a_rollback_is_told_by_the_last_of_them():
+    done = [{"at": 5, "to": 3, "why": "one"}, {"at": 9, "to": 7, "why": "another"}]
+    said = guard.told(guard.new_history(0, 1.0) | {"rollbacks": done}, Guard(rate_factor=0.1))
+    assert said == "rolled back from step 9 to 7 (2 of 3), to 0.01 of the learning rate: another"
+
+
+def test_of_several_processes_the_one_that_sees_trouble_speaks():
+    calm, odd, bad = (
+        judged([{}, change], Guard())[-1] for change in ({}, {"loss": 1e9, "grad_norm": 1e9}, {"weight_norm": math.nan})
+    )
+    assert guard.of_all([calm, odd, bad]) is bad and guard.of_all([calm, odd]) is odd and guard.of_all([calm]) is calm
 
 
 def test_answers_that_never_ended_are_not_cut_off_all_at_once():
@@ -125,6 +175,8 @@ def test_a_run_that_diverges_goes_back_and_is_finished(stage, base, data, runs, 
     assert all(row["rollbacks"] == 1 for row in rows)
     rate = rows[0].get("learning_rate", rows[0].get("learning_rate_policy"))
     assert rate <= FAR_TOO_HIGH[stage] * 1.01e-5
+    if stage != "ppo":  # the weights are those of the start again, which the first step of a warm-up leaves as they are
+        assert rows[0]["weight_norm"] == pytest.approx(read_metrics(runs / stage)[0]["weight_norm"], rel=1e-3)
     assert "rolled back from step" in said(capsys)
     page = stage_page.page_of(tmp_path / stage)
     assert any("rolled back" in alarm for alarm in page.alarms)
@@ -164,7 +216,8 @@ def test_scores_that_are_all_the_same_stop_a_run_or_are_warned_of(base, data, ru
     with pytest.raises(RunFailed, match="stopped at step 3: for 3 steps all answers score the same; its last good sta"):
         run(values)
     run(recipe("ppo", base, data, runs, tmp_path / "warn", rewards=rewards, ppo=penalty))
-    assert said(capsys).count("warning: step 3: for 3 steps all answers score the same") == 1
+    told = said(capsys)
+    assert "warning: step 3: for 3 steps all answers score the same" in told and told.count("warning: step") == 1
     assert all("scores" in row["guard"] for row in read_metrics(tmp_path / "warn"))
     alarms = stage_page.page_of(tmp_path / "warn").alarms
     assert "the guard saw scores in 8 steps, first in 1 and last in 8" in alarms
@@ -223,20 +276,34 @@ FIGURES = (
 )
 
 
+def judging(history, step, figures, *args, judge=guard.judge, **kwargs):
+    """Something is wrong at step 5 of a run that has not gone back before."""
+    is_wrong = step == 5 and not history["rollbacks"]
+    return judge(history, step, figures | ({"weight_norm": math.nan} if is_wrong else {}), *args, **kwargs)
+
+
+def sampling(*args, calls, sample=ppo_steps.sample, **kwargs):
+    """Of the eighth batch the logits are no numbers."""
+    calls.append(True)
+    if len(calls) == 8:
+        raise Diverged("the policy's logits are not finite")
+    return sample(*args, **kwargs)
+
+
 @pytest.fixture
 def goes_wrong(monkeypatch):
-    """At step 5, unless it has gone back before."""
-    judge = guard.judge
-
-    def judging(history, step, figures, *args, **kwargs):
-        is_wrong = step == 5 and not history["rollbacks"]
-        return judge(history, step, figures | ({"weight_norm": math.nan} if is_wrong else {}), *args, **kwargs)
-
     monkeypatch.setattr(guard, "judge", judging)
 
 
+def goes_wrong_in_the_second():
+    if os.environ["RANK"] == "1":
+        guard.judge, ppo_steps.sample = judging, partial(sampling, calls=[])
+
+
 @pytest.mark.parametrize("stage", ["sft", "reward", "ppo"])
-def test_a_kill_while_going_back_changes_nothing(stage, base, data, runs, tmp_path, monkeypatch, goes_wrong):
+def test_a_kill_while_going_back_and_one_after_it_change_nothing(
+    stage, base, data, runs, tmp_path, monkeypatch, goes_wrong
+):
     lora = {"kind": "lora", "r": 4, "lora_dropout": 0.2}  # dropout: the generators' state matters
     changes = {"guard": {"on": "rollback"}} | ({} if stage == "ppo" else {"method": lora})
     run(recipe(stage, base, data, runs, tmp_path / "whole", **changes))
@@ -251,9 +318,17 @@ def test_a_kill_while_going_back_changes_nothing(stage, base, data, runs, tmp_pa
             deleted.append(path)
             raise Killed
 
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(shutil, "rmtree", killing_delete)
-        run(cut)
+    log = Tracker.log
+
+    def killing_log(self, step, metrics):
+        log(self, step, metrics)
+        if step == 7:  # when it has gone back
+            raise Killed
+
+    for where, name, kills in ((shutil, "rmtree", killing_delete), (Tracker, "log", killing_log)):
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            patch.setattr(where, name, kills)
+            run(cut)
     run(cut)
     assert tiny.largest_difference(tmp_path / "whole", tmp_path / "cut") == 0.0
     logged = [
@@ -267,17 +342,120 @@ def test_a_kill_while_going_back_changes_nothing(stage, base, data, runs, tmp_pa
     ] * 5
 
 
-def test_a_checkpoint_from_before_trouble_is_kept_while_the_figures_are_odd(base, data, runs, tmp_path, monkeypatch):
+def saved(folder):
+    return [int(path.name.rpartition("-")[2]) for path in sorted((folder / "checkpoints").glob("*-*"))]
+
+
+@pytest.mark.parametrize("stage", ["sft", "reward"])
+def test_checkpoints_from_before_trouble_are_kept_while_figures_are_odd(stage, base, data, runs, tmp_path, monkeypatch):
     judge, seen = guard.judge, []
 
-    def judging(history, step, figures, *args, **kwargs):
-        seen.append([path.name[-1] for path in checkpoints(tmp_path / "reward")])
-        return judge(history, step, figures | ({"loss": 1e9} if step >= 4 else {}), *args, **kwargs)
+    def odd(history, step, figures, *args, **kwargs):
+        seen.append(saved(tmp_path / stage))
+        wrong = (ALIKE if step >= 3 else {}) | ({"loss": 1e9} if step >= 5 else {})
+        return judge(history, step, figures | wrong, *args, **kwargs)
 
-    monkeypatch.setattr(guard, "judge", judging)
+    monkeypatch.setattr(guard, "judge", odd)
     with pytest.raises(
-        RunFailed, match="stopped at step 8: for 5 steps `loss` is .*step-00000002 is its last good state"
+        RunFailed, match="stopped at step 8: for 6 steps all answers score the same; .*[^0-9]0*1 is its"
     ):
-        run(recipe("reward", base, data, runs, tmp_path / "reward", guard={"on": "stop", "patience": 5}))
-    assert seen[-1] == ["2", "6", "7"]
-    assert [path.name for path in checkpoints(tmp_path / "reward")] == ["step-00000002"]
+        run(recipe(stage, base, data, runs, tmp_path / stage, guard={"on": "stop", "patience": 6}))
+    assert seen[-1] == [1, 3, 6, 7]  # the last that was calm, the last that was sound, and the newest
+    assert saved(tmp_path / stage) == [1]
+
+
+@pytest.mark.parametrize("stage", ["sft", "reward"])
+def test_a_gradient_that_is_no_number_goes_back_to_what_was_sound(stage, base, data, runs, tmp_path, monkeypatch):
+    judge, histories, steps = guard.judge, [], []
+    real = Learner._sum_gradients
+
+    def sums(self):
+        found = real(self)
+        steps.append(True)
+        if len(steps) != 6:
+            return found
+        for p in self.parameters:
+            p.grad.fill_(math.nan)
+        return math.nan
+
+    def alike(history, step, figures, *args, **kwargs):
+        histories.append(history)
+        return judge(history, step, figures | (ALIKE if step >= 3 else {}), *args, **kwargs)
+
+    monkeypatch.setattr(Learner, "_sum_gradients", sums)
+    monkeypatch.setattr(guard, "judge", alike)
+    run(recipe(stage, base, data, runs, tmp_path / stage, guard={"on": "rollback", "patience": 20}))
+    (event,) = read_manifest(tmp_path / stage)["rollbacks"]
+    assert (event["at"], event["to"]) == (6, 4) and "gradient" in event["why"]
+    after = histories[5]  # of step 5 again: all that was known after step 4 still is
+    assert {**histories[4], "rollbacks": [event]} == after and after["in_a_row"] == {"scores": 2}
+
+
+# ------------------------------------------------------------------------------------------------------- two processes
+
+
+@pytest.mark.parametrize("stage", ["sft", "ppo"])  # each has a loop of its own, and a reward model has SFT's
+def test_what_one_process_of_two_sees_takes_both_back(stage, base, data, runs, tmp_path, monkeypatch, goes_wrong):
+    monkeypatch.setattr(ppo_steps, "sample", partial(sampling, calls=[]))
+    changes = {"guard": {"on": "rollback"}}
+    run(recipe(stage, base, data, runs, tmp_path / "one", **changes))
+    two = recipe(stage, base, data, runs, tmp_path / "two", **changes)
+    if stage != "ppo":
+        two["train"]["per_device_train_batch_size"] //= 2
+    run_apart(two, tmp_path, goes_wrong_in_the_second)
+    events = [read_manifest(tmp_path / name)["rollbacks"] for name in ("one", "two")]
+    assert events[0] == events[1]
+    assert [(event["at"], event["to"]) for event in events[1]] == [(5, 3), *([(6, 4)] if stage == "ppo" else [])]
+    assert tiny.largest_difference(tmp_path / "one", tmp_path / "two") <= 1e-5
+    logged = [[row for row in read_metrics(tmp_path / name) if "weight_norm" in row] for name in ("one", "two")]
+    assert [row["step"] for row in logged[1]] == list(range(1, 9))
+    for one, other in zip(*logged, strict=True):
+        shared = [name for name in FIGURES if name in one]
+        assert [other[name] for name in shared] == pytest.approx([one[name] for name in shared], abs=1e-5)
+
+
+# --------------------------------------------------------------------------------------------------------------- wandb
+
+
+def rows_in_wandb(folder):
+    """What a run's offline record in wandb holds, in the order in which it was logged."""
+    import wandb
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    wandb.teardown()  # its own process writes the file, and is waited for
+    rows = []
+    for file in sorted(folder.glob("wandb/offline-run-*/*.wandb")):
+        for data in records_of(file.read_bytes()):
+            record = Record.FromString(data)
+            if record.WhichOneof("record_type") == "history":
+                items = record.history.item
+                rows.append({".".join(item.nested_key) or item.key: json.loads(item.value_json) for item in items})
+    return rows
+
+
+def records_of(log, block=32_768):
+    """Of a log as LevelDB writes it, after wandb's 7 bytes: a record that no block holds is in several pieces."""
+    at, whole = 7, b""
+    while at < len(log):
+        if block - at % block < 7:  # no room for a head: zeros
+            at += block - at % block
+            continue
+        _, size, piece = struct.unpack_from("<IHB", log, at)
+        whole += log[at + 7 : at + 7 + size]
+        at += 7 + size
+        if piece in (1, 4):  # the only one, or the last
+            yield whole
+            whole = b""
+
+
+def test_wandbs_own_count_of_steps_never_goes_back(base, data, runs, tmp_path, goes_wrong):
+    """It would drop what comes with a smaller one; the run's own steps are a figure, and the axis of all others."""
+    track = {"wandb_project": "tiny", "wandb_mode": "offline"}
+    run(recipe("reward", base, data, runs, tmp_path / "reward", guard={"on": "rollback"}, track=track))
+    rows = rows_in_wandb(tmp_path / "reward")
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 4, 5, 6, 7, 8]
+    assert [row["_step"] for row in rows] == list(range(10))
+    assert [row.get("rollbacks", 0) for row in rows] == [0] * 5 + [1] * 5
+    last = {row["step"]: row for row in rows}
+    for row in read_metrics(tmp_path / "reward"):
+        assert {name: last[row["step"]][name] for name in row} == row

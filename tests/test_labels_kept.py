@@ -18,7 +18,7 @@ from align.feedback.database import KEPT, LOOP, MARK, SUM, StoreFailed, read_loo
 from align.feedback.exchange import export_run, import_run
 from align.feedback.kept import at_work_on, copied_while_open, open_store
 from align.feedback.queue import Queue
-from align.feedback.rows import NewLabel
+from align.feedback.rows import NewLabel, recount
 from align.feedback.store import Store
 from align.loop.keeping import RECIPE, backup, keep, restore
 from align.loop.rounds import load_loop
@@ -130,7 +130,9 @@ def older_but_fuller(loop):
     """As many labels as there were, but others: those of a store that was put back and labelled again."""
     store = Store(loop.store)
     with store.writing() as session:
-        session.execute(text("DELETE FROM labels WHERE id = (SELECT max(id) FROM labels)"))
+        last = session.execute(text("SELECT comparison_id FROM labels ORDER BY id DESC LIMIT 1")).scalar()
+        session.execute(text("DELETE FROM labels WHERE comparison_id = :last"), {"last": last})
+        recount(session.connection(), [last])
     label_some(store, 3, round_=1)
     store.close()
 
@@ -140,6 +142,16 @@ def with_an_answer_turned(loop):
     with store.writing() as session:
         session.execute(text("UPDATE labels SET outcome = 'b' WHERE id = 2"))
     store.close()
+
+
+def with_a_text_changed(loop):
+    """A letter of an answer that a label is of, on the disk."""
+    store = Store(loop.store)
+    (told,) = [pair.b.encode() for pair in store.pairs() if pair.id == 3]
+    store.close()
+    content = Path(loop.store).read_bytes()
+    assert content.count(told) == 1
+    Path(loop.store).write_bytes(content.replace(told, told.replace(b"answer", b"answex")))
 
 
 def garbage(loop):
@@ -154,7 +166,8 @@ LOST = {
     of_another: "belongs to another loop",
     older: "is an older one, or was changed: it holds 4 labels of people and 1 finished steps",
     older_but_fuller: "is an older one, or was changed",
-    with_an_answer_turned: "is an older one, or was changed",
+    with_an_answer_turned: "is damaged: row 2 of `labels` is not what was written. Bring store-",
+    with_a_text_changed: "is damaged: row 6 of `candidates` is not what was written. Bring store-",
     garbage: "cannot be opened",
 }
 
@@ -452,6 +465,12 @@ def test_a_damaged_store_is_never_copied_over_the_good_copies(begun):
         keep_copy(store, begun.out, "store")
     store.close()
     assert files(begun.out / "backups") == before
+    with pytest.raises(BadInput, match=r"is damaged: .*Bring store-00000\d.db back, .*: align feedback restore"):
+        open_store(begun.out)
+    assert "4 labels of people" in restore(str(begun.out))
+    store = open_store(begun.out)
+    assert len(store.labels()) == 4
+    store.close()
 
 
 @pytest.mark.parametrize("what", ["text", "of another version", "missing", "no store"])

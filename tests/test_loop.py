@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import random
+import shutil
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import yaml
 from sqlalchemy import func, select
 
 from align import locks
-from align.artifact import read_lines, read_manifest
+from align.artifact import MANIFEST, read_lines, read_manifest, recipe_of, which_run, write_manifest
 from align.errors import BadInput
 from align.feedback import schema
 from align.feedback.alarms import policy_to_keep
@@ -89,13 +90,37 @@ def in_process(settings, path: Path):
     return 0, ""
 
 
+def taken_over(old: Path, new: Path):
+    """Starts the stages of a loop in `new`: what their recipes and all files of the round came to in `old`, where they
+    must have been the same, is copied. For what is no matter of training: a loop is done in a tenth of the time."""
+
+    def as_in_old(text):
+        return text.replace(str(new), str(old))
+
+    def start(settings, path):
+        ran = Path(as_in_old(settings.output))
+        assert json.loads(as_in_old(json.dumps(recipe_of(settings)))) == read_manifest(ran)["recipe"]
+        for file in (new / "loop").rglob("*.jsonl"):
+            assert as_in_old(file.read_text()) == Path(as_in_old(str(file))).read_text(), file
+        shutil.copytree(ran, settings.output)
+        for file in Path(settings.output).rglob(MANIFEST):
+            values = json.loads(json.dumps(read_manifest(file.parent)).replace(str(old), str(new)))
+            parents = {k: parent | {"manifest": which_run(parent["path"])} for k, parent in values["parents"].items()}
+            write_manifest(file.parent, values | {"parents": parents})
+        return 0, ""
+
+    return start
+
+
 def state(loop, folder):
     """Everything that the store holds but moments, and a hash of every run's weights, without the folder's own name."""
     store = Store(loop.store)
     found = {}
     with store.reading() as session:
         for table in schema.Base.metadata.sorted_tables:
-            columns = [c for c in table.columns if c.name not in ("created", "finished", "token_hash", "expires")]
+            columns = [
+                c for c in table.columns if c.name not in ("created", "finished", "token_hash", "expires", "digest")
+            ]
             rows = session.execute(select(*columns)).all()  # as tuples: a row's own repr cuts long texts
             found[table.name] = json.loads(
                 json.dumps(sorted(repr(tuple(row)) for row in rows)).replace(str(folder), ".")
@@ -549,7 +574,7 @@ def test_a_loop_whose_database_dies_again_and_again_ends_as_the_quiet_one(
 ):
     store = own_server.url(own_server.new_database())
     loop = load_loop(recipe(base, data, tmp_path, store=store))
-    assert run_loop(loop, in_process) == 0
+    assert run_loop(loop, taken_over(finished[1], tmp_path)) == 0
     said = capsys.readouterr().out
     assert len(dying) >= 8
     assert said.count("waiting for it up to 10 minutes") == said.count("the store answers again") >= 4

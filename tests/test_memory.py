@@ -4,17 +4,19 @@
 pass, or both. One run meets a real limit.
 """
 
+import importlib
 import os
 import random
 import re
-import subprocess
+import resource
 import sys
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
-import yaml
 
 from align import entry
 from align.artifact import read_lines, read_manifest
@@ -23,11 +25,12 @@ from align.errors import RunFailed
 from align.files import write_lines
 from align.maths import products
 from align.models import attention, backoff, methods
-from align.models.backoff import Phase, halving, in_passes, is_out_of_memory
+from align.models.backoff import Phase, halving, in_passes, is_out_of_memory, or_else
 from align.models.layout import Tree, passes_of
 from align.models.merging import merge
 from align.models.roles import Bases
 from align.models.scoring import score_sequences
+from align.report import curves  # noqa: F401  # loaded before room is scarce
 from align.rewards import classifiers
 from align.rewards.judge import Question, build_judge
 from align.rewards.learned import learned
@@ -47,13 +50,12 @@ from align.settings import (
     ScoreSettings,
 )
 from align.stages.score import prompt_embeddings
-from align.track import read_metrics
+from align.track import Tracker, read_metrics
 from tests import tiny
+from tests.apart import run_apart
 from tests.memory import Memory
 from tests.test_classifiers import encoder
 
-ROOT = Path(__file__).resolve().parents[1]
-TIMEOUT = 240  # seconds
 PROMPT = [{"role": "user", "content": "please give me a red cup"}]
 
 
@@ -97,7 +99,10 @@ def test_what_is_no_error_of_memory_passes_through():
 
 OURS = [
     MemoryError(),
-    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+    torch.OutOfMemoryError(
+        "CUDA out of memory. Tried to allocate 2.00 GiB. If reserved but unallocated memory is large try setting "
+        "PYTORCH_ALLOC_CONF=expandable_segments:True to avoid fragmentation."
+    ),
     RuntimeError(
         "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to "
         "allocate 17179869184 bytes. Error code 12 (Cannot allocate memory)"
@@ -113,11 +118,14 @@ OURS = [
     RuntimeError("std::bad_alloc"),
     RuntimeError("could not create a memory object"),
     RuntimeError("could not create a primitive"),
+    RuntimeError("could not execute a primitive"),
     OSError(12, "Cannot allocate memory"),
+    ImportError("libtheirs.so: failed to map segment from shared object"),
 ]
 OTHERS = [
     RuntimeError("mat1 and mat2 shapes cannot be multiplied"),
     OSError(28, "No space left on device"),
+    ImportError("libtheirs.so: cannot open shared object file"),
     RuntimeError("could not create a primitive descriptor for a convolution"),
     RunFailed("bad_alloc"),
 ]
@@ -166,8 +174,42 @@ def test_half_that_would_make_the_same_passes_is_not_tried():
     assert made == [4, 2, 1, 1, 1, 1]
 
 
-def test_a_row_that_does_not_fit_alone_is_one_line():
+def test_what_a_failed_attempt_has_left_is_taken_back():
+    sums = [7.0]  # of something before
+
     def work(numbers):
+        if len(numbers) > 2:
+            raise MemoryError
+        if 3 in numbers and len(numbers) > 1:  # in the middle of the passes
+            raise MemoryError
+        sums[0] += sum(numbers)
+
+    def split(size):
+        return [list(range(4))[at : at + size] for at in range(0, 4, size)]
+
+    in_passes(Phase("here"), 4, split, work, undo=lambda: sums.__setitem__(0, 0.0))
+    assert sums == [6.0]
+
+
+def test_another_way_is_taken_for_the_rest_of_the_run(capsys):
+    tried = []
+
+    def fails(error):
+        tried.append(error)
+        raise error
+
+    phase = Phase("in a test", "some.key")  # of which no size is told
+    assert [or_else(phase, partial(fails, MemoryError()), 7, "another way") for _ in range(2)] == [7, 7]
+    assert len(tried) == 1 and capsys.readouterr().err == "out of memory in a test: another way, from here on\n"
+    with pytest.raises(ValueError, match="no"):
+        or_else(Phase("there"), partial(fails, ValueError("no")), 7, "another way")
+
+
+def test_a_row_that_does_not_fit_alone_is_one_line():
+    tried = []
+
+    def work(numbers):
+        tried.append(numbers)
         raise OURS[2]
 
     def split(max_tokens):
@@ -175,12 +217,15 @@ def test_a_row_that_does_not_fit_alone_is_one_line():
 
     with pytest.raises(RunFailed) as failed:
         in_passes(Phase("here", "a.key", "lower `max_length`"), 4096, split, work)
+    assert tried == [[0]]  # smaller passes would be no help
     assert str(failed.value) == (
         "out of memory here, with one row alone (DefaultCPUAllocator: can't allocate memory: you tried to allocate "
         "17179869184 bytes. Error code 12 (Cannot allocate memory)): lower `max_length`"
     )
+    sizes = []
     with pytest.raises(RunFailed, match=r"with one row alone \(MemoryError\)"):
-        halving(Phase("here"), 1, lambda size: [0] * (1 << 60))
+        halving(Phase("here"), 1, lambda size: sizes.append(size) or [0] * (1 << 60))
+    assert sizes == [1]
 
 
 def test_what_is_done_in_one_piece_is_one_line(monkeypatch):
@@ -192,7 +237,10 @@ def test_what_is_done_in_one_piece_is_one_line(monkeypatch):
         raise OURS[1]
 
     monkeypatch.setattr(entry, "runner", runner)
-    with pytest.raises(RunFailed, match=r"^out of memory \(CUDA out of memory. Tried .*`model.load_in`.*checkpoint$"):
+    with pytest.raises(
+        RunFailed,
+        match=r"^out of memory \(CUDA out of memory. Tried to allocate 2.00 GiB\.\) .*`model.load_in`.*checkpoint$",
+    ):
         entry._run(SimpleNamespace(seed=0), worker)
     assert ended
 
@@ -500,32 +548,36 @@ def test_evaluate_goes_on(base, data, runs, tmp_path, capsys):
 # ------------------------------------------------------------------------------------------------- processes and limits
 
 
+def little_in_the_second():
+    if os.environ["RANK"] == "1":
+        Memory(sampling=12, reading=66, training=40).__enter__()
+
+
 def test_one_process_of_two_may_have_less(base, data, runs, tmp_path):
-    """The user's own file is what both load; in the second it leaves no room."""
     steps = ppo(base, data, tmp_path, num_iterations=1, sampling_batch_size=8)
     whole = started("ppo", base, data, runs, tmp_path / "whole", ppo=steps)
-    (tmp_path / "own.py").write_text(
-        "import os\n"
-        "from tests.memory import Memory\n"
-        "if os.environ.get('RANK') == '1':\n    Memory(sampling=12, reading=66, training=40).__enter__()\n"
-        "def nothing(completions, **kw):\n    return [0.0] * len(completions)\n"
-    )
     values = tiny.recipe("ppo", base, data, tmp_path / "ppo", ppo=steps)
-    values["rewards"].append({"use": f"{tmp_path}/own.py:nothing"})
-    path = tmp_path / "ppo.yaml"
-    text = yaml.safe_dump(values | {"launch": "ddp"})
     for name in ("sft", "reward"):
-        text = text.replace(str(tmp_path / name), str(runs / name))
-    path.write_text(text)
-    done = subprocess.run(
-        [sys.executable, "-m", "align.cli", "run", str(path)], cwd=ROOT, capture_output=True, text=True,
-        env=os.environ | {"PYTHONPATH": str(ROOT)}, timeout=TIMEOUT,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
+        (tmp_path / name).symlink_to(runs / name)
+    told = run_apart(values, tmp_path, little_in_the_second)
     assert tiny.largest_difference(whole, tmp_path / "ppo") < 1e-4
-    said = [line for line in done.stderr.splitlines() if "out of memory" in line]
-    assert said and all(line.startswith("process 1: out of memory ") for line in said)
-    assert any("in the update" in line for line in said)
+    said = [[line for line in each.splitlines() if "out of memory" in line] for each in told]
+    assert said[1] and not said[0] and all(line.startswith("process 1: out of memory ") for line in said[1])
+    assert any("in the update" in line for line in said[1])
+
+
+def little_room(mib=64, begin=Tracker.__init__):
+    """So many MiB of addresses once all is loaded."""
+    np.linalg.inv(np.eye(300))  # OpenBLAS takes its room once, and what is loaded later would need some
+    importlib.import_module("matplotlib.backends.backend_agg")
+
+    def limit(self, *args, **kwargs):
+        begin(self, *args, **kwargs)
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        room = pages * resource.getpagesize() + mib * 2**20
+        resource.setrlimit(resource.RLIMIT_AS, (room, room))
+
+    Tracker.__init__ = limit
 
 
 def test_a_real_limit_is_met(base, tmp_path):
@@ -533,7 +585,7 @@ def test_a_real_limit_is_met(base, tmp_path):
     if not sys.platform.startswith("linux"):
         pytest.skip("RLIMIT_AS is Linux's to keep")
     rng = random.Random(0)
-    texts = (" ".join(rng.choices(tiny.WORDS, k=90)) for _ in range(256))
+    texts = (" ".join(rng.choices(tiny.WORDS, k=90)) for _ in range(192))
     turns = ([{"role": "assistant", "content": text}] for text in texts)
     rows = [{"prompt": PROMPT, "chosen": chosen, "rejected": next(turns)} for chosen in turns]
     write_lines(tmp_path / "pairs.jsonl", rows)
@@ -543,12 +595,7 @@ def test_a_real_limit_is_met(base, tmp_path):
         values = tiny.recipe("reward", base, tmp_path, tmp_path / name, train=train, max_length=128)
         return values | {"data": {"train": str(tmp_path / "pairs.jsonl")}}
 
-    (tmp_path / "found.yaml").write_text(yaml.safe_dump(made("found")))
-    done = subprocess.run(
-        [sys.executable, "tests/helpers/little_memory.py", "100", str(tmp_path / "found.yaml")], cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": str(ROOT)}, timeout=TIMEOUT, capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stderr.startswith("out of memory in training: "), done.stderr
+    (said,) = run_apart(made("found"), tmp_path, little_room, processes=1)
+    assert said.count("out of memory in training: ") == 1, said
     tiny.run(STAGES["reward"](**made("whole")))
     assert tiny.largest_difference(tmp_path / "whole", tmp_path / "found") < 1e-4

@@ -483,3 +483,13 @@ def test_a_restart_says_how_to_come_in_again_and_tells_no_link_twice(tmp_path, m
     assert last[1] == f"  align label '{run}' --add 'd?[31m'"
     for line in (*first, *more, *last):  # the command as it was told works, and makes another link
         assert line.count("/enter#") == ("http" in line and "labelling" not in line)
+
+
+def test_a_text_that_was_damaged_is_shown_to_nobody(page):
+    ada = page.person("Ada")
+    assert items(ada)
+    with page.store.connection(writes=True) as connection:
+        connection.exec_driver_sql("UPDATE candidates SET text = 'Second 0' WHERE text = 'second 0'")
+    response = ada.post("/api/next", json={})
+    error_of(response, 500)
+    assert "damaged" in response.json()["error"] and "Retry-After" not in response.headers

@@ -262,7 +262,7 @@ def test_a_store_of_another_version_is_refused_and_left_as_it_is(url, store):
     with store.writing() as session:
         session.get_one(Fact, "version").value = "999"
     for create in (False, True):
-        assert "version 999, and this align's are 2" in refused(url, create=create)
+        assert "version 999, and this align's are 3" in refused(url, create=create)
 
 
 def test_a_file_that_is_not_there(tmp_path):

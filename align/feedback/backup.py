@@ -62,8 +62,8 @@ def export_labels(store: Store, path: str | Path) -> Moved:
         .order_by(Label.id)
         .execution_options(yield_per=500)
     )
-    with store.reading() as session:
-        return Moved(write_lines(Path(path), (_line(*row) for row in session.execute(query))))
+    with store.reading() as session, session.execute(query) as rows:
+        return Moved(write_lines(Path(path), (_line(*row) for row in rows)))
 
 
 def _line(

@@ -20,8 +20,10 @@ from sqlalchemy.orm import Session
 from sqlalchemy.pool import NullPool
 
 from align.errors import BadInput, RunFailed
-from align.feedback.database import MARK
-from align.feedback.schema import VERSION, Annotator, Base, Fact, Label, Lease, Step
+from align.feedback.database import MARK, StoreFailed
+from align.feedback.digests import DamagedRow
+from align.feedback.rows import check_rows
+from align.feedback.schema import UNSEALED, VERSION, Annotator, Base, Fact, Label, Lease, Step
 from align.feedback.store import Store
 from align.files import write_atomically
 from align.wording import one_line
@@ -56,7 +58,10 @@ class Extent:
 def extent_of(session: Session) -> Extent:
     """How far the store is that this session reads."""
     key, labels, digest = _labels_of(session)
-    last = session.scalars(select(Step).order_by(Step.finished.desc(), Step.round.desc()).limit(1)).first()
+    # by its columns, which earlier versions have too
+    last = session.execute(
+        select(Step.name, Step.round).order_by(Step.finished.desc(), Step.round.desc()).limit(1)
+    ).first()
     return Extent(
         steps=session.scalar(select(func.count()).select_from(Step)) or 0,
         step="" if last is None else f"`{last.name}` of round {last.round}",
@@ -91,18 +96,18 @@ def has_all(session: Session, then: Extent) -> bool:
 # --------------------------------------------------------------------------------------------------- making a copy
 
 
-def make_copy(store: Store, path: Path) -> None:
+def make_copy(store: Store, path: Path, *, is_checked: bool = True) -> None:
     """Writes the store as it is at one moment to a SQLite file, atomically, whoever writes to it meanwhile. For its
     owner alone: it has hashes of sign-in links.
 
     Raises:
-        RunFailed: the store is damaged; nothing was written.
+        RunFailed: the store is damaged, as far as that is checked; nothing was written.
     """
 
     def write(temporary: Path) -> None:
         temporary.touch(mode=0o600)
         _copy_pages(store, temporary) if store.is_sqlite else _copy_rows(store, temporary)
-        if fault := fault_of(temporary, "quick_check"):
+        if is_checked and (fault := fault_of(temporary, "quick_check") or _fault_of_rows(temporary)):
             raise _damaged(store, fault)
 
     write_atomically(path, write)
@@ -135,7 +140,11 @@ def _fill(target: Connection, source: Connection) -> None:
     """All rows of one database into another's empty tables, in the order that their keys ask for."""
     for table in Base.metadata.sorted_tables:
         if table.name != PASSING:
-            query = select(table).order_by(*table.primary_key).execution_options(yield_per=500)
+            there = {
+                column["name"] for column in inspect(source).get_columns(table.name)
+            }  # an earlier version has less
+            columns = [column for column in table.columns if column.name in there]
+            query = select(*columns).order_by(*table.primary_key).execution_options(yield_per=500)
             with source.execute(query) as rows:
                 for part in rows.mappings().partitions():
                     target.execute(insert(table), [dict(row) for row in part])
@@ -165,12 +174,14 @@ def read_copy(path: Path, *, is_checked: bool = True) -> Copy:
     try:
         with Session(_reading(path)) as session:
             facts = {} if fault else _facts(session)
-            if facts.get("version") == str(VERSION):
+            version = facts.get("version", "none")
+            if is_checked and version == str(VERSION):
+                fault = _fault_of_rows(path)
+            if not fault and version in (str(UNSEALED), str(VERSION)):
                 return Copy(path, facts.get(MARK), extent_of(session))
-            have = f"it holds tables of version {facts.get('version', 'none')}, and this align's are {VERSION}"
-            fault = fault or have
-    except DBAPIError as error:
-        fault = one_line(error.orig)
+            fault = fault or f"it holds tables of version {version}, and this align's are {VERSION}"
+    except (DBAPIError, DamagedRow) as error:
+        fault = _said(error)
     raise BadInput(f"{path} cannot be brought back ({fault}); name another copy")
 
 
@@ -191,8 +202,34 @@ def fault_of(path: Path, check: str = "integrity_check") -> str:
         with _reading(path).connect() as connection:
             found = connection.execute(text(f"PRAGMA {check}(1)")).scalar()
     except DBAPIError as error:
-        return one_line(error.orig)
+        return _said(error)
     return "" if found == "ok" else one_line(found)
+
+
+def fault_of_pages(store: Store) -> str:
+    """What SQLite finds wrong with the file of a store that is open; empty where it is whole, or a server's."""
+    if not store.is_sqlite:
+        return ""
+    try:
+        with store.connection(writes=False) as connection:
+            found = connection.exec_driver_sql("PRAGMA quick_check(1)").scalar()
+    except StoreFailed as error:
+        return str(error)
+    return "" if found == "ok" else one_line(found)
+
+
+def _fault_of_rows(path: Path) -> str:
+    """Which row of a whole file is not what was written; empty where all are."""
+    try:
+        with Session(_reading(path)) as session:
+            check_rows(session)
+    except (DBAPIError, DamagedRow) as error:
+        return _said(error)
+    return ""
+
+
+def _said(error: DBAPIError | DamagedRow) -> str:
+    return one_line(error.orig if isinstance(error, DBAPIError) else error)
 
 
 # ------------------------------------------------------------------------------------------- those of a loop's folder
@@ -243,12 +280,13 @@ def bring_back(copy: Copy, store: Store, aside: Path | None) -> None:
     """
     with store.writing() as session, _reading(copy.path).connect() as source:
         if aside is not None:
-            make_copy(store, aside)  # as it was committed: the other writers wait
+            make_copy(store, aside, is_checked=False)  # as it was committed: the other writers wait
         target = session.connection()
         for table in reversed(Base.metadata.sorted_tables):
             target.execute(delete(table))
         _fill(target, source)
         target.execute(update(Annotator).values(token_hash=None))
+        session.get_one(Fact, "version").value = str(VERSION)  # rows of an earlier one have got their digests
 
 
 def replaced_path(folder: Path, stem: str) -> Path:

@@ -49,6 +49,14 @@ class Away(StoreFailed):
     """Its server does not answer, or has ended the connection: it may be back."""
 
 
+class StoreDamaged(StoreFailed):
+    """Something in it is not what was written. `fault` says what, without the cure."""
+
+    def __init__(self, store: str, what: str):
+        self.fault = f"the store {store} is damaged: {what}"
+        super().__init__(f"{self.fault}; bring a copy back: align feedback restore, with the loop's folder or recipe")
+
+
 class CannotOpen(BadInput):
     """A store cannot be opened."""
 
@@ -198,6 +206,11 @@ def is_failure(error: SQLAlchemyError) -> bool:
     """Whether the database failed, or is too busy, and not what it was asked."""
     is_known = isinstance(error, OperationalError | InterfaceError | AllInUse) or type(error) is DatabaseError
     return is_known or (isinstance(error, DBAPIError) and error.connection_invalidated)
+
+
+def is_damage(cause: object) -> bool:
+    """Whether SQLite finds its file, or a text in it, damaged: it says so of nothing but the file."""
+    return type(cause) is sqlite3.DatabaseError or str(cause).startswith("Could not decode to UTF-8")
 
 
 def _patience(url: URL) -> dict[str, Any]:

@@ -19,7 +19,19 @@ from sqlalchemy.exc import DBAPIError
 
 from align.errors import BadInput, RunFailed
 from align.feedback.copies import BACKUPS, Extent, extent_of, has_all, keep_copy, newest_copy
-from align.feedback.database import KEPT, LOOP, MARK, NoStore, file_of, read_loop, shown, store_of, store_url
+from align.feedback.database import (
+    KEPT,
+    LOOP,
+    MARK,
+    NoStore,
+    StoreDamaged,
+    file_of,
+    read_loop,
+    shown,
+    store_of,
+    store_url,
+)
+from align.feedback.rows import check_rows
 from align.feedback.schema import Label
 from align.feedback.store import Store
 from align.locks import at_work_in
@@ -78,7 +90,11 @@ def open_store(run: str | Path, *, create: bool = False, named: str | None = Non
     """
     home = home_of(run, named)
     told = read_loop(home.folder) if home.is_loop and home.folder is not None else {}
-    return open_home(home, told) or Store(home.where, create=create)
+    store = open_home(home, told)
+    if store is None:
+        store = Store(home.where, create=create)
+        _check_rows(store, lambda: f"Bring a copy back: {home.command('restore')} FILE")
+    return store
 
 
 def open_home(home: Home, told: Mapping[str, Any]) -> Store | None:
@@ -97,6 +113,7 @@ def open_home(home: Home, told: Mapping[str, Any]) -> Store | None:
         if file_of(store_url(home.where)) is None:
             raise  # a server that does not answer has not lost anything
         raise BadInput(f"{error}; {_cure(home, told)}") from None
+    _check_rows(store, lambda: _cure(home, told))
     try:
         if fault := _fault(store, home, told):
             raise _refused(home, told, fault)
@@ -104,6 +121,18 @@ def open_home(home: Home, told: Mapping[str, Any]) -> Store | None:
         store.close()
         raise
     return store
+
+
+def _check_rows(store: Store, cure: Callable[[], str]) -> None:
+    """Closes the store and raises BadInput unless all of its rows are what was written."""
+    try:
+        with store.reading() as session:
+            check_rows(session)
+    except BaseException as error:
+        store.close()
+        if isinstance(error, StoreDamaged):
+            raise BadInput(f"{error.fault}. {cure()}") from None
+        raise
 
 
 def _has_begun(home: Home, told: Mapping[str, Any]) -> bool:

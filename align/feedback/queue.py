@@ -118,7 +118,7 @@ class Queue:
             found += [item for item in due if item not in found][: count - len(found)]
         self._lease(connection, annotator_id, found, moment)
         rows = connection.execute(queries.PAIRS, {"ids": [comparison_id for comparison_id, _ in found]})
-        pairs = {row.id: pair_of(row) for row in rows}
+        pairs = {pair.id: pair for pair in map(pair_of, rows)}
         return [Task(pairs[c], shown_order(c, annotator_id, is_reask), is_reask) for c, is_reask in found]
 
     def heartbeat(self, annotator_id: int, comparison_ids: list[int], *, at: datetime | None = None) -> list[int]:

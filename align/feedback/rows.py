@@ -8,10 +8,12 @@ from datetime import datetime
 from itertools import count
 from typing import Any
 
-from sqlalchemy import Connection, Select, bindparam, func, select, update
+from sqlalchemy import Connection, Select, Table, bindparam, func, select, text, update
 from sqlalchemy.orm import Session, aliased
 
+from align.feedback.digests import DamagedRow, Sealed, check_row
 from align.feedback.schema import WITHDRAWN, Annotator, Candidate, Comparison, Label, Prompt
+from align.wording import one_line
 
 Numbered = Prompt | Candidate | Comparison | Annotator | Label
 CHUNK = 1000  # values of one IN
@@ -99,29 +101,61 @@ def recount(connection: Connection, comparison_ids: Collection[int]) -> None:
 
 
 def pair_query() -> Select[Any]:
-    """The columns of comparisons that a pair has, their prompts' `content`, and the texts `a` and `b`."""
-    a, b = aliased(Candidate), aliased(Candidate)
+    """The rows that a pair is made of, side by side; a column `name` of a part is `part.name`."""
+    rows = (Comparison, Prompt, aliased(Candidate), aliased(Candidate))
+    columns = [
+        getattr(row, column.name).label(f"{part}.{column.name}")
+        for (part, table), row in zip(_PARTS.items(), rows, strict=True)
+        for column in table.columns
+    ]
+    comparison, prompt, a, b = rows
     return (
-        select(
-            *(getattr(Comparison, name) for name in _OF_COMPARISON),
-            Prompt.content,
-            a.text.label("a"),
-            b.text.label("b"),
-        )
-        .join_from(Comparison, Prompt, Prompt.id == Comparison.prompt_id)
-        .join(a, a.id == Comparison.a_id)
-        .join(b, b.id == Comparison.b_id)
+        select(*columns)
+        .join_from(comparison, prompt, prompt.id == comparison.prompt_id)
+        .join(a, a.id == comparison.a_id)
+        .join(b, b.id == comparison.b_id)
     )
 
 
 def pair_of(row: Any) -> Pair:
-    """A row of `pair_query` as a plain value."""
-    values = dict(row._mapping)
-    content, margins = values.pop("content"), values.pop("margins")
-    columns = content["columns"]
+    """A row of `pair_query` as a plain value.
+
+    Raises:
+        DamagedRow: part of it is not what was written.
+    """
+    values: dict[str, dict[str, Any]] = {part: {} for part in _PARTS}
+    for label, value in row._mapping.items():
+        part, _, name = label.partition(".")
+        values[part][name] = value
+    for part, table in _PARTS.items():
+        check_row(table, values[part])
+    own, content = {name: values["comparison"][name] for name in _OF_COMPARISON}, values["prompt"]["content"]
+    margins = own.pop("margins")
     return Pair(
-        **values, prompt=content["prompt"], columns=columns, margins=None if margins is None else tuple(margins)
+        **own,
+        prompt=content["prompt"],
+        columns=content["columns"],
+        a=values["a"]["text"],
+        b=values["b"]["text"],
+        margins=None if margins is None else tuple(margins),
     )
+
+
+def check_rows(session: Session) -> None:
+    """Raises DamagedRow unless all that a store holds is what was written, and nothing of it is missing."""
+    if session.get_bind().dialect.name == "sqlite":  # a row that has lost its place is found by no join
+        found = session.execute(text("PRAGMA quick_check(1)")).scalar()
+        if found != "ok":
+            raise DamagedRow(one_line(found))
+        if orphan := session.execute(text("PRAGMA foreign_key_check")).first():
+            raise DamagedRow(f"row {orphan[1]} of `{orphan[0]}` belongs to a row of `{orphan[2]}` that is not there")
+    for table in Sealed.__subclasses__():
+        with session.scalars(select(table).execution_options(yield_per=500)) as rows:
+            for _ in rows:  # each is checked as it is loaded
+                pass
+    miscounted = session.scalar(select(Comparison.id).where(Comparison.answered != _ANSWERED).limit(1))
+    if miscounted is not None:
+        raise DamagedRow(f"row {miscounted} of `comparisons` has another number of answers than labels say")
 
 
 def storable(answer: str) -> str:
@@ -134,14 +168,16 @@ def chunks(values: list[Any]) -> Iterator[list[Any]]:
     yield from (values[start : start + CHUNK] for start in range(0, len(values), CHUNK))
 
 
-_OF_COMPARISON = [field.name for field in fields(Pair) if hasattr(Comparison, field.name)]
-_RECOUNT = (
-    update(Comparison)
-    .where(Comparison.id.in_(bindparam("ids", expanding=True)))
-    .values(
-        answered=answers_of_people()
-        .with_only_columns(func.count(Label.annotator_id.distinct()))
-        .where(Label.comparison_id == Comparison.id)
-        .scalar_subquery()
-    )
+_PARTS: dict[str, Table] = {
+    part: table.__table__  # type: ignore[misc]
+    for part, table in {"comparison": Comparison, "prompt": Prompt, "a": Candidate, "b": Candidate}.items()
+}
+_OF_COMPARISON = [field.name for field in fields(Pair) if field.name in _PARTS["comparison"].columns]
+_ANSWERED = (
+    answers_of_people()
+    .with_only_columns(func.count(Label.annotator_id.distinct()))
+    .where(Label.comparison_id == Comparison.id)
+    .correlate(Comparison)
+    .scalar_subquery()
 )
+_RECOUNT = update(Comparison).where(Comparison.id.in_(bindparam("ids", expanding=True))).values(answered=_ANSWERED)

@@ -1,14 +1,15 @@
 """Tables of the feedback store. Rows of labels are only ever added: a correction is a new row that supersedes one."""
 
-import json
 from datetime import UTC, datetime
 from typing import Any, ClassVar
 
-from sqlalchemy import CheckConstraint, DateTime, Float, ForeignKey, Index, String, Text, UniqueConstraint, text
+from sqlalchemy import CheckConstraint, Float, ForeignKey, Index, String, UniqueConstraint, text
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
-from sqlalchemy.types import TypeDecorator
 
-VERSION = 2  # of these tables
+from align.feedback.digests import Json, Moment, Sealed
+
+VERSION = 3  # of these tables
+UNSEALED = 2  # the version before, which is this one without digests
 OUTCOMES = ("a", "b", "tie", "both_bad", "skip")  # what a person may say of a pair
 WITHDRAWN = "withdrawn"  # what an undo appends
 IMPORTED = "imported"  # the policy, pairing, reason and annotator of what comes from a file
@@ -17,32 +18,6 @@ SOURCES = ("human", "reward", "judge", "gold")
 # spelt alike in indices and queries: SQLite takes a partial index for nothing else
 OF_PEOPLE = text("route = 'human'")
 WANTS_PEOPLE = text("route = 'human' AND answered < wanted")
-
-
-class Moment(TypeDecorator[datetime]):
-    """A moment in UTC; SQLite keeps no zone, so it is put back on the way out."""
-
-    impl = DateTime(timezone=True)
-    cache_ok = True
-
-    def process_bind_param(self, value: datetime | None, dialect: Any) -> datetime | None:
-        return value if value is None else value.astimezone(UTC)
-
-    def process_result_value(self, value: datetime | None, dialect: Any) -> datetime | None:
-        return value if value is None or value.tzinfo else value.replace(tzinfo=UTC)
-
-
-class Json(TypeDecorator[Any]):
-    """JSON as text. PostgreSQL's own type refuses NaN and infinity, which thresholds and agreements may be."""
-
-    impl = Text
-    cache_ok = True
-
-    def process_bind_param(self, value: Any, dialect: Any) -> str | None:
-        return None if value is None else json.dumps(value)
-
-    def process_result_value(self, value: str | None, dialect: Any) -> Any:
-        return None if value is None else json.loads(value)
 
 
 def now() -> datetime:
@@ -61,7 +36,7 @@ class Fact(Base):
     value: Mapped[str]
 
 
-class Step(Base):
+class Step(Sealed, Base):
     """A step of a round that is done, with its result; a step that is not here is done (again)."""
 
     __tablename__ = "steps"
@@ -71,7 +46,7 @@ class Step(Base):
     finished: Mapped[datetime] = mapped_column(default=now)
 
 
-class Metric(Base):
+class Metric(Sealed, Base):
     """One number of a round. NULL is NaN: SQLite keeps none."""
 
     __tablename__ = "metrics"
@@ -80,7 +55,7 @@ class Metric(Base):
     value: Mapped[float | None] = mapped_column(Float)
 
 
-class Prompt(Base):
+class Prompt(Sealed, Base):
     """A prompt, known by the hash of its content; `split` is `train` or `evaluation`, and never both. Labels from a
     file bring `imported` ones, which rounds do not draw from; the recipe makes them `train` where it has them too."""
 
@@ -91,7 +66,7 @@ class Prompt(Base):
     content: Mapped[dict[str, Any]]  # {"prompt": text | messages, "columns": {...}}, as TRL's prompt-only rows
 
 
-class Candidate(Base):
+class Candidate(Sealed, Base):
     """One answer: who gave it, in which round, drawn how."""
 
     __tablename__ = "candidates"
@@ -108,7 +83,7 @@ class Candidate(Base):
     scores: Mapped[list[float] | None]  # by each member of the ensemble: a difference of two is a logit
 
 
-class Comparison(Base):
+class Comparison(Sealed, Base):
     """Two answers to a prompt in canonical order (`a_id` < `b_id`), and where they were sent to be judged."""
 
     __tablename__ = "comparisons"
@@ -138,7 +113,7 @@ class Comparison(Base):
     position: Mapped[int] = mapped_column(default=0)  # in the queue; shuffled, so that it tells nothing
 
 
-class Annotator(Base):
+class Annotator(Sealed, Base):
     """Who labels. Only a hash of the token is kept."""
 
     __tablename__ = "annotators"
@@ -149,7 +124,7 @@ class Annotator(Base):
     is_admin: Mapped[bool] = mapped_column(default=False)
 
 
-class Label(Base):
+class Label(Sealed, Base):
     """What somebody, or something, said of a comparison. Append-only."""
 
     __tablename__ = "labels"

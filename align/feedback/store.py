@@ -13,7 +13,7 @@ from math import isnan, nan
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import Connection, delete, func, inspect, select, update
+from sqlalchemy import Connection, bindparam, delete, func, inspect, select, text, update
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import TimeoutError as AllInUse
 from sqlalchemy.orm import Session
@@ -23,14 +23,17 @@ from align.feedback.database import (
     Away,
     CannotOpen,
     NoStore,
+    StoreDamaged,
     StoreFailed,
     file_of,
+    is_damage,
     is_failure,
     open_engine,
     safe_line,
     shown,
     store_url,
 )
+from align.feedback.digests import DamagedRow, Sealed, digest_of
 from align.feedback.rows import (
     NewLabel,
     Pair,
@@ -47,6 +50,7 @@ from align.feedback.schema import (
     IMPORTED,
     OUTCOMES,
     SOURCES,
+    UNSEALED,
     VERSION,
     WITHDRAWN,
     Annotator,
@@ -108,7 +112,7 @@ class Store:
         """What a database says when it fails, as a line that names the store.
 
         Raises:
-            StoreFailed: it did; `Away` where it may be back.
+            StoreFailed: it did; `Away` where it may be back, `StoreDamaged` where a row is not what was written.
         """
         try:
             yield
@@ -116,8 +120,12 @@ class Store:
             if not is_failure(error):
                 raise
             cause = error.orig if isinstance(error, DBAPIError) else error
+            if is_damage(cause):
+                raise StoreDamaged(str(self), one_line(cause)) from error
             said = f"the store {self} does not answer ({safe_line(cause, self.url)}); nothing is half done"
             raise (StoreFailed if self.engine.dialect.name == "sqlite" else Away)(said) from error
+        except (DamagedRow, UnicodeDecodeError) as error:  # the latter: of what SQLite says of a damaged file
+            raise StoreDamaged(str(self), str(error)) from error
 
     @contextmanager
     def reading(self) -> Iterator[Session]:
@@ -150,10 +158,28 @@ class Store:
             if not there & set(Base.metadata.tables):
                 raise NoStore(f"{self} is empty: it has no table of a store")
             fact = session.get(Fact, "version") if "facts" in there else None
-            if fact is None or fact.value != str(VERSION):
-                have = "none" if fact is None else fact.value
+            have = "none" if fact is None else fact.value
+            if have not in (str(UNSEALED), str(VERSION)):
                 cure = "choose another store, or the align that made this one"
                 raise BadInput(f"{self} has tables of version {have}, and this align's are {VERSION}; {cure}")
+        if have == str(UNSEALED):
+            self._add_digests()
+
+    def _add_digests(self) -> None:
+        """Gives the rows of an earlier version's store their digests; of two that do it at once, one does."""
+        with self.writing() as session:
+            if session.get_one(Fact, "version").value == str(VERSION):
+                return
+            connection, classes = session.connection(), list[Any](Sealed.__subclasses__())
+            for table in (each.__table__ for each in classes):
+                connection.execute(text(f"ALTER TABLE {table.name} ADD COLUMN digest VARCHAR(16)"))
+                keys = [column.name for column in table.primary_key]
+                one = update(table).where(*(table.columns[key] == bindparam(f"of_{key}") for key in keys))
+                rows = connection.execute(select(table)).mappings().all()
+                given = [{f"of_{k}": row[k] for k in keys} | {"digest": digest_of(table, dict(row))} for row in rows]
+                if given:
+                    connection.execute(one, given)
+            session.get_one(Fact, "version").value = str(VERSION)
 
     def fact(self, name: str, value: str | None = None) -> str | None:
         """What the store says under `name`; `value` is written where it says nothing yet."""
@@ -293,10 +319,13 @@ class Store:
         """Sets columns (margins, judge_probability, judge_flipped, route, reason, ...) of comparisons, by id."""
         self._set(Comparison, values)
 
-    def _set(self, table: type[Base], values: Mapping[int, Mapping[str, Any]]) -> None:
-        if values:
-            with self.writing() as session:
-                session.execute(update(table), [{"id": key, **columns} for key, columns in values.items()])
+    def _set(self, table: type[Candidate] | type[Comparison], values: Mapping[int, Mapping[str, Any]]) -> None:
+        with self.writing() as session:
+            for keys in chunks(list(values)):
+                found: Sequence[Any] = session.scalars(select(table).where(table.id.in_(keys))).all()
+                for row in found:  # whole: they have a digest
+                    for name, value in values[row.id].items():
+                        setattr(row, name, value)
 
     def pairs(self, round_: int | None = None, *, route: str | None = None) -> list[Pair]:
         """Comparisons with their texts, by id; of one round, of one route, or all."""

@@ -40,7 +40,7 @@ def check_ours(file: Path) -> None:
         if not header.startswith(MAGIC):
             raise BadInput(f"the store {file} cannot be opened: it is no SQLite database; name another file")
         check_tables(_tables(file, has_log=header[WRITE_VERSION : WRITE_VERSION + 1] == b"\2"), str(file))
-    except (OSError, sqlite3.Error) as error:
+    except (OSError, sqlite3.Error, UnicodeDecodeError) as error:  # the last: of what SQLite says of damaged tables
         raise BadInput(f"the store {file} cannot be opened: {one_line(error)}") from None
 
 

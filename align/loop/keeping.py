@@ -18,6 +18,7 @@ from align.feedback.copies import (
     Copy,
     bring_back,
     extent_of,
+    fault_of_pages,
     keep_copy,
     make_copy,
     moved_aside,
@@ -224,11 +225,24 @@ def _newest(home: Home) -> Copy:
     return copy
 
 
+def _with_whole_pages(where: str) -> Store:
+    """A store that SQLite can write to.
+
+    Raises:
+        BadInput: there is none, it cannot be opened, or parts of its file are damaged.
+    """
+    store = Store(where)
+    if fault := fault_of_pages(store):
+        store.close()
+        raise CannotOpen(fault)
+    return store
+
+
 def _brought_back(home: Home, copy: Copy, aside: Path) -> Store:
     """The store with what the copy holds, and what was there at `aside`, if anything was."""
     file = file_of(store_url(home.where))
     try:
-        store, is_new = Store(home.where), False
+        store, is_new = _with_whole_pages(home.where), False
     except BadInput as error:
         if file is None and not isinstance(error, NoStore):
             raise  # a server that does not answer

@@ -9,6 +9,7 @@ from align.feedback.database import Away, CannotOpen
 
 WAIT_SECONDS = 600.0  # for a server that does not answer
 IS_BACK = 60.0  # seconds of work after which a server that goes away is waited for anew
+PAUSE = 1.0  # seconds between two tries, at most: one that dies often is back soon
 
 Done = TypeVar("Done")
 
@@ -37,7 +38,7 @@ def outlast(do: Callable[[], Done], *, was_open: bool = False, wait_seconds: flo
             if time.monotonic() >= end:
                 raise RunFailed(f"{error}; the same command goes on when it is back") from error
             time.sleep(pause)
-            pause = min(2 * pause, 5.0)
+            pause = min(2 * pause, PAUSE)
             continue
         if end is not None:
             print("the store answers again", flush=True)

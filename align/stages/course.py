@@ -11,7 +11,7 @@ from align.settings import Guard
 from align.stages import checkpoint, guard
 from align.stages.learner import SMALLER_RATE, Learner, weight_norm
 from align.track import Tracker
-from align.worker import Worker, seed_everything
+from align.worker import Worker
 
 
 class Course:
@@ -75,11 +75,13 @@ class Course:
         )
 
     def judge(self, step: int, metrics: dict[str, Any], *, kl_budget: float | None = None) -> str | None:
-        """Looks at a step's figures and adds to them what it sees; says it where the guard only warns.
+        """Looks at a step's figures and adds to them what it sees; says it where the guard only warns. All processes
+        call it.
 
         Returns why the run cannot go on from here, in words.
         """
-        verdict = guard.judge(self.progress["guard"], step, metrics, self.settings, kl_budget=kl_budget)
+        own = guard.judge(self.progress["guard"], step, metrics, self.settings, kl_budget=kl_budget)
+        verdict = guard.of_all(self.worker.gather_objects(own))
         self.progress["guard"] = verdict.history
         metrics |= verdict.figures
         if self.settings.on != "warn":
@@ -101,14 +103,11 @@ class Course:
         left = checkpoints(self.output)
         if not (may_go_back and left):
             raise RunFailed(last_words(step, why, len(done), left))
-        for learner in self.learners.values():
-            learner.clear()
         progress = dict(self._resume().progress or {})
         done = [*done, {"at": step, "to": progress["step"], "why": why}]
         self.progress.clear()
         self.progress.update(progress, guard=progress["guard"] | {"rollbacks": done})
         self._slow_down()
-        seed_everything(self.seed)
         if self.worker.is_main:
             note(self.output, rollbacks=done)
         self.tracker.go_back(progress["step"])

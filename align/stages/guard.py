@@ -4,10 +4,9 @@ Pure functions: a history (plain JSON, which a checkpoint keeps) and a step's fi
 no trouble but where the weights themselves jump or a figure is not finite; `patience` of them in a row are.
 """
 
-import copy
 import math
 import statistics
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -76,23 +75,34 @@ def judge(
     seen = dict(exploding)
     if isinstance(guard, PpoGuard):
         seen |= dict(_collapsed(history, figures, guard))
-    if figures.get("accuracy") == 0.5 and abs(figures.get("margin", 1.0)) <= TIE:
+    is_tie = figures.get("accuracy") == 0.5 and abs(figures.get("margin", 1.0)) <= TIE
+    if is_tie and len(set(history["recent"]["weight_norm"])) > 1:  # a new head scores all the same until it has moved
         seen["scores"] = "all answers score the same"
     if kl_budget is not None and figures.get("kl", 0.0) > kl_budget:
         seen["kl"] = f"the KL is over `ppo.kl_budget: {kl_budget:g}`"
-    now = copy.deepcopy(history)
-    now["in_a_row"] = {name: history["in_a_row"].get(name, 0) + 1 for name in seen}
-    now["calm"] = history["calm"] if seen else step
-    now["sound"] = history["sound"] if exploding else step
-    now["has_ended"] = history["has_ended"] or figures.get("eos_share", 0.0) > 0.0
-    for name, value in figures.items():
-        if name not in seen and _limit(name, guard) is not None and math.isfinite(value):
-            now["recent"][name] = [*history["recent"].get(name, []), value][-WINDOW:]
+    watched = {name: value for name, value in figures.items() if name not in seen and _limit(name, guard) is not None}
+    recent = {name: [*history["recent"].get(name, []), value][-WINDOW:] for name, value in watched.items()}
+    now = history | {
+        "calm": history["calm"] if seen else step,
+        "sound": history["sound"] if exploding else step,
+        "in_a_row": {name: history["in_a_row"].get(name, 0) + 1 for name in seen},
+        "recent": history["recent"] | recent,
+        "has_ended": history["has_ended"] or figures.get("eos_share", 0.0) > 0.0,
+    }
     counts, needed = now["in_a_row"], {name: _needed(name, figures, guard) for name in seen}
     trouble = [name for name in seen if counts[name] >= needed[name]]
     news = [name for name in trouble if counts[name] == needed[name]]
     told = {name: seen[name] if counts[name] == 1 else f"for {counts[name]} steps {seen[name]}" for name in seen}
     return Verdict(now, seen, *("; ".join(told[name] for name in names) or None for names in (trouble, news)))
+
+
+def of_all(verdicts: Sequence[Verdict]) -> Verdict:
+    """One verdict for all processes, of which each has its own: that of the first which sees trouble, or else most.
+
+    Figures are sums over the processes and so the same, but not where a device goes wrong: and processes of which one
+    goes back without the others wait for each other for ever.
+    """
+    return max(verdicts, key=lambda verdict: (verdict.trouble is not None, len(verdict.seen)))
 
 
 def _needed(name: str, figures: dict[str, float], guard: Guard) -> float:

@@ -24,7 +24,7 @@ from markupsafe import Markup
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.exceptions import HTTPException
 
-from align.feedback.database import StoreFailed
+from align.feedback.database import StoreDamaged, StoreFailed
 from align.feedback.page import admin
 from align.feedback.page.connections import BoundedProtocol, Brief, Waiting, make_room
 from align.feedback.page.rendering import conversation, rendered
@@ -269,6 +269,9 @@ def _on_refusal(request: Request, error: Exception) -> Response:
 
 def _on_failed_store(request: Request, error: Exception) -> Response:
     """The page's script tries again until it is taken."""
+    if isinstance(error, StoreDamaged):
+        logging.getLogger("uvicorn.error").error("%s", error)
+        return _said(request, 500, "The store of labels is damaged; tell whoever runs this page.")
     logging.getLogger("uvicorn.error").warning("a request was put off: %s", error)
     response = _said(request, 503, "The database does not answer; no label is lost. Try again in a moment.")
     response.headers["Retry-After"] = "5"
