@@ -8,8 +8,9 @@ from datetime import datetime
 from sqlalchemy import BindParameter, Boolean, bindparam, case, delete, exists, func, select, text
 from sqlalchemy.orm import aliased
 
+from align.feedback.digests import Moment
 from align.feedback.rows import answers_of_people, pair_query, standing
-from align.feedback.schema import OF_PEOPLE, WANTS_PEOPLE, WITHDRAWN, Annotator, Comparison, Label, Lease, Moment
+from align.feedback.schema import OF_PEOPLE, WANTS_PEOPLE, WITHDRAWN, Annotator, Comparison, Label, Lease
 
 _ME: BindParameter[int] = bindparam("me")
 _MOMENT: BindParameter[datetime] = bindparam("moment")
