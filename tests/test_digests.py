@@ -15,8 +15,8 @@ from align.feedback.digests import DamagedRow, Json, Sealed
 from align.feedback.exchange import export_run, labelled
 from align.feedback.kept import open_store
 from align.feedback.queue import Answer, Queue
-from align.feedback.rows import check_rows
-from align.feedback.store import NewLabel, Store
+from align.feedback.rows import NewLabel, check_rows
+from align.feedback.store import Store
 from align.loop.keeping import restore
 from tests import databases
 from tests.databases import fill
