@@ -58,6 +58,9 @@ def open_policy(
     """
     import torch
 
+    from align.worker import quiet_libraries
+
+    quiet_libraries()
     from align.models.roles import Bases
     from align.settings import Model
 

@@ -4,7 +4,9 @@ import ctypes
 import os
 import random
 import signal
+import sys
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from types import FrameType
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -260,3 +262,18 @@ def quiet_libraries() -> None:
 
     constants.HF_HUB_DISABLE_TELEMETRY = True
     transformers.utils.logging.disable_progress_bar()
+    _no_kernels_of_the_hub()
+
+
+def _no_kernels_of_the_hub() -> None:
+    """Where the package `kernels` is installed, bitsandbytes fetches code from the Hub and runs it as it is imported,
+    which no recipe has named: while it is imported, there is no such package."""
+    if find_spec("kernels") is None or "bitsandbytes" in sys.modules:
+        return
+    before = sys.modules.pop("kernels", None)
+    sys.modules["kernels"] = None  # type: ignore[assignment]
+    import bitsandbytes  # noqa: F401
+
+    del sys.modules["kernels"]
+    if before is not None:
+        sys.modules["kernels"] = before

@@ -71,3 +71,25 @@ def test_what_is_cached_is_taken_where_the_hub_fails(cases):
     kept = [case for case in cases if case.get("is_kept") and case["what"] != "check"]
     assert len(kept) == 4
     assert all(case["error"] == "" and case["asked"] <= 2 for case in kept), kept
+
+
+KERNELS = """
+def get_kernel(name, **_):
+    raise SystemExit(f"asked the Hub for {name}")
+"""
+
+
+def test_bitsandbytes_fetches_no_code_as_it_is_imported(tmp_path):
+    from bitsandbytes.functional import has_avx512bf16
+
+    if not has_avx512bf16():
+        pytest.skip("bitsandbytes asks on CPUs with AVX512-BF16 alone")
+    (tmp_path / "kernels").mkdir()
+    (tmp_path / "kernels" / "__init__.py").write_text(KERNELS)
+    code = (
+        "from align.worker import quiet_libraries; quiet_libraries(); import bitsandbytes, peft, kernels; "
+        "print(kernels.get_kernel.__name__)"
+    )
+    environment = os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and done.stdout.split() == ["get_kernel"], done.stderr  # and ours is left as it was

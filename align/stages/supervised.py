@@ -269,7 +269,7 @@ def _evaluate(this: _Run[Any]) -> dict[str, float]:
 
 def _learner(name: str, role: Role, t: Training, num_steps: int, worker: Worker) -> Learner:
     return Learner(
-        name,
+        f"{name} model",
         [p for _, p in role.trained()],
         worker,
         learning_rate=t.learning_rate,
