@@ -126,9 +126,8 @@ class LastLine:
 
     def say(self, line: str) -> None:
         """Prints a line that tells of a failure, now or at the exit."""
-        if self.is_held:
-            self.ending = Ending(self.ending.code, line)
-        else:
+        self.ending = Ending(self.ending.code, line)
+        if not self.is_held:
             tell(line)
 
     def leave(self, ending: Ending) -> NoReturn:

@@ -148,6 +148,14 @@ _looked: dict[tuple[str, str | None, str], Any] = {}  # once a process, so that 
 _had: dict[tuple[str, str | None, bool], tuple[str | None, BadInput | RunFailed | None]] = {}
 
 
+def ask_again() -> None:
+    """Forgets what the Hub failed to say or give: a process that lives on, as a notebook's does, may ask once more."""
+    for key in [key for key, found in _looked.items() if isinstance(found, Exception)]:
+        del _looked[key]
+    for had in [had for had, (_, fault) in _had.items() if fault is not None]:
+        del _had[had]
+
+
 def look(name: str, revision: str | None = None, kind: str = "model") -> Any:
     """What the Hub says of a repository. Raises whatever it, or its library, raises; TimeoutError where it is slow."""
     from huggingface_hub import HfApi

@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from align.artifact import check_parent, read_manifest
-from align.endings import last
-from align.errors import RunFailed
+from align.endings import Ending, last
+from align.errors import BadInput, RunFailed
+from align.hub import ask_again
+from align.identity import base_of, has_adapter
 from align.pipeline import run_recipe
 from align.recipe import load_recipe as read
 
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
     from align.recipe import Recipe
 
 POLICIES = ("sft", "ppo")
+INTERRUPTED, TERMINATED = 130, 143
 
 
 def load_recipe(recipe: str | Path, overrides: Mapping[str, Any] | None = None) -> "Recipe":
@@ -26,6 +29,7 @@ def load_recipe(recipe: str | Path, overrides: Mapping[str, Any] | None = None) 
     Raises:
         BadInput: with the key, the file and the cure.
     """
+    ask_again()
     return read(str(recipe), _words(overrides))
 
 
@@ -39,11 +43,15 @@ def run(recipe: str | Path, overrides: Mapping[str, Any] | None = None) -> dict[
     Raises:
         BadInput: something is wrong with the recipe; nothing was started and nothing was written.
         RunFailed: a stage failed; the same call goes on from its newest checkpoint.
+        KeyboardInterrupt: a signal stopped it; likewise.
     """
     loaded = load_recipe(recipe, overrides)
+    last.ending = Ending(0, "")
     code = run_recipe(loaded, _words(overrides))
+    if code in (TERMINATED, INTERRUPTED):
+        raise KeyboardInterrupt(last.ending.line)
     if code:
-        raise RunFailed(last.ending.line or f"the run of {recipe} ended with exit code {code}")
+        raise (BadInput if code == 2 else RunFailed)(last.ending.line or f"{recipe} ended with exit code {code}")
     return {name: read_manifest(stage.output) for name, stage in loaded.stages.items()}
 
 
@@ -64,9 +72,17 @@ def open_policy(
     from align.models.roles import Bases
     from align.settings import Model
 
+    ask_again()
     check_parent(str(folder), POLICIES, "open_policy")
-    bases = Bases(Model.model_validate(read_manifest(folder)["recipe"]["model"]), torch.device(device))
+    manifest = read_manifest(folder)
+    settings = Model.model_validate(manifest["recipe"]["model"])
+    own = {"base": base_of(manifest, folder)} if has_adapter(folder) else {"base": str(folder), "revision": None}
+    bases = Bases(settings.model_copy(update=own | {"chat_template": None}), torch.device(device))
     role = bases.role(str(folder))
+    if role.prefix is not None:
+        raise BadInput(
+            f"open_policy: {folder} holds a prefix, which PEFT's model puts before what it reads; open it with PEFT"
+        )
     return role.causal, bases.tokenizer(str(folder))
 
 

@@ -90,16 +90,19 @@ class Worker:
             for number in (signal.SIGTERM, signal.SIGINT):
                 signal.signal(number, self._note_signal)
 
+    def release_signals(self) -> None:
+        """Ends what `hold_signals` began, and the stage where one came meanwhile. All processes call it together."""
+        self.stop_if_asked(lambda: None)
+        self._signal = None
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_DFL)
+
     def _note_signal(self, number: int, frame: FrameType | None) -> None:
         self._signal = number
 
     def _signal_so_far(self) -> float:
         self.hold_signals()
         return float(self._signal or 0)
-
-    def is_asked_to_stop(self) -> bool:
-        """Whether any process got a signal. All processes must ask together."""
-        return self.maximum(self._signal_so_far()) > 0
 
     def stop_if_asked(self, save: Callable[[], None]) -> None:
         """At a step boundary: when any process got a signal, calls `save()` on all and raises Stopped."""
@@ -142,7 +145,7 @@ class Worker:
         return found
 
     def gather_rows(self, numbers: Sequence[int], count: int, *columns: "Tensor") -> list["Tensor"]:
-        """Columns of `count` rows, whole, of which each process gives the rows of its `numbers`.
+        """Columns of `count` rows, whole, of which each process gives the rows of its `numbers`, in rising order.
 
         (own rows,) or (own rows, width) in; (count,) or (count, largest width) out on every process, in the order of
         the numbers, narrower rows with zeros after.
@@ -247,7 +250,7 @@ def seed_everything(seed: int) -> None:
 
 def quiet_libraries() -> None:
     """Progress bars and advice of the libraries do not belong between our lines, nor is anybody told what runs here
-    (TRL would tell the Hub which trainer). Before they are imported."""
+    (TRL tells the Hub what of it is used). Before they are imported."""
     import logging
     import warnings
 
@@ -272,8 +275,9 @@ def _no_kernels_of_the_hub() -> None:
         return
     before = sys.modules.pop("kernels", None)
     sys.modules["kernels"] = None  # type: ignore[assignment]
-    import bitsandbytes  # noqa: F401
-
-    del sys.modules["kernels"]
-    if before is not None:
-        sys.modules["kernels"] = before
+    try:
+        import bitsandbytes  # noqa: F401
+    finally:
+        del sys.modules["kernels"]
+        if before is not None:
+            sys.modules["kernels"] = before

@@ -364,7 +364,6 @@ MODELS = [
     ppo("a prefix in a static cache", {"policy": {"method": {"kind": "prefix"}}, "sampling.cache_implementation": "static"}, "`policy.method.kind: prefix`", "leave it out"),
     sft("a method that reads floating point, in 4 bits", {"method": {"kind": "loha"}, "model.load_in": "nf4"}, "`method.kind: loha`", "qlora"),
     sft("full in 4 bits", {"method": {"kind": "full"}, "model.load_in": "nf4"}, "`method.kind: full`", "`model.load_in: nf4`", "qlora"),
-    sft("packing without a mask", {"model.attn_implementation": "eager"}, "`packing", "eager", "`packing: false`"),
     ppo("a policy's qlora without 4 bits", {"policy": {"method": {"kind": "qlora"}}}, "`policy.method.kind: qlora`", "nf4"),
 ]  # fmt: skip
 

@@ -1,5 +1,6 @@
 """What a notebook uses: `import align` alone, without the command line."""
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -42,11 +43,47 @@ def test_a_recipe_runs_and_its_policy_opens(base, data, tmp_path):
         align.open_policy(data)
 
 
-def test_a_run_that_fails_is_an_error(base, data, tmp_path):
+def test_a_run_that_fails_says_why(base, data, tmp_path):
     path = tmp_path / "recipe.yaml"
-    values = tiny.recipe("sft", base, data, tmp_path / "sft")
-    (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
-    values["data"] = {"train": str(tmp_path / "rows.jsonl")}
-    path.write_text(yaml.safe_dump(values | {"max_length": 8}))
-    with pytest.raises((align.RunFailed, align.BadInput)):
-        align.run(path, {"method": {"kind": "lora", "target_modules": ["no_such_module"]}})
+    values = tiny.recipe("sft", base, data, tmp_path / "sft", method={"kind": "lora", "target_modules": ["nothing"]})
+    path.write_text(yaml.safe_dump(values))
+    with pytest.raises(align.BadInput, match="Target modules"):
+        align.run(path)
+    (tmp_path / "own.py").write_text(
+        "import align\nclass Own(align.StageSettings):\n    def run(self, worker):\n        1 / 0\n"
+    )
+    path.write_text(
+        yaml.safe_dump(
+            {
+                "stage": f"{tmp_path}/own.py:Own",
+                "model": {"base": str(base)},
+                "launch": "cpu",
+                "output": str(tmp_path / "own"),
+            }
+        )
+    )
+    with pytest.raises(align.RunFailed, match="own.py:4\\): ZeroDivisionError"):
+        align.run(path)
+
+
+def test_policies_open_from_elsewhere_and_a_prefix_is_refused(base, data, tmp_path, monkeypatch):
+    shutil.copytree(base, tmp_path / "models")
+    monkeypatch.chdir(tmp_path)
+    for name, method in (
+        ("full", {"kind": "full"}),
+        ("lora", {"kind": "lora", "r": 2}),
+        ("prefix", {"kind": "prefix", "num_virtual_tokens": 2}),
+    ):
+        train = {"max_steps": 1, "learning_rate": 1e-2, "warmup_ratio": 0.0}
+        tiny.run(tiny.settings("sft", Path("models"), data, tmp_path / name, method=method, train=train))
+    (tmp_path / "notebooks").mkdir()
+    monkeypatch.chdir(tmp_path / "notebooks")
+    whole, _ = align.open_policy(tmp_path / "full")
+    with_adapter, _ = align.open_policy(tmp_path / "lora")
+    plain = Bases(Model(base=str(base)), torch.device("cpu")).main.model
+    ids = torch.tensor([[2, 4, 6, 7]])
+    with torch.no_grad():
+        expected = plain(input_ids=ids).logits
+        assert all(not torch.equal(model(input_ids=ids).logits, expected) for model in (whole, with_adapter))
+    with pytest.raises(align.BadInput, match="holds a prefix"):
+        align.open_policy(tmp_path / "prefix")

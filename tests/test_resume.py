@@ -47,7 +47,7 @@ def finish(path):
 
 
 @pytest.mark.parametrize(
-    ("stage", "when"), [("sft", "save:2"), ("reward", "log:3"), ("ppo", "save:2"), ("ppo", "log:3")]
+    ("stage", "when"), [("sft", "save:1"), ("reward", "log:3"), ("ppo", "save:2"), ("ppo", "log:3")]
 )
 def test_kill_9_in_the_middle_changes_nothing(stage, when, base, data, runs, tmp_path):
     (tmp_path / "whole").mkdir()

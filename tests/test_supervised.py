@@ -1,6 +1,7 @@
 """The one loop of what is supervised: against transformers' and TRL's trainers, across kills, and with a stage of one's
 own."""
 
+import json
 import math
 from pathlib import Path
 
@@ -15,10 +16,13 @@ from trl import SFTConfig, SFTTrainer
 from align.artifact import read_manifest
 from align.data import encode_demonstration, load
 from align.door import check_recipe
-from align.errors import RunFailed
+from align.errors import BadInput, RunFailed
+from align.models.layout import Tree
+from align.models.roles import Bases
 from align.models.tokenizer import load_tokenizer
 from align.recipe import load_recipe
-from align.settings import Model
+from align.settings import Lora, Model
+from align.stages import sft
 from align.stages.learner import Learner
 from align.stages.order import TRAINERS
 from align.stages.sft import packed
@@ -144,6 +148,49 @@ def test_what_is_logged_since_the_last_log_survives_a_kill(stage, base, data, tm
     rows = [read_metrics(tmp_path / name) for name in ("whole", "cut")]
     assert rows[0] == rows[1] and [row["step"] for row in rows[0]] == [1, 3, 6, 7]
     assert tiny.largest_difference(tmp_path / "whole", tmp_path / "cut") == 0.0
+
+
+def test_a_figure_that_is_no_number_survives_a_kill(base, data, tmp_path, monkeypatch):
+    """It is null in a checkpoint's JSON."""
+    loss = sft.Demonstrations.loss
+    monkeypatch.setattr(sft.Demonstrations, "loss", lambda *given: (loss(*given)[0], [torch.tensor(math.nan)]))
+    train = STEPS | {"max_steps": 5, "per_device_train_batch_size": 4, "logging_steps": 4, "save_steps": 3}
+    settings = tiny.settings("sft", base, data, tmp_path / "sft", train=train)
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setattr("align.stages.supervised._step", _dying_at(4))
+        tiny.run(settings)
+    tiny.run(settings)
+    assert [row["step"] for row in read_metrics(tmp_path / "sft")] == [1, 4, 5]
+
+
+def test_checkpointed_activations_leave_the_other_roles_alone(base):
+    bases = Bases(Model(base=str(base)), torch.device("cpu"))
+    role, other = bases.role(None, method=Lora(r=2), trainable=True), bases.role(None)
+    role.checkpoint_activations()
+    role.train()
+    layout = other.layout([Tree([2, 4, 6], [[7, 8]])])
+    assert not other.states(layout).requires_grad
+    role.states(layout).sum().backward()
+    assert all(p.grad is not None for _, p in role.trained())
+
+
+def test_a_checkpoint_whose_optimiser_has_other_groups_is_refused():
+    layer = nn.Linear(3, 2)
+    given = {"learning_rate": 0.1, "schedule": "constant", "num_steps": 2}
+    before = Learner("critic", [*layer.parameters()], Worker(), **given).state_dict()
+    with pytest.raises(BadInput, match="optimiser of the critic lets norms and biases decay, as an earlier version"):
+        Learner("critic", [*layer.parameters()], Worker(), **given, weight_decay=0.1).load_state_dict(before)
+
+
+def test_no_rows_are_one_line(base, tmp_path):
+    (tmp_path / "pairs.jsonl").write_text(json.dumps({"prompt": "give " * 40, "chosen": "a", "rejected": "b"}) + "\n")
+    values = tiny.recipe("reward", base, tmp_path, tmp_path / "toy", max_length=8)
+    values |= {"stage": f"{TOY}:ToyDpo", "data": {"train": str(tmp_path / "pairs.jsonl")}}
+    path = tmp_path / "toy.yaml"
+    path.write_text(yaml.safe_dump(values))
+    with pytest.raises(BadInput, match="`data`: no row is left to train on"):
+        _run_here(path)
+    assert not (tmp_path / "toy").exists()
 
 
 def _dying_at(number):

@@ -7,6 +7,8 @@ twice as many operations. What is not plain LoRA (dropout, DoRA, several adapter
 layer.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -78,6 +80,19 @@ class FusedLinear(Linear):
         (name,) = self.active_adapters
         a, b = cast(Tensor, self.lora_A[name].weight), cast(Tensor, self.lora_B[name].weight)
         return torch.addmm(self.weight, b, a, alpha=self.scaling[name])
+
+
+@contextmanager
+def torchs_own(model: nn.Module) -> Iterator[None]:
+    """While this holds, linear layers are torch's: some of PEFT's methods take no others."""
+    ours = [module for module in model.modules() if type(module) is PlainLinear]
+    for module in ours:
+        module.__class__ = nn.Linear
+    try:
+        yield
+    finally:
+        for module in ours:
+            module.__class__ = PlainLinear
 
 
 def fuse(model: nn.Module) -> None:

@@ -32,6 +32,7 @@ from align.models.attention import is_flat
 from align.models.backoff import is_out_of_memory
 from align.models.base import decoder_layers, trunk_of
 from align.models.bottleneck import BottleneckConfig
+from align.models.lora import torchs_own
 from align.plugins import check_arguments, load_object, users_code
 from align.settings import Adapter, AnyMethod, Freeze, Full, Ia3, Lora, OtherPeft, OwnMethod, Prefix
 from align.wording import did_you_mean, one_line
@@ -50,7 +51,11 @@ def with_method(
     """
     assert not isinstance(method, Full), "a fully tuned role has weights of its own, and no adapter"
     if isinstance(method, OwnMethod):
-        with _base_unchanged(view, method.kind), users_code(method.kind, f"`{method.kind}`", raises=BadInput):
+        with (
+            torchs_own(view),
+            _base_unchanged(view, method.kind),
+            users_code(method.kind, f"`{method.kind}`", raises=BadInput),
+        ):
             model = load_object(method.kind)(view, **method.arguments)
         if not isinstance(model, PeftModel):
             raise BadInput(f"`{method.kind}` returned {type(model).__name__}; it must return a PeftModel")
@@ -70,7 +75,12 @@ def inject(view: PreTrainedModel, config: PeftConfig) -> PeftModel:
     """
     _check_config(view, config)
     kind = _kind_of(config)
-    with _base_unchanged(view, kind.lower()), _trainable_copies(view, config), warnings.catch_warnings():
+    with (
+        torchs_own(view),
+        _base_unchanged(view, kind.lower()),
+        _trainable_copies(view, config),
+        warnings.catch_warnings(),
+    ):
         warnings.simplefilter("ignore")  # of tied output layers, which `align merge` unties
         try:
             return cast(PeftModel, get_peft_model(view, config))

@@ -1,8 +1,9 @@
 """Roles (policy, reference, reward, critic, ...) as views over bases that are in memory once.
 
-A view is a module tree of its own whose parameters and buffers are the base's own objects, so that each role has its
-own adapter, its own training flag and no way to disturb another: nothing is ever switched on or off. Fully tuned
-roles are the exception: they have weights of their own. `Bases.role` is the one place that decides.
+A view is a module tree of its own whose leaves, the modules that own weights, are the base's own objects: each role has
+its own adapter and its own layers around the leaves. Nothing may be done to a leaf for one role alone (hooks, flags: it
+is frozen, and computes the same in training). Fully tuned roles are the exception: they have weights of their own.
+`Bases.role` is the one place that decides.
 """
 
 import copy
@@ -67,6 +68,11 @@ class Role(nn.Module):
             input_ids=ids, attention_mask=mask.long(), position_ids=positions, use_cache=False
         )
         return output.last_hidden_state
+
+    def checkpoint_activations(self) -> None:
+        """Has training passes keep what goes into each layer alone, and compute the rest once more."""
+        self.causal.gradient_checkpointing_enable({"use_reentrant": False})
+        self.causal.disable_input_require_grads()  # a hook on the embedding, which all roles share; needed if reentrant
 
     @property
     def is_flat(self) -> bool:

@@ -26,6 +26,7 @@ def run(settings: EnsembleSettings, worker: Worker) -> None:
             continue
         if worker.is_main:
             print(f"member {number} of {len(members)}:", flush=True)
+        worker.release_signals()  # of the member before: while models and data load there is nothing to save
         seed_everything(own.seed)
         reward.run(own, worker)
     if worker.is_main:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import get_scheduler
 
-from align.errors import Diverged, RunFailed
+from align.errors import BadInput, Diverged, RunFailed
 from align.models.backoff import Phase
 from align.worker import Worker
 
@@ -72,7 +72,7 @@ class Learner:
             Diverged: the gradient is not finite; the parameters are as they were.
         """
         norm = self._sum_gradients()
-        if not math.isfinite(norm):
+        if self.worker.maximum(float(not math.isfinite(norm))):  # on one device alone, if that goes wrong
             raise Diverged(f"the gradient of the {self.name} is {norm}")
         self.optimizer.step()
         self.schedule.step()
@@ -99,6 +99,11 @@ class Learner:
         return {"optimizer": self.optimizer.state_dict(), "schedule": self.schedule.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        if len(state["optimizer"]["param_groups"]) != len(self.optimizer.param_groups):
+            raise BadInput(
+                f"the checkpoint's optimiser of the {self.name} lets norms and biases decay, as an earlier version of "
+                "align did: finish the run with that version, or delete its `checkpoints` to start it again"
+            )
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
         self.slow_down(1.0)

@@ -128,6 +128,7 @@ def _loop(this: _Run) -> bool:
     ppo, progress, course = this.settings.ppo, this.progress, this.course
     if progress["step"] == 0 and this.held_out and ppo.eval_steps:
         this.tracker.log(0, _evaluate(this, 0))
+    this.worker.wait()  # else one that a signal ends here would leave another in the midst of its first step
     this.worker.hold_signals()
     for iteration in range(progress["step"] + 1, ppo.num_iterations + 1):
         is_last = iteration == ppo.num_iterations
@@ -222,7 +223,7 @@ def cast_roles(settings: PpoSettings, worker: Worker) -> Cast:
     for role in (policy, critic):  # the adapters bring dropout of their own
         switch_dropout_off(role)
         if settings.ppo.gradient_checkpointing:
-            role.causal.gradient_checkpointing_enable({"use_reentrant": False})
+            role.checkpoint_activations()
     rewards = build_rewards(settings.rewards, bases)
     reference = bases.role(start if settings.reference is None else settings.reference.path)
     ends = end_token_ids(tokenizer, stop_ids(base.model))

@@ -29,6 +29,7 @@ from align.errors import BadInput, RunFailed
 from align.maths.calibration import pair_calibration_error, pair_outcomes
 from align.maths.losses import pair_loss
 from align.models.backoff import Phase
+from align.models.budget import reading_tokens
 from align.models.layout import Ids, Tree
 from align.models.roles import Bases, Role
 from align.models.scoring import WHOLE, branch_scores, score_sequences
@@ -225,8 +226,9 @@ def _as_pair(row: Demonstration) -> Preference:
 
 def _check_saved(bases: Bases, folder: Path, role: Role, probe: Sequences, max_batch_tokens: int | None) -> None:
     """Scores of a probe by the role in memory and by what is on disk, in the same batch: they must be the same."""
+    budget = reading_tokens(role.causal, max_batch_tokens)  # one for both, whatever memory is free by now
     expected, found = (
-        score_sequences(each, *probe, max_batch_tokens=max_batch_tokens, phase=SCORING)
+        score_sequences(each, *probe, max_batch_tokens=budget, phase=SCORING)
         for each in (role, bases.role(str(folder), head=True))
     )
     drift = float((found - expected).abs().max())

@@ -39,8 +39,9 @@ class Task(ABC, Generic[Example]):
 
     name: ClassVar[str]  # of what is trained, in checkpoints
     figures: ClassVar[tuple[str, ...]]  # that a pass has beside its loss
-    shown: ClassVar[tuple[str, ...]]  # of these and `eval_...`, what a terminal has room for
-    nothing_to_learn: ClassVar[str]  # why the gradient may be zero at the first step, and the cure
+    shown: ClassVar[tuple[str, ...]] = ("eval_loss",)  # of these and `eval_...`, what a terminal has room for
+    # why the gradient may be zero at the first step, and the cure
+    nothing_to_learn: ClassVar[str] = "the method leaves nothing to train, or the loss does not depend on it"
     mean_weight: float = 1.0  # of what `count` counts, over the data: a step of light pairs counts for less
 
     @abstractmethod
@@ -61,7 +62,8 @@ class Task(ABC, Generic[Example]):
         """Figures of held-out examples, by names that begin with `eval_`, `eval_loss` among them. All processes call
         it."""
         with torch.no_grad():
-            sums = _summed(self, role, examples, worker, EVALUATION, max_batch_tokens, lambda loss: None)
+            budget = training_tokens(role.causal, max_batch_tokens)
+            sums = _summed(self, role, examples, worker, EVALUATION, budget, lambda loss: None)
         return {f"eval_{name}": value for name, value in self.means(worker.sum_(sums)).items()}
 
     def means(self, sums: Tensor) -> dict[str, float]:
@@ -83,6 +85,7 @@ class _Run(Generic[Example]):
     held_out: Sequence[Example]
     order: Order
     num_steps: int
+    max_tokens: int  # of a training pass
     course: Course
     tracker: Tracker
     costs: Costs
@@ -108,11 +111,14 @@ def train(
     A step takes the examples of so many `rows`, each of one or (packed) several. `words` are said at the start.
 
     Raises:
-        BadInput: the run is under way, and its steps were of another number of rows.
+        BadInput: there are no rows; or the run is under way, and its steps were of another number of rows.
     """
+    if not rows:
+        raise BadInput("`data`: no row is left to train on; check the data and `max_length`")
     t = settings.train
     if t.gradient_checkpointing:
-        role.causal.gradient_checkpointing_enable({"use_reentrant": False})
+        role.checkpoint_activations()
+    max_tokens = training_tokens(role.causal, t.max_batch_tokens)  # of what is free now: resumed or not, it is the same
     rows_a_step = t.per_device_train_batch_size * t.gradient_accumulation_steps * worker.num_processes
     num_steps = order.num_steps(len(rows), rows_a_step, t.num_train_epochs, t.max_steps)
     learner = _learner(task.name, role, t, num_steps, worker)
@@ -140,7 +146,9 @@ def train(
     try:
         for message in (*course.words, *words, available(t.optim, worker.device)[1]):
             tracker.say(message)
-        this = _Run(settings, worker, task, role, rows, held_out, order, num_steps, course, tracker, Costs(worker))
+        this = _Run(
+            settings, worker, task, role, rows, held_out, order, num_steps, max_tokens, course, tracker, Costs(worker)
+        )
         with this.costs.phases("train"):
             while not _loop(this):
                 pass  # it has gone back
@@ -177,6 +185,7 @@ def end(
 def _loop(this: _Run[Any]) -> bool:
     """Steps up to the end, or to where the run has to go back; returns whether it is the end."""
     t, task, course, num_steps = this.settings.train, this.task, this.course, this.num_steps
+    this.worker.wait()  # else one that a signal ends here would leave another in the midst of its first step
     this.worker.hold_signals()
     for step in range(course.progress["step"] + 1, num_steps + 1):
         try:
@@ -184,7 +193,10 @@ def _loop(this: _Run[Any]) -> bool:
         except Diverged as failure:
             course.fell(step, failure)
             return False
-        since_log = sums + torch.tensor(course.progress.get("since_log") or [0.0], dtype=torch.float64)
+        before = [
+            math.nan if each is None else each for each in course.progress.get("since_log") or [0.0]
+        ]  # JSON's null
+        since_log = sums + torch.tensor(before, dtype=torch.float64)
         metrics |= task.means(sums)
         if step == num_steps or (t.eval_steps and step % t.eval_steps == 0):
             this.found.clear()
@@ -219,7 +231,7 @@ def _step(this: _Run[Any], step: int) -> tuple[Tensor, dict[str, Any]]:
         examples,
         worker,
         TRAINING,
-        this.settings.train.max_batch_tokens,
+        this.max_tokens,
         lambda loss: (loss / divisor).backward(),
         undo=learner.clear,
     )
@@ -239,7 +251,7 @@ def _summed(
     examples: Sequence[Any],
     worker: Worker,
     phase: Phase,
-    max_batch_tokens: int | None,
+    max_tokens: int,
     use: Callable[[Tensor], None],
     undo: Callable[[], None] = lambda: None,
 ) -> Tensor:
@@ -255,7 +267,7 @@ def _summed(
         return torch.stack([each.detach().double() for each in (loss, *figures, count)])
 
     split = partial(passes_of, [task.tree(example) for example in mine], is_flat=role.is_flat)
-    found = in_passes(phase, training_tokens(role.causal, max_batch_tokens), split, work, undo=undo)
+    found = in_passes(phase, max_tokens, split, work, undo=undo)
     nothing = torch.zeros(len(task.figures) + 2, dtype=torch.float64, device=worker.device)
     return sum((sums for _, sums in found), nothing)
 

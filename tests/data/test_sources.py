@@ -4,7 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 
@@ -138,6 +138,7 @@ def hub(monkeypatch: pytest.MonkeyPatch, load: object) -> None:
     """Stand in for the `datasets` package, which would reach for the network."""
     package = ModuleType("datasets")
     package.load_dataset = load  # type: ignore[attr-defined]
+    package.config = SimpleNamespace(HF_DATASETS_CACHE="nowhere")  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "datasets", package)
 
 
