@@ -85,7 +85,7 @@ class FusedLinear(Linear):
 @contextmanager
 def torchs_own(model: nn.Module) -> Iterator[None]:
     """While this holds, linear layers are torch's: some of PEFT's methods take no others."""
-    ours = [module for module in model.modules() if type(module) is PlainLinear]
+    ours: list[nn.Module] = [module for module in model.modules() if type(module) is PlainLinear]
     for module in ours:
         module.__class__ = nn.Linear
     try:

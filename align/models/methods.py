@@ -51,11 +51,7 @@ def with_method(
     """
     assert not isinstance(method, Full), "a fully tuned role has weights of its own, and no adapter"
     if isinstance(method, OwnMethod):
-        with (
-            torchs_own(view),
-            _base_unchanged(view, method.kind),
-            users_code(method.kind, f"`{method.kind}`", raises=BadInput),
-        ):
+        with _base_unchanged(view, method.kind), users_code(method.kind, f"`{method.kind}`", raises=BadInput):
             model = load_object(method.kind)(view, **method.arguments)
         if not isinstance(model, PeftModel):
             raise BadInput(f"`{method.kind}` returned {type(model).__name__}; it must return a PeftModel")
@@ -75,12 +71,7 @@ def inject(view: PreTrainedModel, config: PeftConfig) -> PeftModel:
     """
     _check_config(view, config)
     kind = _kind_of(config)
-    with (
-        torchs_own(view),
-        _base_unchanged(view, kind.lower()),
-        _trainable_copies(view, config),
-        warnings.catch_warnings(),
-    ):
+    with _base_unchanged(view, kind.lower()), _trainable_copies(view, config), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of tied output layers, which `align merge` unties
         try:
             return cast(PeftModel, get_peft_model(view, config))
@@ -276,16 +267,18 @@ def prefix_of(model: PeftModel) -> list[tuple[Tensor, Tensor]]:
 @contextmanager
 def _base_unchanged(model: PreTrainedModel, kind: str) -> Iterator[None]:
     """Checks that a block leaves the base as it is: its tensors where they are, frozen, with the same numbers, and the
-    modules that own them doing what they did."""
+    modules that own them doing what they did. To the block linear layers are torch's own."""
     before = [(p, p.data_ptr(), _probe(p)) for p in model.parameters()]
-    modules = [(module, _doing(module)) for module in model.modules() if has_weights(module)]
-    yield
+    with torchs_own(model):
+        modules = [(module, _doing(module)) for module in model.modules() if has_weights(module)]
+        yield
+        is_changed = any(_doing(module) != doing for module, doing in modules)
     for p, pointer, probe in before:
         if p.data_ptr() != pointer or (probe is not None and not torch.equal(cast(Tensor, _probe(p)), probe)):
             raise BadInput(f"`kind: {kind}` rewrites the base's weights, which all roles share; use another method")
         if p.requires_grad:
             raise BadInput(f"`kind: {kind}` trains the base's own weights, which all roles share; use another method")
-    if any(_doing(module) != doing for module, doing in modules):
+    if is_changed:
         raise BadInput(f"`kind: {kind}` changes modules of the base, which all roles share; put others in their place")
 
 
