@@ -312,8 +312,8 @@ def settle_changes(folder: str | Path, step: int) -> None:
 
 
 def newest_step(folder: str | Path) -> int:
-    """The step of the newest checkpoint, whoever wrote it; 0 where there is none."""
-    names = (path.name.rpartition("-")[2] for path in (Path(folder) / "checkpoints").glob("*-*"))
+    """The step of the newest checkpoint; 0 where there is none."""
+    names = (path.name.rpartition("-")[2] for path in checkpoints(folder))
     return max((int(name) for name in names if name.isdecimal()), default=0)
 
 

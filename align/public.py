@@ -12,15 +12,14 @@ from align.hub import ask_again
 from align.identity import base_of, has_adapter
 from align.pipeline import run_recipe
 from align.recipe import load_recipe as read
+from align.settings.stages import POLICIES
+from align.worker import INTERRUPTED, TERMINATED, quiet_libraries
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from align.recipe import Recipe
-
-POLICIES = ("sft", "ppo")
-INTERRUPTED, TERMINATED = 130, 143
 
 
 def load_recipe(recipe: str | Path, overrides: Mapping[str, Any] | None = None) -> "Recipe":
@@ -66,14 +65,12 @@ def open_policy(
     """
     import torch
 
-    from align.worker import quiet_libraries
-
     quiet_libraries()
     from align.models.roles import Bases
     from align.settings import Model
 
     ask_again()
-    check_parent(str(folder), POLICIES, "open_policy")
+    check_parent(str(folder), tuple(kind for kind in POLICIES if kind != "*"), "open_policy")
     manifest = read_manifest(folder)
     settings = Model.model_validate(manifest["recipe"]["model"])
     own = {"base": base_of(manifest, folder)} if has_adapter(folder) else {"base": str(folder), "revision": None}

@@ -6,7 +6,6 @@ command goes on when there is room.
 
 import json
 import os
-import resource
 import shutil
 import subprocess
 import sys
@@ -25,6 +24,7 @@ from align.recipe import Recipe, load_recipe
 from align.surroundings import check_writable
 from align.track import Tracker, read_metrics
 from tests import tiny
+from tests.small_disk import no_file_over
 
 IS_FULL = os.environ.get("ALIGN_DISK") == "full"
 NOBODY = 65534
@@ -41,17 +41,6 @@ def one_line(error):
 
 def left_over(folder):
     return [p for p in Path(folder).rglob("*") if is_temporary(p.name)]
-
-
-@contextmanager
-def no_file_over(size):
-    """The kernel refuses what makes a file of this process larger, whichever library writes it."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 # --------------------------------------------------------------------------------------------------------- no room

@@ -193,9 +193,8 @@ def _loop(this: _Run[Any]) -> bool:
         except Diverged as failure:
             course.fell(step, failure)
             return False
-        before = [
-            math.nan if each is None else each for each in course.progress.get("since_log") or [0.0]
-        ]  # JSON's null
+        before = course.progress.get("since_log") or [0.0]
+        before = [math.nan if each is None else each for each in before]  # a checkpoint's JSON has null for it
         since_log = sums + torch.tensor(before, dtype=torch.float64)
         metrics |= task.means(sums)
         if step == num_steps or (t.eval_steps and step % t.eval_steps == 0):

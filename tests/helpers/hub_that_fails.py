@@ -5,30 +5,20 @@ Prints a JSON line a case: what was asked for, how the Hub behaved, and which er
 
 import json
 import os
-import resource
 import shutil
 import socket
 import sys
 import threading
 import time
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+
+from tests.small_disk import no_file_over
 
 COMMIT = "c0" * 20
 CODES = {"missing": (404, "RepoNotFound"), "secret": (401, "RepoNotFound"), "gated": (403, "GatedRepo")}
 SAID = {"forbidden": 403, "unauthorised": 401, "broken": 500}
-
-
-@contextmanager
-def no_file_over(size):
-    """A disk that takes no larger file."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 class Hub(ThreadingHTTPServer):
