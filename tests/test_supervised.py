@@ -21,7 +21,7 @@ from align.models.layout import Tree
 from align.models.roles import Bases
 from align.models.tokenizer import load_tokenizer
 from align.recipe import load_recipe
-from align.settings import Lora, Model
+from align.settings import Lora, Model, RewardSettings
 from align.stages import sft
 from align.stages.learner import Learner
 from align.stages.order import TRAINERS
@@ -191,6 +191,23 @@ def test_no_rows_are_one_line(base, tmp_path):
     with pytest.raises(BadInput, match="`data`: no row is left to train on"):
         _run_here(path)
     assert not (tmp_path / "toy").exists()
+
+
+def test_a_pair_counts_by_its_weight_over_that_of_an_average_pair(base, data, tmp_path):
+    """Steps of one pair each: a weight of 3 among weights of 1 and 3 is half more than the average, of 1 half of it."""
+    rows = [json.loads(line) for line in (data / "pairs.jsonl").read_text().splitlines()]
+    train = STEPS | {"max_steps": 6, "per_device_train_batch_size": 1, "learning_rate": 1e-9}
+    norms = {}
+    for name, weights in (("plain", (1.0, 1.0)), ("heavy", (3.0, 3.0)), ("mixed", (1.0, 3.0))):
+        weighed = [row | {"weight": weights[i % 2]} for i, row in enumerate(rows)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in weighed))
+        values = tiny.recipe("reward", base, data, tmp_path / name, train=train)
+        values["data"] = {"train": str(tmp_path / f"{name}.jsonl")}
+        tiny.run(RewardSettings.model_validate(values))
+        norms[name] = [row["grad_norm"] for row in read_metrics(tmp_path / name)]
+    assert norms["heavy"] == pytest.approx(norms["plain"], rel=1e-4)
+    shares = [round(mixed / plain, 3) for mixed, plain in zip(norms["mixed"], norms["plain"], strict=True)]
+    assert set(shares) == {0.5, 1.5}
 
 
 def _dying_at(number):
