@@ -95,7 +95,7 @@ def _naming(recipe: Recipe, name: str) -> Iterator[None]:
     is wrong too."""
     kind = recipe.stages[name].stage
     try:
-        with nullcontext() if kind in STAGES else users_code(kind, f"`{kind}`", raises=BadInput), reading():
+        with nullcontext() if kind in STAGES else users_code(kind, what=f"`{kind}`", raises=BadInput), reading():
             yield
     except BadInput as error:
         stage = f"stage `{name}`: " if recipe.is_pipeline else ""

@@ -38,11 +38,11 @@ def load_object(reference: str) -> Any:
 
 @contextmanager
 def users_code(
-    reference: str, what: str, *, raises: type[Exception] = RunFailed, passes: tuple[type[Exception], ...] = ()
+    *references: str, what: str, raises: type[Exception] = RunFailed, passes: tuple[type[Exception], ...] = ()
 ) -> Iterator[None]:
-    """Around a call into the object that `reference` names, which `what` names in words.
+    """Around a call into the objects that `references` name, which `what` names in words.
 
-    Whatever it raises, `sys.exit` too, becomes one line with the place in the user's file. Ctrl-C passes, and so do
+    Whatever they raise, `sys.exit` too, becomes one line with the place in the user's file. Ctrl-C passes, and so do
     our own errors, which are such a line already, and what `passes`.
     """
     try:
@@ -50,16 +50,21 @@ def users_code(
     except BaseException as error:  # the user's code may raise anything
         if isinstance(error, (KeyboardInterrupt, BadInput, RunFailed, *passes)):
             raise
-        raise raises(f"{what} failed{_place(reference, error)}: {told(error)}") from error
+        raise raises(f"{what} failed{_place(references, error)}: {told(error)}") from error
 
 
-def _place(reference: str, error: BaseException) -> str:
-    """The deepest line of the user's file that the error came through, else of any file that is not ours."""
-    where = reference.rpartition(":")[0]
-    own = str(Path(where).resolve()) if where.endswith(".py") else getattr(sys.modules.get(where), "__file__", None)
+def _place(references: tuple[str, ...], error: BaseException) -> str:
+    """The deepest line of the users' files that the error came through, else of any file that is not ours."""
+    shown = {}  # by the path that a frame has
+    for reference in references:
+        where = reference.rpartition(":")[0]
+        if where.endswith(".py"):
+            shown[str(Path(where).resolve())] = where
+        elif file := getattr(sys.modules.get(where), "__file__", None):
+            shown[file] = file
     ours = str(Path(__file__).parent)
     lines = [(frame.f_code.co_filename, line) for frame, line in walk_tb(error.__traceback__)]
-    found = [(where if where.endswith(".py") else file, line) for file, line in lines if file == own]
+    found = [(shown[file], line) for file, line in lines if file in shown]
     found = found or [(file, line) for file, line in lines if not file.startswith(ours)]
     return " ({}:{})".format(*found[-1]) if found else ""
 

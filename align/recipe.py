@@ -94,11 +94,9 @@ def _validated(values: dict[str, Any], where: Callable[[str], str], prefix: str)
     cls = STAGES.get(str(kind)) or _stage_class(
         os.path.expanduser(str(kind)), f"`{key}: {brief(kind).strip(chr(39))}`{where(key)}"
     )
-    is_own = str(kind) not in STAGES
+    theirs = users_code(str(kind), what=f"`{kind}`", raises=BadInput, passes=(ValidationError,))
     try:
-        with (
-            users_code(str(kind), f"`{kind}`", raises=BadInput, passes=(ValidationError,)) if is_own else nullcontext()
-        ):
+        with nullcontext() if str(kind) in STAGES else theirs:
             return cls.model_validate(values)
     except ValidationError as error:
         raise BadInput(first_error(error, cls, prefix, where)) from error

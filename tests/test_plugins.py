@@ -32,7 +32,7 @@ def test_a_call_that_fails_is_one_line_with_its_place(body, raises, tmp_path):
     path = tmp_path / "own.py"
     path.write_text(f"import sys\ndef f(row):\n    {body}\n")
     reference = f"{path}:f"
-    with pytest.raises(raises) as caught, users_code(reference, "what it is", raises=raises):
+    with pytest.raises(raises) as caught, users_code(reference, what="what it is", raises=raises):
         load_object(reference)({})
     assert str(caught.value).startswith(f"what it is failed ({path}:3): {BODIES[body]}")
     assert "\n" not in str(caught.value) and caught.value.__cause__ is not None
@@ -40,7 +40,7 @@ def test_a_call_that_fails_is_one_line_with_its_place(body, raises, tmp_path):
 
 def test_ours_and_ctrl_c_pass():
     for error in (BadInput("a"), RunFailed("b"), KeyboardInterrupt(), TimeoutError("c")):
-        with pytest.raises(type(error)) as caught, users_code("own.py:f", "f", passes=(TimeoutError,)):
+        with pytest.raises(type(error)) as caught, users_code("own.py:f", what="f", passes=(TimeoutError,)):
             raise error
         assert caught.value is error
 

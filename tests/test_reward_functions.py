@@ -6,6 +6,7 @@ import math
 import sys
 
 import pytest
+from wandb.sdk.lib.exit_hooks import ExitHooks
 
 from align.data.formats import Prompt
 from align.errors import BadInput, RunFailed
@@ -160,7 +161,10 @@ def test_what_a_function_raises_is_one_line_with_its_place(name, kind, mine, tmp
     assert str(caught.value).startswith(place) and "\n" not in str(caught.value)
 
 
-def test_an_exit_of_a_task_within_is_a_line_too_and_the_loop_lives_on(mine):
+def test_an_exit_of_a_task_within_is_a_line_too_and_the_loop_lives_on(mine, monkeypatch):
+    monkeypatch.setattr(sys, "exit", sys.exit)  # and so put back afterwards
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    ExitHooks().hook()  # wandb's way between, as in a run that it follows
     body = (
         "async def stop():\n    sys.exit(3)\n"
         "async def f(completions, **kw):\n    return await asyncio.gather(stop(), stop(), asyncio.sleep(60))\n"

@@ -51,7 +51,7 @@ def with_method(
     """
     assert not isinstance(method, Full), "a fully tuned role has weights of its own, and no adapter"
     if isinstance(method, OwnMethod):
-        with _base_unchanged(view, method.kind), users_code(method.kind, f"`{method.kind}`", raises=BadInput):
+        with _base_unchanged(view, method.kind), users_code(method.kind, what=f"`{method.kind}`", raises=BadInput):
             model = load_object(method.kind)(view, **method.arguments)
         if not isinstance(model, PeftModel):
             raise BadInput(f"`{method.kind}` returned {type(model).__name__}; it must return a PeftModel")

@@ -97,7 +97,7 @@ class FunctionReward:
         own = str(getattr(function, "__name__", ""))
         self.name = own if own.isidentifier() else reference.rpartition(":")[2]  # a lambda, an object
         self.is_async = any(map(inspect.iscoroutinefunction, _forms(function)))
-        self._reference, self._function, self._arguments, self._journal = reference, function, arguments, journal
+        self.reference, self._function, self._arguments, self._journal = reference, function, arguments, journal
 
     def __call__(self, answers: "Answers") -> list[float]:
         """The scores (N,).
@@ -119,7 +119,7 @@ class FunctionReward:
             return self._numbers(await self._function(**self._given(answers)), answers)
 
     def _watched(self) -> AbstractContextManager[None]:
-        return users_code(self._reference, f"the reward `{self.name}`")
+        return users_code(self.reference, what=f"the reward `{self.name}`")
 
     def _given(self, answers: "Answers") -> dict[str, Any]:
         """Its arguments. What is a list or a mapping is a copy: the function may do with it what it likes."""

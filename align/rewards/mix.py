@@ -84,7 +84,8 @@ class RewardMix:
         }
         found = {name: scorer(answers) for name, _, scorer in self.terms if name not in later}
         if later:
-            with users_code("", "one of the rewards " + ", ".join(f"`{name}`" for name in later)):
+            what = "one of the rewards " + ", ".join(f"`{name}`" for name in later)
+            with users_code(*(scorer.reference for scorer in later.values()), what=what):
                 scores = together([scorer.awaited(answers) for scorer in later.values()])
             found |= dict(zip(later, scores, strict=True))
         return {name: found[name] for name, _, _ in self.terms}

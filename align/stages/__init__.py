@@ -19,5 +19,5 @@ def _run_own(stage: Any, worker: Any) -> None:
     """The user's own stage: whatever it raises is one line, but that it was asked to stop."""
     from align.worker import Stopped
 
-    with users_code(stage.stage, f"`{stage.stage}`", passes=(Stopped,)):
+    with users_code(stage.stage, what=f"`{stage.stage}`", passes=(Stopped,)):
         stage.run(worker)

@@ -8,9 +8,13 @@ to hide something, and are shown by their numbers.
 import re
 import unicodedata
 
-MAYBE_HIDDEN = re.compile(  # a run of one character outside plain ASCII, which is no flag of England, Scotland or Wales
+PLAIN = (  # what most texts are made of and everybody sees: it is passed over without a look at each
+    " -~\n\t\u00c0-\u024f\u0400-\u0481\u0620-\u064a\u0904-\u0939"
+    "\u3041-\u3096\u30a1-\u30fa\u4e00-\u9fef\uac00-\ud7a3\ufffd"
+)
+MAYBE_HIDDEN = re.compile(  # a run of one other character, which is no flag of England, Scotland or Wales
     "\U0001f3f4\U000e0067\U000e0062(?:\U000e0065\U000e006e\U000e0067|\U000e0073\U000e0063\U000e0074"
-    "|\U000e0077\U000e006c\U000e0073)\U000e007f|([^ -~\n\t])\\1*"
+    f"|\U000e0077\U000e006c\U000e0073)\U000e007f|([^{PLAIN}])\\1*"
 )
 BLANKS = set("\u034f\u115f\u1160\u17b4\u17b5\u2800\u3164\uffa0")  # letters and marks that show nothing
 SEEN = set("\u0600\u0601\u0602\u0603\u0604\u0605\u06dd\u0890\u0891\u08e2")  # Arabic signs, formats by name, that show

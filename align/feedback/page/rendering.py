@@ -29,9 +29,10 @@ LANGUAGES = "bash c c++ console cpp cs csharp css diff go html java javascript j
 LANGUAGES += " python r rb rs ruby rust sh shell sql swift ts typescript xml yaml yml"  # that the page's script colours
 CLASSES = {"math", *(f"language-{name}" for name in LANGUAGES.split())}
 LENGTH = 65_536  # characters that are read as Markdown
-STEPS = 8_000  # of the parser; about a tenth of a second
+STEPS = 6_000  # of the parser; less than a tenth of a second
 NESTING = 20  # of quotes and lists
 VIEW = 400_000  # bytes of HTML of one view; an answer has two
+ADDRESS = 2_048  # characters of an address that is normalised, so that a host's name shows its letters' scripts
 SLICE = 8_192  # characters that are escaped at a time
 MESSAGES = 200  # of a conversation that are shown
 
@@ -43,7 +44,6 @@ class TooMuch(Exception):
 @lru_cache(maxsize=128)  # a pair is rendered when it is prefetched and again when it is in front
 def rendered(text: str) -> dict[str, str]:
     """Markdown as HTML (`html`), and the text as it was written (`raw`), as HTML too: each `VIEW` bytes and a word."""
-    text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")  # half a pair is no character
     written, count = _as_written(text)
     if count < len(text):
         cut = _word(f"Too long to be shown: the first {count:,} of {len(text):,} characters, as they were written.")
@@ -84,6 +84,11 @@ def _word(sentence: str) -> str:
     return f"<mark>{sentence}</mark>"
 
 
+def _characters(text: str) -> str:
+    """The text with halves of pairs, which are no characters, replaced."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
 def _as_written(text: str) -> tuple[str, int]:
     """The text as HTML, at most `VIEW` bytes of it, and how many of its characters those are."""
     parts, start, left = [], 0, VIEW
@@ -91,7 +96,7 @@ def _as_written(text: str) -> tuple[str, int]:
         end = min(start + SLICE, len(text))
         line_end = text.rfind("\n", start, end) + 1  # where no run of hidden characters is torn
         end = line_end if start < line_end and end < len(text) else end
-        part = with_hidden_shown(escape(text[start:end], quote=False))
+        part = with_hidden_shown(escape(_characters(text[start:end]), quote=False))
         left -= len(part.encode())
         if left < 0:
             break
@@ -105,7 +110,7 @@ def _as_markdown(text: str) -> str | None:
     if len(text) > LENGTH:
         return None
     try:
-        html = with_hidden_shown(markdown(text))
+        html = with_hidden_shown(markdown(_characters(text)))
     except TooMuch:
         return None
     return html if len(html.encode()) <= VIEW else None
@@ -191,6 +196,8 @@ def _new_markdown() -> MarkdownIt:
     # `alt`: those that ask at each line whether it ends them
     made.block.ruler.before("table", "count", _count_block, {"alt": ["paragraph", "blockquote", "list"]})
     made.inline.ruler.before("text", "count", _count_inline)
+    normalised = made.normalizeLink
+    made.normalizeLink = lambda url: normalised(url) if len(url) <= ADDRESS else url  # type: ignore[method-assign]
     made.renderer.rules.update(link_open=_link_open, link_close=_link_close)  # type: ignore[attr-defined]
     add_formulas(made, lambda state, steps: _spend(state.env, steps))
     made.core.ruler.push("headings", _set_headings)
