@@ -18,7 +18,7 @@ from align.models.facts import (
     read_facts,
 )
 from align.parents import SPEAKERS, check_parents, check_prefix, is_on_hub, method_of, resolved
-from align.plugins import users_code
+from align.plugins import is_reference, users_code
 from align.recipe import Recipe
 from align.rewards import check_columns, check_reward, check_rewards
 from align.rewards.judge import check_judge
@@ -107,6 +107,7 @@ def _check_stage(
 ) -> str:
     """`made` maps the folders that earlier stages of the pipeline will have made to these."""
     check_model(settings)
+    check_sampler(settings)
     if isinstance(settings, PpoSettings):
         check_rewards(settings.rewards, "rewards")
     if isinstance(settings, EvaluateSettings):
@@ -132,6 +133,19 @@ def _check_stage(
             if kind == "prompts" and loaded is not None:
                 check_columns(settings, (*loaded.train, *loaded.validation))
     return state
+
+
+def check_sampler(settings: StageSettings) -> None:
+    """A sampler of the user's own, where the stage samples with one.
+
+    Raises:
+        BadInput: its file has none.
+    """
+    sampler = getattr(getattr(settings, "sampling", None), "sampler", "auto")
+    if is_reference(sampler):
+        from align.rollout.choose import own_sampler  # heavy, and only here
+
+        own_sampler(sampler)
 
 
 def check_model(settings: StageSettings) -> None:

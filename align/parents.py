@@ -90,8 +90,9 @@ def check_prefix(settings: StageSettings, key: str, what: str) -> None:
         raise BadInput(f"{what} needs `model.attn_implementation: sdpa`; or use `kind: lora`")
     if not isinstance(settings, (PpoSettings, EvaluateSettings)) or not key.startswith(("policy.", "policies.")):
         return  # nothing is sampled from it
-    if settings.sampling.cache_implementation == "static":
-        raise BadInput(f"{what} cannot sample with `sampling.cache_implementation: static`; leave it out")
+    if settings.sampling.is_generates:
+        key = "cache_implementation" if settings.sampling.cache_implementation == "static" else "sampler"
+        raise BadInput(f"{what} cannot sample with `sampling.{key}: {getattr(settings.sampling, key)}`; leave it out")
 
 
 def check_start(folder: str, kinds: tuple[str, ...], where: str) -> None:

@@ -145,8 +145,8 @@ def trace(options: argparse.Namespace) -> dict[str, float]:
     from torch.profiler import ProfilerActivity, profile
 
     from align.models.roles import Bases
-    from align.rollout.draw import uniforms
-    from align.rollout.sampling import sample
+    from align.rollout.choose import sampler_of
+    from align.rollout.sampler import Seeds
     from align.settings import Lora, Model, Sampling
 
     count, (prompt, answer) = options.prompts, options.tokens
@@ -158,10 +158,10 @@ def trace(options: argparse.Namespace) -> dict[str, float]:
     rng = random.Random(0)
     prompts = [[rng.randrange(3, 900) for _ in range(prompt)] for _ in range(count)]
     sampling = Sampling(max_new_tokens=answer)
-    numbers = uniforms(0, 0, 0, range(count), answer)
+    sampler = sampler_of(role, sampling, end_ids=[], pad_id=0, batch_size=count)
 
     def draw() -> None:
-        sample(role, prompts, numbers, sampling, end_ids=[], pad_id=0, batch_size=count)
+        sampler.sample(prompts, sampling, Seeds(0, 0, 0, range(count)))
 
     def train() -> None:
         from align.models.layout import Tree

@@ -17,14 +17,13 @@ from align.models.merging import merged_view
 from align.models.methods import with_method
 from align.models.roles import Bases, Role, new_head
 from align.models.scoring import score_sequences
-from align.rollout.draw import uniforms
-from align.rollout.generate import sample_padded
+from align.rollout.choose import sampler_of
 from align.rollout.reading import read_all
 from align.rollout.rollouts import cut_at_end
-from align.rollout.sampling import sample
 from align.settings import Lora, Model, Sampling
 from align.stages import ppo as stage
 from tests import oracles, tiny
+from tests.drawing import Numbers, sample, uniforms
 
 END, PAD = 3, 0
 VOCABULARY = len(tiny.SPECIAL) + len(tiny.WORDS)
@@ -308,11 +307,13 @@ PROMPTS = [[2, 4, 9, 10], [2], LONG, [2, 4, 9, 10], [2, 4, 13, 12, 11, 6, 8], [2
 
 
 def both_ways(role: Role, numbers: torch.Tensor, sampling: Sampling, batch_size: int, prompts=PROMPTS):
-    """Answers and reading of `sample`, after a check that transformers' `generate` gives the same answers."""
-    ends = {"end_ids": [END], "batch_size": batch_size}
-    rollouts, reading = sample(role, prompts, numbers, sampling, pad_id=PAD, **ends)
-    padded = sample_padded(role, prompts, numbers, sampling, pad_id=PAD, **ends)
-    assert [list(answer) for answer in rollouts.answers] == padded
+    """Answers and reading of the slots, after a check that transformers' `generate` draws the same as likely."""
+    how = {"end_ids": [END], "pad_id": PAD, "batch_size": batch_size}
+    rollouts, reading = sample(role, prompts, numbers, sampling, **how)
+    generate = sampling.model_copy(update={"sampler": "generate"})
+    padded = sampler_of(role, generate, **how).sample(prompts, generate, Numbers(numbers))
+    assert padded.rollouts.answers == rollouts.answers and padded.reading is None
+    torch.testing.assert_close(padded.logprobs, reading.logprobs, rtol=0, atol=1e-5)
     assert rollouts.prompts == tuple(map(tuple, prompts))
     return rollouts, reading
 

@@ -10,12 +10,11 @@ import torch
 from align.artifact import read_manifest
 from align.models import backoff
 from align.models.roles import Bases
-from align.rollout.draw import uniforms
 from align.rollout.reading import read_all
-from align.rollout.sampling import sample
 from align.settings import Lora, Model, Sampling
 from align.track import read_metrics
 from tests import tiny
+from tests.drawing import sample, uniforms
 from tests.test_flat import END, GROUPED, PAD, PROMPTS, Case, check_states, make_trees
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")]

@@ -5,15 +5,15 @@ import math
 import os
 import shutil
 import struct
-from functools import partial
 
 import pytest
 
 from align.artifact import checkpoints, read_manifest
 from align.errors import Diverged, RunFailed
 from align.report import stage_page
+from align.rollout.slots import SlotSampler
 from align.settings import STAGES, Guard, PpoGuard
-from align.stages import guard, ppo_steps
+from align.stages import guard
 from align.stages.learner import Learner
 from align.track import Tracker, read_metrics
 from tests import tiny
@@ -282,12 +282,17 @@ def judging(history, step, figures, *args, judge=guard.judge, **kwargs):
     return judge(history, step, figures | ({"weight_norm": math.nan} if is_wrong else {}), *args, **kwargs)
 
 
-def sampling(*args, calls, sample=ppo_steps.sample, **kwargs):
+def sampling_until_the_eighth():
     """Of the eighth batch the logits are no numbers."""
-    calls.append(True)
-    if len(calls) == 8:
-        raise Diverged("the policy's logits are not finite")
-    return sample(*args, **kwargs)
+    calls, sample = [], SlotSampler.sample
+
+    def sampling(*args):
+        calls.append(True)
+        if len(calls) == 8:
+            raise Diverged("the policy's logits are not finite")
+        return sample(*args)
+
+    return sampling
 
 
 @pytest.fixture
@@ -297,7 +302,7 @@ def goes_wrong(monkeypatch):
 
 def goes_wrong_in_the_second():
     if os.environ["RANK"] == "1":
-        guard.judge, ppo_steps.sample = judging, partial(sampling, calls=[])
+        guard.judge, SlotSampler.sample = judging, sampling_until_the_eighth()
 
 
 @pytest.mark.parametrize("stage", ["sft", "reward", "ppo"])
@@ -396,7 +401,7 @@ def test_a_gradient_that_is_no_number_goes_back_to_what_was_sound(stage, base, d
 
 @pytest.mark.parametrize("stage", ["sft", "ppo"])  # each has a loop of its own, and a reward model has SFT's
 def test_what_one_process_of_two_sees_takes_both_back(stage, base, data, runs, tmp_path, monkeypatch, goes_wrong):
-    monkeypatch.setattr(ppo_steps, "sample", partial(sampling, calls=[]))
+    monkeypatch.setattr(SlotSampler, "sample", sampling_until_the_eighth())
     changes = {"guard": {"on": "rollback"}}
     run(recipe(stage, base, data, runs, tmp_path / "one", **changes))
     two = recipe(stage, base, data, runs, tmp_path / "two", **changes)

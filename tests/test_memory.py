@@ -35,9 +35,7 @@ from align.rewards import classifiers
 from align.rewards.judge import Question, build_judge
 from align.rewards.learned import learned
 from align.rewards.mix import Answers
-from align.rollout import sampling
-from align.rollout.draw import uniforms
-from align.rollout.sampling import sample
+from align.rollout import slots
 from align.settings import (
     STAGES,
     CollectSettings,
@@ -53,6 +51,7 @@ from align.stages.score import prompt_embeddings
 from align.track import Tracker, read_metrics
 from tests import tiny
 from tests.apart import run_apart
+from tests.drawing import sample, uniforms
 from tests.memory import Memory
 from tests.test_classifiers import encoder
 
@@ -478,7 +477,7 @@ def test_a_policy_that_cannot_be_merged_samples_with_its_adapter_beside(bases, r
         tried.append(role)
         raise OURS[2]
 
-    monkeypatch.setattr(sampling, "merged_view", merged_view)
+    monkeypatch.setattr(slots, "merged_view", merged_view)
     for _ in range(2):
         assert sample(role, ROWS, NUMBERS, FEW, **given)[0].answers == plain.answers
     assert len(tried) == 1 and capsys.readouterr().err == (

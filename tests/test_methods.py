@@ -24,14 +24,13 @@ from align.models.roles import Bases
 from align.models.saving import save_role
 from align.models.scoring import score_sequences
 from align.recipe import load_recipe
-from align.rollout.draw import uniforms
-from align.rollout.sampling import sample
 from align.settings import METHODS, PEFT_METHODS, PEFT_METHODS_IN_4_BITS, Method, Model, Sampling
 from align.settings import STAGES as SETTINGS
 from align.stages import learner
 from align.track import Tracker, read_metrics
 from align.worker import Stopped
 from tests import tiny
+from tests.drawing import sample, uniforms
 
 CPU = torch.device("cpu")
 STAGES = ("sft", "reward", "ppo")

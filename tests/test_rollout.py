@@ -6,12 +6,11 @@ import pytest
 import torch
 
 from align.models.roles import Bases, Role
-from align.rollout.draw import uniforms
 from align.rollout.reading import read_all
 from align.rollout.rollouts import Rollouts, cut_at_end, rollouts_of
-from align.rollout.sampling import sample
 from align.settings import Model, Sampling
 from tests import tiny
+from tests.drawing import sample, uniforms
 
 END, PAD = 3, 0
 PROMPTS = [[2, 4, 9, 10], [2, 4], [2, 4, 13, 12, 11, 6, 8], [2, 9, 9]]

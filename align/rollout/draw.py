@@ -1,10 +1,8 @@
 """Draws tokens from softmax(logits / T) with random numbers that belong to rows, not to batches."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -23,16 +21,6 @@ class Drawn:
     tokens: Tensor
     logprobs: Tensor
     entropies: Tensor
-
-
-def uniforms(seed: int, stream: int, step: int, rows: Sequence[int], width: int) -> Tensor:
-    """(len(rows), width) float64 in [0, 1): the numbers that row `rows[i]` of step `step` draws with.
-
-    A function of its arguments alone, whatever the number of processes or the batch size; `stream` keeps training
-    and evaluation apart.
-    """
-    drawn = [np.random.default_rng([seed, 2, stream, step, row]).random(width) for row in rows]
-    return torch.from_numpy(np.stack(drawn)) if drawn else torch.zeros(0, width, dtype=torch.float64)
 
 
 def draw(logits: Tensor, numbers: Tensor, sampling: Sampling) -> Drawn:

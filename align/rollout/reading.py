@@ -49,5 +49,4 @@ def read_all(
         for series, column in zip(found, columns, strict=True):
             for row, numbers in zip(part.rows, column.split(lengths), strict=True):
                 series[row] = numbers.tolist()
-    width = max(map(len, rollouts.answers), default=0)
-    return Reading(*(by_row(series, width) for series in found))
+    return Reading(*(by_row(series, rollouts.width) for series in found))

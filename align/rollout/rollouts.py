@@ -23,9 +23,14 @@ class Rollouts:
         return torch.tensor([len(answer) for answer in self.answers], dtype=torch.long)
 
     @property
+    def width(self) -> int:
+        """R, tokens of the longest answer."""
+        return max(map(len, self.answers), default=0)
+
+    @property
     def response_mask(self) -> Tensor:
         """(B, R) bool, true on an answer's tokens; from the lengths, never from `token == pad`."""
-        return length_mask(self.lengths, max(map(len, self.answers), default=0))
+        return length_mask(self.lengths, self.width)
 
 
 @dataclass(frozen=True)
@@ -48,7 +53,7 @@ def rollouts_of(
 def tokens_of(rollouts: Rollouts) -> tuple[Tensor, Tensor]:
     """The answers as tensors: tokens (B, R) int64, zeros after each, and lengths (B,)."""
     lengths = rollouts.lengths
-    tokens = torch.zeros(len(lengths), int(lengths.max()) if len(lengths) else 0, dtype=torch.long)
+    tokens = torch.zeros(len(lengths), rollouts.width, dtype=torch.long)
     for row, answer in enumerate(rollouts.answers):
         tokens[row, : len(answer)] = torch.tensor(answer, dtype=torch.long)
     return tokens, lengths

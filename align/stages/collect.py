@@ -16,8 +16,8 @@ from align.files import write_lines
 from align.models.backoff import Phase
 from align.models.base import stop_ids
 from align.models.roles import Bases, Role
-from align.rollout.draw import uniforms
-from align.rollout.sampling import sample
+from align.rollout.choose import sampler_of
+from align.rollout.sampler import Seeds
 from align.settings import CollectSettings
 from align.track import Tracker
 from align.worker import Worker
@@ -90,16 +90,9 @@ def _answers(
     sampling = settings.sampling.model_copy(update={"temperature": temperatures[draw % len(temperatures)]})
     end_ids = end_token_ids(tokenizer, stop_ids(role.causal))
     step = zlib.crc32(f"{name} {draw}".encode())
-    rollouts, _ = sample(
-        role,
-        [prompts[i] for i in rows],
-        uniforms(settings.seed, STREAM, step, rows, sampling.max_new_tokens),
-        sampling,
-        end_ids=end_ids,
-        pad_id=tokenizer.pad_token_id,
-        batch_size=settings.batch_size,
-        phase=SAMPLING,
-    )
+    how = {"end_ids": end_ids, "pad_id": tokenizer.pad_token_id, "batch_size": settings.batch_size, "phase": SAMPLING}
+    sampler, seeds = sampler_of(role, sampling, **how), Seeds(settings.seed, STREAM, step, rows)
+    rollouts = sampler.sample([prompts[i] for i in rows], sampling, seeds).rollouts
     return [
         {
             "policy": name,

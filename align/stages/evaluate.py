@@ -29,10 +29,10 @@ from align.report.page import unseen, wins
 from align.report.tables import markdown_table, result_table, save_samples
 from align.rewards import Answers, RewardMix, build_rewards, check_columns, means_of, with_logged
 from align.rewards.judge import Judge, Question, build_judge
-from align.rollout.draw import uniforms
+from align.rollout.choose import sampler_of
 from align.rollout.reading import read_all
 from align.rollout.rollouts import answers_of, rollouts_of, tokens_of
-from align.rollout.sampling import sample
+from align.rollout.sampler import Seeds
 from align.settings import EvaluateSettings
 from align.stages.judging import CACHE, ask
 from align.stages.reward import encode_pairs, evaluate_pairs
@@ -137,17 +137,10 @@ def _judge(
     mine = list(worker.mine(len(rows)))
     role, tokenizer, sampling = speaker.role, speaker.tokenizer, settings.sampling
     end_ids = end_token_ids(tokenizer, stop_ids(role.causal))
-    numbers = uniforms(settings.seed, STREAM, 0, mine, sampling.max_new_tokens)
-    rollouts, _ = sample(
-        role,
-        [encode_prompt(tokenizer, rows[i]) for i in mine],
-        numbers,
-        sampling,
-        end_ids=end_ids,
-        pad_id=tokenizer.pad_token_id,
-        batch_size=settings.batch_size,
-        phase=SAMPLING,
-    )
+    how = {"end_ids": end_ids, "pad_id": tokenizer.pad_token_id, "batch_size": settings.batch_size, "phase": SAMPLING}
+    sampler = sampler_of(role, sampling, **how)
+    prompts, seeds = [encode_prompt(tokenizer, rows[i]) for i in mine], Seeds(settings.seed, STREAM, 0, mine)
+    rollouts = worker.agreed(lambda: sampler.sample(prompts, sampling, seeds)).rollouts
     own, others = (  # both read in one way, so that the reference is at 0 from itself
         read_all(each, rollouts, temperature=sampling.temperature, entropies=True, phase=READING)
         for each in (role, reference)

@@ -25,6 +25,7 @@ from align.errors import BadInput, Diverged
 from align.files import folder_in_one_go, write_atomically
 from align.identity import has_adapter
 from align.maths.kl import mean_and_error, moments, next_kl_coef
+from align.models.backoff import Phase
 from align.models.base import stop_ids, switch_dropout_off
 from align.models.roles import Bases, Role, new_head
 from align.models.saving import save_role, save_tokenizer
@@ -33,19 +34,31 @@ from align.phases import Phases
 from align.report.curves import ppo_curves
 from align.report.tables import sample_table, save_samples
 from align.rewards import build_rewards, check_columns, with_logged
+from align.rollout.choose import sampler_of
 from align.settings import AnyMethod, Lora, Ppo, PpoSettings
 from align.stages import checkpoint, kl_budget
 from align.stages.costs import adapter_bytes, kl_to_base
 from align.stages.course import Course
 from align.stages.learner import Learner, available
 from align.stages.order import left_out, row_order
-from align.stages.ppo_steps import Cast, Experience, PromptRow, Scored, assess, figures, improve, sample_and_score
+from align.stages.ppo_steps import (
+    SHORTER,
+    Cast,
+    Experience,
+    PromptRow,
+    Scored,
+    assess,
+    figures,
+    improve,
+    sample_and_score,
+)
 from align.stages.unseen import Seen, seen_prompts
 from align.track import Tracker, read_metrics
 from align.worker import Worker
 
 TRAIN, EVALUATE = 0, 1  # streams of random numbers
 PHASES = ("sample", "score", "update")
+SAMPLING = Phase("while sampling", "ppo.sampling_batch_size", SHORTER)
 
 
 @dataclass(frozen=True)
@@ -226,8 +239,16 @@ def cast_roles(settings: PpoSettings, worker: Worker) -> Cast:
             role.checkpoint_activations()
     rewards = build_rewards(settings.rewards, bases)
     reference = bases.role(start if settings.reference is None else settings.reference.path)
-    ends = end_token_ids(tokenizer, stop_ids(base.model))
-    return Cast(bases, base, tokenizer, policy, reference, critic, rewards, ends)
+    sampler = sampler_of(
+        policy,
+        settings.sampling,
+        end_ids=end_token_ids(tokenizer, stop_ids(base.model)),
+        pad_id=tokenizer.pad_token_id,
+        batch_size=settings.ppo.sampling_batch_size,
+        max_batch_tokens=settings.ppo.max_batch_tokens,
+        phase=SAMPLING,
+    )
+    return Cast(bases, base, tokenizer, policy, reference, critic, rewards, sampler)
 
 
 def _critic(bases: Bases, settings: PpoSettings, policy_method: AnyMethod | None) -> Role:

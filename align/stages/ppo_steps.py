@@ -6,6 +6,7 @@ whole batch: advantages, whitening and all figures are plain maths on it, the sa
 
 import math
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -29,10 +30,9 @@ from align.models.layout import Part, Tree, parts_of
 from align.models.roles import Bases, Role
 from align.phases import Phases
 from align.rewards import Answers, RewardMix, means_of
-from align.rollout.draw import uniforms
 from align.rollout.reading import read_all
 from align.rollout.rollouts import Rollouts, answers_of, rollouts_of, tokens_of
-from align.rollout.sampling import sample
+from align.rollout.sampler import Sampler, Seeds
 from align.settings import Ppo, PpoSettings
 from align.stages.learner import Learner
 from align.worker import Worker
@@ -40,7 +40,6 @@ from align.worker import Worker
 RATIO_TOLERANCE = 1e-3  # max |log ratio| of the first minibatch in float32: merged weights and caches round otherwise
 MEAN_RATIO_TOLERANCE = 0.02  # and its mean in 16 bits, where one token of thousands may be off by rounding alone
 SHORTER = "begin anew with a smaller `sampling.max_new_tokens` or `max_prompt_length`, or use a device with more memory"
-SAMPLING = Phase("while sampling", "ppo.sampling_batch_size", SHORTER)
 READING = Phase("while reading the answers' log-probabilities", "ppo.max_batch_tokens", SHORTER)
 UPDATE = Phase(
     "in the update",
@@ -61,15 +60,15 @@ class Cast:
     reference: Role
     critic: Role  # the policy itself, when its head sits on the policy's trunk
     rewards: RewardMix
-    end_ids: tuple[int, ...]
+    sampler: Sampler  # over the policy
+
+    @property
+    def end_ids(self) -> Sequence[int]:
+        return self.sampler.end_ids
 
     @property
     def is_shared_trunk(self) -> bool:
         return self.critic is self.policy
-
-    @property
-    def pad_id(self) -> int:
-        return int(self.tokenizer.pad_token_id)
 
 
 @dataclass(frozen=True)
@@ -87,7 +86,8 @@ class Scored:
     prompts: list[PromptRow]
     rollouts: Rollouts
     texts: list[str]
-    logprobs: Tensor  # (B, R) of the policy that sampled, at the sampling temperature
+    logprobs: Tensor  # (B, R) of the policy that sampled, at the sampling temperature, as a training pass sees it
+    sampler_logprobs: Tensor  # (B, R) as its sampler saw it
     reference_logprobs: Tensor  # (B, R)
     entropies: Tensor  # (B, R)
     values: Tensor  # (B, R)
@@ -127,24 +127,14 @@ def sample_and_score(
     rows = [prompts[i // num_generations] for i in mine]
     ppo, sampling = settings.ppo, settings.sampling
     with phases("sample"):
-        sampler = partial(
-            sample,
-            cast.policy,
-            [row.ids for row in rows],
-            uniforms(settings.seed, stream, step, mine, sampling.max_new_tokens),
-            sampling,
-            end_ids=cast.end_ids,
-            pad_id=cast.pad_id,
-            batch_size=ppo.sampling_batch_size,
-            max_batch_tokens=ppo.max_batch_tokens,
-            phase=SAMPLING,
-        )
-        rollouts, at_draw = worker.agreed(sampler)
+        seeds = Seeds(settings.seed, stream, step, mine)
+        sampled = worker.agreed(lambda: cast.sampler.sample([row.ids for row in rows], sampling, seeds))
+        rollouts = sampled.rollouts
     with phases("score"):
         reader = partial(
             read_all, temperature=sampling.temperature, max_batch_tokens=ppo.max_batch_tokens, phase=READING
         )
-        policy = at_draw or reader(cast.policy, rollouts, entropies=True, values=cast.is_shared_trunk)
+        policy = sampled.reading or reader(cast.policy, rollouts, entropies=True, values=cast.is_shared_trunk)
         reference = reader(cast.reference, rollouts)
         critic = policy if cast.is_shared_trunk else reader(cast.critic, rollouts, logprobs=False, values=True)
         texts = [decode_completion(cast.tokenizer, ids, cast.end_ids) for ids in rollouts.answers]
@@ -153,11 +143,12 @@ def sample_and_score(
         answers = Answers(asked, rollouts.prompts, texts, rollouts.answers, ended, cast.tokenizer)
         told = worker.agreed(partial(cast.rewards.told, answers))
     own_scores = torch.tensor([told.totals, *told.parts.values()], dtype=torch.float64)  # (1 + rewards, own rows)
-    tokens, lengths, logprobs, reference_logprobs, entropies, values, scores = worker.gather_rows(
+    tokens, lengths, logprobs, sampler_logprobs, reference_logprobs, entropies, values, scores = worker.gather_rows(
         mine,
         len(prompts) * num_generations,
         *tokens_of(rollouts),
         policy.logprobs,
+        sampled.logprobs,
         reference.logprobs,
         policy.entropies,
         critic.values,
@@ -171,6 +162,7 @@ def sample_and_score(
         rollouts_of([row.ids for row in whole], replies, end_ids=cast.end_ids),
         [decode_completion(cast.tokenizer, ids, cast.end_ids) for ids in replies],
         logprobs,
+        sampler_logprobs,
         reference_logprobs,
         entropies,
         values,
@@ -352,6 +344,7 @@ def figures(scored: Scored, experience: Experience, kl_coef: float) -> dict[str,
     mask = scored.rollouts.response_mask
     spread, alike = scored.scores.std(correction=0), Counter(scored.texts)
     is_one_prompt = len({tuple(row.ids) for row in scored.prompts}) == 1  # whose answers may well be the same
+    sampler_kl = kl_estimate(scored.sampler_logprobs, scored.logprobs, estimator="k3")  # nats a token
     applied = {name: [score for score in part if not math.isnan(score)] for name, part in scored.parts.items()}
     return {
         "score": float(scored.scores.mean()),
@@ -359,6 +352,7 @@ def figures(scored: Scored, experience: Experience, kl_coef: float) -> dict[str,
         **{f"reward_{name}": sum(real) / len(real) for name, real in applied.items() if real},
         "kl": float(experience.kl.sum(1).mean()),
         "kl_coef": kl_coef,
+        "sampler_kl": float(masked_mean(sampler_kl, mask)),
         "entropy": float(masked_mean(scored.entropies, mask)),
         "explained_variance": float(explained_variance(experience.values, experience.returns, mask)),
         "return_mean": float(masked_mean(experience.returns, mask)),

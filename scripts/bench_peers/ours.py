@@ -16,10 +16,10 @@ from measuring import Answers, Clock, peak_mib, run, seed_lora, seed_weight
 from align.maths.products import product
 from align.models.base import trunk_of
 from align.models.roles import Bases, Role
-from align.rollout import engine
+from align.rollout import slots
 from align.rollout.draw import Drawn
 from align.settings import STAGES
-from align.stages import ppo, ppo_steps, runner
+from align.stages import ppo, runner
 from align.track import Tracker, read_metrics
 from align.worker import Worker, quiet_libraries, seed_everything
 
@@ -67,19 +67,19 @@ def timed(clock: Clock) -> Iterator[None]:
 def force_answers(answers: Answers) -> Iterator[None]:
     """The k-th row of a prompt gets the k-th answer that the work foresees for it, token by token, whatever is drawn.
 
-    The drawing itself runs as always. Wraps what knows the prompts (`sample`) and what draws a token (`draw`), where
-    a token to come is known by its random number.
+    The drawing itself runs as always. Wraps what knows the prompts (`SlotSampler.sample`) and what draws a token
+    (`draw`), where a token to come is known by its random number.
     """
-    sample, draw = ppo_steps.sample, engine.draw
+    sample, draw = slots.SlotSampler.sample, slots.draw
     foreseen: dict[float, int] = {}
 
-    def noting(role: Role, prompts: Any, numbers: torch.Tensor, *arguments: Any, **settings: Any) -> Any:
+    def noting(self: Any, prompts: Any, sampling: Any, seeds: Any) -> Any:
         wanted = [answers.next(prompt) for prompt in prompts]
-        for row, answer in zip(numbers.tolist(), wanted, strict=True):
+        for row, answer in zip(seeds.uniforms(sampling.max_new_tokens).tolist(), wanted, strict=True):
             foreseen.update(zip(row, answer, strict=False))
-        rollouts, reading = sample(role, prompts, numbers, *arguments, **settings)
-        answers.check(wanted, [list(answer) for answer in rollouts.answers])
-        return rollouts, reading
+        sampled = sample(self, prompts, sampling, seeds)
+        answers.check(wanted, [list(answer) for answer in sampled.rollouts.answers])
+        return sampled
 
     def forced(logits: torch.Tensor, numbers: torch.Tensor, sampling: Any) -> Drawn:
         drawn = draw(logits, numbers, sampling)
@@ -88,7 +88,7 @@ def force_answers(answers: Answers) -> Iterator[None]:
         logprobs = drawn.logprobs + (wanted - given) / sampling.temperature
         return replace(drawn, tokens=tokens, logprobs=logprobs)
 
-    with patch.object(ppo_steps, "sample", noting), patch.object(engine, "draw", forced):
+    with patch.object(slots.SlotSampler, "sample", noting), patch.object(slots, "draw", forced):
         yield
 
 

@@ -1,0 +1,60 @@
+"""What draws answers: an object with one method, from prompts, sampling and seeds to rollouts."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from align.models.backoff import Phase
+from align.models.roles import Role
+from align.rollout.rollouts import Reading, Rollouts
+from align.settings import Sampling
+
+SAMPLING = Phase("while sampling")
+
+
+@dataclass(frozen=True)
+class Seeds:
+    """Where the random numbers of B rows come from: each row's belong to it, whatever it is batched with."""
+
+    seed: int
+    stream: int  # keeps training, evaluation and collecting apart
+    step: int
+    rows: Sequence[int]  # B numbers of rows, the same for a row whatever process it is dealt to
+
+    def uniforms(self, width: int) -> Tensor:
+        """(B, width) float64 in [0, 1): row i's number t is what its token t is drawn with."""
+        drawn = [np.random.default_rng([self.seed, 2, self.stream, self.step, row]).random(width) for row in self.rows]
+        return torch.from_numpy(np.stack(drawn)) if drawn else torch.zeros(0, width, dtype=torch.float64)
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """B answers, and how likely the sampler held each token to be."""
+
+    rollouts: Rollouts
+    logprobs: Tensor  # (B, R) of the sampler's own softmax(logits / temperature), float32, zero outside the mask
+    reading: Reading | None = None  # the trainer's, where a training pass sees the sampler's numbers; None: to be read
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampler(ABC):
+    """Draws from a role's policy as its weights are at each call.
+
+    Sampling is plain softmax(logits / temperature) unless the settings name top-k or top-p.
+    """
+
+    role: Role
+    end_ids: Sequence[int]  # an answer ends with the first of them, or after `max_new_tokens`
+    pad_id: int
+    batch_size: int  # answers at a time
+    max_batch_tokens: int | None = None  # prompts' tokens in a pass; None: as memory allows
+    phase: Phase = SAMPLING
+
+    @abstractmethod
+    def sample(self, prompts: Sequence[Sequence[int]], sampling: Sampling, seeds: Seeds) -> Sampled:
+        """One answer to each of B prompts, in their order: a function of the prompt, the weights and the row's seed
+        alone, so that batches, slots and processes change nothing."""

@@ -1,0 +1,19 @@
+"""A sampler of your own: the end of the prompt comes back as the answer. `sampling: {sampler: recipes/custom/echo.py:Echo}`
+
+A server or an engine of yours stands in the same place: it gets token ids and gives token ids, with its own
+log-probabilities of them. The trainer reads its own, and `sampler_kl` in the figures says how far the two are apart.
+"""
+
+import torch
+
+from align.rollout.rollouts import rollouts_of
+from align.rollout.sampler import Sampled, Sampler
+
+
+class Echo(Sampler):
+    """Certain of what it says: every log-probability is 0."""
+
+    def sample(self, prompts, sampling, seeds):
+        answers = [list(prompt[-sampling.max_new_tokens :]) for prompt in prompts]
+        rollouts = rollouts_of(prompts, answers, end_ids=self.end_ids)
+        return Sampled(rollouts, torch.zeros(rollouts.response_mask.shape))

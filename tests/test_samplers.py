@@ -1,0 +1,121 @@
+"""Samplers by name: ours, transformers', and one's own, which is looked at before it is learnt from."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from align.door import check_recipe
+from align.errors import BadInput, RunFailed
+from align.models.roles import Bases
+from align.recipe import load_recipe
+from align.rollout.choose import SAMPLERS, sampler_of
+from align.rollout.sampler import Seeds
+from align.settings import Model, Sampling
+from align.track import read_metrics
+from tests import tiny
+from tests.drawing import Numbers
+
+ROOT = Path(__file__).resolve().parents[1]
+ECHO = f"{ROOT}/recipes/custom/echo.py:Echo"
+PROMPTS = [[2, 4, 9, 10], [2, 4]]
+HOW = {"end_ids": [3], "pad_id": 0, "batch_size": 2}
+HEAD = """
+import torch
+from align.rollout.rollouts import rollouts_of
+from align.rollout.sampler import Sampled, Sampler
+class Own(Sampler):
+    def sample(self, prompts, sampling, seeds):
+        made = lambda answers, prompts=prompts: rollouts_of(prompts, answers, end_ids=self.end_ids)
+"""
+
+
+@pytest.fixture(scope="module")
+def role(tmp_path_factory):
+    folder = tiny.make_base(tmp_path_factory.mktemp("base"))
+    return Bases(Model(base=str(folder)), torch.device("cpu")).role(None)
+
+
+def test_each_name_is_its_sampler_and_auto_the_slots_where_they_can(role, monkeypatch):
+    for name, cls in SAMPLERS.items():
+        assert type(sampler_of(role, Sampling(sampler=name), **HOW)) is cls
+    assert type(sampler_of(role, Sampling(), **HOW)) is SAMPLERS["slots"]
+    assert type(sampler_of(role, Sampling(cache_implementation="static"), **HOW)) is SAMPLERS["generate"]
+    monkeypatch.setattr(type(role), "is_flat", False)
+    assert type(sampler_of(role, Sampling(), **HOW)) is SAMPLERS["generate"]
+    with pytest.raises(BadInput, match=r"sampler: slots`.*padded batches only; take `generate`"):
+        sampler_of(role, Sampling(sampler="slots"), **HOW)
+
+
+def test_all_give_the_same_answers_as_likely(role):
+    sampling, seeds = Sampling(max_new_tokens=6, temperature=0.7), Seeds(1, 2, 3, [5, 8])
+    slots, generate = (SAMPLERS[name](role=role, **HOW).sample(PROMPTS, sampling, seeds) for name in SAMPLERS)
+    assert slots.rollouts.answers == generate.rollouts.answers
+    torch.testing.assert_close(slots.logprobs, generate.logprobs, rtol=0, atol=1e-5)
+    assert torch.equal(slots.reading.logprobs, slots.logprobs) and generate.reading is None
+    for name in SAMPLERS:  # a row's answer is its seed's, in whatever place
+        other = SAMPLERS[name](role=role, **HOW).sample(PROMPTS[::-1], sampling, Seeds(1, 2, 3, [8, 5]))
+        assert other.rollouts.answers == slots.rollouts.answers[::-1]
+
+
+WRONG = {
+    "return None": "gave NoneType; it must give a Sampled",
+    "return Sampled(made([[5], [6]], prompts[::-1]), torch.zeros(2, 1))": "other prompts than it was asked",
+    "return Sampled(made([[5], []]), torch.zeros(2, 1))": r"no token, or more than `sampling.max_new_tokens` \(4\)",
+    "return Sampled(made([[5], [6] * 5]), torch.zeros(2, 5))": "more than `sampling.max_new_tokens`",
+    "return Sampled(made([[5], [6]]), torch.zeros(2, 2))": r"not \(2, 1\) finite numbers",
+    "return Sampled(made([[5], [6]]), torch.full((2, 1), torch.nan))": "finite numbers",
+    "raise OSError('the server\\n is gone')": r"own.py:8\): OSError: the server is gone",
+}
+
+
+@pytest.mark.parametrize("body", WRONG)
+def test_what_one_of_ones_own_does_wrong_is_one_line(body, role, tmp_path):
+    (tmp_path / "own.py").write_text(f"{HEAD}        {body}\n")
+    sampling = Sampling(sampler=f"{tmp_path}/own.py:Own", max_new_tokens=4)
+    with pytest.raises(RunFailed, match=WRONG[body]) as caught:
+        sampler_of(role, sampling, **HOW).sample(PROMPTS, sampling, Numbers(torch.zeros(2, 4)))
+    assert "own.py:Own`" in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("sampling", "says"),
+    [
+        ({"sampler": "slot"}, "slot is none of auto, slots, generate.*did you mean `slots`"),
+        ({"sampler": "slots", "cache_implementation": "static"}, "static` is generate's"),
+        ({"sampler": "nowhere.py:Own"}, "nowhere.py is not there"),
+        ({"sampler": "align.errors:BadInput"}, "is no sampler; let it be a class that extends"),
+    ],
+)
+def test_what_is_no_sampler_is_found_at_the_door(sampling, says, base, data, runs, tmp_path):
+    values = tiny.recipe("ppo", base, data, tmp_path / "ppo")
+    values["policy"] = {"from": str(runs / "sft")}
+    values["rewards"] = [{"use": f"{ROOT}/recipes/custom/brevity.py:brevity"}]
+    values["sampling"] |= sampling
+    path = tmp_path / "ppo.yaml"
+    path.write_text(yaml.safe_dump(values))
+    with pytest.raises(BadInput, match=says):
+        check_recipe(load_recipe(str(path)))
+
+
+def test_ppo_learns_from_a_sampler_of_ones_own_and_says_how_far_it_is_from_the_policy(base, data, runs, tmp_path):
+    values = tiny.recipe("ppo", base, data, tmp_path / "ppo")
+    values |= {"policy": {"from": str(runs / "sft")}, "critic": {"kind": "adapter"}}
+    values["rewards"] = [{"use": f"{ROOT}/recipes/custom/brevity.py:brevity"}]
+    values["sampling"] |= {"sampler": ECHO}
+    path = tmp_path / "ppo.yaml"
+    path.write_text(yaml.safe_dump(values))
+    tiny.run(load_recipe(str(path)).stages["ppo"])
+    echoed = [row for row in read_metrics(tmp_path / "ppo") if "sampler_kl" in row]
+    assert echoed and all(row["sampler_kl"] > 1.0 for row in echoed)  # nobody else is so certain of prompts' ends
+    values["sampling"] |= {"sampler": "generate"}
+    values["output"] = str(tmp_path / "plain")
+    path.write_text(yaml.safe_dump(values))
+    tiny.run(load_recipe(str(path)).stages["ppo"])
+    assert all(
+        math.isclose(row["sampler_kl"], 0.0, abs_tol=1e-6)
+        for row in read_metrics(tmp_path / "plain")
+        if "sampler_kl" in row
+    )
