@@ -454,8 +454,9 @@ def test_ppo_on_flat_passes_is_ppo_on_padded_rows(base, data, runs, tmp_path, mo
     scored_as = stage.sample_and_score
 
     def spied(*args: Any, **kwargs: Any) -> Any:
-        cast, settings = args[0], args[2]
-        assert cast.policy.is_flat == cast.critic.is_flat == (settings.model.attn_implementation == "sdpa")
+        roles, settings = args[0], args[2]
+        is_flat = settings.model.attn_implementation == "sdpa"
+        assert [role.is_flat for role in roles.trained.values()] == [is_flat] * 2
         scored = scored_as(*args, **kwargs)
         seen.setdefault(settings.model.attn_implementation, []).append(scored)
         return scored

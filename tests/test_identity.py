@@ -24,7 +24,7 @@ from align.models.roles import Bases
 from align.recipe import Recipe, load_recipe
 from align.report.stage_page import page_of
 from align.settings import Model
-from align.stages.ppo import cast_roles
+from align.stages.ppo import load_roles
 from align.track import read_metrics
 from align.worker import Worker
 from tests import tiny
@@ -359,8 +359,8 @@ def with_template(base, data, tmp_path_factory):
 
 def test_policy_prompts_and_merge_have_the_template_that_the_run_was_trained_with(base, data, with_template):
     settings = tiny.settings("ppo", base, data, with_template / "ppo")
-    cast = cast_roles(settings, Worker())
-    assert cast.tokenizer.chat_template == OTHER != cast.bases.main.tokenizer.chat_template
+    roles = load_roles(settings, Worker())
+    assert roles.tokenizer.chat_template == OTHER != roles.bases.main.tokenizer.chat_template
     check(settings)
     merge(str(with_template / "sft"), str(with_template / "merged"))
     assert AutoTokenizer.from_pretrained(with_template / "merged").chat_template == OTHER
@@ -412,8 +412,8 @@ def test_an_adapter_by_peft_is_a_policy_and_a_reference(base, data, tmp_path):
     (tmp_path / "rewards.py").write_text("def one(completions, **kwargs):\n    return [1.0 for _ in completions]\n")
     check(settings)
     ids = torch.tensor([[2, 4, 9, 10, 3]])
-    cast = cast_roles(settings.model_copy(update={"rewards": ()}), Worker())
-    for role in (cast.policy, cast.reference):
+    roles = load_roles(settings.model_copy(update={"rewards": ()}), Worker())
+    for role in (roles.policy, roles.reference):
         ours = role.logits(role.hidden(ids, torch.ones_like(ids, dtype=torch.bool)))
         assert torch.allclose(ours, theirs(ids).logits, atol=1e-5)
 
@@ -427,9 +427,9 @@ def test_a_whole_model_made_elsewhere_is_a_policy(base, data, tmp_path):
         "ppo", base, data, tmp_path / "ppo", policy={"from": str(other)}, critic={}, rewards=[REWARD]
     )
     check(settings)
-    cast = cast_roles(settings.model_copy(update={"rewards": ()}), Worker())
+    roles = load_roles(settings.model_copy(update={"rewards": ()}), Worker())
     weights = AutoModelForCausalLM.from_pretrained(other).get_input_embeddings().weight
-    assert cast.base.name == str(other) and torch.equal(cast.policy.causal.get_input_embeddings().weight, weights)
+    assert roles.base.name == str(other) and torch.equal(roles.policy.causal.get_input_embeddings().weight, weights)
 
 
 def test_a_classifier_made_elsewhere_is_a_critic(base, data, tmp_path):
@@ -441,9 +441,9 @@ def test_a_classifier_made_elsewhere_is_a_critic(base, data, tmp_path):
         "ppo", base, data, tmp_path / "ppo", policy={}, critic={"from": str(tmp_path / "classifier")}, rewards=[REWARD]
     )
     check(settings)
-    cast = cast_roles(settings.model_copy(update={"rewards": ()}), Worker())
+    roles = load_roles(settings.model_copy(update={"rewards": ()}), Worker())
     ids = torch.tensor([[2, 4, 9, 10, 3]])
-    values = cast.critic.scalar(cast.critic.hidden(ids, torch.ones_like(ids, dtype=torch.bool)))
+    values = roles.critic.scalar(roles.critic.hidden(ids, torch.ones_like(ids, dtype=torch.bool)))
     assert torch.allclose(values[0, -1], model.eval()(ids).logits[0, 0], atol=1e-5)
 
 

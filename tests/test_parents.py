@@ -16,7 +16,7 @@ from align.errors import BadInput
 from align.identity import fingerprint, same, tokenizer_fingerprint
 from align.models.merging import merge
 from align.recipe import load_recipe
-from align.stages.ppo import cast_roles
+from align.stages.ppo import load_roles
 from align.worker import Worker
 from tests import tiny
 
@@ -90,11 +90,11 @@ def test_a_project_whose_recipes_name_absolute_paths_may_move(base, data, here):
         tiny.run(tiny.settings(kind, old / "base", data, old / kind))
     os.rename(old, new)
     check({"ppo": tiny.recipe("ppo", new / "base", data, new / "ppo")}, here)
-    cast_roles(tiny.settings("ppo", new / "base", data, new / "ppo"), Worker())
+    load_roles(tiny.settings("ppo", new / "base", data, new / "ppo"), Worker())
     merge("new/sft", "merged")  # from the base that moved with it
     os.rename(new / "base", here / "base")
     check({"ppo": tiny.recipe("ppo", here / "base", data, new / "ppo")}, here)
-    cast_roles(tiny.settings("ppo", here / "base", data, new / "ppo"), Worker())  # over the recipe's own
+    load_roles(tiny.settings("ppo", here / "base", data, new / "ppo"), Worker())  # over the recipe's own
     with pytest.raises(BadInput, match="trained over the base .* not there"):
         merge("new/sft", "again")
 
@@ -208,9 +208,9 @@ def test_an_adapter_by_peft_computes_here_what_it_does_there_and_trains(base, da
         {"ppo": tiny.recipe("ppo", base, data, here / "ppo", policy={"from": "theirs"}, critic={}, rewards=[REWARD])},
         here,
     )
-    cast = cast_roles(settings, Worker())
+    roles = load_roles(settings, Worker())
     ids = torch.tensor([[2, 4, 9, 10, 3]])
-    for role in (cast.policy, cast.reference):
+    for role in (roles.policy, roles.reference):
         assert torch.allclose(role.logits(role.hidden(ids, ids > 0)), theirs(ids).logits, atol=1e-4)
     tiny.run(settings)
 
@@ -231,7 +231,7 @@ def test_an_adapter_that_changes_its_base_is_refused_with_the_cure(base, data, h
     values = {"policy": {"from": "theirs"}, "critic": {}, "rewards": [REWARD]}
     with pytest.raises(BadInput, match="theirs.*which roles share: merge it with PEFT"):
         check({"ppo": tiny.recipe("ppo", base, data, here / "ppo", **values)}, here)
-        cast_roles(tiny.settings("ppo", base, data, here / "ppo", **values), Worker())
+        load_roles(tiny.settings("ppo", base, data, here / "ppo", **values), Worker())
 
 
 @pytest.mark.filterwarnings("ignore")

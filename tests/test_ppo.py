@@ -129,8 +129,8 @@ def test_a_policy_over_a_fully_tuned_run_is_saved_over_that_run(base, data, tmp_
         tiny.run(tiny.settings(name, base, data, tmp_path / name, method={"kind": "full"}))
     values = tiny.recipe("ppo", base, data, tmp_path / "ppo")["ppo"] | {"num_iterations": 1, "learning_rate": 0.01}
     chosen = tiny.settings("ppo", base, data, tmp_path / "ppo", ppo=values)
-    cast = stage.cast_roles(chosen, Worker())
-    assert len(cast.critic.trained()) > 2  # an adapter, and not the head alone
+    roles = stage.load_roles(chosen, Worker())
+    assert len(roles.critic.trained()) > 2  # an adapter, and not the head alone
     tiny.run(chosen)
     assert read_manifest(tmp_path / "ppo")["base"] == str(tmp_path / "sft")
     tuned = AutoModelForCausalLM.from_pretrained(tmp_path / "sft").eval()

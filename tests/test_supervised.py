@@ -150,10 +150,20 @@ def test_what_is_logged_since_the_last_log_survives_a_kill(stage, base, data, tm
     assert tiny.largest_difference(tmp_path / "whole", tmp_path / "cut") == 0.0
 
 
+NO_NUMBER = {"mean_token_accuracy": torch.tensor(math.nan)}
+
+
+def test_a_loss_that_gives_other_figures_than_it_says_is_one_line(base, data, tmp_path, monkeypatch):
+    loss = sft.Demonstrations.loss
+    monkeypatch.setattr(sft.Demonstrations, "loss", lambda *given: (loss(*given)[0], {}))
+    with pytest.raises(RunFailed, match="gave the figures count, loss and should give count, loss, mean_token_acc"):
+        tiny.run(tiny.settings("sft", base, data, tmp_path / "sft"))
+
+
 def test_a_figure_that_is_no_number_survives_a_kill(base, data, tmp_path, monkeypatch):
     """It is null in a checkpoint's JSON."""
     loss = sft.Demonstrations.loss
-    monkeypatch.setattr(sft.Demonstrations, "loss", lambda *given: (loss(*given)[0], [torch.tensor(math.nan)]))
+    monkeypatch.setattr(sft.Demonstrations, "loss", lambda *given: (loss(*given)[0], NO_NUMBER))
     train = STEPS | {"max_steps": 5, "per_device_train_batch_size": 4, "logging_steps": 4, "save_steps": 3}
     settings = tiny.settings("sft", base, data, tmp_path / "sft", train=train)
     with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):

@@ -33,13 +33,13 @@ class Preferences(Task[Pair]):
     def count(self, example: Pair) -> int:
         return 1
 
-    def loss(self, role: Role, examples: Sequence[Pair]) -> tuple[Tensor, list[Tensor]]:
+    def loss(self, role: Role, examples: Sequence[Pair]) -> tuple[Tensor, dict[str, Tensor]]:
         trees = [pair.tree for pair in examples]
         with torch.no_grad():
             usual = by_answer(self.reference, trees)
         chosen, rejected = (by_answer(role, trees) - usual).reshape(-1, 2).T
         margin = self.beta * (chosen - rejected)
-        return -F.logsigmoid(margin).sum(), [(margin > 0).sum()]
+        return -F.logsigmoid(margin).sum(), {"accuracy": (margin > 0).sum()}
 
 
 def by_answer(role: Role, trees: Sequence[Tree]) -> Tensor:

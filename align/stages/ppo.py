@@ -1,9 +1,9 @@
 """The PPO stage: policy, reference, critic and rewards as views over one base.
 
     for prompts in batches:
-        scored     = sample_and_score(cast, prompts)     # answers, log-probs, values (B, R), scores (B,)
+        scored     = sample_and_score(roles, prompts)     # answers, log-probs, values (B, R), scores (B,)
         experience = assess(scored, kl_coef)             # rewards, advantages, returns (B, R): pure maths
-        update     = improve(cast, experience)           # clipped policy and value losses
+        update     = improve(roles, experience)           # clipped policy and value losses
         kl_coef    = next_kl_coef(kl_coef, kl)
 
 Every random draw is a function of seed, iteration and row, so a resumed run, another batch size or another number of
@@ -43,9 +43,9 @@ from align.stages.learner import Learner, available
 from align.stages.order import left_out, row_order
 from align.stages.ppo_steps import (
     SHORTER,
-    Cast,
     Experience,
     PromptRow,
+    Roles,
     Scored,
     assess,
     figures,
@@ -67,7 +67,7 @@ class _Run:
 
     settings: PpoSettings
     worker: Worker
-    cast: Cast
+    roles: Roles
     train: list[PromptRow]
     held_out: list[PromptRow]
     course: Course
@@ -80,18 +80,18 @@ class _Run:
 
     def tell_rewards(self, done: int) -> None:
         """How many iterations are done, for reward functions that ask."""
-        journal, ppo = self.cast.rewards.journal, self.settings.ppo
+        journal, ppo = self.roles.rewards.journal, self.settings.ppo
         journal.step, journal.num_steps = done, ppo.num_iterations
         journal.epoch = done * ppo.prompts_per_iteration / len(self.train)
 
 
 def run(settings: PpoSettings, worker: Worker) -> None:
     """Trains a policy, or goes on from the newest checkpoint, and saves it as a PEFT folder."""
-    cast = cast_roles(settings, worker)
+    roles = load_roles(settings, worker)
     loaded = load(settings.prompts, "prompts")
     remarks = check_columns(settings, (*loaded.train, *loaded.validation))
-    train, said = prompt_rows(cast, loaded.train, settings.max_prompt_length)
-    held_out, _ = prompt_rows(cast, loaded.validation[: settings.ppo.max_eval_prompts], settings.max_prompt_length)
+    train, said = prompt_rows(roles, loaded.train, settings.max_prompt_length)
+    held_out, _ = prompt_rows(roles, loaded.validation[: settings.ppo.max_eval_prompts], settings.max_prompt_length)
     if not train:
         raise BadInput(f"`prompts`: no prompt is left; {said}")
     if settings.ppo.kl_budget is not None and not held_out:
@@ -99,17 +99,16 @@ def run(settings: PpoSettings, worker: Worker) -> None:
             "`ppo.kl_budget` keeps the best checkpoint by held-out prompts, and there are none: give "
             "`prompts.validation` or `prompts.validation_split`"
         )
-    learners = make_learners(cast, settings, worker)
+    learners = make_learners(roles, settings, worker)
     if worker.is_main:
-        begin(settings, cast.base.fingerprint, base=cast.base.name)
+        begin(settings, roles.base.fingerprint, base=roles.base.name)
     worker.wait()
-    roles = {"policy": cast.policy} | ({} if cast.is_shared_trunk else {"critic": cast.critic})
     course = Course(
         settings.output,
         settings.seed,
         settings.guard,
         worker,
-        roles=roles,
+        roles=roles.trained,
         learners=learners,
         start={"kl_coef": settings.ppo.kl_coef, "best": None},
         beside=partial(_kept_beside, settings),
@@ -123,11 +122,11 @@ def run(settings: PpoSettings, worker: Worker) -> None:
     )
     course.tracker = tracker
     seen = seen_prompts([path for path, _ in settings.parents().values()], [row.prompt for row in held_out])
-    this = _Run(settings, worker, cast, train, held_out, course, tracker, seen)
+    this = _Run(settings, worker, roles, train, held_out, course, tracker, seen)
     try:
         told = seen.messages(f"{len(held_out)} held-out prompts") if seen.count else []
-        words = *course.words, *loaded.messages, *unread(cast.tokenizer, loaded.train), said, *told, *remarks
-        for message in (*words, *_remarks(cast, settings)):
+        words = *course.words, *loaded.messages, *unread(roles.tokenizer, loaded.train), said, *told, *remarks
+        for message in (*words, *_remarks(roles, settings)):
             tracker.say(message)
         while not _loop(this):
             pass  # it has gone back
@@ -171,14 +170,14 @@ def _loop(this: _Run) -> bool:
 def _iterate(this: _Run, iteration: int) -> dict[str, Any]:
     """Sample, score, assess, improve; the iteration's figures. Moves `progress` on."""
     settings = this.settings.model_copy(update={"seed": this.course.seed})
-    ppo, progress, cast = settings.ppo, this.progress, this.cast
+    ppo, progress, roles = settings.ppo, this.progress, this.roles
     if progress.setdefault("kl_coef_given", ppo.kl_coef) != ppo.kl_coef:  # changed on the way
         progress |= {"kl_coef": ppo.kl_coef, "kl_coef_given": ppo.kl_coef}
     phases = Phases(this.worker.device)
     rows = row_order(len(this.train), ppo.prompts_per_iteration, iteration - 1, settings.seed)
     this.tell_rewards(iteration - 1)
     scored = sample_and_score(
-        cast,
+        roles,
         [this.train[i] for i in rows],
         settings,
         this.worker,
@@ -190,7 +189,7 @@ def _iterate(this: _Run, iteration: int) -> dict[str, Any]:
     experience = assess(scored, progress["kl_coef"], ppo)
     with phases("update"):
         update = improve(
-            cast,
+            roles,
             experience,
             this.course.learners,
             settings,
@@ -201,7 +200,7 @@ def _iterate(this: _Run, iteration: int) -> dict[str, Any]:
         )
     found = figures(scored, experience, progress["kl_coef"]) | {"weight_norm": this.course.weight_norm()}
     if ppo.kl_budget is not None:
-        found |= kl_budget.note(progress, experience.kl.sum(1), ppo.num_generations)
+        found |= kl_budget.note(progress, experience.kl.sum(1), experience.group)
     progress["kl_coef"] = next_kl_coef(
         progress["kl_coef"],
         found["kl"],
@@ -215,7 +214,7 @@ def _iterate(this: _Run, iteration: int) -> dict[str, Any]:
     return with_logged(found | update | _speeds(scored, phases, ppo), scored.logged)
 
 
-def cast_roles(settings: PpoSettings, worker: Worker) -> Cast:
+def load_roles(settings: PpoSettings, worker: Worker) -> Roles:
     """Loads the base once and every role over it.
 
     The reference is frozen: the run (or the base) that the policy starts from, loaded again, unless the recipe names
@@ -230,13 +229,9 @@ def cast_roles(settings: PpoSettings, worker: Worker) -> Cast:
     base = bases.base_of(start)
     tokenizer = bases.tokenizer(start)
     policy = bases.role(start, method=method, trainable=True)
-    critic = policy if settings.critic.kind == "trunk" else _critic(bases, settings, method)
-    if settings.critic.kind == "trunk":
+    critic = None if settings.critic.kind == "trunk" else _critic(bases, settings, method)
+    if critic is None:
         policy.head = new_head(policy.hidden_size, worker.device, bias=True)
-    for role in (policy, critic):  # the adapters bring dropout of their own
-        switch_dropout_off(role)
-        if settings.ppo.gradient_checkpointing:
-            role.checkpoint_activations()
     rewards = build_rewards(settings.rewards, bases)
     reference = bases.role(start if settings.reference is None else settings.reference.path)
     sampler = sampler_of(
@@ -248,7 +243,12 @@ def cast_roles(settings: PpoSettings, worker: Worker) -> Cast:
         max_batch_tokens=settings.ppo.max_batch_tokens,
         phase=SAMPLING,
     )
-    return Cast(bases, base, tokenizer, policy, reference, critic, rewards, sampler)
+    roles = Roles(bases, base, tokenizer, policy, reference, critic, rewards, sampler)
+    for role in roles.trained.values():  # the adapters bring dropout of their own
+        switch_dropout_off(role)
+        if settings.ppo.gradient_checkpointing:
+            role.checkpoint_activations()
+    return roles
 
 
 def _critic(bases: Bases, settings: PpoSettings, policy_method: AnyMethod | None) -> Role:
@@ -275,19 +275,19 @@ def _value_head(critic: Role, folder: str) -> nn.Linear:
     return head
 
 
-def prompt_rows(cast: Cast, prompts: Any, max_length: int) -> tuple[list[PromptRow], str]:
+def prompt_rows(roles: Roles, prompts: Any, max_length: int) -> tuple[list[PromptRow], str]:
     """The prompts of at most `max_length` tokens, and a sentence on the others."""
-    rows = [PromptRow(prompt, encode_prompt(cast.tokenizer, prompt)) for prompt in prompts]
+    rows = [PromptRow(prompt, encode_prompt(roles.tokenizer, prompt)) for prompt in prompts]
     kept = [row for row in rows if 0 < len(row.ids) <= max_length]
     return kept, left_out(len(rows) - len(kept), len(rows), max_length)
 
 
-def make_learners(cast: Cast, settings: PpoSettings, worker: Worker) -> dict[str, Learner]:
+def make_learners(roles: Roles, settings: PpoSettings, worker: Worker) -> dict[str, Learner]:
     """An optimiser for the policy and one for the critic (its head alone, when it sits on the policy's trunk)."""
     ppo = settings.ppo
-    head = [p for name, p in cast.critic.trained() if name.startswith("head.")]
-    body = [p for name, p in cast.policy.trained() if not name.startswith("head.")]
-    critic = head if cast.is_shared_trunk else [p for _, p in cast.critic.trained()]
+    head = [p for name, p in roles.policy.trained() if name.startswith("head.")]
+    body = [p for name, p in roles.policy.trained() if not name.startswith("head.")]
+    critic = head if roles.critic is None else [p for _, p in roles.critic.trained()]
     steps = ppo.num_ppo_epochs * ppo.num_mini_batches
     warmup = settings.critic.warmup_iterations
 
@@ -316,7 +316,7 @@ def _evaluate(this: _Run, iteration: int) -> dict[str, float]:
     settings = this.settings
     this.tell_rewards(iteration)
     scored = sample_and_score(
-        this.cast,
+        this.roles,
         this.held_out,
         settings,
         this.worker,
@@ -345,14 +345,14 @@ def _evaluate(this: _Run, iteration: int) -> dict[str, float]:
 
 def _keep(this: _Run, iteration: int, score: float, kl: float, budget: float) -> None:
     """Saves the policy beside the run if it is the one to keep so far."""
-    place, cast = kl_budget.place(this.progress, score, kl, budget), this.cast
+    place, roles = kl_budget.place(this.progress, score, kl, budget), this.roles
     if place is None:
         return
-    moved = kl_to_base(cast.policy, cast.bases, this.settings.policy.path)
+    moved = kl_to_base(roles.policy, roles.bases, this.settings.policy.path)
     this.progress[place] = {"iteration": iteration, "score": score, "kl": kl, "kl_to_base": moved}
     if this.worker.is_main:
         with folder_in_one_go(_best_folder(this.settings, iteration)) as folder:
-            save_role(Role(cast.policy.model), folder, base_name=cast.base.name, revision=cast.base.revision)
+            save_role(Role(roles.policy.model), folder, base_name=roles.base.name, revision=roles.base.revision)
             checkpoint.seal(folder)
 
 
@@ -390,7 +390,7 @@ def _speeds(scored: Scored, phases: Phases, ppo: Ppo) -> dict[str, float]:
     """Tokens a second and peak MiB by phase: tokens of all processes, seconds and memory of this one. Sampling counts
     the answers' tokens, the other phases those of prompts and answers; a prompt counts once, as it is computed."""
     answered = sum(map(len, scored.rollouts.answers))
-    whole = answered + sum(map(len, scored.rollouts.prompts)) // ppo.num_generations
+    whole = answered + sum(map(len, scored.rollouts.prompts)) // scored.group
     tokens = {"sample": answered, "score": whole, "update": whole * ppo.num_ppo_epochs}
     return (
         {f"tokens_per_second_{name}": tokens[name] / max(phases.seconds[name], 1e-9) for name in tokens}
@@ -399,15 +399,15 @@ def _speeds(scored: Scored, phases: Phases, ppo: Ppo) -> dict[str, float]:
     )
 
 
-def _remarks(cast: Cast, settings: PpoSettings) -> list[str]:
-    optimizer = available(settings.ppo.optim, cast.policy.device)[1]
-    remarks = [ending_message(cast.tokenizer), optimizer, *remarks_on_parents(settings)]
+def _remarks(roles: Roles, settings: PpoSettings) -> list[str]:
+    optimizer = available(settings.ppo.optim, roles.policy.device)[1]
+    remarks = [ending_message(roles.tokenizer), optimizer, *remarks_on_parents(settings)]
     if settings.sampling.top_k or settings.sampling.top_p < 1.0:
         remarks.append(
             "warning: with top_k or top_p answers are not drawn from the distribution that PPO differentiates; "
             "the KL may come out negative"
         )
-    if not cast.policy.is_flat:
+    if not roles.policy.is_flat:
         remarks.append("this attention takes padded batches only: prompts are computed once for each of their answers")
     return remarks
 
@@ -428,7 +428,7 @@ def _cost(folder: Path, policy: Role) -> dict[str, float]:
 
 def _finish(this: _Run) -> None:
     """Saves the last policy, or the one that the KL budget keeps, and the pictures."""
-    settings, cast, worker, progress, tracker = this.settings, this.cast, this.worker, this.progress, this.tracker
+    settings, roles, worker, progress, tracker = this.settings, this.roles, this.worker, this.progress, this.tracker
     budget = settings.ppo.kl_budget
     if budget is not None and kl_budget.kept(progress) is None:
         _evaluate(this, progress["step"])  # an earlier version kept none that was over the budget
@@ -443,13 +443,13 @@ def _finish(this: _Run) -> None:
             tracker.say(told)
             moved = kept.get("kl_to_base")  # a run that an earlier version began has none
         else:
-            moved = kl_to_base(cast.policy, cast.bases, settings.policy.path)
-            save_role(Role(cast.policy.model), folder, base_name=cast.base.name, revision=cast.base.revision)
-        save_tokenizer(cast.tokenizer, folder)
+            moved = kl_to_base(roles.policy, roles.bases, settings.policy.path)
+            save_role(Role(roles.policy.model), folder, base_name=roles.base.name, revision=roles.base.revision)
+        save_tokenizer(roles.tokenizer, folder)
         ppo_curves(folder)
         finish(
             folder,
-            cost=_cost(folder, cast.policy) | ({} if moved is None else {"kl_to_base": moved}),
+            cost=_cost(folder, roles.policy) | ({} if moved is None else {"kl_to_base": moved}),
             metrics={"iterations": progress["step"], "best": progress["best"], "kl_coef": progress["kl_coef"]} | judged,
         )
         checkpoint.clear(settings.output)

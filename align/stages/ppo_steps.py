@@ -35,6 +35,7 @@ from align.rollout.rollouts import Rollouts, answers_of, rollouts_of, tokens_of
 from align.rollout.sampler import Sampler, Seeds
 from align.settings import Ppo, PpoSettings
 from align.stages.learner import Learner
+from align.stages.sums import Sums
 from align.worker import Worker
 
 RATIO_TOLERANCE = 1e-3  # max |log ratio| of the first minibatch in float32: merged weights and caches round otherwise
@@ -50,7 +51,7 @@ SUMMED = "policy_loss", "clipfrac", "approx_kl", "ratio_mean", "logratio_mean", 
 
 
 @dataclass(frozen=True)
-class Cast:
+class Roles:
     """The roles of a PPO run and what they share."""
 
     bases: Bases
@@ -58,7 +59,7 @@ class Cast:
     tokenizer: PreTrainedTokenizerBase  # that the policy was trained with
     policy: Role
     reference: Role
-    critic: Role  # the policy itself, when its head sits on the policy's trunk
+    critic: Role | None  # None: the policy's own head says the values
     rewards: RewardMix
     sampler: Sampler  # over the policy
 
@@ -67,8 +68,8 @@ class Cast:
         return self.sampler.end_ids
 
     @property
-    def is_shared_trunk(self) -> bool:
-        return self.critic is self.policy
+    def trained(self) -> dict[str, Role]:
+        return {"policy": self.policy} | ({} if self.critic is None else {"critic": self.critic})
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,7 @@ class PromptRow:
 class Scored:
     """B sampled answers with what every role says of them; tensors on the CPU, zero outside the response mask."""
 
+    group: int  # answers to each prompt, side by side: B = prompts x group
     prompts: list[PromptRow]
     rollouts: Rollouts
     texts: list[str]
@@ -101,6 +103,7 @@ class Scored:
 class Experience:
     """What the update learns from; (B, R) tensors, zero outside the mask."""
 
+    group: int  # answers to each prompt, side by side
     rollouts: Rollouts
     logprobs: Tensor
     values: Tensor
@@ -111,7 +114,7 @@ class Experience:
 
 
 def sample_and_score(
-    cast: Cast,
+    roles: Roles,
     prompts: list[PromptRow],
     settings: PpoSettings,
     worker: Worker,
@@ -128,20 +131,20 @@ def sample_and_score(
     ppo, sampling = settings.ppo, settings.sampling
     with phases("sample"):
         seeds = Seeds(settings.seed, stream, step, mine)
-        sampled = worker.agreed(lambda: cast.sampler.sample([row.ids for row in rows], sampling, seeds))
+        sampled = worker.agreed(lambda: roles.sampler.sample([row.ids for row in rows], sampling, seeds))
         rollouts = sampled.rollouts
     with phases("score"):
         reader = partial(
             read_all, temperature=sampling.temperature, max_batch_tokens=ppo.max_batch_tokens, phase=READING
         )
-        policy = sampled.reading or reader(cast.policy, rollouts, entropies=True, values=cast.is_shared_trunk)
-        reference = reader(cast.reference, rollouts)
-        critic = policy if cast.is_shared_trunk else reader(cast.critic, rollouts, logprobs=False, values=True)
-        texts = [decode_completion(cast.tokenizer, ids, cast.end_ids) for ids in rollouts.answers]
+        policy = sampled.reading or reader(roles.policy, rollouts, entropies=True, values=roles.critic is None)
+        reference = reader(roles.reference, rollouts)
+        critic = policy if roles.critic is None else reader(roles.critic, rollouts, logprobs=False, values=True)
+        texts = [decode_completion(roles.tokenizer, ids, roles.end_ids) for ids in rollouts.answers]
         asked = [row.prompt for row in rows]
         ended = rollouts.ended.tolist()
-        answers = Answers(asked, rollouts.prompts, texts, rollouts.answers, ended, cast.tokenizer)
-        told = worker.agreed(partial(cast.rewards.told, answers))
+        answers = Answers(asked, rollouts.prompts, texts, rollouts.answers, ended, roles.tokenizer)
+        told = worker.agreed(partial(roles.rewards.told, answers))
     own_scores = torch.tensor([told.totals, *told.parts.values()], dtype=torch.float64)  # (1 + rewards, own rows)
     tokens, lengths, logprobs, sampler_logprobs, reference_logprobs, entropies, values, scores = worker.gather_rows(
         mine,
@@ -158,9 +161,10 @@ def sample_and_score(
     replies = answers_of(tokens, lengths)
     extra = worker.merged(dict(zip(mine, told.extra, strict=True)))
     return Scored(
+        num_generations,
         whole,
-        rollouts_of([row.ids for row in whole], replies, end_ids=cast.end_ids),
-        [decode_completion(cast.tokenizer, ids, cast.end_ids) for ids in replies],
+        rollouts_of([row.ids for row in whole], replies, end_ids=roles.end_ids),
+        [decode_completion(roles.tokenizer, ids, roles.end_ids) for ids in replies],
         logprobs,
         sampler_logprobs,
         reference_logprobs,
@@ -184,7 +188,7 @@ def assess(scored: Scored, kl_coef: float, ppo: Ppo) -> Experience:
     advantages, returns = gae(rewards, scored.values, mask, gamma=ppo.gamma, lam=ppo.lam)
     if ppo.whiten_advantages:
         advantages = whiten(advantages, mask)
-    return Experience(scored.rollouts, scored.logprobs, scored.values, advantages, returns, kl, scores)
+    return Experience(scored.group, scored.rollouts, scored.logprobs, scored.values, advantages, returns, kl, scores)
 
 
 def end_penalty(scores: Tensor, ended: Tensor, ppo: Ppo) -> Tensor:
@@ -202,7 +206,7 @@ def end_penalty(scores: Tensor, ended: Tensor, ppo: Ppo) -> Tensor:
 
 
 def improve(
-    cast: Cast,
+    roles: Roles,
     experience: Experience,
     learners: dict[str, Learner],
     settings: PpoSettings,
@@ -217,14 +221,14 @@ def improve(
     In warm-up only the critic learns. `is_first` checks that every role has a gradient.
     """
     ppo, history = settings.ppo, []
-    count, group = len(experience.scores), settings.ppo.num_generations
+    count, group = len(experience.scores), experience.group
     for epoch in range(ppo.num_ppo_epochs):
         prompts = np.random.default_rng([settings.seed, 3, iteration, epoch]).permutation(count // group)
         order = (prompts[:, None] * group + np.arange(group)).ravel()  # a prompt's answers stay together
         for number, rows in enumerate(np.split(order, ppo.num_mini_batches)):
-            numbers = _minibatch(cast, experience, [int(i) for i in rows], settings, worker)
+            numbers = _minibatch(roles, experience, [int(i) for i in rows], settings, worker)
             if epoch == number == 0:
-                _check_ratio(numbers, cast.policy, ppo)
+                _check_ratio(numbers, roles.policy, ppo)
             active = {name: learner for name, learner in learners.items() if name == "critic" or not is_warmup}
             for name, learner in learners.items():
                 if name not in active:
@@ -245,42 +249,40 @@ def improve(
 
 
 def _minibatch(
-    cast: Cast, experience: Experience, rows: list[int], settings: PpoSettings, worker: Worker
+    roles: Roles, experience: Experience, rows: list[int], settings: PpoSettings, worker: Worker
 ) -> dict[str, float]:
     """Gradients of one minibatch, gathered over this process's passes; figures over all processes."""
     ppo, rollouts = settings.ppo, experience.rollouts
     num_tokens = sum(len(rollouts.answers[row]) for row in rows)
-    mine = _dealt(rows, ppo.num_generations, worker)
+    mine = _dealt(rows, experience.group, worker)
+    trained = roles.trained.values()
     if ppo.gradient_checkpointing:
-        cast.policy.train(), cast.critic.train()
+        for role in trained:
+            role.train()
 
-    def work(part: Part) -> tuple[Tensor, float, float]:
-        policy, value_loss, clipped_values = _losses(
-            cast, experience, part.trees, [mine[i] for i in part.rows], settings, num_tokens
-        )
-        found = (policy.loss, policy.clipped, policy.approx_kl, policy.ratio, policy.abs_logratio)
-        summed = torch.stack([*found, value_loss, clipped_values]).detach().double()
+    def work(part: Part) -> tuple[dict[str, Tensor], float, float]:
+        summed, policy = _losses(roles, experience, part.trees, [mine[i] for i in part.rows], settings, num_tokens)
         return summed, float(policy.ratio_max), float(policy.max_abs_logratio)
 
     def undo() -> None:  # gradients begin with the minibatch: a pass that failed in the middle has left some
-        for role in (cast.policy, cast.critic):
+        for role in trained:
             role.zero_grad()
 
-    max_tokens = min(training_tokens(role.causal, ppo.max_batch_tokens) for role in (cast.policy, cast.critic))
+    max_tokens = min(training_tokens(role.causal, ppo.max_batch_tokens) for role in trained)
     split = partial(
         parts_of,
         [rollouts.prompts[row] for row in mine],
         [rollouts.answers[row] for row in mine],
-        is_flat=cast.policy.is_flat and cast.critic.is_flat,
+        is_flat=all(role.is_flat for role in trained),
     )
-    sums = torch.zeros(len(SUMMED), dtype=torch.float64, device=worker.device)
+    sums = Sums(SUMMED, worker.device)
     ratio_max = logratio_max = 0.0
     for _, (summed, ratio, logratio) in in_passes(UPDATE, max_tokens, split, work, undo=undo):
-        sums += summed
+        sums.add(summed)
         ratio_max, logratio_max = max(ratio_max, ratio), max(logratio_max, logratio)
-    cast.policy.eval(), cast.critic.eval()
-    means = (worker.sum_(sums) / max(num_tokens, 1)).tolist()
-    return dict(zip(SUMMED, means, strict=True)) | {
+    for role in trained:
+        role.eval()
+    return {name: summed / max(num_tokens, 1) for name, summed in sums.over(worker).items()} | {
         "ratio_max": worker.maximum(ratio_max),
         "logratio_max": worker.maximum(logratio_max),
     }
@@ -293,36 +295,46 @@ def _dealt(rows: list[int], num_generations: int, worker: Worker) -> list[int]:
 
 
 def _losses(
-    cast: Cast, experience: Experience, trees: list[Tree], rows: list[int], settings: PpoSettings, num_tokens: int
-) -> tuple[PolicyLoss, Tensor, Tensor]:
-    """Forward and backward of one pass. The losses are divided by the minibatch's token count."""
-    ppo, device = settings.ppo, cast.policy.device
+    roles: Roles, experience: Experience, trees: list[Tree], rows: list[int], settings: PpoSettings, num_tokens: int
+) -> tuple[dict[str, Tensor], PolicyLoss]:
+    """Forward and backward of one pass, the losses divided by the minibatch's token count; the pass's sums."""
+    ppo, device = settings.ppo, roles.policy.device
     lengths = [len(experience.rollouts.answers[row]) for row in rows]
     old_logprobs, old_values, advantages, returns = (  # (N,) each: the tokens of all rows, no padding
         torch.cat([tensor[row, :n] for row, n in zip(rows, lengths, strict=True)]).to(device)
         for tensor in (experience.logprobs, experience.values, experience.advantages, experience.returns)
     )
     mask = torch.ones_like(returns, dtype=torch.bool)
-    layout = cast.policy.layout(trees)
-    states = cast.policy.states(layout, layout.before)  # (N, H)
+    layout = roles.policy.layout(trees)
+    states = roles.policy.states(layout, layout.before)  # (N, H)
     policy = ppo_policy_loss(
-        cast.policy.logprobs(states, layout.tokens, temperature=settings.sampling.temperature),
+        roles.policy.logprobs(states, layout.tokens, temperature=settings.sampling.temperature),
         old_logprobs,
         advantages,
         mask,
         cliprange=ppo.cliprange,
         dual_clip=ppo.dual_clip,
     )
-    loss = policy.loss
-    if not cast.is_shared_trunk:  # two graphs, one after the other, so that only one is in memory
+    loss, valuer = policy.loss, roles.policy
+    if roles.critic is not None:  # two graphs, one after the other, so that only one is in memory
         (loss / max(num_tokens, 1)).backward()
-        layout = cast.critic.layout(trees)
-        states, loss = cast.critic.states(layout, layout.before), torch.zeros_like(loss)
+        valuer = roles.critic
+        layout = valuer.layout(trees)
+        states, loss = valuer.states(layout, layout.before), torch.zeros_like(loss)
     value_loss, clipped = ppo_value_loss(
-        cast.critic.scalar(states), old_values, returns, mask, cliprange_value=ppo.cliprange_value
+        valuer.scalar(states), old_values, returns, mask, cliprange_value=ppo.cliprange_value
     )
     ((loss + value_loss * ppo.vf_coef) / max(num_tokens, 1)).backward()
-    return policy, value_loss, clipped
+    summed = {
+        "policy_loss": policy.loss,
+        "clipfrac": policy.clipped,
+        "approx_kl": policy.approx_kl,
+        "ratio_mean": policy.ratio,
+        "logratio_mean": policy.abs_logratio,
+        "value_loss": value_loss,
+        "clipfrac_value": clipped,
+    }
+    return {name: figure.detach() for name, figure in summed.items()}, policy
 
 
 def _check_ratio(numbers: dict[str, float], policy: Role, ppo: Ppo) -> None:

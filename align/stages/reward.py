@@ -89,14 +89,15 @@ class Pairs(Task[Pair]):
     def count(self, example: Pair) -> int:
         return 1
 
-    def loss(self, role: Role, examples: Sequence[Pair]) -> tuple[Tensor, list[Tensor]]:
+    def loss(self, role: Role, examples: Sequence[Pair]) -> tuple[Tensor, dict[str, Tensor]]:
         chosen, rejected = branch_scores(role, [pair.tree for pair in examples]).reshape(-1, 2).T
         said = [(p.preference.probability, p.preference.weight, p.preference.margin) for p in examples]
         probability, weight, margin = torch.tensor(said, device=role.device).T
         loss = pair_loss(
             chosen, rejected, probability=probability, weight=weight, margin=margin, centring=self.centring
         )
-        return loss, [each.sum() for each in pair_outcomes(chosen - rejected, probability)]
+        right, towards = pair_outcomes(chosen - rejected, probability)
+        return loss, {"accuracy": right.sum(), "margin": towards.sum()}
 
     def evaluate(
         self, role: Role, examples: Sequence[Pair], worker: Worker, max_batch_tokens: int | None

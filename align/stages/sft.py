@@ -35,13 +35,13 @@ class Demonstrations(Task[Encoded]):
         """Supervised tokens; never the first: nothing foretells it."""
         return sum(example.loss_mask[1:])
 
-    def loss(self, role: Role, examples: Sequence[Encoded]) -> tuple[Tensor, list[Tensor]]:
+    def loss(self, role: Role, examples: Sequence[Encoded]) -> tuple[Tensor, dict[str, Tensor]]:
         layout = role.layout([self.tree(example) for example in examples])
         is_learnt = torch.tensor([learnt for example in examples for learnt in example.loss_mask[1:]], dtype=torch.bool)
         learnt = is_learnt.to(role.device)
         states = role.states(layout, layout.before[learnt])
         logprobs, is_right = role.choices(states, layout.tokens[learnt])
-        return -logprobs.double().sum(), [is_right.sum()]
+        return -logprobs.double().sum(), {"mean_token_accuracy": is_right.sum()}
 
 
 def run(settings: SftSettings, worker: Worker) -> None:

@@ -27,6 +27,7 @@ from align.stages.costs import Costs, adapter_bytes, kl_to_base
 from align.stages.course import Course
 from align.stages.learner import SHORTER, TRAINING, Learner, available
 from align.stages.order import SERIES, Order
+from align.stages.sums import Sums
 from align.track import Tracker
 from align.worker import Worker
 
@@ -53,8 +54,8 @@ class Task(ABC, Generic[Example]):
         """How much is in it of what the figures are means over: supervised tokens; 1 of a pair."""
 
     @abstractmethod
-    def loss(self, role: Role, examples: Sequence[Example]) -> tuple[Tensor, list[Tensor]]:
-        """Loss and figures of a pass: scalars, each summed over what is counted, the loss with its gradient."""
+    def loss(self, role: Role, examples: Sequence[Example]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss and `figures` of a pass: scalars, each summed over what is counted, the loss with its gradient."""
 
     def evaluate(
         self, role: Role, examples: Sequence[Example], worker: Worker, max_batch_tokens: int | None
@@ -64,13 +65,12 @@ class Task(ABC, Generic[Example]):
         with torch.no_grad():
             budget = training_tokens(role.causal, max_batch_tokens)
             sums = _summed(self, role, examples, worker, EVALUATION, budget, lambda loss: None)
-        return {f"eval_{name}": value for name, value in self.means(worker.sum_(sums)).items()}
+        return {f"eval_{name}": value for name, value in self.means(sums).items()}
 
-    def means(self, sums: Tensor) -> dict[str, float]:
-        """sums (loss, figures.., count) -> the loss and the figures by name."""
-        loss, *figures, count = sums.tolist()
-        means = {name: figure / max(count, 1) for name, figure in zip(self.figures, figures, strict=True)}
-        return {"loss": loss / (max(count, 1) * self.mean_weight)} | means
+    def means(self, sums: dict[str, float]) -> dict[str, float]:
+        """The loss and the figures of so many `count`ed."""
+        count = max(sums["count"], 1)
+        return {"loss": sums["loss"] / (count * self.mean_weight)} | {name: sums[name] / count for name in self.figures}
 
 
 @dataclass(frozen=True)
@@ -193,9 +193,9 @@ def _loop(this: _Run[Any]) -> bool:
         except Diverged as failure:
             course.fell(step, failure)
             return False
-        before = course.progress.get("since_log") or [0.0]
-        before = [math.nan if each is None else each for each in before]  # a checkpoint's JSON has null for it
-        since_log = sums + torch.tensor(before, dtype=torch.float64)
+        before = course.progress.get("since_log") or dict.fromkeys(sums, 0.0)
+        # a checkpoint's JSON has null for what is no number
+        since_log = {name: sums[name] + (math.nan if x is None else x) for name, x in before.items()}
         metrics |= task.means(sums)
         if step == num_steps or (t.eval_steps and step % t.eval_steps == 0):
             this.found.clear()
@@ -205,7 +205,7 @@ def _loop(this: _Run[Any]) -> bool:
         is_logged = step % t.logging_steps == 0 or step in (1, num_steps) or bool(trouble) or "eval_loss" in metrics
         if is_logged:
             this.tracker.log(step, metrics | task.means(since_log))
-        course.progress |= {"step": step, "since_log": None if is_logged else since_log.tolist()}
+        course.progress |= {"step": step, "since_log": None if is_logged else since_log}
         if trouble:
             course.go_back(step, trouble)
             return False
@@ -215,8 +215,8 @@ def _loop(this: _Run[Any]) -> bool:
     return True
 
 
-def _step(this: _Run[Any], step: int) -> tuple[Tensor, dict[str, Any]]:
-    """One step on the rows that are its turn: sums (loss, figures.., count) of all processes, and other figures."""
+def _step(this: _Run[Any], step: int) -> tuple[dict[str, float], dict[str, Any]]:
+    """One step on the rows that are its turn: sums of all processes, and figures that are none."""
     task, role, worker, course = this.task, this.role, this.worker, this.course
     numbers = this.order.rows(len(this.rows), course.progress["rows_a_step"], step - 1, course.seed)
     examples = [example for number in numbers for example in this.rows[number]]
@@ -236,12 +236,11 @@ def _step(this: _Run[Any], step: int) -> tuple[Tensor, dict[str, Any]]:
     )
     role.eval()
     this.costs.tokens += sum(task.tree(examples[i]).num_tokens for i in worker.mine(len(examples)))
-    rate, sums = learner.learning_rate, worker.sum_(sums)
-    norm = learner.step()
+    rate, norm = learner.learning_rate, learner.step()
     this.costs.end_step()
     if step == 1 and norm == 0.0:
         raise RunFailed(f"the gradient is zero at the first step: {task.nothing_to_learn}")
-    return sums.cpu(), {"grad_norm": norm, "learning_rate": rate, "weight_norm": course.weight_norm()}
+    return sums, {"grad_norm": norm, "learning_rate": rate, "weight_norm": course.weight_norm()}
 
 
 def _summed(
@@ -253,22 +252,21 @@ def _summed(
     max_tokens: int,
     use: Callable[[Tensor], None],
     undo: Callable[[], None] = lambda: None,
-) -> Tensor:
-    """(loss, figures.., count) float64, summed over this process's share of the examples; `use` gets each pass's
-    loss."""
+) -> dict[str, float]:
+    """`loss`, figures and `count` summed over the examples, which the processes share; `use` gets each pass's loss."""
     mine = [examples[i] for i in worker.mine(len(examples))]
 
-    def work(numbers: list[int]) -> Tensor:
+    def work(numbers: list[int]) -> dict[str, Tensor]:
         batch = [mine[i] for i in numbers]
         loss, figures = task.loss(role, batch)
         use(loss)
-        count = torch.full_like(loss, sum(map(task.count, batch)), dtype=torch.float64)
-        return torch.stack([each.detach().double() for each in (loss, *figures, count)])
+        return {"loss": loss.detach(), "count": torch.tensor(sum(map(task.count, batch)), device=role.device)} | figures
 
     split = partial(passes_of, [task.tree(example) for example in mine], is_flat=role.is_flat)
-    found = in_passes(phase, max_tokens, split, work, undo=undo)
-    nothing = torch.zeros(len(task.figures) + 2, dtype=torch.float64, device=worker.device)
-    return sum((sums for _, sums in found), nothing)
+    sums = Sums(("loss", "count", *task.figures), worker.device)
+    for _, figures in in_passes(phase, max_tokens, split, work, undo=undo):
+        sums.add(figures)
+    return sums.over(worker)
 
 
 def _evaluate(this: _Run[Any]) -> dict[str, float]:

@@ -95,14 +95,14 @@ def force_answers(answers: Answers) -> Iterator[None]:
 @contextmanager
 def seeded_policy() -> Iterator[None]:
     """For parity: the policy's adapter starts where the peer's does, away from zero; the reference is the base."""
-    plain = ppo.cast_roles
+    plain = ppo.load_roles
 
     def seeded(*arguments: Any) -> Any:
-        cast = plain(*arguments)
-        seed_lora(cast.policy.model)
-        return cast
+        roles = plain(*arguments)
+        seed_lora(roles.policy.model)
+        return roles
 
-    with patch.object(ppo, "cast_roles", seeded):
+    with patch.object(ppo, "load_roles", seeded):
         yield
 
 
