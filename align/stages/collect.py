@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from align.artifact import begin, finish
+from align.artifact import finish
 from align.data import Prompt, decode_completion, encode_prompt, end_token_ids, load
 from align.errors import BadInput
 from align.files import write_lines
@@ -19,7 +19,7 @@ from align.models.roles import Bases, Role
 from align.rollout.choose import sampler_of
 from align.rollout.sampler import Seeds
 from align.settings import CollectSettings
-from align.track import Tracker
+from align.stages.running import running
 from align.worker import Worker
 
 STREAM = 3  # of random numbers
@@ -35,18 +35,15 @@ CANDIDATES = "candidates.jsonl"
 def run(settings: CollectSettings, worker: Worker) -> None:
     """Samples, and writes the answers in the order of prompts, policies and draws."""
     bases = Bases(settings.model, worker.device)
-    if worker.is_main:
-        begin(settings, bases.main.fingerprint)
-    worker.wait()
     rows = load(settings.prompts, "prompts").train
     prompts = {name: _encoded(bases.tokenizer(folder), rows) for name, folder in settings.policies.items()}
     longest = [max(len(encoded[i]) for encoded in prompts.values()) for i in range(len(rows))]
     kept = [i for i, length in enumerate(longest) if 0 < length <= settings.max_prompt_length]
     if not kept:
         raise BadInput(f"`prompts`: none has at most {settings.max_prompt_length} tokens (`max_prompt_length`)")
-    tracker = Tracker(settings, total=len(settings.policies), start=0, shown=("answers",), is_main=worker.is_main)
     found: dict[tuple[int, str, int], dict[str, Any]] = {}
-    try:
+    with running(settings, worker, bases.main.fingerprint) as track:
+        tracker = track(total=len(settings.policies), shown=("answers",))
         if len(kept) < len(rows):
             tracker.say(
                 f"{len(rows) - len(kept)} of {len(rows)} prompts left out: over {settings.max_prompt_length} tokens"
@@ -66,9 +63,6 @@ def run(settings: CollectSettings, worker: Worker) -> None:
             lines = [whole[key] for key in sorted(whole, key=lambda key: (key[0], order[key[1]], key[2]))]
             write_lines(Path(settings.output) / CANDIDATES, lines)
             finish(settings.output, metrics={"answers": len(lines), "prompts": len(kept)})
-    finally:
-        tracker.close()
-    worker.wait()
 
 
 def _encoded(tokenizer: Any, rows: Sequence[Prompt]) -> list[list[int]]:

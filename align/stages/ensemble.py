@@ -6,18 +6,21 @@ paid for. Each member is a reward run of its own, in `<output>/member-<k>`; one 
 
 from pathlib import Path
 
-from align.artifact import begin, finish, read_manifest, state_of, tidy
+from align.artifact import finish, read_manifest, state_of, tidy
 from align.identity import fingerprint
 from align.settings import EnsembleSettings
 from align.stages import reward
+from align.stages.running import running
 from align.worker import Worker, seed_everything
 
 
 def run(settings: EnsembleSettings, worker: Worker) -> None:
     """Trains the members that are not finished; then joins their figures."""
-    if worker.is_main:
-        begin(settings, fingerprint(settings.model.base, settings.model.revision))
-    worker.wait()
+    with running(settings, worker, fingerprint(settings.model.base, settings.model.revision)):
+        _train_members(settings, worker)
+
+
+def _train_members(settings: EnsembleSettings, worker: Worker) -> None:
     members = settings.members()
     for number, own in enumerate(members, 1):
         if state_of(own) == "finished":
@@ -33,4 +36,3 @@ def run(settings: EnsembleSettings, worker: Worker) -> None:
         found = [read_manifest(own.output)["metrics"] for own in members]
         metrics = {name: sum(each[name] for each in found) / len(found) for name in found[0]}
         finish(settings.output, metrics=metrics, members=[Path(own.output).name for own in members])
-    worker.wait()

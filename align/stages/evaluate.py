@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from align.artifact import begin, finish, read_manifest
+from align.artifact import finish, read_manifest
 from align.data import Prompt, decode_completion, encode_prompt, end_token_ids, load
 from align.errors import BadInput
 from align.files import write_json, write_text
@@ -36,6 +36,7 @@ from align.rollout.sampler import Seeds
 from align.settings import EvaluateSettings
 from align.stages.judging import CACHE, ask
 from align.stages.reward import encode_pairs, evaluate_pairs
+from align.stages.running import running
 from align.stages.unseen import seen_prompts
 from align.track import Tracker
 from align.worker import Worker
@@ -74,9 +75,6 @@ def run(settings: EvaluateSettings, worker: Worker) -> None:
     """Judges the policies and writes the table."""
     started = time.perf_counter()
     bases = Bases(settings.model, worker.device)
-    if worker.is_main:
-        begin(settings, bases.main.fingerprint)
-    worker.wait()
     loaded = load(settings.prompts, "prompts")
     remarks = [*remarks_on_parents(settings), *check_columns(settings, (*loaded.train, *loaded.validation))]
     rows = _fitting(loaded.validation or loaded.train, bases, settings)
@@ -90,8 +88,8 @@ def run(settings: EvaluateSettings, worker: Worker) -> None:
         pairwise = build_judge(settings.pairwise_judge, bases, cache=cache, key="pairwise_judge")
     reference_name = settings.reference or next(iter(settings.policies))
     reference = bases.role(settings.policies[reference_name])
-    tracker = Tracker(settings, total=len(settings.policies), start=0, shown=("score", "kl"), is_main=worker.is_main)
-    try:
+    with running(settings, worker, bases.main.fingerprint) as track:
+        tracker = track(total=len(settings.policies), shown=("score", "kl"))
         seen = seen_prompts(settings.policies.values(), rows)
         for message in (*remarks, *seen.messages(f"{len(rows)} prompts")):
             tracker.say(message)
@@ -109,9 +107,6 @@ def run(settings: EvaluateSettings, worker: Worker) -> None:
         metrics["seconds"] = time.perf_counter() - started
         if worker.is_main:
             _write(metrics, judged, rows, settings, tracker)
-    finally:
-        tracker.close()
-    worker.wait()
 
 
 def _fitting(prompts: Sequence[Prompt], bases: Bases, settings: EvaluateSettings) -> list[Prompt]:

@@ -19,7 +19,7 @@ from typing import Any
 
 from torch import nn
 
-from align.artifact import MANIFEST, begin, finish, read_manifest
+from align.artifact import MANIFEST, finish, read_manifest
 from align.data import encode_prompt, end_token_ids, ending_message, load, unread
 from align.errors import BadInput, Diverged
 from align.files import folder_in_one_go, write_atomically
@@ -52,6 +52,7 @@ from align.stages.ppo_steps import (
     improve,
     sample_and_score,
 )
+from align.stages.running import running
 from align.stages.unseen import Seen, seen_prompts
 from align.track import Tracker, read_metrics
 from align.worker import Worker
@@ -100,30 +101,24 @@ def run(settings: PpoSettings, worker: Worker) -> None:
             "`prompts.validation` or `prompts.validation_split`"
         )
     learners = make_learners(roles, settings, worker)
-    if worker.is_main:
-        begin(settings, roles.base.fingerprint, base=roles.base.name)
-    worker.wait()
-    course = Course(
-        settings.output,
-        settings.seed,
-        settings.guard,
-        worker,
-        roles=roles.trained,
-        learners=learners,
-        start={"kl_coef": settings.ppo.kl_coef, "best": None},
-        beside=partial(_kept_beside, settings),
-    )
-    tracker = Tracker(
-        settings,
-        total=settings.ppo.num_iterations,
-        start=course.progress["step"],
-        shown=("score", "kl", "eval_score", "eval_kl"),
-        is_main=worker.is_main,
-    )
-    course.tracker = tracker
-    seen = seen_prompts([path for path, _ in settings.parents().values()], [row.prompt for row in held_out])
-    this = _Run(settings, worker, roles, train, held_out, course, tracker, seen)
-    try:
+    with running(settings, worker, roles.base.fingerprint, base=roles.base.name) as track:
+        course = Course(
+            settings.output,
+            settings.seed,
+            settings.guard,
+            worker,
+            roles=roles.trained,
+            learners=learners,
+            start={"kl_coef": settings.ppo.kl_coef, "best": None},
+            beside=partial(_kept_beside, settings),
+        )
+        course.tracker = tracker = track(
+            total=settings.ppo.num_iterations,
+            start=course.progress["step"],
+            shown=("score", "kl", "eval_score", "eval_kl"),
+        )
+        seen = seen_prompts([path for path, _ in settings.parents().values()], [row.prompt for row in held_out])
+        this = _Run(settings, worker, roles, train, held_out, course, tracker, seen)
         told = seen.messages(f"{len(held_out)} held-out prompts") if seen.count else []
         words = *course.words, *loaded.messages, *unread(roles.tokenizer, loaded.train), said, *told, *remarks
         for message in (*words, *_remarks(roles, settings)):
@@ -131,8 +126,6 @@ def run(settings: PpoSettings, worker: Worker) -> None:
         while not _loop(this):
             pass  # it has gone back
         _finish(this)
-    finally:
-        tracker.close()
 
 
 def _loop(this: _Run) -> bool:
@@ -456,7 +449,6 @@ def _finish(this: _Run) -> None:
         for left in folder.glob("best-*"):
             shutil.rmtree(left)
         tracker.say(f"policy in {settings.output}")
-    worker.wait()
 
 
 def _copy(file: Path, to: Path) -> None:

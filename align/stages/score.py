@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from align.artifact import begin, finish, read_lines
+from align.artifact import finish, read_lines
 from align.data import Prompt, encode_completion
 from align.files import write_lines
 from align.models.backoff import Phase, in_passes
@@ -28,6 +28,7 @@ from align.rewards.mix import Answers
 from align.settings import ScoreSettings
 from align.stages.collect import CANDIDATES
 from align.stages.judging import CACHE, ask
+from align.stages.running import running
 from align.track import Tracker
 from align.worker import Worker
 
@@ -43,17 +44,11 @@ def run(settings: ScoreSettings, worker: Worker) -> None:
     prompts = [Prompt(row["prompt"], row["columns"], f"answer {number}") for number, row in enumerate(rows, 1)]
     remarks = check_columns(settings, prompts)
     bases = Bases(settings.model, worker.device)
-    if worker.is_main:
-        begin(settings, bases.main.fingerprint)
-    worker.wait()
-    tracker = Tracker(settings, total=1, start=0, shown=("pairs",), is_main=worker.is_main)
-    try:
+    with running(settings, worker, bases.main.fingerprint) as track:
+        tracker = track(total=1, shown=("pairs",))
         for remark in remarks:
             tracker.say(remark)
         _score(settings, bases, tracker, worker)
-    finally:
-        tracker.close()
-    worker.wait()
 
 
 def _score(settings: ScoreSettings, bases: Bases, tracker: Tracker, worker: Worker) -> None:

@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Generic, TypeVar
 import torch
 from torch import Tensor
 
-from align.artifact import begin, finish
+from align.artifact import finish
 from align.errors import BadInput, Diverged, RunFailed
 from align.models.backoff import Phase, in_passes
 from align.models.budget import training_tokens
@@ -27,6 +27,7 @@ from align.stages.costs import Costs, adapter_bytes, kl_to_base
 from align.stages.course import Course
 from align.stages.learner import SHORTER, TRAINING, Learner, available
 from align.stages.order import SERIES, Order
+from align.stages.running import running
 from align.stages.sums import Sums
 from align.track import Tracker
 from align.worker import Worker
@@ -122,28 +123,23 @@ def train(
     rows_a_step = t.per_device_train_batch_size * t.gradient_accumulation_steps * worker.num_processes
     num_steps = order.num_steps(len(rows), rows_a_step, t.num_train_epochs, t.max_steps)
     learner = _learner(task.name, role, t, num_steps, worker)
-    if worker.is_main:
-        begin(settings, bases.main.fingerprint)
-    worker.wait()
-    course = Course(
-        settings.output,
-        settings.seed,
-        settings.guard,
-        worker,
-        roles={task.name: role},
-        learners={task.name: learner},
-        start={"rows_a_step": rows_a_step},
-    )
-    if (before := course.progress["rows_a_step"]) != rows_a_step:
-        raise BadInput(
-            f"the run had {before} rows a step and would now have {rows_a_step}: go on with as many processes as "
-            "before (`launch`), or choose another output"
+    with running(settings, worker, bases.main.fingerprint) as track:
+        course = Course(
+            settings.output,
+            settings.seed,
+            settings.guard,
+            worker,
+            roles={task.name: role},
+            learners={task.name: learner},
+            start={"rows_a_step": rows_a_step},
         )
-    tracker = Tracker(
-        settings, total=num_steps, start=course.progress["step"], shown=("loss", *task.shown), is_main=worker.is_main
-    )
-    course.tracker = tracker
-    try:
+        if (before := course.progress["rows_a_step"]) != rows_a_step:
+            raise BadInput(
+                f"the run had {before} rows a step and would now have {rows_a_step}: go on with as many processes as "
+                "before (`launch`), or choose another output"
+            )
+        tracker = track(total=num_steps, start=course.progress["step"], shown=("loss", *task.shown))
+        course.tracker = tracker
         for message in (*course.words, *words, available(t.optim, worker.device)[1]):
             tracker.say(message)
         this = _Run(
@@ -155,9 +151,6 @@ def train(
         metrics, cost = this.found or _evaluate(this), this.costs.figures(role, bases)
         if worker.is_main:
             tracker.say(ending(metrics, cost))
-        worker.wait()
-    finally:
-        tracker.close()
 
 
 def save(settings: SupervisedSettings, bases: Bases, role: Role) -> Path:

@@ -8,7 +8,7 @@ output: runs/count
 
 from typing import ClassVar
 
-from align.artifact import begin, finish
+from align.artifact import finish
 from align.data import encode_demonstration, load
 from align.identity import fingerprint
 from align.settings import Data, StageSettings
@@ -24,11 +24,12 @@ class CountTokens(StageSettings):
     def run(self, worker):
         """What the stage does, on every process; `worker` says which one this is."""
         from align.models.tokenizer import load_tokenizer
+        from align.stages.running import running
 
-        begin(self, fingerprint(self.model.base))
         tokenizer = load_tokenizer(self.model)
         rows = load(self.data, "demonstrations").train
-        count = sum(len(encode_demonstration(tokenizer, row, self.max_length).input_ids) for row in rows)
-        if worker.is_main:
-            print(f"{count} tokens in {len(rows)} rows")
-            finish(self.output, metrics={"tokens": count})
+        with running(self, worker, fingerprint(self.model.base)):
+            count = sum(len(encode_demonstration(tokenizer, row, self.max_length).input_ids) for row in rows)
+            if worker.is_main:
+                print(f"{count} tokens in {len(rows)} rows")
+                finish(self.output, metrics={"tokens": count})
