@@ -85,11 +85,11 @@ def check(recipe: RecipeName, overrides: Overrides = None) -> None:
 
     states = check_recipe(loaded)
     plans = launches(loaded, states)
-    from align.worker import quiet_libraries
+    from align.libraries import quiet_libraries
 
     quiet_libraries()
+    from align.libraries import quiet_libraries
     from align.report.checking import show
-    from align.worker import quiet_libraries
 
     quiet_libraries()
     show(loaded, states, {name: plan.description for name, plan in plans.items()}, remarks(loaded))
@@ -147,7 +147,7 @@ def merge(
     from align.artifact import read_manifest
 
     read_manifest(run)  # fails in milliseconds
-    from align.worker import quiet_libraries
+    from align.libraries import quiet_libraries
 
     quiet_libraries()
     from align.models.merging import merge as merge_run

@@ -16,12 +16,13 @@ from align.artifact import state_of, tidy
 from align.door import check_stage
 from align.endings import FAILED, Ending, ending_of, open_streams, tell
 from align.errors import BadInput
+from align.libraries import quiet_libraries, seed_everything
 from align.locks import at_work_in, beside, clear_locks
 from align.processes import PARENT_PID, die_with_parent, read_status, write_status
 from align.recipe import Recipe, load_recipe
 from align.settings import StageSettings
 from align.stages import runner
-from align.worker import Stopped, Worker, quiet_libraries, seed_everything
+from align.worker import Stopped, Worker
 
 
 def run_stage(settings: StageSettings) -> None:

@@ -10,10 +10,11 @@ from align.endings import Ending, last
 from align.errors import BadInput, RunFailed
 from align.hub import ask_again
 from align.identity import base_of, has_adapter
+from align.libraries import quiet_libraries
 from align.pipeline import run_recipe
 from align.recipe import load_recipe as read
 from align.settings.stages import POLICIES
-from align.worker import INTERRUPTED, TERMINATED, quiet_libraries
+from align.worker import INTERRUPTED, TERMINATED
 
 if TYPE_CHECKING:
     import torch

@@ -9,9 +9,10 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from align.models import attention
-from align.models.attention import Slots, flat_states, tree_attention
+from align.models import kv_slots
+from align.models.attention import flat_states, tree_attention
 from align.models.base import trunk_of
+from align.models.kv_slots import Slots
 from align.models.layout import Tree, flat_layout
 from align.models.merging import merged_view
 from align.models.methods import with_method
@@ -229,7 +230,7 @@ def test_gradients_are_those_of_one_row_at_a_time(flat, checkpointing, are_all_a
 @torch.no_grad()
 @pytest.mark.parametrize(("seed", "grow_by"), [(0, 1), (1, 1), (2, 16), (3, 64)])
 def test_slots_in_any_order_give_what_single_rows_give(flat, seed, grow_by, monkeypatch):
-    monkeypatch.setattr(attention, "WIDTHS_GROW_BY", {"cpu": grow_by})
+    monkeypatch.setattr(kv_slots, "WIDTHS_GROW_BY", {"cpu": grow_by})
     rng, trunk = random.Random(seed), trunk_of(flat.role.causal)
     slots, rows = Slots(5, 40), list[list[int]]()
     seen = {"fill": 0, "step": 0, "release": 0}

@@ -19,7 +19,7 @@ from tests import tiny
 
 ROOT = Path(__file__).resolve().parents[1]
 FLOORS = [  # a module may import from lower floors and from its own package
-    {"errors", "registering", "resources", "processes", "wording", "plain_json", "maths"},
+    {"errors", "libraries", "registering", "resources", "processes", "wording", "plain_json", "maths"},
     {"endings", "files", "hub", "limits", "locks", "plugins", "records"},
     {"settings"},
     {"identity", "recipe_file"},

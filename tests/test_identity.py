@@ -24,7 +24,7 @@ from align.models.roles import Bases
 from align.recipe import Recipe, load_recipe
 from align.report.stage_page import page_of
 from align.settings import Model
-from align.stages.ppo import load_roles
+from align.stages.ppo_roles import load_roles
 from align.track import read_metrics
 from align.worker import Worker
 from tests import tiny

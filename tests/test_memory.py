@@ -24,7 +24,7 @@ from align.data import Prompt
 from align.errors import RunFailed
 from align.files import write_lines
 from align.maths import products
-from align.models import attention, backoff, methods
+from align.models import backoff, flat_trial, methods
 from align.models.backoff import Phase, halving, in_passes, is_out_of_memory, or_else
 from align.models.layout import Tree, passes_of
 from align.models.merging import merge
@@ -270,7 +270,7 @@ def test_no_other_way_is_taken_where_only_memory_was_short(base, tmp_path, monke
     def fails(*args, **kwargs):
         raise MemoryError
 
-    monkeypatch.setattr(attention, "_trial", fails)
+    monkeypatch.setattr(flat_trial, "_trial", fails)
     with pytest.raises(MemoryError):
         Bases(Model(base=str(base)), torch.device("cpu"))
     monkeypatch.undo()

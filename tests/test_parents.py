@@ -16,7 +16,7 @@ from align.errors import BadInput
 from align.identity import fingerprint, same, tokenizer_fingerprint
 from align.models.merging import merge
 from align.recipe import load_recipe
-from align.stages.ppo import load_roles
+from align.stages.ppo_roles import load_roles
 from align.worker import Worker
 from tests import tiny
 

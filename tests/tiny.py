@@ -144,8 +144,9 @@ def settings(stage: str, base: Path, data: Path, output: Path, **changes: Any) -
 
 def run(stage_settings: Any) -> Any:
     """Runs a stage in this process; returns its worker."""
+    from align.libraries import quiet_libraries, seed_everything
     from align.stages import runner
-    from align.worker import Worker, quiet_libraries, seed_everything
+    from align.worker import Worker
 
     quiet_libraries()
     worker = Worker()

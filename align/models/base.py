@@ -10,9 +10,9 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from align.errors import BadInput
 from align.identity import fingerprint, hub_commit
-from align.models.attention import use_flat_attention
 from align.models.backoff import is_out_of_memory
 from align.models.facts import check_quantised
+from align.models.flat_trial import use_flat_attention
 from align.models.loading import load_causal, load_config
 from align.models.tokenizer import first_line, load_tokenizer
 from align.settings import Model

@@ -75,6 +75,11 @@ class Role(nn.Module):
         self.causal.disable_input_require_grads()  # a hook on the embedding, which all roles share; needed if reentrant
 
     @property
+    def num_logits(self) -> int:
+        """V, columns of `logits`."""
+        return int(self.causal.get_output_embeddings().weight.shape[0])
+
+    @property
     def is_flat(self) -> bool:
         """Whether passes are without padding, with prefixes shared."""
         return is_flat(self.causal)

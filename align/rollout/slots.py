@@ -11,10 +11,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from align.models.attention import Slots, flat_states, prefix_length
+from align.models.attention import flat_states, prefix_length
 from align.models.backoff import Phase, halving, or_else
 from align.models.base import trunk_of
 from align.models.budget import reading_tokens
+from align.models.kv_slots import Slots
 from align.models.layout import Tree, flat_layout
 from align.models.merging import merged_view
 from align.models.roles import Role

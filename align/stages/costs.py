@@ -71,7 +71,7 @@ def kl_to_base(role: Role, bases: Bases, start: str | None = None) -> float:
     started from.
     """
     base, tokenizer, own = bases.role(None), bases.main.tokenizer, bases.tokenizer(start)
-    if _num_logits(base) != _num_logits(role) or tokenizer.get_vocab() != own.get_vocab():
+    if base.num_logits != role.num_logits or tokenizer.get_vocab() != own.get_vocab():
         base, tokenizer = bases.role(start), own
     texts = [[Tree(tokenizer(text)["input_ids"], [[]])] for text in UNRELATED]
 
@@ -79,10 +79,6 @@ def kl_to_base(role: Role, bases: Bases, start: str | None = None) -> float:
         return exact_kl(*(each.logits(each.states(each.layout(text))) for each in (base, role)))  # of (T, V) each
 
     return float(torch.cat([kl for _, kl in in_passes(MEASURING, 1, lambda _: texts, work)]).mean())
-
-
-def _num_logits(role: Role) -> int:
-    return int(role.causal.get_output_embeddings().weight.shape[0])
 
 
 def adapter_bytes(folder: str | Path) -> int:

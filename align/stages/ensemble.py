@@ -8,10 +8,11 @@ from pathlib import Path
 
 from align.artifact import finish, read_manifest, state_of, tidy
 from align.identity import fingerprint
+from align.libraries import seed_everything
 from align.settings import EnsembleSettings
 from align.stages import reward
 from align.stages.running import running
-from align.worker import Worker, seed_everything
+from align.worker import Worker
 
 
 def run(settings: EnsembleSettings, worker: Worker) -> None:

@@ -11,55 +11,37 @@ processes samples the same answers.
 """
 
 import math
-import shutil
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
-from align.artifact import MANIFEST, finish, read_manifest
-from align.data import encode_prompt, end_token_ids, ending_message, load, unread
+from align.artifact import finish
+from align.data import ending_message, load, unread
 from align.errors import BadInput, Diverged
-from align.files import folder_in_one_go, write_atomically
-from align.identity import has_adapter
 from align.maths.kl import mean_and_error, moments, next_kl_coef
-from align.models.backoff import Phase
-from align.models.base import stop_ids, switch_dropout_off
-from align.models.roles import Bases, Role, new_head
+from align.models.roles import Role
 from align.models.saving import save_role, save_tokenizer
 from align.parents import remarks_on_parents
 from align.phases import Phases
 from align.report.curves import ppo_curves
 from align.report.tables import sample_table, save_samples
-from align.rewards import build_rewards, check_columns, with_logged
-from align.rollout.choose import sampler_of
-from align.settings import AnyMethod, Lora, Ppo, PpoSettings
-from align.stages import checkpoint, kl_budget
-from align.stages.costs import adapter_bytes, kl_to_base
+from align.rewards import check_columns, with_logged
+from align.settings import PpoSettings
+from align.stages import best_policy, checkpoint, kl_budget
+from align.stages.costs import kl_to_base
 from align.stages.course import Course
-from align.stages.learner import Learner, available
-from align.stages.order import left_out, row_order
-from align.stages.ppo_steps import (
-    SHORTER,
-    Experience,
-    PromptRow,
-    Roles,
-    Scored,
-    assess,
-    figures,
-    improve,
-    sample_and_score,
-)
+from align.stages.learner import available
+from align.stages.order import row_order
+from align.stages.ppo_costs import cost_of_run, speeds
+from align.stages.ppo_roles import PromptRow, Roles, load_roles, make_learners, prompt_rows
+from align.stages.ppo_steps import Experience, Scored, assess, figures, improve, sample_and_score
 from align.stages.running import running
 from align.stages.unseen import Seen, seen_prompts
-from align.track import Tracker, read_metrics
+from align.track import Tracker
 from align.worker import Worker
 
 TRAIN, EVALUATE = 0, 1  # streams of random numbers
-PHASES = ("sample", "score", "update")
-SAMPLING = Phase("while sampling", "ppo.sampling_batch_size", SHORTER)
 
 
 @dataclass(frozen=True)
@@ -110,7 +92,7 @@ def run(settings: PpoSettings, worker: Worker) -> None:
             roles=roles.trained,
             learners=learners,
             start={"kl_coef": settings.ppo.kl_coef, "best": None},
-            beside=partial(_kept_beside, settings),
+            beside=partial(best_policy.kept_beside, settings),
         )
         course.tracker = tracker = track(
             total=settings.ppo.num_iterations,
@@ -204,104 +186,7 @@ def _iterate(this: _Run, iteration: int) -> dict[str, Any]:
     progress["step"] = iteration
     if ppo.eval_steps and not this.held_out and (iteration % ppo.eval_steps == 0 or iteration == ppo.num_iterations):
         _show_samples(this, scored, experience, iteration)
-    return with_logged(found | update | _speeds(scored, phases, ppo), scored.logged)
-
-
-def load_roles(settings: PpoSettings, worker: Worker) -> Roles:
-    """Loads the base once and every role over it.
-
-    The reference is frozen: the run (or the base) that the policy starts from, loaded again, unless the recipe names
-    another. A new prefix is the one method that does not start as that run does: it begins with the words of
-    `init_text`, at some KL from the reference.
-    """
-    bases = Bases(settings.model, worker.device)
-    start, method = settings.policy.path, settings.policy.method
-    is_adapter = start is not None and has_adapter(start)
-    if not is_adapter and method is None:
-        method = Lora()
-    base = bases.base_of(start)
-    tokenizer = bases.tokenizer(start)
-    policy = bases.role(start, method=method, trainable=True)
-    critic = None if settings.critic.kind == "trunk" else _critic(bases, settings, method)
-    if critic is None:
-        policy.head = new_head(policy.hidden_size, worker.device, bias=True)
-    rewards = build_rewards(settings.rewards, bases)
-    reference = bases.role(start if settings.reference is None else settings.reference.path)
-    sampler = sampler_of(
-        policy,
-        settings.sampling,
-        end_ids=end_token_ids(tokenizer, stop_ids(base.model)),
-        pad_id=tokenizer.pad_token_id,
-        batch_size=settings.ppo.sampling_batch_size,
-        max_batch_tokens=settings.ppo.max_batch_tokens,
-        phase=SAMPLING,
-    )
-    roles = Roles(bases, base, tokenizer, policy, reference, critic, rewards, sampler)
-    for role in roles.trained.values():  # the adapters bring dropout of their own
-        switch_dropout_off(role)
-        if settings.ppo.gradient_checkpointing:
-            role.checkpoint_activations()
-    return roles
-
-
-def _critic(bases: Bases, settings: PpoSettings, policy_method: AnyMethod | None) -> Role:
-    """A role of its own that starts from a reward run, or where the policy starts with a head of zeros."""
-    path = settings.critic.path
-    if path is None:
-        critic = bases.role(settings.policy.path, method=policy_method, trainable=True)
-        critic.head = new_head(critic.hidden_size, bases.device, bias=True)
-        return critic
-    method = None if has_adapter(path) else settings.policy.method or Lora()
-    critic = bases.role(path, method=method, trainable=True, head=True)
-    critic.head = _value_head(critic, path)
-    return critic
-
-
-def _value_head(critic: Role, folder: str) -> nn.Linear:
-    """The reward model's head with its normalisation folded in: values start on the scale of normalised scores."""
-    assert critic.head is not None
-    manifest = read_manifest(folder) if (Path(folder) / MANIFEST).is_file() else {}  # made elsewhere: as it is
-    head = new_head(critic.head.in_features, critic.device, bias=True)
-    std = max(float(manifest.get("score_std", 1.0)), 1e-8)
-    head.weight.data.copy_(critic.head.weight.data / std)
-    head.bias.data.fill_(-float(manifest.get("score_mean", 0.0)) / std)
-    return head
-
-
-def prompt_rows(roles: Roles, prompts: Any, max_length: int) -> tuple[list[PromptRow], str]:
-    """The prompts of at most `max_length` tokens, and a sentence on the others."""
-    rows = [PromptRow(prompt, encode_prompt(roles.tokenizer, prompt)) for prompt in prompts]
-    kept = [row for row in rows if 0 < len(row.ids) <= max_length]
-    return kept, left_out(len(rows) - len(kept), len(rows), max_length)
-
-
-def make_learners(roles: Roles, settings: PpoSettings, worker: Worker) -> dict[str, Learner]:
-    """An optimiser for the policy and one for the critic (its head alone, when it sits on the policy's trunk)."""
-    ppo = settings.ppo
-    head = [p for name, p in roles.policy.trained() if name.startswith("head.")]
-    body = [p for name, p in roles.policy.trained() if not name.startswith("head.")]
-    critic = head if roles.critic is None else [p for _, p in roles.critic.trained()]
-    steps = ppo.num_ppo_epochs * ppo.num_mini_batches
-    warmup = settings.critic.warmup_iterations
-
-    def learner(name: str, parameters: list[nn.Parameter], rate: float, iterations: int) -> Learner:
-        return Learner(
-            name,
-            parameters,
-            worker,
-            learning_rate=rate,
-            schedule=ppo.lr_scheduler_type,
-            num_steps=max(1, iterations * steps),
-            max_grad_norm=ppo.max_grad_norm,
-            weight_decay=ppo.weight_decay,
-            epsilon=ppo.adam_epsilon,
-            optim=ppo.optim,
-        )
-
-    return {
-        "policy": learner("policy", body, ppo.learning_rate, ppo.num_iterations - warmup),
-        "critic": learner("critic", critic, settings.critic.learning_rate or ppo.learning_rate, ppo.num_iterations),
-    }
+    return with_logged(found | update | speeds(scored, phases, ppo), scored.logged)
 
 
 def _evaluate(this: _Run, iteration: int) -> dict[str, float]:
@@ -323,7 +208,16 @@ def _evaluate(this: _Run, iteration: int) -> dict[str, float]:
     score = float(experience.scores.mean())  # with the penalty for no end
     kl, error = mean_and_error([moments(experience.kl.sum(1))])
     if settings.ppo.kl_budget is not None:
-        _keep(this, iteration, score, kl, settings.ppo.kl_budget)
+        best_policy.keep(
+            settings,
+            this.worker,
+            this.roles,
+            this.progress,
+            iteration=iteration,
+            score=score,
+            kl=kl,
+            budget=settings.ppo.kl_budget,
+        )
     found = {
         "eval_score": float(scored.scores.mean()),
         "eval_score_penalised": score,
@@ -334,30 +228,6 @@ def _evaluate(this: _Run, iteration: int) -> dict[str, float]:
         "eval_eos_share": float(scored.rollouts.ended.float().mean()),
     }
     return with_logged(found, {f"eval_{name}": value for name, value in scored.logged.items()})
-
-
-def _keep(this: _Run, iteration: int, score: float, kl: float, budget: float) -> None:
-    """Saves the policy beside the run if it is the one to keep so far."""
-    place, roles = kl_budget.place(this.progress, score, kl, budget), this.roles
-    if place is None:
-        return
-    moved = kl_to_base(roles.policy, roles.bases, this.settings.policy.path)
-    this.progress[place] = {"iteration": iteration, "score": score, "kl": kl, "kl_to_base": moved}
-    if this.worker.is_main:
-        with folder_in_one_go(_best_folder(this.settings, iteration)) as folder:
-            save_role(Role(roles.policy.model), folder, base_name=roles.base.name, revision=roles.base.revision)
-            checkpoint.seal(folder)
-
-
-def _kept_beside(settings: PpoSettings, progress: dict[str, Any]) -> list[Path]:
-    """The folder of the policy that a run with this progress would keep."""
-    kept = kl_budget.kept(progress) if settings.ppo.kl_budget is not None else None
-    return [] if kept is None else [_best_folder(settings, kept["iteration"])]
-
-
-def _best_folder(settings: PpoSettings, iteration: int) -> Path:
-    """Each in a folder of its own: a checkpoint that is gone back to must find the one that it names."""
-    return Path(settings.output) / f"best-{iteration:08d}"
 
 
 def _show_samples(this: _Run, scored: Scored, experience: Experience, iteration: int) -> None:
@@ -379,19 +249,6 @@ def _show_samples(this: _Run, scored: Scored, experience: Experience, iteration:
     this.tracker.say(sample_table(rows))
 
 
-def _speeds(scored: Scored, phases: Phases, ppo: Ppo) -> dict[str, float]:
-    """Tokens a second and peak MiB by phase: tokens of all processes, seconds and memory of this one. Sampling counts
-    the answers' tokens, the other phases those of prompts and answers; a prompt counts once, as it is computed."""
-    answered = sum(map(len, scored.rollouts.answers))
-    whole = answered + sum(map(len, scored.rollouts.prompts)) // scored.group
-    tokens = {"sample": answered, "score": whole, "update": whole * ppo.num_ppo_epochs}
-    return (
-        {f"tokens_per_second_{name}": tokens[name] / max(phases.seconds[name], 1e-9) for name in tokens}
-        | {f"seconds_{name}": phases.seconds[name] for name in tokens}
-        | {f"peak_mib_{name}": phases.peak_mib[name] for name in tokens}
-    )
-
-
 def _remarks(roles: Roles, settings: PpoSettings) -> list[str]:
     optimizer = available(settings.ppo.optim, roles.policy.device)[1]
     remarks = [ending_message(roles.tokenizer), optimizer, *remarks_on_parents(settings)]
@@ -405,20 +262,6 @@ def _remarks(roles: Roles, settings: PpoSettings) -> list[str]:
     return remarks
 
 
-def _cost(folder: Path, policy: Role) -> dict[str, float]:
-    """What an iteration cost: median seconds, prompts' and answers' tokens a second, peak MiB; parameters; bytes."""
-    rows = [row for row in read_metrics(folder) if "seconds_update" in row]
-    seconds = sorted(sum(row[f"seconds_{phase}"] for phase in PHASES) for row in rows)
-    tokens = sum(row["tokens_per_second_score"] * row["seconds_score"] for row in rows)
-    return {
-        "seconds_per_step": seconds[len(seconds) // 2] if seconds else 0.0,
-        "tokens_per_second": tokens / sum(seconds) if seconds else 0.0,
-        "peak_mib": max((row[f"peak_mib_{phase}"] for row in rows for phase in PHASES), default=0.0),
-        "trainable_parameters": sum(p.numel() for _, p in policy.trained()),
-        "adapter_bytes": adapter_bytes(folder),
-    }
-
-
 def _finish(this: _Run) -> None:
     """Saves the last policy, or the one that the KL budget keeps, and the pictures."""
     settings, roles, worker, progress, tracker = this.settings, this.roles, this.worker, this.progress, this.tracker
@@ -428,9 +271,7 @@ def _finish(this: _Run) -> None:
     if worker.is_main:
         folder, judged = Path(settings.output), {"seen_prompts": this.seen.figure} if this.held_out else {}
         if budget is not None and (kept := kl_budget.kept(progress)) is not None:
-            for file in _best_folder(settings, kept["iteration"]).iterdir():
-                if file.name != checkpoint.CHECKSUMS:
-                    write_atomically(folder / file.name, partial(_copy, file))
+            best_policy.make_it_the_runs(settings, kept)
             told, of_budget = kl_budget.verdict(progress, budget)
             judged |= of_budget
             tracker.say(told)
@@ -442,14 +283,9 @@ def _finish(this: _Run) -> None:
         ppo_curves(folder)
         finish(
             folder,
-            cost=_cost(folder, roles.policy) | ({} if moved is None else {"kl_to_base": moved}),
+            cost=cost_of_run(folder, roles.policy) | ({} if moved is None else {"kl_to_base": moved}),
             metrics={"iterations": progress["step"], "best": progress["best"], "kl_coef": progress["kl_coef"]} | judged,
         )
         checkpoint.clear(settings.output)
-        for left in folder.glob("best-*"):
-            shutil.rmtree(left)
+        best_policy.clear(settings)
         tracker.say(f"policy in {settings.output}")
-
-
-def _copy(file: Path, to: Path) -> None:
-    shutil.copyfile(file, to)

@@ -6,7 +6,6 @@ whole batch: advantages, whitening and all figures are plain maths on it, the sa
 
 import math
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -14,33 +13,30 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from align.data import decode_completion
-from align.data.formats import Prompt
 from align.errors import Diverged, RunFailed
 from align.maths.advantages import gae, token_rewards
 from align.maths.kl import kl_estimate
 from align.maths.losses import PolicyLoss, explained_variance, ppo_policy_loss, ppo_value_loss
 from align.maths.masking import masked_mean, whiten
 from align.models.backoff import Phase, in_passes
-from align.models.base import Base
 from align.models.budget import training_tokens
 from align.models.layout import Part, Tree, parts_of
-from align.models.roles import Bases, Role
+from align.models.roles import Role
 from align.phases import Phases
-from align.rewards import Answers, RewardMix, means_of
+from align.rewards import Answers, means_of
 from align.rollout.reading import read_all
 from align.rollout.rollouts import Rollouts, answers_of, rollouts_of, tokens_of
-from align.rollout.sampler import Sampler, Seeds
+from align.rollout.sampler import Seeds
 from align.settings import Ppo, PpoSettings
 from align.stages.learner import Learner
+from align.stages.ppo_roles import SHORTER, PromptRow, Roles
 from align.stages.sums import Sums
 from align.worker import Worker
 
 RATIO_TOLERANCE = 1e-3  # max |log ratio| of the first minibatch in float32: merged weights and caches round otherwise
 MEAN_RATIO_TOLERANCE = 0.02  # and its mean in 16 bits, where one token of thousands may be off by rounding alone
-SHORTER = "begin anew with a smaller `sampling.max_new_tokens` or `max_prompt_length`, or use a device with more memory"
 READING = Phase("while reading the answers' log-probabilities", "ppo.max_batch_tokens", SHORTER)
 UPDATE = Phase(
     "in the update",
@@ -48,36 +44,6 @@ UPDATE = Phase(
     f"start the same command again with `ppo.gradient_checkpointing: true`, if it is not yet; else {SHORTER}",
 )
 SUMMED = "policy_loss", "clipfrac", "approx_kl", "ratio_mean", "logratio_mean", "value_loss", "clipfrac_value"
-
-
-@dataclass(frozen=True)
-class Roles:
-    """The roles of a PPO run and what they share."""
-
-    bases: Bases
-    base: Base  # the policy's
-    tokenizer: PreTrainedTokenizerBase  # that the policy was trained with
-    policy: Role
-    reference: Role
-    critic: Role | None  # None: the policy's own head says the values
-    rewards: RewardMix
-    sampler: Sampler  # over the policy
-
-    @property
-    def end_ids(self) -> Sequence[int]:
-        return self.sampler.end_ids
-
-    @property
-    def trained(self) -> dict[str, Role]:
-        return {"policy": self.policy} | ({} if self.critic is None else {"critic": self.critic})
-
-
-@dataclass(frozen=True)
-class PromptRow:
-    """A prompt and its tokens."""
-
-    prompt: Prompt
-    ids: list[int]
 
 
 @dataclass(frozen=True)

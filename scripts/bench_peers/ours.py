@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from measuring import Answers, Clock, peak_mib, run, seed_lora, seed_weight
 
+from align.libraries import quiet_libraries, seed_everything
 from align.maths.products import product
 from align.models.base import trunk_of
 from align.models.roles import Bases, Role
@@ -21,7 +22,7 @@ from align.rollout.draw import Drawn
 from align.settings import STAGES
 from align.stages import ppo, runner
 from align.track import Tracker, read_metrics
-from align.worker import Worker, quiet_libraries, seed_everything
+from align.worker import Worker
 
 
 def program(work: dict[str, Any]) -> dict[str, Any]:

@@ -123,7 +123,7 @@ def main(base, data, work):
     hub = Hub(models={"org/base": work / "base", "org/adapter": work / "adapter"}, datasets={"org/rows": work / "rows"})
     os.environ |= {"HF_ENDPOINT": hub.at, "HF_HOME": str(work / "home"), "HF_TOKEN": "hf_secret"}
     os.environ |= {"HF_HUB_DOWNLOAD_TIMEOUT": "1", "HF_HUB_ETAG_TIMEOUT": "1", "HF_HUB_DISABLE_XET": "1"}
-    from align.worker import quiet_libraries
+    from align.libraries import quiet_libraries
 
     quiet_libraries()
     import torch

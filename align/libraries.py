@@ -1,0 +1,68 @@
+"""What is set of the libraries and of this process before a stage runs: silence, seeds, and memory that is kept."""
+
+import ctypes
+import os
+import random
+import sys
+from importlib.util import find_spec
+
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # of <malloc.h>
+
+
+def keep_freed_memory() -> None:
+    """Has glibc keep what a pass frees for the next one; elsewhere, does nothing.
+
+    By default it gives large blocks back to the kernel, and the activations of every pass are paged in anew, which
+    takes a tenth of a PPO iteration on two cores.
+    """
+    libc = ctypes.CDLL(None) if os.name == "posix" else None
+    if libc is not None and hasattr(libc, "mallopt"):
+        if not libc.mallopt(M_MMAP_THRESHOLD, 2**30):
+            libc.mallopt(M_MMAP_THRESHOLD, 2**25)  # the most that older versions take
+        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+        libc.mallopt(M_TOP_PAD, 2**26)
+
+
+def seed_everything(seed: int) -> None:
+    """Python's, NumPy's and torch's generators."""
+    import numpy as np
+    import torch
+
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def quiet_libraries() -> None:
+    """Progress bars and advice of the libraries do not belong between our lines, nor is anybody told what runs here
+    (TRL tells the Hub what of it is used). Before they are imported."""
+    import logging
+    import warnings
+
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module=r"(transformers|trl|peft|accelerate|bitsandbytes|datasets|torch)\b")
+    import transformers
+    from huggingface_hub import constants
+
+    constants.HF_HUB_DISABLE_TELEMETRY = True
+    transformers.utils.logging.disable_progress_bar()
+    _no_kernels_of_the_hub()
+
+
+def _no_kernels_of_the_hub() -> None:
+    """Where the package `kernels` is installed, bitsandbytes fetches code from the Hub and runs it as it is imported,
+    which no recipe has named: while it is imported, there is no such package."""
+    if find_spec("kernels") is None or "bitsandbytes" in sys.modules:
+        return
+    before = sys.modules.pop("kernels", None)
+    sys.modules["kernels"] = None  # type: ignore[assignment]
+    try:
+        import bitsandbytes  # noqa: F401
+    finally:
+        del sys.modules["kernels"]
+        if before is not None:
+            sys.modules["kernels"] = before

@@ -1,0 +1,154 @@
+"""The roles of a PPO run over one base, the prompts as they read them, and what trains them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from align.artifact import MANIFEST, read_manifest
+from align.data import encode_prompt, end_token_ids
+from align.data.formats import Prompt
+from align.identity import has_adapter
+from align.models.backoff import Phase
+from align.models.base import Base, stop_ids, switch_dropout_off
+from align.models.roles import Bases, Role, new_head
+from align.rewards import RewardMix, build_rewards
+from align.rollout.choose import sampler_of
+from align.rollout.sampler import Sampler
+from align.settings import AnyMethod, Lora, PpoSettings
+from align.stages.learner import Learner
+from align.stages.order import left_out
+from align.worker import Worker
+
+SHORTER = "begin anew with a smaller `sampling.max_new_tokens` or `max_prompt_length`, or use a device with more memory"
+SAMPLING = Phase("while sampling", "ppo.sampling_batch_size", SHORTER)
+
+
+@dataclass(frozen=True)
+class Roles:
+    """The roles of a PPO run and what they share."""
+
+    bases: Bases
+    base: Base  # the policy's
+    tokenizer: PreTrainedTokenizerBase  # that the policy was trained with
+    policy: Role
+    reference: Role
+    critic: Role | None  # None: the policy's own head says the values
+    rewards: RewardMix
+    sampler: Sampler  # over the policy
+
+    @property
+    def end_ids(self) -> Sequence[int]:
+        return self.sampler.end_ids
+
+    @property
+    def trained(self) -> dict[str, Role]:
+        return {"policy": self.policy} | ({} if self.critic is None else {"critic": self.critic})
+
+
+@dataclass(frozen=True)
+class PromptRow:
+    """A prompt and its tokens."""
+
+    prompt: Prompt
+    ids: list[int]
+
+
+def load_roles(settings: PpoSettings, worker: Worker) -> Roles:
+    """Loads the base once and every role over it.
+
+    The reference is frozen: the run (or the base) that the policy starts from, loaded again, unless the recipe names
+    another. A new prefix is the one method that does not start as that run does: it begins with the words of
+    `init_text`, at some KL from the reference.
+    """
+    bases = Bases(settings.model, worker.device)
+    start, method = settings.policy.path, settings.policy.method
+    is_adapter = start is not None and has_adapter(start)
+    if not is_adapter and method is None:
+        method = Lora()
+    base = bases.base_of(start)
+    tokenizer = bases.tokenizer(start)
+    policy = bases.role(start, method=method, trainable=True)
+    critic = None if settings.critic.kind == "trunk" else _critic(bases, settings, method)
+    if critic is None:
+        policy.head = new_head(policy.hidden_size, worker.device, bias=True)
+    rewards = build_rewards(settings.rewards, bases)
+    reference = bases.role(start if settings.reference is None else settings.reference.path)
+    sampler = sampler_of(
+        policy,
+        settings.sampling,
+        end_ids=end_token_ids(tokenizer, stop_ids(base.model)),
+        pad_id=tokenizer.pad_token_id,
+        batch_size=settings.ppo.sampling_batch_size,
+        max_batch_tokens=settings.ppo.max_batch_tokens,
+        phase=SAMPLING,
+    )
+    roles = Roles(bases, base, tokenizer, policy, reference, critic, rewards, sampler)
+    for role in roles.trained.values():  # the adapters bring dropout of their own
+        switch_dropout_off(role)
+        if settings.ppo.gradient_checkpointing:
+            role.checkpoint_activations()
+    return roles
+
+
+def _critic(bases: Bases, settings: PpoSettings, policy_method: AnyMethod | None) -> Role:
+    """A role of its own that starts from a reward run, or where the policy starts with a head of zeros."""
+    path = settings.critic.path
+    if path is None:
+        critic = bases.role(settings.policy.path, method=policy_method, trainable=True)
+        critic.head = new_head(critic.hidden_size, bases.device, bias=True)
+        return critic
+    method = None if has_adapter(path) else settings.policy.method or Lora()
+    critic = bases.role(path, method=method, trainable=True, head=True)
+    critic.head = _value_head(critic, path)
+    return critic
+
+
+def _value_head(critic: Role, folder: str) -> nn.Linear:
+    """The reward model's head with its normalisation folded in: values start on the scale of normalised scores."""
+    assert critic.head is not None
+    manifest = read_manifest(folder) if (Path(folder) / MANIFEST).is_file() else {}  # made elsewhere: as it is
+    head = new_head(critic.head.in_features, critic.device, bias=True)
+    std = max(float(manifest.get("score_std", 1.0)), 1e-8)
+    head.weight.data.copy_(critic.head.weight.data / std)
+    head.bias.data.fill_(-float(manifest.get("score_mean", 0.0)) / std)
+    return head
+
+
+def prompt_rows(roles: Roles, prompts: Any, max_length: int) -> tuple[list[PromptRow], str]:
+    """The prompts of at most `max_length` tokens, and a sentence on the others."""
+    rows = [PromptRow(prompt, encode_prompt(roles.tokenizer, prompt)) for prompt in prompts]
+    kept = [row for row in rows if 0 < len(row.ids) <= max_length]
+    return kept, left_out(len(rows) - len(kept), len(rows), max_length)
+
+
+def make_learners(roles: Roles, settings: PpoSettings, worker: Worker) -> dict[str, Learner]:
+    """An optimiser for the policy and one for the critic (its head alone, when it sits on the policy's trunk)."""
+    ppo = settings.ppo
+    head = [p for name, p in roles.policy.trained() if name.startswith("head.")]
+    body = [p for name, p in roles.policy.trained() if not name.startswith("head.")]
+    critic = head if roles.critic is None else [p for _, p in roles.critic.trained()]
+    steps = ppo.num_ppo_epochs * ppo.num_mini_batches
+    warmup = settings.critic.warmup_iterations
+
+    def learner(name: str, parameters: list[nn.Parameter], rate: float, iterations: int) -> Learner:
+        return Learner(
+            name,
+            parameters,
+            worker,
+            learning_rate=rate,
+            schedule=ppo.lr_scheduler_type,
+            num_steps=max(1, iterations * steps),
+            max_grad_norm=ppo.max_grad_norm,
+            weight_decay=ppo.weight_decay,
+            epsilon=ppo.adam_epsilon,
+            optim=ppo.optim,
+        )
+
+    return {
+        "policy": learner("policy", body, ppo.learning_rate, ppo.num_iterations - warmup),
+        "critic": learner("critic", critic, settings.critic.learning_rate or ppo.learning_rate, ppo.num_iterations),
+    }
