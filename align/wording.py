@@ -13,11 +13,17 @@ from typing import Any
 YAML_WORDS = {True: "true", False: "false", None: "null"}
 
 
-def did_you_mean(name: str, known: Iterable[str], prefix: str = "") -> str:
-    """`; did you mean ...?` with the known name that `name` begins or comes near to; else nothing."""
+def nearest(name: str, known: Iterable[str]) -> str | None:
+    """The known name that `name` begins or comes near to."""
     names = list(known)
     near = [key for key in names if name and key.startswith(name)] or get_close_matches(name, names, n=1)
-    return f"; did you mean `{prefix}{near[0]}`?" if near else ""
+    return near[0] if near else None
+
+
+def did_you_mean(name: str, known: Iterable[str], prefix: str = "") -> str:
+    """`; did you mean ...?` with the nearest known name; else nothing."""
+    near = nearest(name, known)
+    return f"; did you mean `{prefix}{near}`?" if near else ""
 
 
 def did_you_mean_path(path: Path, *, folders: bool = False, ending: str | tuple[str, ...] = "") -> str:

@@ -17,8 +17,8 @@ from transformers import (
 
 from align.data import Prompt
 from align.errors import BadInput, RunFailed
+from align.rewards.answers import Answers
 from align.rewards.learned import learned
-from align.rewards.mix import Answers
 from align.settings import LearnedReward
 from tests.families import FAMILIES, R1, Family, tokenizer_of
 

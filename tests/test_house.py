@@ -38,7 +38,9 @@ FLOORS = [  # a module may import from lower floors and from its own package
 
 
 def floor_of(name: str) -> int:
-    return next(i for i, names in enumerate(FLOORS) if name in names)
+    found = [i for i, names in enumerate(FLOORS) if name in names]
+    assert found, f"align/{name} is on no floor: say in FLOORS which it is on"
+    return found[0]
 
 
 def imports(path: Path):
@@ -58,7 +60,7 @@ def test_imports_point_down():
         own = path.relative_to(ROOT / "align").parts[0].removesuffix(".py")
         for other in imports(path):
             allowed = other == own or floor_of(other) < floor_of(own)
-            assert allowed, f"{path.relative_to(ROOT)} imports align.{other}, which is not below it"
+            assert allowed, f"{path.relative_to(ROOT)} imports align.{other}, which is not below align/{own}"
 
 
 def test_a_name_is_imported_from_where_it_is_made():
@@ -90,7 +92,33 @@ def test_every_module_is_on_a_floor():
         "__init__",
         "__pycache__",
     }
-    assert names == set().union(*FLOORS)
+    floors = set().union(*FLOORS)
+    assert not names - floors, f"on no floor: {', '.join(sorted(names - floors))}"
+    assert not floors - names, f"on a floor, but not there: {', '.join(sorted(floors - names))}"
+    assert sum(map(len, FLOORS)) == len(floors), "on two floors"
+
+
+def test_no_module_imports_one_that_imports_it():
+    """Within a package, where floors say nothing: not even inside of a function."""
+    files = [path for path in (ROOT / "align").rglob("*.py") if path.name != "__init__.py"]
+    names = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in files}
+    needs: dict[str, set[str]] = {}
+    for name, path in names.items():
+        found = set()
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and node.module:
+                found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+        needs[name] = found & names.keys()
+    reached: dict[str, set[str]] = {}
+
+    def reach(name: str, way: tuple[str, ...]) -> set[str]:
+        assert name not in way, "a circle of imports: " + " -> ".join((*way[way.index(name) :], name))
+        if name not in reached:
+            reached[name] = needs[name].union(*(reach(other, (*way, name)) for other in needs[name]))
+        return reached[name]
+
+    for name in names:
+        reach(name, ())
 
 
 def test_every_recipe_that_travels_is_valid_and_opens_with_its_command():

@@ -24,11 +24,11 @@ from align.feedback.rows import NewLabel, prompt_hash
 from align.feedback.store import Store
 from align.files import write_lines
 from align.loop.context import Context
-from align.loop.merging import is_held_out
 from align.loop.people import duels
 from align.loop.rounds import Loop, load_loop
 from align.loop.run import run_loop
 from align.loop.steps import STEPS, _contradicted
+from align.loop.training_pairs import is_held_out
 from align.settings.loop import LoopSettings
 from align.stages import checkpoint
 from tests import tiny

@@ -32,9 +32,9 @@ from align.models.roles import Bases
 from align.models.scoring import score_sequences
 from align.report import curves  # noqa: F401  # loaded before room is scarce
 from align.rewards import classifiers
+from align.rewards.answers import Answers
 from align.rewards.judge import Question, build_judge
 from align.rewards.learned import learned
-from align.rewards.mix import Answers
 from align.rollout import slots
 from align.settings import (
     STAGES,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import re
 from collections.abc import Iterable
@@ -10,6 +9,7 @@ from typing import Any, TypeAlias, TypedDict, cast
 
 from align.data.marks import is_mark
 from align.errors import BadInput
+from align.wording import nearest
 
 
 class Message(TypedDict):
@@ -99,12 +99,12 @@ def _read_message(item: Any, where: str, field: str) -> Message:
     for key in (role_key, content_key):
         if item.get(key) is None and not (is_call and key == content_key):
             raise BadInput(
-                f"{where}: `{field}.{key}` is missing{did_you_mean(key, item)}; a message is {{role, content}}"
+                f"{where}: `{field}.{key}` is missing{rename_hint(key, item)}; a message is {{role, content}}"
             )
     role = read_string(item[role_key], where, f"{field}.{role_key}")
     if role not in ROLES:
-        nearest = difflib.get_close_matches(role.lower(), ROLES, n=1)
-        hint = f"did you mean `{nearest[0]}`?" if nearest else f"roles are {', '.join(ROLES)}"
+        near = nearest(role.lower(), ROLES)
+        hint = f"did you mean `{near}`?" if near else f"roles are {', '.join(ROLES)}"
         raise BadInput(f"{where}: `{field}.{role_key}` is `{role}`, an unknown role; {hint}")
     content = _read_content("" if item.get(content_key) is None else item[content_key], where, f"{field}.{content_key}")
     if not content.strip() and role != "system" and not is_call:
@@ -196,10 +196,10 @@ def check_order(messages: tuple[Message, ...], where: str, field: str, *, after:
         raise BadInput(f"{where}: `{field}` ends with `{after}`; it must end with {' or '.join(wanted)}")
 
 
-def did_you_mean(name: str, names: Any) -> str:
-    """ " (`nearest` is there: rename it?)", or nothing when no name is near."""
-    nearest = difflib.get_close_matches(name, [str(other) for other in names], n=1)
-    return f" (`{nearest[0]}` is there: rename it?)" if nearest else ""
+def rename_hint(name: str, names: Iterable[Any]) -> str:
+    """` (... is there: rename it?)` with the nearest name, or nothing when none is near."""
+    near = nearest(name, map(str, names))
+    return f" (`{near}` is there: rename it?)" if near else ""
 
 
 def kind_of(value: Any) -> str:

@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Mapping
 from typing import Any
 
-from align.data.conversations import did_you_mean
+from align.data.conversations import rename_hint
 from align.data.marks import plain_name
 
 LAYOUTS: dict[str, tuple[tuple[str, ...], ...]] = {  # fields that make a row of this kind, first match wins
@@ -72,7 +72,7 @@ def missing_fields(values: Mapping[str, Any], kind: str) -> str:
         found = ", ".join(f"`{name}`" for name in values) or "nothing"
         return f"found {found}, but {kind} need {forms}{renaming or '; or write a `format:` function'}"
     missing = next(field for field in nearest if field not in values)
-    misspelt = "" if renaming else did_you_mean(missing, values)
+    misspelt = "" if renaming else rename_hint(missing, values)
     return f"`{missing}` is missing{misspelt}; {kind} need {forms}{renaming}"
 
 

@@ -12,7 +12,7 @@ from align.feedback.queue import Queue, shown_order
 from align.feedback.rows import NewLabel, prompt_hash
 from align.feedback.schema import EVALUATION
 from align.loop.context import Context, Halt, Result
-from align.loop.merging import gold_scores
+from align.loop.training_pairs import gold_scores
 from align.maths.calibration import comparison
 from align.settings.loop import Simulated
 

@@ -17,9 +17,9 @@ from align.feedback.schema import EVALUATION, IMPORTED
 from align.files import write_lines
 from align.identity import of_whole_file
 from align.loop.context import Context, Result
-from align.loop.merging import is_held_out, merge_labels, write_labels
 from align.loop.people import ask, duels, won
 from align.loop.rounds import SFT, Loop
+from align.loop.training_pairs import is_held_out, merge_labels, write_labels
 from align.wording import one_line
 
 FILES = "files"  # in the result of a step: the digests of those that it wrote into the folder of the round

@@ -30,7 +30,7 @@ from align.models.loading import (
     load_classifier,
 )
 from align.models.tokenizer import first_line
-from align.rewards.mix import Answers
+from align.rewards.answers import Answers
 from align.settings import LearnedReward
 
 UNLIMITED = 10**9  # tokenizers that know no length say something larger

@@ -13,14 +13,12 @@ from contextlib import AbstractContextManager, suppress
 from functools import cache, cached_property, partial
 from itertools import islice
 from numbers import Complex, Real
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from align.errors import BadInput, RunFailed
 from align.plugins import check_arguments, load_object, needed, users_code
+from align.rewards.answers import Answers
 from align.wording import one_line
-
-if TYPE_CHECKING:
-    from align.rewards.mix import Answers
 
 # by us; columns of the data come on top
 SUPPLIED = ("prompts", "completions", "completion_ids", "trainer_state", "log_metric", "log_extra")
@@ -99,7 +97,7 @@ class FunctionReward:
         self.is_async = any(map(inspect.iscoroutinefunction, _forms(function)))
         self.reference, self._function, self._arguments, self._journal = reference, function, arguments, journal
 
-    def __call__(self, answers: "Answers") -> list[float]:
+    def __call__(self, answers: Answers) -> list[float]:
         """The scores (N,).
 
         Raises:
@@ -113,7 +111,7 @@ class FunctionReward:
                 scores = together([scores])[0]
             return self._numbers(scores, answers)
 
-    async def awaited(self, answers: "Answers") -> list[float]:
+    async def awaited(self, answers: Answers) -> list[float]:
         """The same of an asynchronous function."""
         with self._watched():
             return self._numbers(await self._function(**self._given(answers)), answers)
@@ -121,7 +119,7 @@ class FunctionReward:
     def _watched(self) -> AbstractContextManager[None]:
         return users_code(self.reference, what=f"the reward `{self.name}`")
 
-    def _given(self, answers: "Answers") -> dict[str, Any]:
+    def _given(self, answers: Answers) -> dict[str, Any]:
         """Its arguments. What is a list or a mapping is a copy: the function may do with it what it likes."""
         count, prompts = len(answers.texts), answers.prompts
         given: dict[str, Any] = {name: [None] * count for name in needed(self._function, (), ())}  # no row has it
@@ -140,7 +138,7 @@ class FunctionReward:
         takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
         return given if takes_any else {name: value for name, value in given.items() if name in parameters}
 
-    def _numbers(self, scores: Any, answers: "Answers") -> list[float]:
+    def _numbers(self, scores: Any, answers: Answers) -> list[float]:
         """A float for each answer, NaN for None; any list, array, tensor, series or generator of numbers will do."""
         count = len(answers.texts)
         cure = f"; it must return a list of {count} numbers, None where it does not apply"

@@ -19,8 +19,9 @@ from align.data.encode import encode_completion, encode_pair
 from align.data.formats import Preference, Prompt
 from align.errors import BadInput
 from align.plugins import is_reference
+from align.rewards.answers import Answers
 from align.rewards.functions import BESIDE
-from align.rewards.mix import Answers, build_rewards, check_reward
+from align.rewards.mix import build_rewards, check_reward
 from align.settings import JudgeSettings, Reward
 from align.wording import did_you_mean, did_you_mean_path, one_line
 

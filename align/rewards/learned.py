@@ -18,8 +18,8 @@ from align.models.layout import Ids
 from align.models.loading import load_any_tokenizer
 from align.models.roles import Bases
 from align.models.scoring import SCORING, reads_whole, score_sequences
+from align.rewards.answers import Answers, Scorer
 from align.rewards.classifiers import classifier, phase_of, question_text
-from align.rewards.mix import Answers, Scorer
 from align.settings import EnsembleReward, LearnedReward
 
 MIN_STD = 1e-6  # of the score on the reference samples

@@ -5,7 +5,7 @@ written for TRL's GRPO, or one of `trl.rewards`, runs unchanged. None says that 
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,7 @@ from align.data.formats import Prompt
 from align.errors import BadInput, RunFailed
 from align.plugins import is_reference, users_code
 from align.recipe import first_error
+from align.rewards.answers import Answers, Scorer
 from align.rewards.functions import BESIDE, FunctionReward, Journal, check_function, together
 from align.settings import EnsembleReward, LearnedReward, Reward
 from align.wording import did_you_mean
@@ -27,18 +28,6 @@ LARGEST = 3.4e38  # that float32 holds, in which PPO reckons
 
 
 @dataclass(frozen=True)
-class Answers:
-    """What is scored: N prompts with the texts and tokens of their answers."""
-
-    prompts: Sequence[Prompt]
-    prompt_ids: Sequence[Sequence[int]]
-    texts: Sequence[str]  # without special tokens
-    ids: Sequence[Sequence[int]]  # with the end token, where there is one
-    ended: Sequence[bool] = ()  # whether each came to its end; empty: all did
-    tokenizer: Any = None  # by which the ids were made; None: that of the recipe's base
-
-
-@dataclass(frozen=True)
 class Told:
     """What a mix says of N answers."""
 
@@ -46,9 +35,6 @@ class Told:
     parts: dict[str, list[float]]  # each reward's own scores
     logged: dict[str, list[float]]  # figures that functions logged: a value for each call
     extra: list[dict[str, Any]]  # further columns of the sample table, a mapping for each answer
-
-
-Scorer = Callable[[Answers], list[float]]  # NaN, of a function only: does not apply
 
 
 class RewardMix:

@@ -102,7 +102,7 @@ class Course:
         checkpoint.drop_after(self.output, guard.good(self.progress["guard"], last), self.worker)
         left = checkpoints(self.output)
         if not (may_go_back and left):
-            raise RunFailed(last_words(step, why, len(done), left))
+            raise RunFailed(_last_words(step, why, len(done), left))
         progress = dict(self._resume().progress or {})
         done = [*done, {"at": step, "to": progress["step"], "why": why}]
         self.progress.clear()
@@ -130,7 +130,7 @@ class Course:
             learner.slow_down(self.settings.rate_factor**self.num_rollbacks)
 
 
-def last_words(step: int, why: str, num_rollbacks: int, left: Sequence[Path]) -> str:
+def _last_words(step: int, why: str, num_rollbacks: int, left: Sequence[Path]) -> str:
     """Of a run that its guard stops: why, and the way on from the newest of the checkpoints that are `left`."""
     times = f" after {num_rollbacks} rollbacks (`guard.max_rollbacks`)" if num_rollbacks else ""
     good = f"{left[-1].name} is its last good state" if left else "its last good state is its beginning"

@@ -110,7 +110,7 @@ class Learner:
 
     def slow_down(self, factor: float) -> None:
         """Has the schedule go on with `factor` of the rate that the learner was made with."""
-        rebase(self.optimizer, self.schedule, self._base_rate * factor)
+        _rebase(self.optimizer, self.schedule, self._base_rate * factor)
 
 
 def _groups(parameters: list[nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
@@ -121,7 +121,7 @@ def _groups(parameters: list[nn.Parameter], weight_decay: float) -> list[dict[st
     return [{"params": group, "weight_decay": weight_decay * decays} for group, decays in by_decay if group]
 
 
-def rebase(optimizer: torch.optim.Optimizer, schedule: Any, rate: float) -> None:
+def _rebase(optimizer: torch.optim.Optimizer, schedule: Any, rate: float) -> None:
     """Has a schedule (torch's LambdaLR) go on where it stands, over another base rate."""
     if schedule.base_lrs == [rate] * len(schedule.base_lrs):
         return

@@ -22,9 +22,9 @@ from align.models.budget import reading_tokens
 from align.models.layout import Part, parts_of
 from align.models.roles import Bases, Role
 from align.rewards import check_columns
+from align.rewards.answers import Answers
 from align.rewards.judge import Question, build_judge
 from align.rewards.learned import ensemble_members
-from align.rewards.mix import Answers
 from align.settings import ScoreSettings
 from align.stages.collect import CANDIDATES
 from align.stages.judging import CACHE, ask
