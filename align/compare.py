@@ -30,7 +30,8 @@ from align.files import write_json
 from align.launch import LaunchPlan, plan, start
 from align.locks import at_work_in
 from align.plugins import is_reference
-from align.recipe import Recipe, first_error, load_recipe
+from align.recipe import Recipe, load_recipe
+from align.recipe_errors import first_error
 from align.report.comparison import Comparison, Result, show, write
 from align.settings import (
     METHODS,

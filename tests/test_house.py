@@ -23,6 +23,7 @@ FLOORS = [  # a module may import from lower floors and from its own package
     {"endings", "files", "hub", "limits", "locks", "plugins", "records"},
     {"settings"},
     {"identity", "recipe_file"},
+    {"recipe_errors"},
     {"recipe", "artifact", "phases", "surroundings"},
     {"track", "data"},
     {"feedback"},

@@ -11,7 +11,8 @@ from pydantic import ValidationError
 from align.artifact import change, member_folders, state_of
 from align.errors import BadInput
 from align.identity import TEMPLATE_FILE, template_of
-from align.recipe import SHARED_KEYS, first_error
+from align.recipe import SHARED_KEYS
+from align.recipe_errors import first_error
 from align.recipe_file import is_within, keys_of, read_recipe
 from align.settings import (
     STAGES,

@@ -30,7 +30,8 @@ from align.loop.patience import outlast
 from align.loop.rounds import OURS, Loop
 from align.loop.steps import STEPS, Prompts, bring_back_files, prompts_of, why_to_stop
 from align.parents import check_start
-from align.recipe import Recipe, first_error
+from align.recipe import Recipe
+from align.recipe_errors import first_error
 from align.report.loop_page import report
 from align.rewards import check_columns, check_rewards
 from align.rewards.columns import missing_columns

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from align.data.formats import Prompt
 from align.errors import BadInput, RunFailed
 from align.plugins import is_reference, users_code
-from align.recipe import first_error
+from align.recipe_errors import first_error
 from align.rewards.answers import Answers, Scorer
 from align.rewards.functions import BESIDE, FunctionReward, Journal, check_function, together
 from align.settings import EnsembleReward, LearnedReward, Reward
