@@ -41,7 +41,7 @@ def merged_view(role: Role) -> Role:
     adapted layers, in the order that is fastest for few rows, and are gone with the view. Only float32 weights are
     merged: in 16 bits the sum is rounded, and the answers would come from another policy than the one that is trained.
     """
-    if not role.has_adapter or not role.is_exact or role.device.type != "cpu":
+    if not role.has_adapter or not role.is_float32 or role.device.type != "cpu":
         return role
     model: Any = role.causal
     layers = [layer for layer in model.modules() if isinstance(layer, BaseTunerLayer)]

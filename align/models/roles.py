@@ -85,7 +85,7 @@ class Role(nn.Module):
         return is_flat(self.causal)
 
     @property
-    def is_exact(self) -> bool:
+    def is_float32(self) -> bool:
         """Whether it computes in plain float32, so that any two ways to the same number agree closely."""
         return self.causal.dtype == torch.float32 and not getattr(self.causal, "is_quantized", False)
 

@@ -55,7 +55,7 @@ class SlotSampler(Sampler):
         rollouts = rollouts_of(prompts, [answer.tokens for answer in answers], end_ids=self.end_ids)
         series = [[[reading[i] for reading in answer.readings] for answer in answers] for i in range(3)]
         reading = Reading(*(by_row(each, rollouts.width) for each in series))
-        return Sampled(rollouts, reading.logprobs, reading if self.role.is_exact else None)
+        return Sampled(rollouts, reading.logprobs, reading if self.role.is_float32 else None)
 
     @torch.inference_mode()
     def _drawn(

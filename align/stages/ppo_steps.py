@@ -305,10 +305,10 @@ def _losses(
 
 def _check_ratio(numbers: dict[str, float], policy: Role, ppo: Ppo) -> None:
     """The policy has not moved since it sampled: its ratio must be 1, or log-probs are taken in two different ways."""
-    name = "logratio_max" if policy.is_exact else "logratio_mean"
+    name = "logratio_max" if policy.is_float32 else "logratio_mean"
     if not math.isfinite(numbers[name]):
         raise Diverged(f"the first minibatch's {name} is {numbers[name]}")
-    tolerance = ppo.ratio_tolerance or (RATIO_TOLERANCE if policy.is_exact else MEAN_RATIO_TOLERANCE)
+    tolerance = ppo.ratio_tolerance or (RATIO_TOLERANCE if policy.is_float32 else MEAN_RATIO_TOLERANCE)
     if not numbers[name] <= tolerance:
         raise RunFailed(
             f"the first minibatch's {name} is {numbers[name]:.2g}, over {tolerance:g}: sampling and update do not see "
