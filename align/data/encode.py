@@ -87,7 +87,7 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[in
 def encode_pair(tokenizer: PreTrainedTokenizerBase, preference: Preference, max_length: int) -> EncodedPair | None:
     """The pair's ids, or None when the prompt and the longer answer exceed `max_length` tokens together."""
     p = preference
-    sides = [_encode_answer(tokenizer, p.prompt, answer, p.where, p.template) for answer in (p.chosen, p.rejected)]
+    sides = _encode_answers(tokenizer, p.prompt, (p.chosen, p.rejected), p.where, p.template)
     chosen, rejected = (tuple(prompt_ids + ids) for prompt_ids, ids in sides)
     if max(len(chosen), len(rejected)) > max_length:
         return None
@@ -109,7 +109,7 @@ def encode_completion(
     again has the two parted where they differ."""
     answer: Text = text if isinstance(prompt, str) else (Message(role="assistant", content=text),)
     source: Text = prompt if isinstance(prompt, str) else tuple(prompt)
-    return _encode_answer(tokenizer, source, answer, where, template, ended=ended, is_strict=False)
+    return _encode_answers(tokenizer, source, (answer,), where, template, ended=ended, is_strict=False)[0]
 
 
 def decode_completion(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], end_ids: Sequence[int] = ()) -> str:
@@ -128,27 +128,32 @@ def closed(ids: Sequence[int], ending: Ending, end_ids: Sequence[int] = (), *, i
     return [*ids[:-1], *ending.ids] if is_whole and len(ids) and ids[-1] in end_ids else list(ids)
 
 
-def _encode_answer(
+def _encode_answers(
     tokenizer: PreTrainedTokenizerBase,
     prompt: Text,
-    answer: Text,
+    answers: Sequence[Text],
     where: str,
     template: Mapping[str, Any],
     *,
     ended: bool = True,
     is_strict: bool = True,
-) -> tuple[list[int], list[int]]:
-    if isinstance(prompt, str) or isinstance(answer, str):
-        return _encode_plain(tokenizer, str(prompt), str(answer), ended=ended)
+) -> list[tuple[list[int], list[int]]]:
+    """Ids of the prompt, which is rendered once, and of each answer to it."""
+    if isinstance(prompt, str) or isinstance(answers[0], str):
+        return [_encode_plain(tokenizer, str(prompt), str(answer), ended=ended) for answer in answers]
     head = render(tokenizer, prompt, where, is_prompt=True, template=template)
-    full = render(tokenizer, prompt + answer, where, template=template)
-    if not ended:
-        full = full.removesuffix(ending_of(tokenizer).text)
-    if is_strict and not full.startswith(head):
-        raise discontinuous(where, HOW_ANSWERS_OPEN, head[num_alike(head, full) :])
-    whole = ids_of(tokenizer, full)
-    num_shared = num_alike(ids_of(tokenizer, head), whole)
-    return whole[:num_shared], whole[num_shared:]
+    head_ids, found = ids_of(tokenizer, head), []
+    for answer in answers:
+        assert not isinstance(answer, str)
+        full = render(tokenizer, prompt + answer, where, template=template)
+        if not ended:
+            full = full.removesuffix(ending_of(tokenizer).text)
+        if is_strict and not full.startswith(head):
+            raise discontinuous(where, HOW_ANSWERS_OPEN, head[num_alike(head, full) :])
+        whole = ids_of(tokenizer, full)
+        num_shared = num_alike(head_ids, whole)
+        found.append((whole[:num_shared], whole[num_shared:]))
+    return found
 
 
 def _encode_plain(

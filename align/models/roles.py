@@ -20,7 +20,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from align.artifact import MANIFEST, check_large, read_manifest
 from align.errors import BadInput
 from align.identity import base_of, fingerprint, has_adapter
-from align.maths.logprobs import chunked_choices, frozen_choices
+from align.maths.logprobs import chunked_choices, chunked_logprobs, frozen_choices
 from align.models.attention import Prefix, flat_states, is_flat, prefix_length, tree_attention
 from align.models.base import Base, load_base, trunk_of
 from align.models.layout import Layout, Tree, flat_layout, padded_layout
@@ -116,6 +116,10 @@ class Role(nn.Module):
     def logprobs(self, states: Tensor, tokens: Tensor, *, temperature: float) -> Tensor:
         """states (N, H), tokens (N,) -> log p(token) (N,) under softmax(logits / temperature), in float32."""
         return self.choices(states, tokens, temperature=temperature)[0]
+
+    def logprobs_and_entropies(self, states: Tensor, tokens: Tensor, *, temperature: float) -> tuple[Tensor, Tensor]:
+        """As `logprobs`, and the softmax's entropies in nats: (N,) each."""
+        return chunked_logprobs(states, self.logits, tokens, temperature=temperature, chunk=256)
 
     def choices(self, states: Tensor, tokens: Tensor, *, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
         """As `logprobs`, and whether each token is the likeliest: (N,) bool."""

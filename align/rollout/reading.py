@@ -5,7 +5,6 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from align.maths.logprobs import chunked_logprobs
 from align.models.backoff import Phase, in_passes
 from align.models.budget import reading_tokens
 from align.models.layout import Part, parts_of
@@ -36,7 +35,7 @@ def read_all(
         states = role.states(layout, layout.before)  # (N, H), at real tokens only: nothing else costs logits
         columns = [torch.zeros(len(states)) for _ in range(3)]
         if entropies:
-            columns[:2] = chunked_logprobs(states, role.logits, layout.tokens, temperature=temperature, chunk=256)
+            columns[:2] = role.logprobs_and_entropies(states, layout.tokens, temperature=temperature)
         elif logprobs:
             columns[0] = role.logprobs(states, layout.tokens, temperature=temperature)
         if values:
