@@ -3,10 +3,14 @@
 Names are those of transformers, PEFT and TRL wherever they have one.
 """
 
+from collections.abc import Sequence
+from functools import reduce
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
+from align.settings.about import POLICIES, SCORERS, Curve, Match, Parents, Quality, Tuning
+from align.settings.data import Data, Sources
 from align.settings.fields import (
     MOST,
     Count,
@@ -18,10 +22,11 @@ from align.settings.fields import (
     Positive,
     Seed,
     Settings,
-    at_home,
 )
 from align.settings.judge import JudgeSettings
-from align.settings.methods import Lora, MethodOrLora
+from align.settings.methods import AnyMethod, Lora, MethodOrLora
+from align.settings.rewards import Reward, learned_parents
+from align.settings.training import Guard, Optimizer, PpoGuard, Training
 from align.wording import did_you_mean
 
 
@@ -36,89 +41,6 @@ class Model(Settings):
     chat_template: Location | None = None  # a Jinja file; None: the tokenizer's own
 
 
-Optimizer = Literal["adamw_torch_fused", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit"]  # transformers' names
-
-
-class Source(Settings):
-    """One data set: a local .jsonl / .json / .csv / .parquet file, or a data set's Hub id."""
-
-    path: Location
-    name: str | None = None  # the Hub configuration
-    split: str = "train"  # the Hub split
-    revision: str | None = None  # the Hub revision
-    format: Location = "auto"  # or file.py:function
-    weight: Positive = 1.0  # 2 = every row twice an epoch, 0.25 = a fixed quarter of the rows
-    limit: Count | None = None  # the first so many rows
-
-
-def _as_sources(value: Any) -> Any:
-    rows = value if isinstance(value, (list, tuple)) else [value]
-    return tuple({"path": row} if isinstance(row, str) else row for row in rows)
-
-
-Parents = dict[str, tuple[str, tuple[str, ...]]]  # recipe key -> (folder, kinds that will do)
-POLICIES = ("sft", "ppo", "*")  # kinds of runs; `*`: a model or an adapter made elsewhere, which has no manifest
-SCORERS = ("reward", "*")
-Sources = Annotated[tuple[Source, ...], BeforeValidator(_as_sources)]
-
-
-class Data(Settings):
-    """What to train on and what to hold out. A prompt is never on both sides."""
-
-    train: Annotated[Sources, Field(min_length=1)]
-    validation: Sources = ()
-    validation_split: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0  # the last so many of the distinct prompts
-    on_bad_row: Literal["error", "skip"] = "error"
-
-    @model_validator(mode="after")
-    def _one_way_to_hold_out(self) -> "Data":
-        if self.validation and self.validation_split:
-            raise ValueError("give `validation` or `validation_split`, not both")
-        return self
-
-
-class Training(Settings):
-    """Optimisation of SFT and reward models, by transformers' TrainingArguments names."""
-
-    learning_rate: Positive = 2e-4
-    num_train_epochs: Positive = 1.0
-    max_steps: Annotated[int, Field(ge=-1, le=MOST)] = -1  # > 0 overrides num_train_epochs
-    per_device_train_batch_size: Count = 8  # rows of a step; how many go in a pass is max_batch_tokens' affair
-    gradient_accumulation_steps: Count = 1
-    max_batch_tokens: Count | None = None  # of a pass: memory only; None: 1 GiB kept, GPU half the free
-    optim: Optimizer = "adamw_torch_fused"  # bitsandbytes' keep their state in 8 bits, or in pages a GPU can lend out
-    weight_decay: NonNegative = 0.0
-    warmup_ratio: Fraction = 0.03
-    lr_scheduler_type: Literal["linear", "cosine", "constant"] = "cosine"
-    max_grad_norm: Positive = 1.0
-    adam_beta1: Fraction = 0.9
-    adam_beta2: Fraction = 0.999
-    adam_epsilon: Positive = 1e-8
-    gradient_checkpointing: bool = False
-    logging_steps: Count = 10
-    eval_steps: Interval = 0  # 0: at the end only
-    save_steps: Interval = 50
-
-
-class Guard(Settings):
-    """What is done where a run's figures explode or what it learns has collapsed, and what is taken for that."""
-
-    on: Literal["warn", "stop", "rollback"] = "warn"  # rollback: to the last good state, with a smaller rate
-    max_rollbacks: Count = 3  # then it stops
-    rate_factor: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.5  # of the learning rates, at each rollback
-    patience: Count = 3  # steps in a row; weights that explode are trouble at once
-    max_weights: Annotated[float, Field(gt=1.0)] = 10.0  # norm of what is trained, in medians of the last 20 steps
-    max_gradient: Annotated[float, Field(gt=1.0)] = 100.0  # the gradient's norm, likewise
-    max_loss: Annotated[float, Field(gt=1.0)] = 10.0  # the loss (PPO: the critic's), likewise
-
-
-class PpoGuard(Guard):
-    """And of a policy that has collapsed. KL beyond `ppo.kl_budget` is trouble too where `on` is rollback."""
-
-    min_entropy: NonNegative = 0.01  # nats a token
-    max_share: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0  # of answers that are empty, the same, or newly cut off
-
-
 class Track(Settings):
     """metrics.jsonl is always written; wandb when asked for."""
 
@@ -128,9 +50,19 @@ class Track(Settings):
 
 
 class StageSettings(Settings):
-    """What every stage has. A stage of your own subclasses this and adds `run(self, worker)`."""
+    """What every stage has. A stage of your own subclasses this and adds `run(self, worker)`.
+
+    What deals with stages asks them what they are, by the class attributes and methods below: one that says so can be
+    compared, its runs are taken by other stages, and its report has their curves.
+    """
 
     kind: ClassVar[str] = "custom"
+    makes: ClassVar[str | None] = None  # policy | reward | ensemble | candidates | results: what its runs are taken for
+    reads: ClassVar[tuple[str, str] | None] = None  # key of its `Data`, and what rows it has (`data_sections`)
+    tuning: ClassVar[Tuning | None] = None  # None: it trains nothing
+    starts_at: ClassVar[str | None] = None  # which key of `parents` has the run whose training it goes on with
+    quality: ClassVar[Quality | None] = None  # None: tuning methods cannot be compared in it
+    curves: ClassVar[tuple[Curve, ...]] = ()  # of its report; none: of every figure that was logged more than once
     stage: Location
     output: Folder
     model: Model
@@ -139,91 +71,122 @@ class StageSettings(Settings):
     track: Track = Track()
 
     def parents(self) -> Parents:
-        """Folders of earlier stages that this one reads: recipe key -> (folder, kinds that will do)."""
+        """Folders of earlier stages that this one reads: recipe key -> (folder, what may have been made there)."""
         return {}
 
     def data_sections(self) -> dict[str, tuple[str, Data]]:
-        """Data that this stage reads: recipe key -> (demonstrations | preferences | prompts, section)."""
+        """Data that this stage reads: recipe key -> (demonstrations | preferences | prompts, section). The first is
+        what it is about."""
+        return {} if self.reads is None else {self.reads[0]: (self.reads[1], getattr(self, self.reads[0]))}
+
+    def start(self) -> str | None:
+        """The run whose training it goes on with; None: it starts at the base."""
+        found = self.parents().get(self.starts_at or "")
+        return None if found is None else found[0]
+
+    def tuned_by(self) -> AnyMethod | None:
+        """The method that it tunes by; None: it trains nothing, or goes on with the adapter that it starts from."""
+        return None if self.tuning is None else self.value(self.tuning.method)
+
+    def why_not_compared(self) -> str | None:
+        """What stands against comparing tuning methods in it, in words."""
+        if self.start() is None:
+            return None
+        return f"`{self.starts_at}` holds an adapter of one method already: compare policies that start at the base"
+
+    def lengths(self) -> dict[str, int]:
+        """Tokens of the longest sequences that it may give its base, by the keys that say so, in backticks."""
         return {}
+
+    def draws(self) -> "Sampling | None":
+        """How answers are drawn from its policies; None: none are."""
+        return None
+
+    def speaker(self) -> str | None:
+        """The run whose chat template its rows are read by; None: the base."""
+        return self.start()
+
+    def terms(self) -> dict[str, Reward]:
+        """The rewards that it computes, by the recipe's keys."""
+        return {}
+
+    def judges(self) -> dict[str, JudgeSettings]:
+        """The judges that it asks, by the recipe's keys."""
+        return {}
+
+    def must_match(self, key: str) -> Match | None:
+        """What the model at this key of `parents` must have the tokens of, as both read the same ids."""
+        return None
+
+    def members(self) -> Sequence["StageSettings"]:
+        """The stages that it is made of, each of which has a run of its own in its folder."""
+        return ()
+
+    def value(self, key: str) -> Any:
+        """What the recipe says at a key such as `train.learning_rate`."""
+        return reduce(getattr, key.split("."), self)
+
+    @classmethod
+    def about(cls) -> dict[str, Any]:
+        """What its runs' manifests keep of the above, for those who read them without the class."""
+        reads = None if cls.reads is None else dict(zip(("key", "rows"), cls.reads, strict=True))
+        curves = [{"title": title, "x": x, "figures": list(figures)} for title, x, figures in cls.curves]
+        return {"makes": cls.makes, "reads": reads, "curves": curves}
 
 
 class SupervisedSettings(StageSettings):
     """What every stage has that learns from demonstrations or pairs."""
 
+    tuning = Tuning(method="method", learning_rate="train.learning_rate", steps="train.max_steps")
+    quality = Quality("eval_loss", lower_is_better=True)
     method: MethodOrLora = Lora()
     data: Data
     max_length: Annotated[int, Field(ge=8, le=MOST)] = 1024
     train: Training = Training()
     guard: Guard = Guard()
 
+    def lengths(self) -> dict[str, int]:
+        return {"`max_length`": self.max_length}
+
 
 class SftSettings(SupervisedSettings):
     """Supervised fine-tuning on demonstrations."""
 
-    kind: ClassVar[str] = "sft"
+    kind = "sft"
+    makes = "policy"
+    reads = ("data", "demonstrations")
+    quality = Quality("eval_loss", lower_is_better=True, beside=("eval_mean_token_accuracy",))
+    curves = (
+        Curve("loss", "step", ("loss", "eval_loss")),
+        Curve("token accuracy", "step", ("mean_token_accuracy", "eval_mean_token_accuracy")),
+        Curve("learning rate", "step", ("learning_rate",)),
+    )
     packing: bool = True  # rows of a step hold several demonstrations, up to max_length tokens, as TRL packs them
-
-    def data_sections(self) -> dict[str, tuple[str, Data]]:
-        return {"data": ("demonstrations", self.data)}
 
 
 class RewardSettings(SupervisedSettings):
     """A reward model on preference pairs: Bradley-Terry, soft labels, weights and margins."""
 
-    kind: ClassVar[str] = "reward"
+    kind = "reward"
+    makes = "reward"
+    reads = ("data", "preferences")
+    quality: ClassVar[Quality | None] = Quality(
+        "eval_accuracy", lower_is_better=False, beside=("eval_ece", "eval_loss"), is_share=True
+    )
+    curves = (
+        Curve("pair loss", "step", ("loss", "eval_loss")),
+        Curve("pair accuracy", "step", ("accuracy", "eval_accuracy")),
+        Curve("margin", "step", ("margin", "eval_margin")),
+    )
     train: Training = Training(learning_rate=1e-4)
     center_rewards_coefficient: NonNegative = 0.01
     reference: Sources = ()  # demonstrations to measure score mean and std on; none: the held-out pairs' answers
 
     def data_sections(self) -> dict[str, tuple[str, Data]]:
-        sections = {"data": ("preferences", self.data)}
+        sections = super().data_sections()
         if self.reference:
             sections["reference"] = ("demonstrations", Data(train=self.reference))
         return sections
-
-
-class Reward(BaseModel):
-    """One term of the reward. `use: learned`, `ensemble` or `file.py:function`; its siblings are its arguments."""
-
-    model_config = ConfigDict(extra="allow", frozen=True, allow_inf_nan=False)
-    use: Location
-    weight: float = 1.0
-
-    @model_validator(mode="before")
-    @classmethod
-    def _its_run_is_a_path(cls, values: Any) -> Any:
-        """`from` of a run is a path like any other; of a function it is an argument, which stays as it is."""
-        if (
-            isinstance(values, dict)
-            and values.get("use") in ("learned", "ensemble")
-            and isinstance(values.get("from"), str)
-        ):
-            return {**values, "from": at_home(values["from"])}
-        return values
-
-    @property
-    def arguments(self) -> dict[str, Any]:
-        return dict(self.model_extra or {})
-
-
-class LearnedReward(Settings):
-    """Arguments of `use: learned`: one of our reward runs, or any transformers sequence classifier."""
-
-    path: Location = Field(alias="from")
-    normalize: bool = True  # (score - mean) / std, as measured on the reference samples of that run
-    clip: Positive | None = None  # after normalising
-    max_batch_tokens: Count | None = None  # of a pass: memory only
-    pair: bool | None = None  # a classifier of (question, answer), as two segments with a separator; None: it is one
-    # if it has no chat template and its tokenizer separates two segments (BERT's and its kin's do)
-
-
-class EnsembleReward(Settings):
-    """Arguments of `use: ensemble`: what an ensemble's members agree on (Coste et al. 2023)."""
-
-    path: Location = Field(alias="from")
-    how: Literal["mean", "minimum", "variance"] = "mean"  # variance: how far they disagree, for reports
-    penalty: NonNegative = 0.5  # of the members' variance, taken from their mean
-    max_batch_tokens: Count | None = None  # of a pass: memory only
 
 
 class Policy(Settings):
@@ -320,17 +283,42 @@ class Ppo(Settings):
         return self
 
 
-class PpoSettings(StageSettings):
+class SamplingSettings(StageSettings):
+    """What every stage has that draws answers to prompts."""
+
+    reads = ("prompts", "prompts")
+    prompts: Data
+    max_prompt_length: Count = 512
+    sampling: Sampling = Sampling()
+
+    def lengths(self) -> dict[str, int]:
+        longest = self.max_prompt_length + self.sampling.max_new_tokens
+        return {"`max_prompt_length` and `sampling.max_new_tokens`": longest}
+
+    def draws(self) -> Sampling:
+        return self.sampling
+
+
+class PpoSettings(SamplingSettings):
     """Proximal policy optimisation of a policy tuned by any method."""
 
-    kind: ClassVar[str] = "ppo"
+    kind = "ppo"
+    makes = "policy"
+    tuning = Tuning(method="policy.method", learning_rate="ppo.learning_rate", steps="ppo.num_iterations")
+    starts_at = "policy.from"
+    quality = Quality("eval_score", lower_is_better=False, beside=("eval_kl",))
+    curves = (
+        Curve("score", "iteration", ("score", "eval_score")),
+        Curve("sequence KL to the reference (nats)", "iteration", ("kl", "eval_kl")),
+        Curve("entropy (nats a token)", "iteration", ("entropy",)),
+        Curve("tokens an answer", "iteration", ("response_length", "eval_response_length")),
+        Curve("losses", "iteration", ("policy_loss", "value_loss")),
+        Curve("share of the ratio that was clipped", "iteration", ("clipfrac",)),
+    )
     policy: Policy = Policy()
     reference: Reference | None = None  # None: where the policy starts
     critic: Critic = Critic()
     rewards: Annotated[tuple[Reward, ...], Field(min_length=1)]
-    prompts: Data
-    max_prompt_length: Count = 512
-    sampling: Sampling = Sampling()
     ppo: Ppo = Ppo()
     guard: PpoGuard = PpoGuard()
 
@@ -361,10 +349,25 @@ class PpoSettings(StageSettings):
             found["reference.from"] = (self.reference.path, POLICIES)
         if self.critic.path is not None:
             found["critic.from"] = (self.critic.path, SCORERS)
-        return found | learned_parents("rewards", self.rewards)
+        return found | learned_parents(self.terms())
 
-    def data_sections(self) -> dict[str, tuple[str, Data]]:
-        return {"prompts": ("prompts", self.prompts)}
+    def tuned_by(self) -> AnyMethod | None:
+        return self.policy.method or (Lora() if self.policy.path is None else None)
+
+    def why_not_compared(self) -> str | None:
+        if self.policy.path is None and not self.ppo.eval_steps:
+            return "`ppo.eval_steps: 0`: policies are compared by their last evaluation; set it to 1 or more"
+        return super().why_not_compared()
+
+    def terms(self) -> dict[str, Reward]:
+        return {f"rewards[{index}]": reward for index, reward in enumerate(self.rewards)}
+
+    def must_match(self, key: str) -> Match | None:
+        """The critic reads what the policy writes, and the reference's probabilities of it are compared with its."""
+        if key not in ("reference.from", "critic.from"):
+            return None
+        who = f"the policy's {self.policy.path or self.model.base}"
+        return Match(self.policy.path, who, "; name one with the same", has_template=True)
 
 
 class PairCheck(Settings):
@@ -375,10 +378,11 @@ class PairCheck(Settings):
     max_length: Annotated[int, Field(ge=8, le=MOST)] = 1024
 
 
-class EvaluateSettings(StageSettings):
+class EvaluateSettings(SamplingSettings):
     """Samples several policies on the same prompts, scores them, and compares them two by two."""
 
-    kind: ClassVar[str] = "evaluate"
+    kind = "evaluate"
+    makes = "results"
     policies: Annotated[dict[str, Location | None], Field(min_length=1)]  # name -> run folder; null: the base
     compare: tuple[tuple[str, str], ...] = ()  # (challenger, incumbent), by the scores of `judge`
     pairwise_judge: JudgeSettings | None = None  # says beside, of the same answers, which of the two is better
@@ -386,11 +390,8 @@ class EvaluateSettings(StageSettings):
     judge: Annotated[tuple[Reward, ...], Field(min_length=1)]
     beside: dict[str, Reward] = Field(default_factory=dict)  # other scores, reported only
     reward: PairCheck | None = None
-    prompts: Data
     max_prompts: Count = 256
-    max_prompt_length: Count = 512
     batch_size: Count = 32  # answers in the making at a time
-    sampling: Sampling = Sampling()
 
     @model_validator(mode="after")
     def _names_are_policies(self) -> "EvaluateSettings":
@@ -409,22 +410,29 @@ class EvaluateSettings(StageSettings):
             found["reward.from"] = (self.reward.path, ("reward",))
         if self.pairwise_judge is not None and self.pairwise_judge.run is not None:
             found["pairwise_judge.model"] = (self.pairwise_judge.run, POLICIES)
-        found |= learned_parents("judge", self.judge)
-        return found | learned_parents("beside", tuple(self.beside.values()), names=tuple(self.beside))
+        return found | learned_parents(self.terms())
 
     def data_sections(self) -> dict[str, tuple[str, Data]]:
-        sections = {"prompts": ("prompts", self.prompts)}
-        if self.reward is not None:
-            sections["reward.data"] = ("preferences", self.reward.data)
-        return sections
+        own = {} if self.reward is None else {"reward.data": ("preferences", self.reward.data)}
+        return super().data_sections() | own
 
+    def lengths(self) -> dict[str, int]:
+        return super().lengths() | ({} if self.reward is None else {"`reward.max_length`": self.reward.max_length})
 
-def learned_parents(key: str, rewards: tuple[Reward, ...], *, names: tuple[str, ...] = ()) -> Parents:
-    """The runs among `rewards`; `*` stands for a transformers sequence classifier, which has no manifest."""
-    kinds = {"learned": SCORERS, "ensemble": ("ensemble",)}
-    places = [f"{key}.{name}" for name in names] or [f"{key}[{index}]" for index in range(len(rewards))]
-    return {
-        f"{place}.from": (str(reward.arguments.get("from")), kinds[reward.use])
-        for place, reward in zip(places, rewards, strict=True)
-        if reward.use in kinds
-    }
+    def speaker(self) -> str | None:
+        return next(iter(self.policies.values()))
+
+    def terms(self) -> dict[str, Reward]:
+        judge = {f"judge[{index}]": reward for index, reward in enumerate(self.judge)}
+        return judge | {f"beside.{name}": reward for name, reward in self.beside.items()}
+
+    def judges(self) -> dict[str, JudgeSettings]:
+        return {} if self.pairwise_judge is None else {"pairwise_judge": self.pairwise_judge}
+
+    def must_match(self, key: str) -> Match | None:
+        """KL is between two models' probabilities of the same ids."""
+        if not key.startswith("policies."):
+            return None
+        name = self.reference or next(iter(self.policies))
+        who = f"the reference {name} ({self.policies[name] or self.model.base})"
+        return Match(self.policies[name], who, ", so there is no KL between them; evaluate it in a recipe of its own")
