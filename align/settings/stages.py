@@ -128,8 +128,13 @@ class StageSettings(Settings):
 
     @classmethod
     def about(cls) -> dict[str, Any]:
-        """What its runs' manifests keep of the above, for those who read them without the class."""
-        reads = None if cls.reads is None else dict(zip(("key", "rows"), cls.reads, strict=True))
+        """What its runs' manifests keep of the above, for those who read them without the class.
+
+        Raises:
+            TypeError, ValueError: it is written otherwise than it should be.
+        """
+        (key, rows) = cls.reads or (None, None)
+        reads = None if key is None else {"key": key, "rows": rows}
         curves = [{"title": title, "x": x, "figures": list(figures)} for title, x, figures in cls.curves]
         return {"makes": cls.makes, "reads": reads, "curves": curves}
 
