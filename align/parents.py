@@ -83,7 +83,7 @@ def check_prefix(settings: StageSettings, key: str, what: str) -> None:
     if settings.model.attn_implementation != "sdpa":
         raise BadInput(f"{what} needs `model.attn_implementation: sdpa`; or use `kind: lora`")
     drawn = settings.draws()
-    if drawn is None or not key.startswith(("policy.", "policies.")):
+    if drawn is None or not (key == method_key(settings) or key.startswith(("policy.", "policies."))):
         return  # nothing is sampled from it
     if drawn.cache_implementation == "static":
         raise BadInput(f"{what} cannot sample with `sampling.cache_implementation: static`; leave it out")

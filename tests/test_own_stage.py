@@ -37,7 +37,7 @@ def recipe(base, data, output, **changes):
 
 
 def written(path, **stages):
-    path.write_text(yaml.safe_dump({"stages": stages}))
+    path.write_text(yaml.safe_dump({"stages": stages}, sort_keys=False))
     return str(path)
 
 

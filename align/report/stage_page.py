@@ -156,7 +156,7 @@ def _curves(folder: Path, stage: About, rows: list[Found]) -> Section:
         runs = {member.name: read_metrics(member) for member in members}
         return Section("Curves of the members", pictures=curves_of(runs, "member", named))
     pictures = []
-    for place, (title, x, keys) in enumerate(named or _logged(rows)):
+    for place, (title, x, keys) in enumerate(named[:NUM_CURVES] or _logged(rows)):
         drawn = [(_name(key), *series(rows, key)) for key in keys]
         if any(len(xs) for _, xs, _ in drawn):
             pictures.append(

@@ -21,10 +21,10 @@ from align.settings.methods import (
     Prefix,
 )
 from align.settings.rewards import EnsembleReward, LearnedReward, Reward
+from align.settings.stage import Model, StageSettings, Track
 from align.settings.stages import (
     Critic,
     EvaluateSettings,
-    Model,
     PairCheck,
     Policy,
     Ppo,
@@ -33,9 +33,7 @@ from align.settings.stages import (
     Sampling,
     SamplingSettings,
     SftSettings,
-    StageSettings,
     SupervisedSettings,
-    Track,
 )
 from align.settings.training import Guard, PpoGuard, Training
 

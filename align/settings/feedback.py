@@ -9,7 +9,8 @@ from pydantic import Field
 from align.settings.about import POLICIES, Parents
 from align.settings.fields import Count, Interval, Location, Positive
 from align.settings.judge import JudgeSettings
-from align.settings.stages import RewardSettings, SamplingSettings, StageSettings
+from align.settings.stage import StageSettings
+from align.settings.stages import RewardSettings, SamplingSettings
 
 
 class EnsembleSettings(RewardSettings):

@@ -19,7 +19,8 @@ from align.settings.fields import (
 )
 from align.settings.judge import JudgeSettings
 from align.settings.rewards import Reward
-from align.settings.stages import Model, Sampling, Track
+from align.settings.stage import Model, Track
+from align.settings.stages import Sampling
 
 
 class Collect(Settings):
