@@ -61,7 +61,9 @@ def test_answers_are_not_drawn_by_a_prefix_in_a_static_cache(base, data, tmp_pat
         BadInput, match="`policies.sft`: .*/sft will hold a prefix, which cannot sample .* leave it out"
     ):
         check_recipe(load_recipe(str(path)))
-    assert "new" in check_recipe(load_recipe(str(path), ["stages.sft.method={kind: lora}"])).values()
+    assert (
+        "new" in check_recipe(load_recipe(str(path), ["stages.collect.sampling.cache_implementation=dynamic"])).values()
+    )
 
 
 def test_a_step_counts_as_much_as_its_pairs_weigh(base, data, tmp_path):
