@@ -1,6 +1,7 @@
 """A stage's folder: its manifest says what it holds before any weights are loaded, and whether it is finished.
 
-manifest.json       kind, status, base and its fingerprint, parents, recipe, versions, metrics, digests of the files
+manifest.json       kind, what it says of its runs, status, base and its fingerprint, parents, recipe, versions,
+                    metrics, digests of the files
 metrics.jsonl       one line a logged step
 checkpoints/step-*  whole training state, each folder complete or absent
 (weights)           PEFT's or transformers' own files, beside the manifest
@@ -35,8 +36,8 @@ from align.identity import (
 )
 from align.locks import LOCKS, clear_locks
 from align.plain_json import dumps
-from align.records import Manifest, checked, read_object
-from align.settings import EnsembleSettings, StageSettings
+from align.records import About, Manifest, checked, read_object
+from align.settings import STAGES, StageSettings
 from align.wording import brief, did_you_mean_path, one_line
 
 MANIFEST = "manifest.json"
@@ -126,16 +127,29 @@ def _digest_of_values(values: dict[str, Any]) -> str:
     return digest_of(json.dumps(values, sort_keys=True).encode())
 
 
-def check_parent(folder: str, kinds: tuple[str, ...], where: str) -> None:
-    """Raises BadInput unless `folder` is a finished run of one of `kinds` (`*`: anything without a manifest too)."""
-    if "*" in kinds and not (Path(folder) / MANIFEST).is_file():
+def about(manifest: Mapping[str, Any]) -> About:
+    """What a run's stage says of its runs: as the manifest keeps it, or (an earlier version's) as its kind says it."""
+    known = manifest.get("about")
+    return checked(STAGES.get(str(manifest.get("kind")), StageSettings).about() if known is None else known, About)
+
+
+def kinds_that_make(wanted: tuple[str, ...]) -> str:
+    """The kinds of stages whose runs will do, in words."""
+    kinds = [kind for kind, stage in STAGES.items() if stage.makes in wanted]
+    return " or ".join(f"`{kind}`" for kind in kinds or wanted)
+
+
+def check_parent(folder: str, wanted: tuple[str, ...], where: str) -> None:
+    """Raises BadInput unless `folder` is a finished run that made one of `wanted` (`*`: anything without a manifest
+    too)."""
+    if "*" in wanted and not (Path(folder) / MANIFEST).is_file():
         if (Path(folder) / LOGS[0]).is_file():  # a run's, whose scale of scores and tokenizer would be forgotten
             raise BadInput(f"{where}: {folder} is a run's folder that has lost its {MANIFEST}; {AGAIN}")
         return
     manifest = _at(where, lambda: read_manifest(folder))
-    if manifest.get("kind") not in kinds:
-        wanted = " or ".join(f"`{kind}`" for kind in kinds if kind != "*")
-        raise BadInput(f"{where}: {folder} is a run of kind `{manifest.get('kind')}`; name one of kind {wanted}")
+    if about(manifest).makes not in wanted:
+        kinds = kinds_that_make(wanted)
+        raise BadInput(f"{where}: {folder} is a run of kind `{manifest.get('kind')}`; name one of kind {kinds}")
     if manifest.get("status") != "finished":
         raise BadInput(f"{where}: the run in {folder} is not finished; start it again to go on with it")
     _at(where, lambda: check_whole(folder, manifest))
@@ -277,12 +291,12 @@ def _recipe_before(manifest: dict[str, Any], settings: StageSettings) -> dict[st
 
 
 def change(settings: StageSettings, named: Callable[[str], bool]) -> list[str]:
-    """Has a run under way, and an ensemble's members, go on with today's values of the changeable keys that are
+    """Has a run under way, and its members, go on with today's values of the changeable keys that are
     `named`, and remembers them as changes after its newest checkpoint; a line on each."""
     path = Path(settings.output) / MANIFEST
     if not path.is_file() or read_manifest(settings.output).get("status") == "finished":
         return []
-    for member in settings.members() if isinstance(settings, EnsembleSettings) else ():
+    for member in settings.members():
         if (Path(member.output) / MANIFEST).is_file():
             _change(member, named)
     return [
@@ -384,6 +398,7 @@ def begin(settings: StageSettings, base_fingerprint: str, *, base: str | None = 
         folder,
         {
             "kind": settings.kind,
+            "about": settings.about(),
             "status": "running",
             "base": base,
             "base_path": os.path.abspath(base) if Path(base).is_dir() else None,

@@ -11,10 +11,12 @@ over when the command is given again.
 
 import json
 import math
+import operator
 import platform
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -33,15 +35,7 @@ from align.plugins import is_reference
 from align.recipe import Recipe, load_recipe
 from align.recipe_errors import first_error
 from align.report.comparison import Comparison, Result, show, write
-from align.settings import (
-    METHODS,
-    STAGES,
-    EvaluateSettings,
-    PpoSettings,
-    RewardSettings,
-    StageSettings,
-    SupervisedSettings,
-)
+from align.settings import METHODS, EvaluateSettings, Quality, StageSettings, Tuning
 from align.track import read_metrics
 
 # Learning rates that the sources train with, smallest first; the middle one is the usual one.
@@ -54,8 +48,6 @@ RATES: dict[str, tuple[float, float, float]] = {
     "prefix": (3e-3, 1e-2, 3e-2),  # PEFT's prefix tuning guide: 1e-2; Li & Liang 2021 train through an MLP: 5e-5
     "ia3": (1e-3, 3e-3, 1e-2),  # Liu et al. 2022: 3e-3
 }
-QUALITY = {"sft": ("eval_loss", True), "reward": ("eval_accuracy", False), "ppo": ("eval_score", False)}
-OTHERS = {"sft": ("eval_mean_token_accuracy",), "reward": ("eval_ece", "eval_loss"), "ppo": ("eval_kl",)}
 PILOT_STEPS = 5
 STOPPED = (130, 143)
 
@@ -72,6 +64,12 @@ class Order:
     sweep_steps: int | None  # None: every rate has the whole budget
     rates: dict[str, tuple[float, ...]]
     out: Path
+
+    @property
+    def quality(self) -> Quality:
+        """What the runs are compared by."""
+        assert self.stage.quality is not None
+        return self.stage.quality
 
 
 @dataclass(frozen=True)
@@ -117,16 +115,14 @@ def order_of(
 
 
 def _chosen(recipe: Recipe, name: str | None) -> StageSettings:
-    able = {key: s for key, s in recipe.stages.items() if isinstance(s, (SupervisedSettings, PpoSettings))}
+    able = {key: s for key, s in recipe.stages.items() if s.tuning and s.quality and s.data_sections()}
     if name is None and len(able) != 1:
         raise BadInput(f"{recipe.path}: name the stage to compare methods in: --stage {' | '.join(able) or 'sft'}")
     if name is not None and name not in able:
         raise BadInput(f"`--stage {name}`: {recipe.path} has no such stage that tunes; it has: {', '.join(able)}")
     settings = able[name or next(iter(able))]
-    if isinstance(settings, PpoSettings) and settings.policy.path is not None:
-        raise BadInput("`policy.from` holds an adapter of one method already: compare policies that start at the base")
-    if isinstance(settings, PpoSettings) and not settings.ppo.eval_steps:
-        raise BadInput("`ppo.eval_steps: 0`: policies are compared by their last evaluation; set it to 1 or more")
+    if why := settings.why_not_compared():
+        raise BadInput(why)
     key, (_, data) = next(iter(settings.data_sections().items()))
     if not (data.validation or data.validation_split):
         raise BadInput(f"`{key}`: methods are compared on rows held out; give `{key}.validation_split`")
@@ -177,19 +173,23 @@ def _method_of(name: str) -> dict[str, Any]:
 
 
 def _own_method(settings: StageSettings) -> dict[str, Any]:
-    if isinstance(settings, SupervisedSettings):
-        return settings.method.model_dump(mode="json")
-    assert isinstance(settings, PpoSettings)
-    return settings.policy.method.model_dump(mode="json") if settings.policy.method else {"kind": "lora"}
+    method = settings.tuned_by()
+    return {"kind": "lora"} if method is None else method.model_dump(mode="json")
 
 
 def _own_rate(settings: StageSettings) -> float | None:
     """The learning rate that the recipe gives; None where it leaves the default."""
-    if isinstance(settings, PpoSettings):
-        return settings.ppo.learning_rate if "learning_rate" in settings.ppo.model_fields_set else None
-    assert isinstance(settings, SupervisedSettings)
-    is_given = "train" in settings.model_fields_set and "learning_rate" in settings.train.model_fields_set
-    return settings.train.learning_rate if is_given else None
+    section: Any = settings
+    for name in _tuning(settings).learning_rate.split("."):
+        if name not in section.model_fields_set:
+            return None
+        section = getattr(section, name)
+    return float(section)
+
+
+def _tuning(settings: StageSettings) -> Tuning:
+    assert settings.tuning is not None  # else it is not chosen
+    return settings.tuning
 
 
 def compare(order: Order) -> int:
@@ -236,10 +236,10 @@ def _compare(order: Order, launch: LaunchPlan, refused: list[tuple[str, str]], a
     gold = _gold(order, launch, [trial for trial, _ in best if math.isfinite(trial.quality)])
     comparison = Comparison(
         title=f"{order.recipe.path.name}, stage {order.stage.stage}",
-        quality_name=QUALITY[order.stage.stage][0],
-        lower_is_better=QUALITY[order.stage.stage][1],
+        quality_name=order.quality.figure,
+        lower_is_better=order.quality.lower_is_better,
         budget=f"{order.steps} steps" if order.steps else f"{order.minutes:g} minutes",
-        results=tuple(_result(trial, swept, gold) for trial, swept in best),
+        results=tuple(_result(trial, swept, gold, order.quality) for trial, swept in best),
         refused=tuple(refused),
         machine=f"{platform.machine()}, {launch.description}",
     )
@@ -259,13 +259,10 @@ def _settings(order: Order, method: str, rate: float, steps: int, folder: str) -
     values["output"] = str(order.out / folder)
     if asked["kind"] == "qlora":  # which is LoRA over 4 bits, whatever the others run over
         values["model"]["load_in"] = "nf4"
-    if isinstance(order.stage, PpoSettings):
-        values["policy"]["method"] = chosen
-        values["ppo"] |= {"learning_rate": rate, "num_iterations": steps}
-    else:
-        values["method"] = chosen
-        values["train"] |= {"learning_rate": rate, "max_steps": steps}
-    return STAGES[order.stage.stage].model_validate(values)
+    for key, value in zip(_tuning(order.stage), (chosen, rate, steps), strict=True):
+        *sections, name = key.split(".")
+        reduce(operator.getitem, sections, values)[name] = value
+    return type(order.stage).model_validate(values)
 
 
 def _refusals(order: Order) -> tuple[list[tuple[str, str]], list[str]]:
@@ -278,7 +275,7 @@ def _refusals(order: Order) -> tuple[list[tuple[str, str]], list[str]]:
             check_recipe(Recipe(order.recipe.path, {name: settings}, is_pipeline=False))
             able.append(name)
         except ValidationError as error:
-            raise BadInput(f"`--methods {name}`: {first_error(error, STAGES[order.stage.stage], '')}") from error
+            raise BadInput(f"`--methods {name}`: {first_error(error, type(order.stage), '')}") from error
         except BadInput as error:
             refused.append((name, str(error).removeprefix(f"{order.recipe.path}: ")))
     return refused, able
@@ -326,25 +323,25 @@ def _start(order: Order, launch: LaunchPlan, settings: StageSettings, name: str)
 
 
 def _quality(settings: StageSettings) -> float:
-    key, _ = QUALITY[settings.stage]
-    value = _measured(settings).get(key, math.nan)
+    assert settings.quality is not None
+    value = _measured(settings).get(settings.quality.figure, math.nan)
     return float(value) if math.isfinite(value) else math.nan
 
 
 def _measured(settings: StageSettings) -> dict[str, float]:
-    """What the run found on rows held out: in its manifest, for PPO at its last evaluation."""
-    if isinstance(settings, PpoSettings):
-        best = read_manifest(settings.output)["metrics"]["best"]  # under a KL budget: the one that was kept
-        if best is not None:
-            return {f"eval_{key}": best[key] for key in ("score", "kl") if best[key] is not None}
-        return next((row for row in reversed(read_metrics(settings.output)) if "eval_score" in row), {})
-    metrics = read_manifest(settings.output)["metrics"]
-    return {key: value for key, value in metrics.items() if value is not None}  # null: it was no number
+    """What the run found on rows held out: in its manifest, else at its last evaluation."""
+    assert settings.quality is not None
+    found, figure = read_manifest(settings.output)["metrics"], settings.quality.figure
+    if isinstance(found.get("best"), dict):  # of several, as under a KL budget: the one that was kept
+        found = {f"eval_{key}": value for key, value in found["best"].items()}
+    elif figure not in found:
+        found = next((row for row in reversed(read_metrics(settings.output)) if figure in row), {})
+    return {key: value for key, value in found.items() if isinstance(value, (int, float))}  # null: it was no number
 
 
 def _best(order: Order, trials: list[Trial]) -> Trial:
     """The one of the best quality; of equal ones (a hundred pairs have few accuracies) the one of the lowest loss."""
-    sign = -1 if QUALITY[order.stage.stage][1] else 1
+    sign = -1 if order.quality.lower_is_better else 1
 
     def rank(trial: Trial) -> tuple[bool, float, float]:
         if not math.isfinite(trial.quality):
@@ -357,17 +354,22 @@ def _best(order: Order, trials: list[Trial]) -> Trial:
 def _steps_in(order: Order, pilot: Trial) -> int:
     """As many steps as the method makes in the budget's minutes, by a pilot of a few."""
     assert order.minutes is not None
-    seconds = float(read_manifest(pilot.settings.output)["cost"]["seconds_per_step"])
-    return max(1, int(60 * order.minutes / max(seconds, 1e-3)))
+    seconds = read_manifest(pilot.settings.output).get("cost", {}).get("seconds_per_step")
+    if seconds is None:
+        raise BadInput(
+            f"`--budget {order.minutes:g}m`: {order.stage.stage} does not tell how long a step takes "
+            "(`cost.seconds_per_step` of its manifest); give a number of steps"
+        )
+    return max(1, int(60 * order.minutes / max(float(seconds), 1e-3)))
 
 
-def _result(trial: Trial, swept: list[Trial], gold: dict[str, float]) -> Result:
+def _result(trial: Trial, swept: list[Trial], gold: dict[str, float], quality: Quality) -> Result:
     has_run = math.isfinite(trial.quality)
-    told = read_manifest(trial.settings.output)["cost"] if has_run else {}
+    told = read_manifest(trial.settings.output).get("cost", {}) if has_run else {}
     cost: dict[str, float] = {key: value for key, value in told.items() if value is not None}
     measured = _measured(trial.settings) if has_run else {}
-    steps = _num_steps(trial.settings)
-    others = {key: float(measured[key]) for key in OTHERS[trial.settings.stage] if key in measured}
+    steps = int(trial.settings.value(_tuning(trial.settings).steps))
+    others = {key: float(measured[key]) for key in quality.beside if key in measured}
     return Result(
         method=trial.method,
         learning_rate=trial.rate,
@@ -384,17 +386,10 @@ def _result(trial: Trial, swept: list[Trial], gold: dict[str, float]) -> Result:
     )
 
 
-def _num_steps(settings: StageSettings) -> int:
-    if isinstance(settings, PpoSettings):
-        return settings.ppo.num_iterations
-    assert isinstance(settings, SupervisedSettings)
-    return settings.train.max_steps
-
-
 def _gold(order: Order, launch: LaunchPlan, trials: list[Trial]) -> dict[str, float]:
     """Scores of the methods' policies by the judge of the recipe's own `evaluate` stage, if it has one."""
     judge = next((s for s in order.recipe.stages.values() if isinstance(s, EvaluateSettings)), None)
-    if judge is None or isinstance(order.stage, RewardSettings):
+    if judge is None or order.stage.makes != "policy":
         return {}
     found: dict[str, float] = {}
     for load_in in sorted({trial.settings.model.load_in for trial in trials}):
@@ -425,9 +420,10 @@ def _gold(order: Order, launch: LaunchPlan, trials: list[Trial]) -> dict[str, fl
 
 
 def _noise(order: Order, comparison: Comparison) -> float | None:
-    """The standard error of an accuracy on so many pairs; of a loss it is not known."""
+    """The standard error of a share of so many rows, such as pairs told rightly; of a loss it is not known."""
     learned = [r.quality for r in comparison.results if math.isfinite(r.quality)]
-    if not isinstance(order.stage, RewardSettings) or not learned:
+    if not order.quality.is_share or not learned:
         return None
-    share, count = max(learned), load(order.stage.data, "preferences").counts.num_validation
+    kind, data = next(iter(order.stage.data_sections().values()))
+    share, count = max(learned), load(data, kind).counts.num_validation  # type: ignore[call-overload]
     return math.sqrt(max(share * (1 - share), 1 / count) / count)

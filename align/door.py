@@ -17,28 +17,23 @@ from align.models.facts import (
     check_tokenizer,
     read_facts,
 )
-from align.parents import SPEAKERS, check_parents, check_prefix, is_on_hub, method_of, resolved
+from align.parents import SPEAKERS, check_parents, check_prefix, is_on_hub, method_key, resolved
 from align.plugins import is_reference, users_code
 from align.recipe import Recipe
-from align.rewards import check_columns, check_reward, check_rewards
+from align.rewards import check_columns, check_reward
 from align.rewards.judge import check_judge
 from align.settings import (
     PEFT_METHODS_IN_4_BITS,
     STAGES,
     AnyMethod,
-    CollectSettings,
     Data,
-    EvaluateSettings,
     Freeze,
     Full,
     Lora,
     OtherPeft,
     OwnMethod,
-    PpoSettings,
     Prefix,
-    ScoreSettings,
     StageSettings,
-    SupervisedSettings,
 )
 from align.surroundings import cached_folder, check_wandb, check_writable, look_at_hub
 from align.wording import did_you_mean_path
@@ -108,16 +103,10 @@ def _check_stage(
     """`made` maps the folders that earlier stages of the pipeline will have made to these."""
     check_model(settings)
     check_sampler(settings)
-    if isinstance(settings, PpoSettings):
-        check_rewards(settings.rewards, "rewards")
-    if isinstance(settings, EvaluateSettings):
-        check_rewards(settings.judge, "judge")
-        for name, reward in settings.beside.items():
-            check_reward(reward, f"beside.{name}")
-        if settings.pairwise_judge is not None:
-            check_judge(settings.pairwise_judge, "pairwise_judge")
-    if isinstance(settings, ScoreSettings) and settings.judge is not None:
-        check_judge(settings.judge, "judge")
+    for key, reward in settings.terms().items():
+        check_reward(reward, key)
+    for key, judge in settings.judges().items():
+        check_judge(judge, key)
     if resolved(settings.output) == resolved(settings.model.base):
         raise BadInput(
             f"`output`: {settings.output} is `model.base`, or would stand in its place; choose another folder"
@@ -141,11 +130,11 @@ def check_sampler(settings: StageSettings) -> None:
     Raises:
         BadInput: its file has none.
     """
-    sampler = getattr(getattr(settings, "sampling", None), "sampler", "auto")
-    if is_reference(sampler):
+    drawn = settings.draws()
+    if drawn is not None and is_reference(drawn.sampler):
         from align.rollout.choose import own_sampler  # heavy, and only here
 
-        own_sampler(sampler)
+        own_sampler(drawn.sampler)
 
 
 def check_model(settings: StageSettings) -> None:
@@ -154,7 +143,7 @@ def check_model(settings: StageSettings) -> None:
     Raises:
         BadInput: with the key, the reason and the cure.
     """
-    model, (key, method) = settings.model, method_of(settings)
+    model = settings.model
     folder = Path(model.base)
     cure = "give a folder that save_pretrained wrote"
     if folder.is_dir():
@@ -174,7 +163,9 @@ def check_model(settings: StageSettings) -> None:
     facts = _facts(settings)
     if facts is not None:
         _check_facts(settings, facts)
-    _check_method(settings, key, method)
+    method = settings.tuned_by()
+    if method is not None:
+        _check_method(settings, method_key(settings), method)
 
 
 def _facts(settings: StageSettings) -> Facts | None:
@@ -229,17 +220,11 @@ def _readers(settings: StageSettings) -> Iterator[tuple[str, Facts]]:
 
 
 def _lengths(settings: StageSettings) -> Iterator[tuple[str, int]]:
-    """Key and tokens of the longest sequences that a stage may give its base."""
-    method = method_of(settings)[1]
+    """Key and tokens of the longest sequences that a stage may give its base, after a prefix that it trains."""
+    method = settings.tuned_by()
     prefix = method.num_virtual_tokens if isinstance(method, Prefix) else 0
-    beside = f" and a prefix of {prefix}" if prefix else ""
-    if isinstance(settings, SupervisedSettings):
-        yield f"`max_length`{beside}", settings.max_length + prefix
-    if isinstance(settings, (PpoSettings, EvaluateSettings, CollectSettings)):
-        length = settings.max_prompt_length + settings.sampling.max_new_tokens + prefix
-        yield f"`max_prompt_length` and `sampling.max_new_tokens`{beside}", length
-    if isinstance(settings, EvaluateSettings) and settings.reward is not None:
-        yield "`reward.max_length`", settings.reward.max_length
+    for key, length in settings.lengths().items():
+        yield f"{key} and a prefix of {prefix}" if prefix else key, length + prefix
 
 
 def _hub_remarks(settings: StageSettings) -> list[str]:
@@ -251,8 +236,8 @@ def _hub_remarks(settings: StageSettings) -> list[str]:
     model, found = settings.model, []
     if is_on_hub(model.base) and cached_folder(model.base, model.revision) is None:
         found.append(look_at_hub(model.base, model.revision, "`model.base`"))
-    for key, (folder, kinds) in settings.parents().items():
-        if "*" in kinds and is_on_hub(folder) and cached_folder(folder, None) is None:
+    for key, (folder, wanted) in settings.parents().items():
+        if "*" in wanted and is_on_hub(folder) and cached_folder(folder, None) is None:
             found.append(look_at_hub(folder, None, f"`{key}`"))
     for key, (_, data) in settings.data_sections().items():
         for source in (*data.train, *data.validation):
@@ -261,7 +246,7 @@ def _hub_remarks(settings: StageSettings) -> list[str]:
     return [line for line in found if line]
 
 
-def _check_method(settings: StageSettings, key: str, method: AnyMethod | None) -> None:
+def _check_method(settings: StageSettings, key: str, method: AnyMethod) -> None:
     """What this method cannot do on this base or in this stage, and the nearest thing that works."""
     load_in = settings.model.load_in
     if isinstance(method, Full) and load_in == "nf4":
@@ -270,7 +255,7 @@ def _check_method(settings: StageSettings, key: str, method: AnyMethod | None) -
             "`load_in: float32`"
         )
     is_copied = isinstance(method, (Full, Freeze)) or (isinstance(method, OtherPeft) and method.kind == "ln_tuning")
-    if method is not None and is_copied and load_in == "bfloat16":
+    if is_copied and load_in == "bfloat16":
         raise BadInput(
             f"`{key}.kind: {method.kind}` needs `model.load_in: float32`: in bfloat16 small updates round to nothing; "
             "or use `kind: lora`"

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from align.artifact import MANIFEST, check_parent, read_manifest
+from align.artifact import MANIFEST, check_parent, kinds_that_make, read_manifest
 from align.data import looks_like_hub_id
 from align.errors import BadInput
 from align.hub import is_folder_name
@@ -24,14 +24,10 @@ from align.identity import (
 from align.models.facts import check_classifier, check_generates, check_tokenizer, read_adapter, read_facts, read_shapes
 from align.records import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from align.settings import (
-    AnyMethod,
-    EvaluateSettings,
     Full,
     Model,
-    PpoSettings,
     Prefix,
     StageSettings,
-    SupervisedSettings,
 )
 from align.surroundings import cached_folder, may_be_fetched
 
@@ -49,15 +45,15 @@ def check_parents(settings: StageSettings, made: dict[str, StageSettings]) -> No
     Raises:
         BadInput: with the recipe's key, the reason and the cure.
     """
-    for key, (folder, kinds) in settings.parents().items():
+    for key, (folder, wanted) in settings.parents().items():
         if resolved(folder) == resolved(settings.output):
             raise BadInput(f"`{key}`: {folder} is this stage's own output; name the run to start from")
         maker = made.get(resolved(folder))
         if maker is not None:
-            _check_stage_before(settings, folder, key, made, kinds)
+            _check_stage_before(settings, folder, key, made, wanted)
             _check_speech(settings, folder, key, made)
             continue
-        check_start(folder, kinds, f"`{key}`")
+        check_start(folder, wanted, f"`{key}`")
         if (Path(folder) / MANIFEST).is_file():
             _check_run_before(settings, folder, key)
             _check_speech(settings, folder, key, made)
@@ -77,30 +73,29 @@ def is_on_hub(name: str) -> bool:
     return looks_like_hub_id(name) and not is_folder_name(name)
 
 
-def method_of(settings: StageSettings) -> tuple[str, AnyMethod | None]:
-    """The key and value of the stage's PEFT method."""
-    if isinstance(settings, SupervisedSettings):
-        return "method", settings.method
-    return "policy.method", settings.policy.method if isinstance(settings, PpoSettings) else None
+def method_key(settings: StageSettings) -> str:
+    """The recipe's key of the method that a stage tunes by."""
+    return "method" if settings.tuning is None else settings.tuning.method
 
 
 def check_prefix(settings: StageSettings, key: str, what: str) -> None:
     """Keys and values before every sequence go through our own attention alone."""
     if settings.model.attn_implementation != "sdpa":
         raise BadInput(f"{what} needs `model.attn_implementation: sdpa`; or use `kind: lora`")
-    if not isinstance(settings, (PpoSettings, EvaluateSettings)) or not key.startswith(("policy.", "policies.")):
+    drawn = settings.draws()
+    if drawn is None or not (key == method_key(settings) or key.startswith(("policy.", "policies."))):
         return  # nothing is sampled from it
-    if settings.sampling.is_generates:
-        key = "cache_implementation" if settings.sampling.cache_implementation == "static" else "sampler"
-        raise BadInput(f"{what} cannot sample with `sampling.{key}: {getattr(settings.sampling, key)}`; leave it out")
+    if drawn.is_generates:
+        key = "cache_implementation" if drawn.cache_implementation == "static" else "sampler"
+        raise BadInput(f"{what} cannot sample with `sampling.{key}: {getattr(drawn, key)}`; leave it out")
 
 
-def check_start(folder: str, kinds: tuple[str, ...], where: str) -> None:
-    """Raises BadInput unless `folder` is a finished run of one of `kinds`, or (`*`) something that transformers or PEFT
-    may be able to load: a folder of theirs, or a Hub id that is in the cache or can be asked for."""
+def check_start(folder: str, wanted: tuple[str, ...], where: str) -> None:
+    """Raises BadInput unless `folder` is a finished run that made one of `wanted`, or (`*`) something that transformers
+    or PEFT may be able to load: a folder of theirs, or a Hub id that is in the cache or can be asked for."""
     is_model = any((Path(folder) / name).is_file() for name in ("config.json", ADAPTER_CONFIG))
     is_model = is_model or (is_on_hub(folder) and may_be_fetched(folder))
-    check_parent(folder, kinds if is_model else tuple(kind for kind in kinds if kind != "*"), where)
+    check_parent(folder, wanted if is_model else tuple(each for each in wanted if each != "*"), where)
 
 
 def remarks_on_parents(settings: StageSettings) -> list[str]:
@@ -162,25 +157,26 @@ def is_reward(key: str) -> bool:
 
 
 def _no_second_method(settings: StageSettings, folder: str, key: str) -> None:
-    if isinstance(settings, PpoSettings) and key == "policy.from" and settings.policy.method is not None:
+    if key == settings.starts_at and settings.tuned_by() is not None:
+        own = method_key(settings)
         raise BadInput(
-            f"`policy.method`: {folder} holds an adapter already, and training goes on with it: leave "
-            "`policy.method` out, or merge it first (`align merge`)"
+            f"`{own}`: {folder} holds an adapter already, and training goes on with it: leave `{own}` out, or merge it "
+            "first (`align merge`)"
         )
 
 
 def _check_stage_before(
-    settings: StageSettings, folder: str, key: str, made: dict[str, StageSettings], kinds: tuple[str, ...]
+    settings: StageSettings, folder: str, key: str, made: dict[str, StageSettings], wanted: tuple[str, ...]
 ) -> None:
     """Of a stage of the same pipeline, before it has run."""
     maker = made[resolved(folder)]
-    if maker.kind not in kinds:
-        wanted = " or ".join(f"`{kind}`" for kind in kinds if kind != "*")
-        raise BadInput(f"`{key}`: {folder} will be a run of kind `{maker.kind}`; name one of kind {wanted}")
-    method = method_of(maker)[1]
+    if maker.makes not in wanted:
+        kinds = kinds_that_make(wanted)
+        raise BadInput(f"`{key}`: {folder} will be a run of kind `{maker.kind}`; name one of kind {kinds}")
+    method = maker.tuned_by()
     if isinstance(method, Prefix):
         check_prefix(settings, key, f"`{key}`: {folder} will hold a prefix, which")
-    if is_reward(key) or isinstance(method, Full) or (method is None and not isinstance(maker, PpoSettings)):
+    if is_reward(key) or isinstance(method, Full) or maker.tuning is None:
         return
     _no_second_method(settings, folder, key)
     base = _recipes_base(maker, made)
@@ -196,12 +192,12 @@ def _check_stage_before(
 def _recipes_base(maker: StageSettings, made: dict[str, StageSettings]) -> Model | None:
     """What the adapter that a stage will write stands over, where that is its `model.base`: None where it is a whole
     model that the stage starts from."""
-    start = maker.policy.path if isinstance(maker, PpoSettings) else None
+    start = maker.start()
     if start is None:
         return maker.model
     before = made.get(resolved(start))
     if before is not None:
-        return None if isinstance(method_of(before)[1], Full) else _recipes_base(before, made)
+        return None if isinstance(before.tuned_by(), Full) else _recipes_base(before, made)
     is_over_it = (Path(start) / ADAPTER_CONFIG).is_file() and same(
         read_manifest(start).get("base_fingerprint") if (Path(start) / MANIFEST).is_file() else None,
         fingerprint(maker.model.base, maker.model.revision),
@@ -224,7 +220,7 @@ def _speech_of(folder: str | None, model: Model, made: dict[str, StageSettings])
     """Of the model in `folder`, there or to be made, or (None) of the recipe's base; None: not known here."""
     maker = None if folder is None else made.get(resolved(folder))
     if maker is not None:
-        return _speech_of(maker.policy.path if isinstance(maker, PpoSettings) else None, maker.model, made)
+        return _speech_of(maker.start(), maker.model, made)
     place = _place(folder or model.base)
     if folder is not None and place is not None and not has_tokenizer(place):
         return _speech_of(None, model, made)  # an adapter that brings none
@@ -248,33 +244,16 @@ def _check_speech(settings: StageSettings, folder: str, key: str, made: dict[str
             f"`model.chat_template`: {given} is not what {folder} (`{key}`) was trained with, {trained_with}: leave "
             "`model.chat_template` out"
         )
-    if isinstance(settings, EvaluateSettings):
-        _check_same_tokens_as_reference(settings, own, folder, key, made)
-    if not isinstance(settings, PpoSettings) or key not in ("reference.from", "critic.from"):
-        return
-    policy, name = _speech_of(settings.policy.path, settings.model, made), settings.policy.path or settings.model.base
-    if policy is None:
-        return  # on the Hub
-    if not have_same_tokens(policy.tokens, own.tokens):
-        raise BadInput(f"`{key}`: {folder} has other tokens than the policy's {name}; name one with the same")
-    if policy.template != own.template:
+    other = settings.must_match(key)
+    theirs = None if other is None else _speech_of(other.folder, settings.model, made)
+    if other is None or theirs is None:
+        return  # on the Hub, perhaps
+    if not have_same_tokens(theirs.tokens, own.tokens):
+        raise BadInput(f"`{key}`: {folder} has other tokens than {other.who}{other.cure}")
+    if other.has_template and theirs.template != own.template:
         raise BadInput(
-            f"`{key}`: {folder} was trained with another chat template than the policy's {name}: it would read turns "
-            "that it has never seen; name one that was trained with the same template"
-        )
-
-
-def _check_same_tokens_as_reference(
-    settings: EvaluateSettings, own: Speech, folder: str, key: str, made: dict[str, StageSettings]
-) -> None:
-    """KL is between two models' probabilities of the same ids."""
-    name = settings.reference or next(iter(settings.policies))
-    reference = settings.policies.get(name)
-    theirs = _speech_of(reference, settings.model, made)
-    if theirs is not None and not have_same_tokens(theirs.tokens, own.tokens):
-        raise BadInput(
-            f"`{key}`: {folder} has other tokens than the reference {name} ({reference or settings.model.base}), so "
-            "there is no KL between them; evaluate it in a recipe of its own"
+            f"`{key}`: {folder} was trained with another chat template than {other.who}: it would read turns that it "
+            "has never seen; name one that was trained with the same template"
         )
 
 

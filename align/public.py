@@ -13,7 +13,6 @@ from align.identity import base_of, has_adapter
 from align.libraries import quiet_libraries
 from align.pipeline import run_recipe
 from align.recipe import load_recipe as read
-from align.settings.stages import POLICIES
 from align.worker import INTERRUPTED, TERMINATED
 
 if TYPE_CHECKING:
@@ -58,8 +57,8 @@ def run(recipe: str | Path, overrides: Mapping[str, Any] | None = None) -> dict[
 def open_policy(
     folder: str | Path, device: "torch.device | str" = "cpu"
 ) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
-    """The model of a finished SFT or PPO run, adapter included, and the tokenizer that it was trained with, template
-    included: for transformers' `generate`.
+    """The model of a finished SFT or PPO run, or of a stage of one's own that makes policies, adapter included, and the
+    tokenizer that it was trained with, template included: for transformers' `generate`.
 
     Raises:
         BadInput: the folder holds no such run, or its base is not there any more.
@@ -71,7 +70,7 @@ def open_policy(
     from align.settings import Model
 
     ask_again()
-    check_parent(str(folder), tuple(kind for kind in POLICIES if kind != "*"), "open_policy")
+    check_parent(str(folder), ("policy",), "open_policy")
     manifest = read_manifest(folder)
     settings = Model.model_validate(manifest["recipe"]["model"])
     own = {"base": base_of(manifest, folder)} if has_adapter(folder) else {"base": str(folder), "revision": None}

@@ -18,8 +18,9 @@ from align.errors import BadInput
 from align.plugins import is_reference, load_object, users_code
 from align.recipe_errors import fields_of, first_error, it_is, unknown_key
 from align.recipe_file import cut, is_within, keys_of, read_recipe
+from align.records import About, checked
 from align.settings import STAGES, StageSettings
-from align.wording import brief, did_you_mean
+from align.wording import brief, did_you_mean, one_line
 
 SHARED_KEYS = ("model", "seed", "launch", "track")
 PIPELINE_KEYS = (*SHARED_KEYS, "output", "stages")
@@ -115,6 +116,10 @@ def _stage_class(reference: str, what: str) -> type[StageSettings]:
         raise BadInput(f"{what} is not a subclass of align.settings.StageSettings; derive it from that")
     if not callable(getattr(cls, "run", None)):
         raise BadInput(f"{what} does not say what to do; give the class a method run(self, worker)")
+    try:
+        checked(cls.about(), About)
+    except (TypeError, ValueError) as error:
+        raise BadInput(f"{what} says of itself what cannot be: {one_line(error)}") from error
     return cls
 
 

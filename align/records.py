@@ -61,10 +61,34 @@ class RecipeOfRun(Record):
     model: dict[str, Any] = {}
 
 
+class DataRead(Record):
+    """The section of a run's recipe that names its data, and what rows that has."""
+
+    key: Text
+    rows: Literal["demonstrations", "preferences", "prompts"]
+
+
+class Drawn(Record):
+    """A picture of a run's report."""
+
+    title: Text
+    x: Text
+    figures: list[Text]
+
+
+class About(Record):
+    """What a run's stage says of its runs, as `align.settings.StageSettings` has it."""
+
+    makes: Text | None = None
+    reads: DataRead | None = None
+    curves: list[Drawn] = []
+
+
 class Manifest(Record):
     """A run's manifest.json."""
 
     kind: Text
+    about: About | None = None
     status: Literal["running", "finished"] = "running"
     base: Text | None = None
     base_path: Text | None = None

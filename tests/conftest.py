@@ -18,7 +18,7 @@ from align.settings import METHODS
 from tests import tiny
 
 TRIED = "ALIGN_COMBINATIONS"  # a folder with a file for each combination that was tried: "method stage precision"
-COLUMNS = [(stage, precision) for precision in ("float32", "nf4") for stage in ("sft", "reward", "ppo")]
+COLUMNS = [(stage, precision) for precision in ("float32", "nf4") for stage in tiny.TRAINED]
 PAGE = Path(__file__).resolve().parents[1] / "recipes" / "README.md"
 MARKS = ("<!-- methods -->", "<!-- /methods -->")
 

@@ -18,13 +18,12 @@ from align.loop.run import run_loop
 from align.processes import Status
 from align.recipe import load_recipe
 from align.report import stage_page
-from align.settings import EnsembleSettings
+from align.settings import STAGES, EnsembleSettings
 from align.stages.course import Course
 from align.track import Tracker, read_metrics
 from tests import test_loop, tiny
 
 ROOT = Path(__file__).resolve().parents[1]
-RATE = {"sft": "train.learning_rate", "reward": "train.learning_rate", "ppo": "ppo.learning_rate"}
 
 
 def write(stage, base, data, runs, folder):
@@ -60,9 +59,9 @@ def start(monkeypatch, path, *changes, overrides=()):
     return pipeline.run_recipe(load_recipe(str(path), words), words, list(changes))
 
 
-@pytest.mark.parametrize("stage", ["sft", "reward", "ppo"])
+@pytest.mark.parametrize("stage", tiny.TRAINED)
 def test_a_smaller_rate_needs_the_word_and_is_remembered(stage, base, data, runs, tmp_path, monkeypatch, capsys):
-    path, key = write(stage, base, data, runs, tmp_path), RATE[stage]
+    path, key = write(stage, base, data, runs, tmp_path), STAGES[stage].tuning.learning_rate
     stopped(path)
     with pytest.raises(BadInput, match=rf"\(`{key}` was 0.00\d, is 1e-06\); to go on with it so, give the key after"):
         start(monkeypatch, path, overrides=[f"{key}=1e-6"])

@@ -14,7 +14,6 @@ from align.stages.checkpoint import newest_whole
 from align.track import Tracker, read_metrics
 from tests import tiny
 
-TRAINED = ("sft", "reward", "ppo")
 FIGURES = ("step", "loss", "score", "kl", "grad_norm", "eval_loss", "eval_score", "policy_loss")
 
 
@@ -40,7 +39,7 @@ def made(base, data, runs, tmp_path_factory):
     """Of each stage a whole run, and one that was stopped in its fourth step and so holds checkpoints 2 and 3."""
     folder = tmp_path_factory.mktemp("made")
     log = Tracker.log
-    for stage in TRAINED:
+    for stage in tiny.TRAINED:
         tiny.run(settings_of(stage, base, data, runs, folder / "whole" / stage))
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(Tracker, "log", lambda self, step, metrics: log(self, step, metrics) if step < 4 else 1 / 0)
@@ -71,7 +70,7 @@ DAMAGES = {
 }
 
 
-@pytest.mark.parametrize("stage", TRAINED)
+@pytest.mark.parametrize("stage", tiny.TRAINED)
 def test_every_damage_of_every_file_is_found(stage, made, tmp_path):
     source = checkpoints_of(made / "stopped" / stage)[-1]
     path = tmp_path / "checkpoints" / source.name
@@ -113,7 +112,7 @@ def test_a_damaged_newest_one_falls_back_to_the_one_before(stage, name, made, ba
     assert logged[0] == logged[1]
 
 
-@pytest.mark.parametrize("stage", TRAINED)
+@pytest.mark.parametrize("stage", tiny.TRAINED)
 def test_where_none_is_whole_a_line_says_what_to_do(stage, made, base, data, runs, tmp_path):
     run = tmp_path / stage
     shutil.copytree(made / "stopped" / stage, run)

@@ -5,10 +5,14 @@ import math
 
 import pytest
 import torch
+import yaml
 
 from align.artifact import read_lines, read_manifest
+from align.door import check_recipe
+from align.errors import BadInput
 from align.files import write_lines
 from align.models.roles import Bases
+from align.recipe import load_recipe
 from align.rewards import build_rewards
 from align.rewards.learned import ensemble_members
 from align.settings import STAGES, CollectSettings, Reward, ScoreSettings
@@ -39,6 +43,27 @@ def test_lines_are_read_as_they_were_written(tmp_path):
     rows = [{"text": "one\u2028line\x85 of\ntwo"}, {"text": "ü", "n": 1}]
     assert write_lines(tmp_path / "rows.jsonl", iter(rows)) == 2
     assert read_lines(tmp_path / "rows.jsonl") == rows
+
+
+def test_answers_are_not_drawn_by_a_prefix_in_a_static_cache(base, data, tmp_path):
+    sft = tiny.recipe("sft", base, data, tmp_path / "sft", method={"kind": "prefix", "num_virtual_tokens": 2})
+    values = {
+        "stage": "collect",
+        "model": {"base": str(base)},
+        "output": str(tmp_path / "collect"),
+        "policies": {"sft": str(tmp_path / "sft")},
+        "prompts": {"train": str(data / "prompts.jsonl")},
+        "sampling": {"cache_implementation": "static"},
+    }
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump({"stages": {"sft": sft, "collect": values}}, sort_keys=False))
+    with pytest.raises(
+        BadInput, match="`policies.sft`: .*/sft will hold a prefix, which cannot sample .* leave it out"
+    ):
+        check_recipe(load_recipe(str(path)))
+    assert (
+        "new" in check_recipe(load_recipe(str(path), ["stages.collect.sampling.cache_implementation=dynamic"])).values()
+    )
 
 
 def test_a_step_counts_as_much_as_its_pairs_weigh(base, data, tmp_path):

@@ -321,7 +321,7 @@ def _reading(world: World, reader: str, folder: Path, **changes: object) -> tupl
     return call, call()
 
 
-@pytest.mark.parametrize("stage", ["sft", "reward", "ppo", "ensemble"])
+@pytest.mark.parametrize("stage", [*tiny.TRAINED, "ensemble"])
 def test_a_run_that_was_killed(stage, world, tmp_path):
     """It goes on to the same end, or says why not."""
     killed, output, tried = world.folder / f"{stage}-killed", tmp_path / "run", 0

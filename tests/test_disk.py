@@ -46,7 +46,7 @@ def left_over(folder):
 # --------------------------------------------------------------------------------------------------------- no room
 
 
-@pytest.mark.parametrize("stage", ["sft", "reward", "ppo"])
+@pytest.mark.parametrize("stage", tiny.TRAINED)
 def test_a_stage_goes_on_after_any_of_its_files_was_refused(stage, base, data, runs, tmp_path, capfd):
     settings = _settings(stage, base, data, runs, tmp_path / "whole")
     sizes = set()

@@ -313,7 +313,7 @@ WAYS = pytest.mark.parametrize("room", [FORWARD, BACKWARD], ids=["forward", "bac
 
 
 @WAYS
-@pytest.mark.parametrize("stage", ["sft", "reward"])
+@pytest.mark.parametrize("stage", tiny.SUPERVISED)
 def test_training_goes_on_with_smaller_passes(stage, room, base, data, runs, tmp_path, capsys):
     train = {"learning_rate": 3e-3, "per_device_train_batch_size": 8, "max_steps": 2, "save_steps": 0}
     if stage == "sft":

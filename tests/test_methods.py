@@ -33,7 +33,6 @@ from tests import tiny
 from tests.drawing import sample, uniforms
 
 CPU = torch.device("cpu")
-STAGES = ("sft", "reward", "ppo")
 PRECISIONS = ("float32", "nf4")
 KEYS = {
     "full": {},
@@ -48,7 +47,7 @@ REFUSED = {  # method and precision -> why, and what its line must say to use in
     ("full", "nf4"): ("4 bits have no gradient", ("qlora", "float32")),
     ("qlora", "float32"): ("needs nf4", ("nf4", "lora")),
 }
-COMBINATIONS = [(name, stage, load) for name in METHODS for stage in STAGES for load in PRECISIONS]
+COMBINATIONS = [(name, stage, load) for name in METHODS for stage in tiny.TRAINED for load in PRECISIONS]
 PAIRS = [(name, load) for name in METHODS for load in PRECISIONS if (name, load) not in REFUSED]
 SOUND = [each for each in COMBINATIONS if (each[0], each[2]) not in REFUSED]
 RATE = {"full": 3e-3, "freeze": 3e-3, "adapter": 1e-2, "lora": 1e-2, "qlora": 1e-2, "prefix": 1e-1, "ia3": 1e-1}
@@ -591,7 +590,7 @@ def with_optimizer(optim, stage, base, data, output, *, num_steps=2):
     return SETTINGS[stage](**(values | {section: values[section] | {"optim": optim, steps: num_steps}}))
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", tiny.TRAINED)
 @pytest.mark.parametrize("optim", ["adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit"])
 def test_optimisers_of_bitsandbytes(optim, stage, base, data, tmp_path, capsys):
     settings = with_optimizer(optim, stage, base, data, tmp_path / stage)

@@ -134,7 +134,7 @@ def test_norms_and_biases_do_not_decay():
     torch.testing.assert_close(parameters[0], before[0] * (1 - 0.1 * 0.5))
 
 
-@pytest.mark.parametrize("stage", ["sft", "reward"])
+@pytest.mark.parametrize("stage", tiny.SUPERVISED)
 def test_what_is_logged_since_the_last_log_survives_a_kill(stage, base, data, tmp_path, monkeypatch):
     """Logged every third step, saved every second: the sums of steps 1 to 4 are partly in a checkpoint."""
     train = STEPS | {"max_steps": 7, "per_device_train_batch_size": 4, "logging_steps": 3, "save_steps": 2}

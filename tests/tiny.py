@@ -5,6 +5,10 @@ import random
 from pathlib import Path
 from typing import Any
 
+from align.settings import STAGES, SupervisedSettings
+
+TRAINED = tuple(kind for kind, stage in STAGES.items() if stage.quality)  # stages that train one model
+SUPERVISED = tuple(kind for kind in TRAINED if issubclass(STAGES[kind], SupervisedSettings))
 WORDS = ["red", "blue", "green", "cup", "hat", "lamp", "good", "bad", "thanks", "please", "give", "me", "a", "the"]
 SPECIAL = ["<pad>", "<unk>", "<s>", "<end>", "<user>", "<assistant>"]
 TEMPLATE = (
@@ -137,8 +141,6 @@ def recipe(stage: str, base: Path, data: Path, output: Path, **changes: Any) -> 
 
 def settings(stage: str, base: Path, data: Path, output: Path, **changes: Any) -> Any:
     """The same, validated."""
-    from align.settings import STAGES
-
     return STAGES[stage](**recipe(stage, base, data, output, **changes))
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from align.data import load
 from align.models.layout import Tree
 from align.models.roles import Bases, Role
-from align.settings import SupervisedSettings
+from align.settings import Curve, Quality, SupervisedSettings
 from align.stages.reward import Pair, encode_pairs
 from align.stages.supervised import Task, end, save, train
 from align.worker import Worker
@@ -52,10 +52,12 @@ def by_answer(role: Role, trees: Sequence[Tree]) -> Tensor:
 class ToyDpo(SupervisedSettings):
     """`stage: toy_dpo.py:ToyDpo`."""
 
+    kind = "dpo"
+    makes = "policy"
+    reads = ("data", "preferences")
+    quality = Quality("eval_accuracy", lower_is_better=False, beside=("eval_loss",), is_share=True)
+    curves = (Curve("pairs told rightly", "step", ("accuracy", "eval_accuracy")),)
     beta: float = 0.1
-
-    def data_sections(self):
-        return {"data": ("preferences", self.data)}
 
     def run(self, worker: Worker) -> None:
         bases = Bases(self.model, worker.device)

@@ -58,7 +58,7 @@ class Loop:
         return state_of(settings, partial(self._names_of, settings))
 
     def _names_of(self, settings: StageSettings, key: str) -> bool:
-        section = "ensemble" if isinstance(settings, RewardSettings) else settings.kind
+        section = "ensemble" if settings.kind == "reward" else settings.kind  # of its members, and of what is held out
         return self.names(f"{section}.{key}")
 
     @property

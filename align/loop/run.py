@@ -37,8 +37,8 @@ from align.rewards import check_columns, check_rewards
 from align.rewards.columns import missing_columns
 from align.rewards.judge import check_judge
 from align.settings import Reward, StageSettings
+from align.settings.about import SCORERS
 from align.settings.loop import LoopSettings, Simulated
-from align.settings.stages import SCORERS
 from align.wording import brief, safe
 
 MAY_CHANGE = {"launch", "track", "num_rounds", "stop", "store"}  # while a loop stands still; a store has its mark

@@ -12,7 +12,7 @@ from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from pydantic import ValidationError
 
-from align.artifact import MANIFEST, check_whole, read_manifest
+from align.artifact import MANIFEST, about, check_whole, read_manifest
 from align.errors import BadInput
 from align.files import folder_in_one_go
 from align.identity import base_of
@@ -79,7 +79,7 @@ def merge(run: str, out: str) -> float:
         raise BadInput(f"{run} holds no adapter: it is a whole model already")
     if "model" not in manifest.get("recipe", {}):
         raise BadInput(f"{folder / MANIFEST} is damaged (it names no model); run its stage again")
-    if manifest["kind"] == "reward":
+    if about(manifest).makes == "reward":
         raise BadInput(f"{run} is a reward model; `align merge` merges policies (sft, ppo)")
     if manifest.get("status") != "finished":
         raise BadInput(f"the run in {run} is not finished; start it again to go on with it")

@@ -8,23 +8,23 @@ import yaml
 from rich.console import Console
 from rich.text import Text
 
-from align.data import encode_demonstration, encode_pair, encode_prompt, load, looks_like_hub_id
+from align.data import (
+    Demonstration,
+    Example,
+    Preference,
+    encode_demonstration,
+    encode_pair,
+    encode_prompt,
+    load,
+    looks_like_hub_id,
+)
 from align.errors import BadInput
 from align.identity import has_tokenizer
 from align.recipe import Recipe
 from align.report.tables import plain
-from align.settings import (
-    AnyMethod,
-    CollectSettings,
-    Data,
-    EvaluateSettings,
-    Full,
-    Lora,
-    PpoSettings,
-    RewardSettings,
-    SftSettings,
-    StageSettings,
-)
+from align.settings import AnyMethod, Data, Full, StageSettings
+from align.settings.about import WITH_HEAD
+from align.settings.fields import MOST
 from align.wording import safe
 
 NOTHING: Mapping[str, str] = {}
@@ -53,9 +53,7 @@ def show(
         console.print(Text(f"writes  {settings.output}  ({STATES[states[name]]})"))
         if name in plans:
             console.print(Text(f"starts  {plans[name]}"))
-        method = getattr(settings, "method", None) or getattr(getattr(settings, "policy", None), "method", None)
-        if method is None and isinstance(settings, PpoSettings) and settings.policy.path is None:
-            method = Lora()
+        method = settings.tuned_by()
         if method is not None:
             console.print(Text(f"trains  {_trainable(settings, method)}"))
         _show_sample(console, settings)
@@ -89,7 +87,7 @@ def _trainable(settings: StageSettings, method: AnyMethod) -> str:
         if not isinstance(method, Full):
             model.config._attn_implementation = NAME  # whether it really takes it is seen when it is loaded
             model.requires_grad_(False)
-            tuned = with_method(model, method, None, head=isinstance(settings, RewardSettings))
+            tuned = with_method(model, method, None, head=settings.makes in WITH_HEAD)
             trained = sum(p.numel() for p in tuned.parameters() if p.requires_grad)
     return f"{trained:,} of {whole:,} parameters ({trained / whole:.2%}), method {method.kind}"
 
@@ -114,22 +112,10 @@ def _show_sample(console: Console, settings: StageSettings) -> None:
         return
     from align.models.tokenizer import tokenizer_of
 
-    tokenizer = tokenizer_of(settings.model, _speaker(settings))
+    speaker = settings.speaker()  # whose folder has no template before it is made
+    tokenizer = tokenizer_of(settings.model, speaker if speaker is not None and has_tokenizer(speaker) else None)
     row = load(data, kind).train[0]  # type: ignore[call-overload]
-    if isinstance(settings, SftSettings):
-        encoded = encode_demonstration(tokenizer, row, settings.max_length)
-        parts = [("sample  ", list(zip(encoded.input_ids, encoded.loss_mask, strict=True)))]
-    elif isinstance(settings, RewardSettings):
-        pair = encode_pair(tokenizer, row, settings.max_length)
-        if pair is None:
-            return
-        parts = [
-            (name, [*((t, False) for t in pair.prompt_ids), *((t, True) for t in ids)])
-            for name, ids in (("chosen   ", pair.chosen_ids), ("rejected ", pair.rejected_ids))
-        ]
-    else:
-        parts = [("prompt  ", [(token, False) for token in encode_prompt(tokenizer, row)])]
-    for name, tokens in parts:
+    for name, tokens in _parts(tokenizer, row, max(settings.lengths().values(), default=MOST)):
         text = Text(name)
         for piece, is_marked in _pieces(tokenizer, tokens):
             shown = plain(piece.replace("\n", "⏎"), len(piece) + 1, keep_spaces=True)
@@ -137,12 +123,17 @@ def _show_sample(console: Console, settings: StageSettings) -> None:
         console.print(text)
 
 
-def _speaker(settings: StageSettings) -> str | None:
-    """The folder of the (first) policy, whose template the prompts are shown in; None before it is made."""
-    policy = settings.policy.path if isinstance(settings, PpoSettings) else None
-    if isinstance(settings, (EvaluateSettings, CollectSettings)):
-        policy = next(iter(settings.policies.values()))
-    return policy if policy is not None and has_tokenizer(policy) else None
+def _parts(tokenizer: Any, row: Example, max_length: int) -> list[tuple[str, list[tuple[int, bool]]]]:
+    """What is read of a row: names of its parts, and their tokens with whether they carry loss, or are scored."""
+    if isinstance(row, Demonstration):
+        encoded = encode_demonstration(tokenizer, row, max_length)
+        return [("sample  ", list(zip(encoded.input_ids, encoded.loss_mask, strict=True)))]
+    if isinstance(row, Preference):
+        pair = encode_pair(tokenizer, row, max_length)
+        answers = () if pair is None else (("chosen   ", pair.chosen_ids), ("rejected ", pair.rejected_ids))
+        shared = [] if pair is None else [(token, False) for token in pair.prompt_ids]
+        return [(name, [*shared, *((token, True) for token in ids)]) for name, ids in answers]
+    return [("prompt  ", [(token, False) for token in encode_prompt(tokenizer, row)])]
 
 
 def _pieces(tokenizer: Any, tokens: list[tuple[int, bool]]) -> list[tuple[str, bool]]:

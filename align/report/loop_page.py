@@ -35,6 +35,7 @@ from align.report.page import (
     write,
 )
 from align.report.tables import plain
+from align.settings import PpoSettings
 from align.track import read_metrics
 from align.wording import safe
 
@@ -293,7 +294,7 @@ def _win_table(facts: Facts) -> tuple[Table, ...]:
 def _training(facts: Facts) -> Section:
     """PPO and the reward models of each round."""
     runs = {f"round {r}": read_metrics(facts.folder / f"round-{r}" / "ppo") for r in facts.rounds}
-    pictures = stage_page.curves_of(runs, "ppo", x="iteration")
+    pictures = stage_page.curves_of(runs, "ppo", PpoSettings.curves)
     rows = []
     for r in facts.rounds:
         for stage in ("reward/member-0", "heldout", "ppo"):

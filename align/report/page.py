@@ -191,7 +191,7 @@ def lines(axis: Any, series: Sequence[tuple[str, Sequence[float], Sequence[float
         mark = "o" if len(xs) < 3 else None
         colour = COLOURS[place % len(COLOURS)]
         axis.plot(xs, ys, color=colour, linewidth=1.3, marker=mark, markersize=3.5, label=plain(name, 40))
-    axis.set_xlabel(x)
+    axis.set_xlabel(x, parse_math=False)
     axis.xaxis.get_major_locator().set_params(integer=True)
     if len(drawn) > 1:
         legend(axis)

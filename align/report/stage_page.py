@@ -8,7 +8,8 @@ from typing import Any
 
 import yaml
 
-from align.artifact import read_manifest
+from align.artifact import about, read_manifest
+from align.records import About
 from align.report.page import (
     Page,
     Picture,
@@ -29,31 +30,10 @@ from align.report.page import (
     with_intervals,
 )
 from align.report.tables import plain
+from align.settings import Curve
 from align.track import read_metrics, read_rows
 from align.wording import safe
 
-# title, x, the keys that are drawn into it; what a run has not logged is left out
-Curve = tuple[str, str, tuple[str, ...]]
-CURVES: dict[str, tuple[Curve, ...]] = {
-    "sft": (
-        ("loss", "step", ("loss", "eval_loss")),
-        ("token accuracy", "step", ("mean_token_accuracy", "eval_mean_token_accuracy")),
-        ("learning rate", "step", ("learning_rate",)),
-    ),
-    "reward": (
-        ("pair loss", "step", ("loss", "eval_loss")),
-        ("pair accuracy", "step", ("accuracy", "eval_accuracy")),
-        ("margin", "step", ("margin", "eval_margin")),
-    ),
-    "ppo": (
-        ("score", "iteration", ("score", "eval_score")),
-        ("sequence KL to the reference (nats)", "iteration", ("kl", "eval_kl")),
-        ("entropy (nats a token)", "iteration", ("entropy",)),
-        ("tokens an answer", "iteration", ("response_length", "eval_response_length")),
-        ("losses", "iteration", ("policy_loss", "value_loss")),
-        ("share of the ratio that was clipped", "iteration", ("clipfrac",)),
-    ),
-}
 UNITS = {
     "seconds_per_step": "seconds a step (median)",
     "tokens_per_second": "tokens a second",
@@ -65,7 +45,7 @@ UNITS = {
     "base_bytes_per_4_bit_parameter": "bytes a 4-bit parameter",
 }
 NAMES = {"kl": "KL", "eval_kl": "KL", "kl_to_sft": "KL to sft", "held_out": "held-out"}
-NUM_CURVES, NUM_SAMPLES = 12, 8
+NUM_CURVES, NUM_OF_RUNS, NUM_SAMPLES = 12, 3, 8
 Found = dict[str, Any]
 
 
@@ -76,13 +56,13 @@ def page_of(folder: Path) -> Page:
         BadInput: the folder is no run's.
     """
     manifest = read_manifest(folder)
-    kind, rows = str(manifest.get("kind")), read_metrics(folder)
+    kind, rows, stage = str(manifest.get("kind")), read_metrics(folder), about(manifest)
     state = "finished" if manifest.get("status") == "finished" else "under way, or stopped before its end"
     metrics = _dict(manifest.get("metrics"))
     sections = [
-        _results(metrics) if kind == "evaluate" else _curves(folder, kind, rows),
+        _results(metrics) if stage.makes == "results" else _curves(folder, stage, rows),
         Section("Final figures", tables=_filled(_figures(manifest, metrics), _costs(_dict(manifest.get("cost"))))),
-        _samples(folder, kind),
+        _samples(folder, stage.makes),
         Section("Where it comes from", tables=_filled(_parents(manifest), _changes(manifest), versions(manifest))),
     ]
     steps = max((row["step"] for row in rows if isinstance(row.get("step"), int)), default=None)
@@ -95,7 +75,7 @@ def page_of(folder: Path) -> Page:
     return Page(
         f"{plain(folder.resolve().name)}: a run of the stage {plain(kind)}",
         tuple(facts),
-        _headline(kind, state, metrics, rows),
+        _headline(stage.makes, state, metrics, rows),
         tuple(section for section in sections if section.pictures or section.tables),
         recipe_text(manifest.get("recipe")),
         tuple(_alarms(manifest, rows)),
@@ -135,7 +115,7 @@ def versions(manifest: Found) -> Table:
     return table("Versions", ("package", "version"), _items(_dict(manifest.get("versions"))))
 
 
-def _headline(kind: str, state: str, metrics: Found, rows: list[Found]) -> str:
+def _headline(makes: str | None, state: str, metrics: Found, rows: list[Found]) -> str:
     """What the run came to, from its figures."""
     wanted = [
         ("eval_loss", "held-out loss", number),
@@ -147,7 +127,7 @@ def _headline(kind: str, state: str, metrics: Found, rows: list[Found]) -> str:
         ("pairs", "pairs", number),
     ]
     told = [f"{word} {say(metrics[key])}" for key, word, say in wanted if _is_number(metrics.get(key))]
-    trained = [row for row in rows if _is_number(row.get("score"))] if kind == "ppo" else []
+    trained = [row for row in rows if _is_number(row.get("score"))] if makes == "policy" else []
     if trained:
         first, last = trained[0], trained[-1]
         told.append(
@@ -159,47 +139,54 @@ def _headline(kind: str, state: str, metrics: Found, rows: list[Found]) -> str:
         of = f"iteration {kept['iteration']} is kept, held-out score {number(kept['score'])} at KL {number(kept['kl'])}"
         over = metrics.get("kl_budget") == "exceeded"
         told.append(f"no policy that was evaluated is within the KL budget; {of}, the least of all" if over else of)
-    if kind == "evaluate" and _is_number(metrics.get("prompts")):
+    if makes == "results" and _is_number(metrics.get("prompts")):
         told.append(f"answers to {unseen(metrics['prompts'], 'prompts', metrics.get('seen_prompts'))}")
-    told += wins(metrics) if kind == "evaluate" else []
+    told += wins(metrics) if makes == "results" else []
     return f"The run is {state}" + (f": {'; '.join(told)}." if told else ".")
 
 
 # ------------------------------------------------------------------------------------------------------------ figures
 
 
-def _curves(folder: Path, kind: str, rows: list[Found]) -> Section:
-    """The curves that are known of a stage, or all numbers that it logged more than once."""
-    if kind == "ensemble":
-        members = sorted(folder.glob("member-*"), key=lambda path: (len(path.name), path.name))
-        return Section("Curves of the members", pictures=curves_of({m.name: read_metrics(m) for m in members}))
-    known = CURVES.get(kind)
-    if known is None:
-        keys = dict.fromkeys(key for row in rows for key, value in row.items() if _is_number(value) and key != "step")
-        known = tuple((key, "step", (key,)) for key in keys if len(series(rows, key)[0]) > 1)[:NUM_CURVES]
+def _curves(folder: Path, stage: About, rows: list[Found]) -> Section:
+    """The curves that a stage names, or of all that it logged; of one that has members, theirs."""
+    named = [Curve(curve.title, curve.x, tuple(curve.figures)) for curve in stage.curves]
+    members = sorted(folder.glob("member-*"), key=lambda path: (len(path.name), path.name))
+    if members:
+        runs = {member.name: read_metrics(member) for member in members}
+        return Section("Curves of the members", pictures=curves_of(runs, "member", named))
     pictures = []
-    for place, (title, x, keys_) in enumerate(known):
-        drawn = [(_name(key), *series(rows, key)) for key in keys_]
+    for place, (title, x, keys) in enumerate(named[:NUM_CURVES] or _logged(rows)):
+        drawn = [(_name(key), *series(rows, key)) for key in keys]
         if any(len(xs) for _, xs, _ in drawn):
             pictures.append(
                 picture(
                     f"curve-{place}",
                     plain(title, 60),
                     "; ".join(_told(name, ys) for name, _, ys in drawn if ys),
-                    lines_of(drawn, x),
+                    lines_of(drawn, plain(x, 60)),
                 )
             )
     return Section("Curves", pictures=tuple(pictures))
 
 
-def curves_of(runs: dict[str, list[Found]], kind: str = "reward", *, x: str = "step") -> tuple[Picture, ...]:
-    """What several runs of one kind logged, a line for each run in each picture."""
+def _logged(rows: list[Found]) -> list[Curve]:
+    """A curve of each figure that was logged more than once, with that of what was held out."""
+    keys = dict.fromkeys(key for row in rows for key, value in row.items() if _is_number(value) and key != "step")
+    names = dict.fromkeys(key.removeprefix("eval_") for key in keys)
+    pairs = {name: tuple(key for key in (name, f"eval_{name}") if key in keys) for name in names}
+    told = {name: pair for name, pair in pairs.items() if any(len(series(rows, key)[0]) > 1 for key in pair)}
+    return [Curve(name, "step", pair) for name, pair in told.items()][:NUM_CURVES]
+
+
+def curves_of(runs: dict[str, list[Found]], name: str, curves: Sequence[Curve]) -> tuple[Picture, ...]:
+    """What several runs of one kind logged, a line for each run in each picture; `name` is the pictures'."""
     pictures = []
-    for place, (title, _, keys) in enumerate(CURVES[kind][:3]):
-        drawn = [(name, *series(rows, keys[0])) for name, rows in runs.items()]
+    for place, (title, x, keys) in enumerate(curves[:NUM_OF_RUNS]):
+        drawn = [(run, *series(rows, keys[0])) for run, rows in runs.items() if keys]
         if any(len(xs) for _, xs, _ in drawn):
-            told = "; ".join(_told(name, ys) for name, _, ys in drawn if ys)
-            pictures.append(picture(f"{kind}-{place}", title, told, lines_of(drawn, x)))
+            told = "; ".join(_told(run, ys) for run, _, ys in drawn if ys)
+            pictures.append(picture(f"{name}-{place}", plain(title, 60), told, lines_of(drawn, plain(x, 60))))
     return tuple(pictures)
 
 
@@ -266,11 +253,11 @@ def _parents(manifest: Found) -> Table:
 # ------------------------------------------------------------------------------------------------------------ samples
 
 
-def _samples(folder: Path, kind: str) -> Section:
-    if kind == "evaluate":
+def _samples(folder: Path, makes: str | None) -> Section:
+    if makes == "results":
         rows = read_rows(folder / "samples.jsonl", NUM_SAMPLES // 2)
         return Section("Samples", "The first prompts.", tables=tuple(answers_of(row) for row in rows))
-    if kind == "collect":
+    if makes == "candidates":
         rows = read_rows(folder / "candidates.jsonl", 4 * NUM_SAMPLES)
         told = [(texts(row.get("prompt")), str(row.get("policy")), answer(row.get("text"))) for row in rows]
         return Section(

@@ -8,7 +8,7 @@ from align.data.formats import Prompt
 from align.errors import BadInput
 from align.plugins import is_reference, load_object, needed
 from align.rewards.functions import SUPPLIED
-from align.settings import EvaluateSettings, PpoSettings, ScoreSettings, StageSettings
+from align.settings import StageSettings
 from align.wording import did_you_mean, one_line
 
 
@@ -51,18 +51,9 @@ def missing_columns(
 
 def _functions(settings: StageSettings, prefix: str) -> Iterator[tuple[str, str, Mapping[str, Any], str]]:
     """The reward functions of a stage: the recipe's key, the reference, the arguments and where these stand."""
-    rewards, judges = {}, {}
-    if isinstance(settings, PpoSettings):
-        rewards = {f"rewards[{index}]": reward for index, reward in enumerate(settings.rewards)}
-    if isinstance(settings, EvaluateSettings):
-        rewards = {f"judge[{index}]": reward for index, reward in enumerate(settings.judge)}
-        rewards |= {f"beside.{name}": reward for name, reward in settings.beside.items()}
-        judges = {"pairwise_judge": settings.pairwise_judge}
-    if isinstance(settings, ScoreSettings):
-        judges = {"judge": settings.judge}
-    for key, reward in rewards.items():
+    for key, reward in settings.terms().items():
         if is_reference(reward.use):
             yield prefix + key, reward.use, reward.arguments, "beside `use:`"
-    for key, judge in judges.items():
-        if judge is not None and is_reference(judge.use):
+    for key, judge in settings.judges().items():
+        if is_reference(judge.use):
             yield prefix + key, judge.use, judge.arguments, f"to `{prefix}{key}.arguments`"

@@ -1,5 +1,7 @@
 """What a recipe may say. Light on purpose (pydantic only), so that a recipe is refused before anything heavy loads."""
 
+from align.settings.about import Curve, Match, Quality, Tuning
+from align.settings.data import Data, Source
 from align.settings.feedback import CollectSettings, EnsembleSettings, ScoreSettings
 from align.settings.fields import Settings
 from align.settings.judge import JudgeSettings
@@ -18,29 +20,22 @@ from align.settings.methods import (
     OwnMethod,
     Prefix,
 )
+from align.settings.rewards import EnsembleReward, LearnedReward, Reward
+from align.settings.sampling import Sampling
+from align.settings.stage import Model, StageSettings, Track
 from align.settings.stages import (
     Critic,
-    Data,
-    EnsembleReward,
     EvaluateSettings,
-    Guard,
-    LearnedReward,
-    Model,
     PairCheck,
     Policy,
     Ppo,
-    PpoGuard,
     PpoSettings,
-    Reward,
     RewardSettings,
-    Sampling,
+    SamplingSettings,
     SftSettings,
-    Source,
-    StageSettings,
     SupervisedSettings,
-    Track,
-    Training,
 )
+from align.settings.training import Guard, PpoGuard, Training
 
 STAGES: dict[str, type[StageSettings]] = {
     cls.kind: cls
@@ -64,6 +59,7 @@ __all__ = [
     "AnyMethod",
     "CollectSettings",
     "Critic",
+    "Curve",
     "Data",
     "EnsembleReward",
     "EnsembleSettings",
@@ -75,6 +71,7 @@ __all__ = [
     "JudgeSettings",
     "LearnedReward",
     "Lora",
+    "Match",
     "Method",
     "Model",
     "OtherPeft",
@@ -85,9 +82,11 @@ __all__ = [
     "PpoGuard",
     "PpoSettings",
     "Prefix",
+    "Quality",
     "Reward",
     "RewardSettings",
     "Sampling",
+    "SamplingSettings",
     "ScoreSettings",
     "Settings",
     "SftSettings",
@@ -96,4 +95,5 @@ __all__ = [
     "SupervisedSettings",
     "Track",
     "Training",
+    "Tuning",
 ]

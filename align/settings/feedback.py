@@ -2,19 +2,23 @@
 
 import json
 from pathlib import Path
-from typing import Annotated, ClassVar
+from typing import Annotated
 
 from pydantic import Field
 
+from align.settings.about import POLICIES, Parents
 from align.settings.fields import Count, Interval, Location, Positive
 from align.settings.judge import JudgeSettings
-from align.settings.stages import POLICIES, Data, Parents, RewardSettings, Sampling, StageSettings
+from align.settings.stage import StageSettings
+from align.settings.stages import RewardSettings, SamplingSettings
 
 
 class EnsembleSettings(RewardSettings):
     """Several reward models on the same pairs, each with a seed and an order of its own, in `<output>/member-<k>`."""
 
-    kind: ClassVar[str] = "ensemble"
+    kind = "ensemble"
+    makes = "ensemble"
+    quality = None  # each member has a cost of its own
     num_members: Annotated[int, Field(ge=2, le=1000)] = 4
 
     def members(self) -> list[RewardSettings]:
@@ -28,29 +32,27 @@ class EnsembleSettings(RewardSettings):
         return [RewardSettings.model_validate(values | each) for each in own]
 
 
-class CollectSettings(StageSettings):
+class CollectSettings(SamplingSettings):
     """Several answers to each prompt from several policies, in candidates.jsonl."""
 
-    kind: ClassVar[str] = "collect"
+    kind = "collect"
+    makes = "candidates"
     policies: Annotated[dict[str, Location | None], Field(min_length=1)]  # name -> run folder; null: the base
-    prompts: Data
     num_generations: dict[str, Count] = Field(default_factory=dict)  # of each policy; those not named give 4
     temperatures: Annotated[tuple[Positive, ...], Field(min_length=1)] = (1.0,)  # taken in turn, answer by answer
-    max_prompt_length: Count = 512
     batch_size: Count = 32  # answers in the making at a time
-    sampling: Sampling = Sampling()
 
     def parents(self) -> Parents:
         return {f"policies.{name}": (path, POLICIES) for name, path in self.policies.items() if path}
 
-    def data_sections(self) -> dict[str, tuple[str, Data]]:
-        return {"prompts": ("prompts", self.prompts)}
+    def speaker(self) -> str | None:
+        return next(iter(self.policies.values()))
 
 
 class ScoreSettings(StageSettings):
     """What an ensemble, and a judge, say of candidates: scores of each, pairs of them, and who is better."""
 
-    kind: ClassVar[str] = "score"
+    kind = "score"
     candidates: Location  # a collect run
     ensemble: Location | None = None  # None: nothing has been learned yet, and pairs are drawn by chance
     judge: JudgeSettings | None = None
@@ -59,7 +61,10 @@ class ScoreSettings(StageSettings):
     max_batch_tokens: Count | None = None
 
     def parents(self) -> Parents:
-        found: Parents = {"candidates": (self.candidates, ("collect",))}
+        found: Parents = {"candidates": (self.candidates, ("candidates",))}
         if self.judge is not None and self.judge.run is not None:
             found["judge.model"] = (self.judge.run, POLICIES)
         return found | ({} if self.ensemble is None else {"ensemble": (self.ensemble, ("ensemble",))})
+
+    def judges(self) -> dict[str, JudgeSettings]:
+        return {} if self.judge is None else {"judge": self.judge}

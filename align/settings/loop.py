@@ -4,6 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
+from align.settings.data import Data
 from align.settings.fields import (
     Count,
     Folder,
@@ -17,7 +18,9 @@ from align.settings.fields import (
     at_home,
 )
 from align.settings.judge import JudgeSettings
-from align.settings.stages import Data, Model, Reward, Sampling, Track
+from align.settings.rewards import Reward
+from align.settings.sampling import Sampling
+from align.settings.stage import Model, Track
 
 
 class Collect(Settings):

@@ -8,7 +8,7 @@ from typing import Any, cast
 
 from pydantic import ValidationError
 
-from align.artifact import MANIFEST, read_manifest
+from align.artifact import MANIFEST, about, read_manifest
 from align.data import Demonstration, Example, Kind, Prompt, load
 from align.data.mixtures import prompt_key
 from align.errors import BadInput
@@ -16,13 +16,6 @@ from align.hub import may_run
 from align.plugins import is_reference
 from align.settings import Data
 from align.wording import one_line
-
-TRAINED_ON: dict[str, tuple[str, Kind]] = {  # kind of a run -> the section of its recipe, and what its rows are
-    "sft": ("data", "demonstrations"),
-    "reward": ("data", "preferences"),
-    "ensemble": ("data", "preferences"),
-    "ppo": ("prompts", "prompts"),
-}
 
 
 @dataclass(frozen=True)
@@ -86,15 +79,9 @@ def _trained_on(runs: Iterable[str]) -> tuple[dict[tuple[Data, Kind], str], list
         known.add(os.path.realpath(run))
         try:
             manifest = read_manifest(run)
-            section, kind = TRAINED_ON[manifest["kind"]]
-            data = Data.model_validate(manifest["recipe"][section])
-            _check_formats(data, run)
-            sections.setdefault((data, kind), run)
+            sections.setdefault(_data_of(manifest, run), run)
         except BadInput as error:
             unknown.append(f"{run}: {one_line(error)}" if run not in str(error) else one_line(error))
-            continue
-        except (KeyError, TypeError, ValidationError):
-            unknown.append(f"{run} does not say what it was trained on")
             continue
         waiting += [str(parent["path"]) for parent in manifest.get("parents", {}).values()]
         bases = {manifest.get("base"), (manifest["recipe"].get("model") or {}).get("base")}
@@ -102,11 +89,23 @@ def _trained_on(runs: Iterable[str]) -> tuple[dict[tuple[Data, Kind], str], list
     return sections, unknown
 
 
-def _check_formats(data: Data, run: str) -> None:
-    """Raises BadInput where rows would be read by code that the run's manifest names, and this recipe does not."""
+def _data_of(manifest: dict[str, Any], run: str) -> tuple[Data, Kind]:
+    """What a run was trained on, and what rows that has.
+
+    Raises:
+        BadInput: it does not say so, or its rows are read by code that its manifest names, and this recipe does not.
+    """
+    reads = about(manifest).reads
+    try:
+        if reads is None:
+            raise KeyError
+        data = Data.model_validate(manifest["recipe"][reads.key])
+    except (KeyError, TypeError, ValidationError) as error:
+        raise BadInput(f"{run} does not say what it was trained on") from error
     for source in (*data.train, *data.validation):
         if is_reference(source.format) and not may_run(source.format):
             raise BadInput(f"{run}: its rows are read by code that this recipe does not name, and that is not run")
+    return data, reads.rows
 
 
 def _asked(example: Example) -> Iterator[Example]:

@@ -6,8 +6,6 @@ data: {train: data/demonstrations.jsonl}
 output: runs/count
 """
 
-from typing import ClassVar
-
 from align.artifact import finish
 from align.data import encode_demonstration, load
 from align.identity import fingerprint
@@ -17,7 +15,8 @@ from align.settings import Data, StageSettings
 class CountTokens(StageSettings):
     """Counts the tokens of some demonstrations."""
 
-    kind: ClassVar[str] = "count"
+    kind = "count"
+    reads = ("data", "demonstrations")  # so that `align check` reads them, and shows the first
     data: Data
     max_length: int = 4096
 

@@ -1,0 +1,122 @@
+"""What every stage has in a recipe, and what it says of itself to whatever deals with stages."""
+
+from collections.abc import Sequence
+from functools import reduce
+from typing import Any, ClassVar, Literal
+
+from align.settings.about import Curve, Match, Parents, Quality, Tuning
+from align.settings.data import Data
+from align.settings.fields import Folder, Location, Seed, Settings
+from align.settings.judge import JudgeSettings
+from align.settings.methods import AnyMethod
+from align.settings.rewards import Reward
+from align.settings.sampling import Sampling
+
+
+class Model(Settings):
+    """The base that every role is a view over."""
+
+    base: Folder
+    load_in: Literal["float32", "bfloat16", "nf4"] = "float32"
+    bnb_4bit_use_double_quant: bool = True
+    attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    revision: str | None = None
+    chat_template: Location | None = None  # a Jinja file; None: the tokenizer's own
+
+
+class Track(Settings):
+    """metrics.jsonl is always written; wandb when asked for."""
+
+    wandb_project: str | None = None
+    wandb_mode: Literal["online", "offline", "disabled"] | None = None  # None: what WANDB_MODE says, or online
+    wandb_name: str | None = None
+
+
+class StageSettings(Settings):
+    """What every stage has. A stage of your own subclasses this and adds `run(self, worker)`.
+
+    What deals with stages asks them what they are, by the class attributes and methods below: one that says so can be
+    compared, its runs are taken by other stages, and its report has their curves.
+    """
+
+    kind: ClassVar[str] = "custom"
+    makes: ClassVar[str | None] = None  # policy | reward | ensemble | candidates | results: what its runs are taken for
+    reads: ClassVar[tuple[str, str] | None] = None  # key of its `Data`, and what rows it has (`data_sections`)
+    tuning: ClassVar[Tuning | None] = None  # None: it trains nothing
+    starts_at: ClassVar[str | None] = None  # which key of `parents` has the run whose training it goes on with
+    quality: ClassVar[Quality | None] = None  # None: tuning methods cannot be compared in it
+    curves: ClassVar[tuple[Curve, ...]] = ()  # of its report; none: of every figure that was logged more than once
+    stage: Location
+    output: Folder
+    model: Model
+    seed: Seed = 0
+    launch: Location | None = None
+    track: Track = Track()
+
+    def parents(self) -> Parents:
+        """Folders of earlier stages that this one reads: recipe key -> (folder, what may have been made there)."""
+        return {}
+
+    def data_sections(self) -> dict[str, tuple[str, Data]]:
+        """Data that this stage reads: recipe key -> (demonstrations | preferences | prompts, section). The first is
+        what it is about."""
+        return {} if self.reads is None else {self.reads[0]: (self.reads[1], getattr(self, self.reads[0]))}
+
+    def start(self) -> str | None:
+        """The run whose training it goes on with; None: it starts at the base."""
+        found = self.parents().get(self.starts_at or "")
+        return None if found is None else found[0]
+
+    def tuned_by(self) -> AnyMethod | None:
+        """The method that it tunes by; None: it trains nothing, or goes on with the adapter that it starts from."""
+        return None if self.tuning is None else self.value(self.tuning.method)
+
+    def why_not_compared(self) -> str | None:
+        """What stands against comparing tuning methods in it, in words."""
+        if self.start() is None:
+            return None
+        return f"`{self.starts_at}` holds an adapter of one method already: compare policies that start at the base"
+
+    def lengths(self) -> dict[str, int]:
+        """Tokens of the longest sequences that it may give its base, by the keys that say so, in backticks."""
+        return {}
+
+    def draws(self) -> Sampling | None:
+        """How answers are drawn from its policies; None: none are."""
+        return None
+
+    def speaker(self) -> str | None:
+        """The run whose chat template its rows are read by; None: the base."""
+        return self.start()
+
+    def terms(self) -> dict[str, Reward]:
+        """The rewards that it computes, by the recipe's keys."""
+        return {}
+
+    def judges(self) -> dict[str, JudgeSettings]:
+        """The judges that it asks, by the recipe's keys."""
+        return {}
+
+    def must_match(self, key: str) -> Match | None:
+        """What the model at this key of `parents` must have the tokens of, as both read the same ids."""
+        return None
+
+    def members(self) -> Sequence["StageSettings"]:
+        """The stages that it is made of, each of which has a run of its own in its folder."""
+        return ()
+
+    def value(self, key: str) -> Any:
+        """What the recipe says at a key such as `train.learning_rate`."""
+        return reduce(getattr, key.split("."), self)
+
+    @classmethod
+    def about(cls) -> dict[str, Any]:
+        """What its runs' manifests keep of the above, for those who read them without the class.
+
+        Raises:
+            TypeError, ValueError: it is written otherwise than it should be.
+        """
+        (key, rows) = cls.reads or (None, None)
+        reads = None if key is None else {"key": key, "rows": rows}
+        curves = [{"title": title, "x": x, "figures": list(figures)} for title, x, figures in cls.curves]
+        return {"makes": cls.makes, "reads": reads, "curves": curves}
