@@ -14,11 +14,13 @@ from torch import Tensor
 from tests import slowly, tiny
 
 END = 3
-OWN = """import json, os
+OWN = """import json, os, pathlib
 
 def own(prompts, completions, completion_ids, **columns):
     texts = [completion[0]["content"] for completion in completions]
-    scores = [0.4 * ("red" in text) - 0.7 * ("blue" in text) + 0.05 * len(text) for text in texts]
+    before = pathlib.Path(os.environ["SHOWN"]).read_text().count("\\n")
+    more = json.loads(os.environ.get("BONUS", "{}")).get(str(before), 0.0)  # of this call
+    scores = [more + 0.4 * ("red" in text) - 0.7 * ("blue" in text) + 0.05 * len(text) for text in texts]
     rows = [list(row) for row in zip(prompts, completion_ids, scores)]
     with open(os.environ["SHOWN"], "a") as shown:
         shown.write(json.dumps(rows) + "\\n")
@@ -91,6 +93,26 @@ class ByHand:
         row.learned = max(-most, min(most, row.learned))
         learned, own = self.settings.rewards
         row.score = learned.weight * row.learned + own.weight * row.own
+
+    @torch.no_grad()
+    def evaluate(self, rows: list[Answer]) -> dict[str, float]:
+        """What a run says of held-out prompts; errors are those of a mean."""
+        for row in rows:
+            self.scored(row)
+            self.read(row)
+        (score, spread), (kl, noise) = (
+            slowly.moments([[x] for x in each])
+            for each in ([row.score for row in rows], [sum(row.divergences) for row in rows])
+        )
+        return {
+            "eval_score": score,
+            "eval_score_penalised": sum(self.penalised(row) for row in rows) / len(rows),
+            "eval_score_std": math.sqrt(spread),
+            "eval_kl": kl,
+            "eval_kl_error": math.sqrt(noise / (len(rows) - 1)),
+            "eval_response_length": sum(len(row.ids) for row in rows) / len(rows),
+            "eval_eos_share": sum(row.ids[-1] == END for row in rows) / len(rows),
+        }
 
     def penalised(self, row: Answer) -> float:
         """After an answer without an end, the score or minus the penalty, whichever is less; or their difference."""
@@ -293,6 +315,7 @@ def settings_of(folder: Path, output: Path, case: dict[str, Any]) -> Any:
 
 def run(settings: Any, shown: Path, monkeypatch: Any) -> tuple[list[slowly.Given], list[list[Answer]]]:
     """What the optimisers were given, and the answers of each call of the reward function."""
+    shown.touch()
     monkeypatch.setenv("SHOWN", str(shown))
     with slowly.watched() as given:
         tiny.run(settings)
@@ -324,3 +347,42 @@ def test_iterations_are_those_done_by_hand(case, parents, tmp_path, monkeypatch)
         assert 0 <= line["first_logratio"] < 1e-4
     saved = slowly.causal(parents / "base", settings.output)
     assert slowly.distance(hand.actor, slowly.trained(saved)) < 2e-5
+
+
+BONUS = {"2": 5.0, "4": 30.0, "6": 90.0, "8": 60.0}  # of the calls on held-out prompts: best where the budget is left
+
+
+def budgeted(folder: Path, output: Path, budget: float) -> Any:
+    ppo = {"num_iterations": 4, "num_mini_batches": 1, "eval_steps": 1, "learning_rate": 2e-2, "kl_budget": budget}
+    return settings_of(folder, output, {"prompts": {"validation_split": 0.8}, "ppo": ppo})
+
+
+def test_the_policy_that_is_kept_is_the_best_within_the_budget(parents, tmp_path, monkeypatch):
+    """By held-out answers to prompts that are not trained on, read by policies that follow the run's own steps."""
+    monkeypatch.setenv("BONUS", json.dumps(BONUS))
+    settings = budgeted(parents, tmp_path / "ppo", budget=0.9)
+    given, calls = run(settings, tmp_path / "shown", monkeypatch)
+    hand, lines = ByHand(settings, given), slowly.metrics(settings.output)
+    policies, found = [], []
+    for number, (rows, line) in enumerate(zip(calls[::2], lines, strict=True)):
+        for step in hand.steps_of_actor[2 * (number - 1) : 2 * number] if number else ():
+            assert slowly.distance(hand.actor, step.weights) < 1e-5
+            hand.adams[0].step(step.gradients, step.rate)
+        found.append(hand.evaluate(rows))
+        slowly.same(line, found[-1])
+        policies.append([each.detach().clone() for each in hand.actor])
+    within = [number for number, each in enumerate(found) if each["eval_kl"] <= 0.9]
+    best = max(within, key=lambda number: found[number]["eval_score_penalised"])
+    assert within == [0, 1, 2] and best == 2 and found[3]["eval_score_penalised"] > found[best]["eval_score_penalised"]
+    saved = slowly.trained(slowly.causal(parents / "base", settings.output))
+    assert [slowly.distance(saved, each) < 1e-5 for each in policies] == [False, False, True, False, False]
+
+
+def test_a_policy_far_over_its_budget_ends_the_run(parents, tmp_path, monkeypatch):
+    """By two errors of the held-out mean; the start is all that is left to keep."""
+    settings = budgeted(parents, tmp_path / "ppo", budget=0.2)
+    given, calls = run(settings, tmp_path / "shown", monkeypatch)
+    lines = slowly.metrics(settings.output)
+    assert len(lines) == 2 and len(calls) == 3 and lines[1]["eval_kl"] - 2 * lines[1]["eval_kl_error"] > 0.2
+    saved = slowly.trained(slowly.causal(parents / "base", settings.output))
+    assert slowly.distance(saved, ByHand(settings, given).steps_of_actor[0].weights) == 0
