@@ -147,6 +147,16 @@ def clipped(gradients: Sequence[Tensor], most: float) -> list[Tensor]:
     return [each * min(1.0, most / (length + 1e-6)) for each in gradients]
 
 
+def rate(train: Any, number: int) -> float:
+    """The learning rate of a step (from nought): rising over the warm-up, then falling to nothing at the end."""
+    warm = math.ceil(train.warmup_ratio * train.max_steps)
+    if number < warm:
+        return train.learning_rate * number / warm
+    gone = (number - warm) / (train.max_steps - warm)
+    falls = {"linear": 1 - gone, "cosine": 0.5 * (1 + math.cos(math.pi * gone)), "constant": 1.0}
+    return train.learning_rate * falls[train.lr_scheduler_type]
+
+
 class Adam:
     """AdamW by its paper (Loshchilov & Hutter 2019, algorithm 2), over given weights."""
 
