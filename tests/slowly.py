@@ -166,9 +166,10 @@ class Adam:
         *,
         betas: tuple[float, float] = (0.9, 0.999),
         epsilon: float,
-        decay: float = 0.0,
+        decay: float | Sequence[float] = 0.0,
     ):
-        self.weights, self.betas, self.epsilon, self.decay, self.count = list(weights), betas, epsilon, decay, 0
+        self.weights, self.betas, self.epsilon, self.count = list(weights), betas, epsilon, 0
+        self.decay = [decay] * len(weights) if isinstance(decay, float) else list(decay)
         self.first = [torch.zeros_like(each) for each in weights]
         self.second = [torch.zeros_like(each) for each in weights]
 
@@ -180,7 +181,7 @@ class Adam:
             self.second[i] = self.betas[1] * self.second[i] + (1 - self.betas[1]) * gradient**2
             mean = self.first[i] / (1 - self.betas[0] ** self.count)
             square = self.second[i] / (1 - self.betas[1] ** self.count)
-            self.weights[i].mul_(1 - rate * self.decay).sub_(rate * mean / (square.sqrt() + self.epsilon))
+            self.weights[i].mul_(1 - rate * self.decay[i]).sub_(rate * mean / (square.sqrt() + self.epsilon))
 
 
 def gradients_of(loss: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:
