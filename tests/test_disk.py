@@ -122,6 +122,17 @@ def test_what_was_there_stays_where_there_is_no_room(tmp_path):
     assert os.listdir(tmp_path) == ["file"]
 
 
+def test_a_folder_in_one_go_is_the_one_that_was_written_beside_it(tmp_path):
+    """Renamed, not copied: whoever looks sees all of it or nothing."""
+    for text in ("one", "two"):  # the second time in the place of the first
+        with folder_in_one_go(tmp_path / "folder") as path:
+            (path / "file").write_text(text)
+            before, beside = path.stat().st_ino, (tmp_path / "folder" / "file")
+            assert path != tmp_path / "folder" and (beside.read_text() == "one" if text == "two" else not beside.exists())
+        assert (tmp_path / "folder").stat().st_ino == before
+        assert (tmp_path / "folder" / "file").read_text() == text and os.listdir(tmp_path) == ["folder"]
+
+
 @pytest.mark.parametrize("library", ["safetensors", "torch"])
 def test_a_library_that_is_refused_says_it_in_one_line(library, tmp_path):
     import torch

@@ -1,0 +1,388 @@
+"""Whole iterations of PPO against a version of their own: float64, row by row, from what a reward function was shown."""
+
+import itertools
+import json
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests import slowly, tiny
+
+END = 3
+OWN = """import json, os, pathlib
+
+def own(prompts, completions, completion_ids, **columns):
+    texts = [completion[0]["content"] for completion in completions]
+    before = pathlib.Path(os.environ["SHOWN"]).read_text().count("\\n")
+    more = json.loads(os.environ.get("BONUS", "{}")).get(str(before), 0.0)  # of this call
+    scores = [more + 0.4 * ("red" in text) - 0.7 * ("blue" in text) + 0.05 * len(text) for text in texts]
+    rows = [list(row) for row in zip(prompts, completion_ids, scores)]
+    with open(os.environ["SHOWN"], "a") as shown:
+        shown.write(json.dumps(rows) + "\\n")
+    return scores
+"""
+
+
+@dataclass
+class Answer:
+    """One row of an iteration: what was sampled, and what is said of each token before anything is learned."""
+
+    prompt: list[int]
+    ids: list[int]
+    own: float
+    learned: float = 0.0
+    score: float = 0.0
+    behaviour: list[float] = field(default_factory=list)  # log-probabilities
+    entropies: list[float] = field(default_factory=list)
+    divergences: list[float] = field(default_factory=list)
+    values: list[float] = field(default_factory=list)
+    advantages: list[float] = field(default_factory=list)
+    returns: list[float] = field(default_factory=list)
+
+
+class ByHand:
+    """A policy, a reference and a critic that learn as a recipe says, from where `given` says that a run began."""
+
+    def __init__(self, settings: Any, given: list[slowly.Given]):
+        self.settings, self.ppo, self.temperature = settings, settings.ppo, settings.sampling.temperature
+        base, start = Path(settings.model.base), settings.policy.path
+        self.steps_of_actor, self.steps_of_judge = self.parted(given)
+        fresh = slowly.adapted(base, settings.policy.method, self.steps_of_actor[0].weights) if start is None else None
+        self.policy = fresh or slowly.causal(base, start)
+        usual = settings.reference.path if settings.reference else start
+        self.reference = slowly.causal(base, usual)
+        self.reward = settings.rewards[0].arguments
+        self.scorer, self.score = slowly.scorer(base, self.reward["from"]), slowly.score_of(self.reward["from"])
+        self.actor = slowly.trained(self.policy)
+        self.critic, self.head = self.valued(base, settings.critic, start)
+        self.judge = [*(slowly.trained(self.critic) if self.critic is not self.policy else []), *self.head]
+        rules = {"epsilon": self.ppo.adam_epsilon, "decay": self.ppo.weight_decay}
+        self.adams = slowly.Adam(self.actor, **rules), slowly.Adam(self.judge, **rules)
+        self.kl_coef, self.iterations = self.ppo.kl_coef, 0
+
+    def parted(self, given: list[slowly.Given]) -> tuple[list[slowly.Given], list[slowly.Given]]:
+        """The policy's steps and the critic's, which ends in a head of one row and one bias."""
+        one, other = slowly.by_optimiser(given)
+        return (other, one) if one[0].weights[-1].numel() == 1 else (one, other)
+
+    def valued(self, base: Path, critic: Any, start: str | None) -> tuple[Any, list[Tensor]]:
+        """What a value is read from, and a head whose value is the *normalised* score where a reward run is behind it."""
+        if critic.path is not None:
+            model, (mean, deviation) = slowly.scorer(base, critic.path), slowly.score_of(critic.path)
+            raw = slowly.head_of(model).requires_grad_(False)
+            head = [raw.clone() / deviation, torch.tensor([-mean / deviation])]
+        else:
+            model = self.policy if critic.kind == "trunk" else slowly.causal(base, start)
+            head = [torch.zeros(1, model.config.hidden_size), torch.zeros(1)]
+        return model, [each.double().requires_grad_() for each in head]
+
+    def values(self, row: Answer) -> list[Tensor]:
+        """Each of what stands before a token."""
+        found, (weight, bias) = slowly.states(self.critic, [*row.prompt, *row.ids]), self.head
+        return [weight[0] @ found[len(row.prompt) + t - 1] + bias[0] for t in range(len(row.ids))]
+
+    def scored(self, row: Answer) -> None:
+        raw = float(slowly.head_of(self.scorer)[0] @ slowly.states(self.scorer, [*row.prompt, *row.ids])[-1])
+        row.learned = (raw - self.score[0]) / self.score[1] if self.reward.get("normalize", True) else raw
+        most = self.reward.get("clip", math.inf)
+        row.learned = max(-most, min(most, row.learned))
+        learned, own = self.settings.rewards
+        row.score = learned.weight * row.learned + own.weight * row.own
+
+    @torch.no_grad()
+    def evaluate(self, rows: list[Answer]) -> dict[str, float]:
+        """What a run says of held-out prompts; errors are those of a mean."""
+        for row in rows:
+            self.scored(row)
+            self.read(row)
+        (score, spread), (kl, noise) = (
+            slowly.moments([[x] for x in each])
+            for each in ([row.score for row in rows], [sum(row.divergences) for row in rows])
+        )
+        return {
+            "eval_score": score,
+            "eval_score_penalised": sum(self.penalised(row) for row in rows) / len(rows),
+            "eval_score_std": math.sqrt(spread),
+            "eval_kl": kl,
+            "eval_kl_error": math.sqrt(noise / (len(rows) - 1)),
+            "eval_response_length": sum(len(row.ids) for row in rows) / len(rows),
+            "eval_eos_share": sum(row.ids[-1] == END for row in rows) / len(rows),
+        }
+
+    def penalised(self, row: Answer) -> float:
+        """After an answer without an end, the score or minus the penalty, whichever is less; or their difference."""
+        penalty = self.ppo.missing_eos_penalty
+        if penalty is None or row.ids[-1] == END:
+            return row.score
+        return min(row.score, -penalty) if self.ppo.missing_eos == "replace" else row.score - penalty
+
+    def read(self, row: Answer) -> None:
+        whole = slowly.distributions(self.policy, row.prompt, row.ids, self.temperature)
+        usual = slowly.logprobs(self.reference, row.prompt, row.ids, self.temperature)
+        row.behaviour = [float(each[token]) for each, token in zip(whole, row.ids, strict=True)]
+        row.entropies = [float(-(each.exp() * each).sum()) for each in whole]
+        row.divergences = [
+            slowly.divergence(mine - float(theirs), self.ppo.kl_estimator)
+            for mine, theirs in zip(row.behaviour, usual, strict=True)
+        ]
+        row.values = [float(each) for each in self.values(row)]
+
+    @torch.no_grad()
+    def assess(self, rows: list[Answer]) -> dict[str, float]:
+        """What is known of the rows before learning; returns an iteration's figures of it."""
+        rewards = []
+        for row in rows:
+            self.scored(row)
+            self.read(row)
+            rewards.append([-self.kl_coef * each for each in row.divergences])
+            rewards[-1][-1] += self.penalised(row)
+        if self.ppo.whiten_rewards:  # in scale alone: what an answer is worth stays above or below nothing
+            rewards = slowly.whitened(rewards, keep_mean=True)
+        for row, own in zip(rows, rewards, strict=True):
+            row.advantages = slowly.advantages(own, row.values, self.ppo.gamma, self.ppo.lam)
+            row.returns = [a + v for a, v in zip(row.advantages, row.values, strict=True)]
+        if self.ppo.whiten_advantages:
+            for row, white in zip(rows, slowly.whitened([row.advantages for row in rows]), strict=True):
+                row.advantages = white
+        return self.figures(rows)
+
+    def figures(self, rows: list[Answer]) -> dict[str, float]:
+        score, spread = slowly.moments([[row.score] for row in rows])
+        value, _ = slowly.moments([row.values for row in rows])
+        gain, variance = slowly.moments([row.returns for row in rows])
+        _, unexplained = slowly.moments([[r - v for r, v in zip(row.returns, row.values, strict=True)] for row in rows])
+        answers = [tuple(row.ids) for row in rows]
+        return {
+            "score": score,
+            "score_std": math.sqrt(spread),
+            "reward_learned": sum(row.learned for row in rows) / len(rows),
+            "reward_own": sum(row.own for row in rows) / len(rows),
+            "kl": sum(sum(row.divergences) for row in rows) / len(rows),
+            "kl_coef": self.kl_coef,
+            "entropy": slowly.moments([row.entropies for row in rows])[0],
+            "return_mean": gain,
+            "value_mean": value,
+            "explained_variance": 1 - unexplained / variance if any(any(row.values) for row in rows) else 0.0,
+            "response_length": sum(len(each) for each in answers) / len(rows),
+            "eos_share": sum(each[-1] == END for each in answers) / len(rows),
+            "empty_share": sum(each == (END,) for each in answers) / len(rows),
+            "same_share": max(answers.count(each) for each in answers) / len(rows),
+        }
+
+    def losses(self, row: Answer) -> tuple[Tensor, Tensor, dict[str, list[float]]]:
+        """Policy's and critic's, summed over a row's tokens, and what is logged of each token."""
+        ppo, zero = self.ppo, torch.zeros((), dtype=torch.double)
+        policy, value, seen = zero, zero, {name: [] for name in ("ratio", "approx_kl", "clipfrac", "clipfrac_value")}
+        now, values = slowly.logprobs(self.policy, row.prompt, row.ids, self.temperature), self.values(row)
+        for t, a in enumerate(row.advantages):
+            ratio = torch.exp(now[t] - row.behaviour[t])
+            free, held = -a * ratio, -a * torch.clamp(ratio, 1 - ppo.cliprange, 1 + ppo.cliprange)
+            loss = torch.maximum(free, held)
+            if ppo.dual_clip is not None and a < 0:
+                loss = torch.minimum(loss, zero - a * ppo.dual_clip)
+            near = row.values[t] + torch.clamp(values[t] - row.values[t], -ppo.cliprange_value, ppo.cliprange_value)
+            plain, bounded = (values[t] - row.returns[t]) ** 2, (near - row.returns[t]) ** 2
+            policy, value = policy + loss, value + 0.5 * torch.maximum(plain, bounded)
+            said = (ratio, ratio - 1 - torch.log(ratio), held > free, bounded > plain)
+            for name, each in zip(seen, said, strict=True):
+                seen[name].append(float(each.detach()))
+        return policy, value, seen
+
+    def improve(self, rows: list[Answer]) -> dict[str, float]:
+        """An iteration's epochs and mini-batches, each row once an epoch; returns the means of the steps' figures."""
+        steps, size = [], len(rows) // self.ppo.num_mini_batches
+        for _ in range(self.ppo.num_ppo_epochs):
+            left = set(range(len(rows)))
+            for _ in range(self.ppo.num_mini_batches):
+                number = len(steps) + self.iterations * self.ppo.num_ppo_epochs * self.ppo.num_mini_batches
+                chosen, figure = self.step(rows, number, size, left)
+                left -= set(chosen)
+                steps.append(figure)
+        sequence_kl = sum(sum(row.divergences) for row in rows) / len(rows)
+        if self.ppo.kl_target is not None:  # Ziegler et al. 2019
+            error = max(-0.2, min(0.2, sequence_kl / self.ppo.kl_target - 1))
+            self.kl_coef *= 1 + error * len(rows) / self.ppo.kl_horizon
+        self.iterations += 1
+        names = {name: [step[name] for step in steps if name in step] for step in steps for name in step}
+        said = {name: max(x) if name == "ratio_max" else sum(x) / len(x) for name, x in names.items()}
+        return said | {"weight_norm": slowly.norm([*self.actor, *self.judge])}
+
+    def step(
+        self, rows: list[Answer], number: int, size: int, left: set[int]
+    ) -> tuple[tuple[int, ...], dict[str, float]]:
+        found = [self.losses(row) for row in rows]
+        counts = [len(row.ids) for row in rows]
+        sums = [slowly.gradients_of(p + self.ppo.vf_coef * v, [*self.actor, *self.judge]) for p, v, _ in found]
+        chosen = min(itertools.combinations(sorted(left), size), key=lambda rows: self.miss(rows, sums, counts, number))
+        tokens = sum(counts[i] for i in chosen)
+        seen = {name: [x for i in chosen for x in found[i][2][name]] for name in found[0][2]}
+        figure = {name: sum(each) / tokens for name, each in seen.items() if name != "ratio"}
+        figure |= {"ratio_mean": sum(seen["ratio"]) / tokens, "ratio_max": max(seen["ratio"])}
+        figure["policy_loss"] = float(sum(found[i][0].detach() for i in chosen)) / tokens
+        figure["value_loss"] = float(sum(found[i][1].detach() for i in chosen)) / tokens
+        mean = [torch.stack(each).sum(0) / tokens for each in zip(*(sums[i] for i in chosen), strict=True)]
+        for name, part, adam, rate in self.sides(mean, number):
+            figure |= {f"learning_rate_{name}": rate, f"grad_norm_{name}": slowly.norm(part)}
+            adam.step(slowly.clipped(part, self.ppo.max_grad_norm), rate)
+        return chosen, figure
+
+    def miss(self, rows: tuple[int, ...], sums: list[list[Tensor]], counts: list[int], number: int) -> float:
+        """How far these rows are from those that both optimisers stepped on."""
+        each, idle = self.ppo.num_ppo_epochs * self.ppo.num_mini_batches, self.settings.critic.warmup_iterations
+        judged, most = [one[len(self.actor) :] for one in sums], self.ppo.max_grad_norm
+        far = slowly.miss(self.steps_of_judge[number].gradients, judged, counts, rows, most)
+        if self.iterations >= idle:
+            step = self.steps_of_actor[number - idle * each].gradients
+            far += slowly.miss(step, [one[: len(self.actor)] for one in sums], counts, rows, most)
+        return far
+
+    def sides(self, gradients: list[Tensor], number: int) -> Any:
+        """Who steps, with which gradients and at which rate: the critic alone while it warms up.
+
+        Each rate falls to nothing over the steps of its own optimiser.
+        """
+        each, waits = self.ppo.num_ppo_epochs * self.ppo.num_mini_batches, self.settings.critic.warmup_iterations
+        parts = {"policy": (gradients[: len(self.actor)], waits), "critic": (gradients[len(self.actor) :], 0)}
+        rates = {
+            "policy": self.ppo.learning_rate,
+            "critic": self.settings.critic.learning_rate or self.ppo.learning_rate,
+        }
+        for (name, (part, idle)), adam in zip(parts.items(), self.adams, strict=True):
+            if self.iterations >= idle:
+                gone = (number - idle * each) / ((self.ppo.num_iterations - idle) * each)
+                yield name, part, adam, rates[name] * (1 - gone if self.ppo.lr_scheduler_type == "linear" else 1)
+
+
+@pytest.fixture(scope="module")
+def parents(tmp_path_factory):
+    """A narrow base, its data, an SFT and a reward run, and a reward that writes down what it is shown."""
+    folder = tmp_path_factory.mktemp("whole")
+    tiny.make_base(folder / "base", hidden=16)
+    tiny.make_data(folder)
+    for stage in ("sft", "reward"):
+        tiny.run(tiny.settings(stage, folder / "base", folder, folder / stage))
+    (folder / "own.py").write_text(OWN, encoding="utf-8")
+    return folder
+
+
+ONE_ADAPTER = {"kind": "adapter"}
+CASES: dict[str, dict[str, Any]] = {
+    "as it comes": {},
+    "a trunk": {
+        "critic": {"kind": "trunk", "learning_rate": 1e-2, "warmup_iterations": 1},
+        "ppo": {"whiten_rewards": True, "vf_coef": 2.0, "cliprange": 0.03, "cliprange_value": 0.05, "kl_estimator": "k3",
+                "missing_eos": "subtract", "missing_eos_penalty": 0.3, "dual_clip": 1.05, "max_grad_norm": 0.4},
+    },
+    "a controller": {
+        "critic": ONE_ADAPTER,
+        "learned": {"normalize": False},
+        "ppo": {"kl_target": 0.05, "kl_horizon": 20, "kl_coef": 0.4, "kl_estimator": "k2", "whiten_advantages": False,
+                "missing_eos_penalty": None, "num_generations": 1, "prompts_per_iteration": 6, "weight_decay": 0.1,
+                "gamma": 1.0, "lam": 1.0, "max_grad_norm": 100.0, "lr_scheduler_type": "constant"},
+    },
+    "some modules": {
+        "policy": {"method": {"kind": "lora", "r": 2, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj", "down_proj"]}},
+        "reference": "sft",
+        "learned": {"clip": 0.5},
+        "sampling": {"temperature": 0.7},
+        "ppo": {"num_mini_batches": 3, "num_ppo_epochs": 1, "whiten_rewards": True, "missing_eos_penalty": 0.0},
+    },
+}  # fmt: skip
+
+
+def settings_of(folder: Path, output: Path, case: dict[str, Any]) -> Any:
+    """A recipe of few short iterations, changed as a case says."""
+    ppo = {"num_iterations": 3, "prompts_per_iteration": 3, "num_generations": 2, "num_ppo_epochs": 2, "num_mini_batches": 2,
+           "learning_rate": 3e-3, "eval_steps": 0, "gamma": 0.97, "lam": 0.9}  # fmt: skip
+    learned = {"use": "learned", "from": str(folder / "reward"), "weight": 0.8}
+    changes: dict[str, Any] = {
+        "policy": case.get("policy", {"from": str(folder / "sft")}),
+        "critic": case.get("critic", {"from": str(folder / "reward")}),
+        "rewards": [learned | case.get("learned", {}), {"use": f"{folder}/own.py:own", "weight": 0.5}],
+        "prompts": {"train": str(folder / "prompts.jsonl")} | case.get("prompts", {}),
+        "sampling": {"max_new_tokens": 6, "temperature": 0.9} | case.get("sampling", {}),
+        "ppo": ppo | case.get("ppo", {}),
+    }
+    if "reference" in case:
+        changes["reference"] = {"from": str(folder / case["reference"])}
+    return tiny.settings("ppo", folder / "base", folder, output, **changes)
+
+
+def run(settings: Any, shown: Path, monkeypatch: Any) -> tuple[list[slowly.Given], list[list[Answer]]]:
+    """What the optimisers were given, and the answers of each call of the reward function."""
+    shown.touch()
+    monkeypatch.setenv("SHOWN", str(shown))
+    with slowly.watched() as given:
+        tiny.run(settings)
+    tokenizer = tiny.make_tokenizer()
+    rules = {"add_generation_prompt": True, "tokenize": True, "return_dict": False}
+    calls = [json.loads(line) for line in shown.read_text(encoding="utf-8").splitlines()]
+    return given, [
+        [Answer(tokenizer.apply_chat_template(p, **rules), ids, own) for p, ids, own in call] for call in calls
+    ]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_iterations_are_those_done_by_hand(case, parents, tmp_path, monkeypatch):
+    settings = settings_of(parents, tmp_path / "ppo", CASES[case])
+    given, calls = run(settings, tmp_path / "shown", monkeypatch)
+    hand = ByHand(settings, given)
+    assert (
+        max(
+            slowly.distance(hand.actor, hand.steps_of_actor[0].weights),
+            slowly.distance(hand.judge, hand.steps_of_judge[0].weights),
+        )
+        < 1e-6
+    )
+    lines = slowly.metrics(settings.output)
+    assert len(calls) == len(lines) == settings.ppo.num_iterations
+    for rows, line in zip(calls, lines, strict=True):
+        slowly.same(line, hand.assess(rows))
+        slowly.same(line, hand.improve(rows))
+        assert 0 <= line["first_logratio"] < 1e-4
+    saved = slowly.causal(parents / "base", settings.output)
+    assert slowly.distance(hand.actor, slowly.trained(saved)) < 2e-5
+
+
+BONUS = {"2": 5.0, "4": 30.0, "6": 90.0, "8": 60.0}  # of the calls on held-out prompts: best where the budget is left
+
+
+def budgeted(folder: Path, output: Path, budget: float) -> Any:
+    ppo = {"num_iterations": 4, "num_mini_batches": 1, "eval_steps": 1, "learning_rate": 2e-2, "kl_budget": budget}
+    return settings_of(folder, output, {"prompts": {"validation_split": 0.8}, "ppo": ppo})
+
+
+def test_the_policy_that_is_kept_is_the_best_within_the_budget(parents, tmp_path, monkeypatch):
+    """By held-out answers to prompts that are not trained on, read by policies that follow the run's own steps."""
+    monkeypatch.setenv("BONUS", json.dumps(BONUS))
+    settings = budgeted(parents, tmp_path / "ppo", budget=0.9)
+    given, calls = run(settings, tmp_path / "shown", monkeypatch)
+    hand, lines = ByHand(settings, given), slowly.metrics(settings.output)
+    policies, found = [], []
+    for number, (rows, line) in enumerate(zip(calls[::2], lines, strict=True)):
+        for step in hand.steps_of_actor[2 * (number - 1) : 2 * number] if number else ():
+            assert slowly.distance(hand.actor, step.weights) < 1e-5
+            hand.adams[0].step(step.gradients, step.rate)
+        found.append(hand.evaluate(rows))
+        slowly.same(line, found[-1])
+        policies.append([each.detach().clone() for each in hand.actor])
+    within = [number for number, each in enumerate(found) if each["eval_kl"] <= 0.9]
+    best = max(within, key=lambda number: found[number]["eval_score_penalised"])
+    assert within == [0, 1, 2] and best == 2 and found[3]["eval_score_penalised"] > found[best]["eval_score_penalised"]
+    saved = slowly.trained(slowly.causal(parents / "base", settings.output))
+    assert [slowly.distance(saved, each) < 1e-5 for each in policies] == [False, False, True, False, False]
+
+
+def test_a_policy_far_over_its_budget_ends_the_run(parents, tmp_path, monkeypatch):
+    """By two errors of the held-out mean; the start is all that is left to keep."""
+    settings = budgeted(parents, tmp_path / "ppo", budget=0.2)
+    given, calls = run(settings, tmp_path / "shown", monkeypatch)
+    lines = slowly.metrics(settings.output)
+    assert len(lines) == 2 and len(calls) == 3 and lines[1]["eval_kl"] - 2 * lines[1]["eval_kl_error"] > 0.2
+    saved = slowly.trained(slowly.causal(parents / "base", settings.output))
+    assert slowly.distance(saved, ByHand(settings, given).steps_of_actor[0].weights) == 0
