@@ -19,7 +19,7 @@ from align.plugins import is_reference, load_object, users_code
 from align.recipe_errors import fields_of, first_error, it_is, unknown_key
 from align.recipe_file import cut, is_within, keys_of, read_recipe
 from align.records import About, checked
-from align.settings import STAGES, StageSettings
+from align.settings import STAGES, Quality, StageSettings, Tuning
 from align.wording import brief, did_you_mean, one_line
 
 SHARED_KEYS = ("model", "seed", "launch", "track")
@@ -116,11 +116,22 @@ def _stage_class(reference: str, what: str) -> type[StageSettings]:
         raise BadInput(f"{what} is not a subclass of align.settings.StageSettings; derive it from that")
     if not callable(getattr(cls, "run", None)):
         raise BadInput(f"{what} does not say what to do; give the class a method run(self, worker)")
+    _check_what_it_says(cls, what)
+    return cls
+
+
+def _check_what_it_says(cls: type[StageSettings], what: str) -> None:
+    """Whether others can take a stage of the user's own at its word."""
+    taken = [name for name in cls.model_fields if hasattr(StageSettings, name)]
+    if taken:
+        raise BadInput(f"{what} has a key `{taken[0]}`, by which every stage says what it is; call it otherwise")
+    for name, kind in (("tuning", Tuning), ("quality", Quality)):
+        if not isinstance(getattr(cls, name), kind | None):
+            raise BadInput(f"{what}: `{name}` is no align.settings.{kind.__name__}; write it as one")
     try:
         checked(cls.about(), About)
     except (TypeError, ValueError) as error:
         raise BadInput(f"{what} says of itself what cannot be: {one_line(error)}") from error
-    return cls
 
 
 def _unknown_beside_stages(key: str, stages: Any, where: str) -> str:
