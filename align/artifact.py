@@ -239,7 +239,8 @@ def state_of(settings: StageSettings, named: Callable[[str], bool] = named_none)
         raise BadInput(f"`output`: {folder} holds files that are no run of align; choose another folder")
     manifest = _at("`output`", lambda: read_manifest(folder))
     before, now = _made_of_before(manifest), made_of(settings)
-    runs_before, runs_now = manifest.get("parents", {}), _parents(settings)
+    runs_now = _parents(settings)
+    runs_before = {_by_todays_name(settings, key): run for key, run in manifest.get("parents", {}).items()}
     equal = equal_paths(before | _as_parts(runs_before), now | _as_parts(runs_now))
     is_running = manifest.get("status") != "finished"
     others = [each for each in _other_keys(manifest, settings) if each[0] not in equal and not is_harmless(each[0])]
@@ -268,6 +269,12 @@ def state_of(settings: StageSettings, named: Callable[[str], bool] = named_none)
         return "running"
     _at("`output`", lambda: check_whole(folder, manifest))
     return "finished"
+
+
+def _by_todays_name(settings: StageSettings, key: str) -> str:
+    """`judge[0]` -> `rewards[0]`, say, where the stage's key was renamed."""
+    name = re.match(r"\w+", key)
+    return key if name is None else settings.renamed.get(name[0], name[0]) + key[name.end() :]
 
 
 def _made_of_before(manifest: dict[str, Any]) -> dict[str, dict[str, str]]:

@@ -16,7 +16,7 @@ from pydantic import ValidationError
 
 from align.errors import BadInput
 from align.plugins import is_reference, load_object, users_code
-from align.recipe_errors import fields_of, first_error, it_is, unknown_key
+from align.recipe_errors import fields_of, first_error, it_is, say_renamed, unknown_key
 from align.recipe_file import cut, is_within, keys_of, read_recipe
 from align.records import About, checked
 from align.settings import STAGES, Quality, StageSettings, Tuning
@@ -95,6 +95,7 @@ def _validated(values: dict[str, Any], where: Callable[[str], str], prefix: str)
     cls = STAGES.get(str(kind)) or _stage_class(
         os.path.expanduser(str(kind)), f"`{key}: {brief(kind).strip(chr(39))}`{where(key)}"
     )
+    say_renamed(cls, values, prefix, where)
     theirs = users_code(str(kind), what=f"`{kind}`", raises=BadInput, passes=(ValidationError,))
     try:
         with nullcontext() if str(kind) in STAGES else theirs:

@@ -1,5 +1,7 @@
 """What pydantic found wrong with a recipe, as one line with key, file and cure."""
 
+import os
+import sys
 import typing
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -7,6 +9,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from align.recipe_file import quoted_names
+from align.settings.fields import Settings
 from align.wording import brief, did_you_mean, one_line
 
 PLAIN = {  # pydantic's kinds of error, in plain words
@@ -70,6 +73,15 @@ def first_error(
     wanted = " or ".join(dict.fromkeys(_wanted(item, known) for item in same))
     cure = "; put it in quotes" if wanted == "text" and isinstance(value, (int, float)) else ""
     return f"`{key}`{where(key)} must be {wanted}{it_is(value)}{cure}"
+
+
+def say_renamed(cls: type[Settings], values: Any, prefix: str, where: Callable[[str], str]) -> None:
+    """A line on each key that stands by the name of an earlier version; `align run`'s processes leave it to that."""
+    if "ALIGN_STATUS_FILE" in os.environ:
+        return
+    for old, new in cls.renamed.items():
+        if isinstance(values, dict) and old in values:
+            print(f"`{prefix}{old}`{where(prefix + old)} is called `{new}` now", file=sys.stderr, flush=True)
 
 
 def _wanted(detail: Any, known: list[str]) -> str:

@@ -237,7 +237,7 @@ def of_run(folder: str, base: Path, data: Path, work: Path) -> dict[str, Callabl
         "output": str(work / "out" / "evaluate"),
         "launch": "cpu",
         "policies": {"theirs": folder},
-        "judge": [BREVITY],
+        "rewards": [BREVITY],
         "prompts": {"train": [{"path": str(data / "prompts.jsonl"), "limit": 2}]},
         "sampling": {"max_new_tokens": 2},
     }

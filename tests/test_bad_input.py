@@ -50,7 +50,7 @@ SOUND: dict[str, dict[str, Any]] = {
         "output": "out",
         "policies": {"base": None, "tuned": "runs/sft"},
         "compare": [["tuned", "base"]],
-        "judge": [{"use": "fns.py:brevity", "target_words": 12}],
+        "rewards": [{"use": "fns.py:brevity", "target_words": 12}],
         "prompts": {"train": "data/prompts.jsonl"},
     },
     "pipeline": {
@@ -406,7 +406,7 @@ REWARDS = [
     ppo("a column of nearly that name", {"rewards.1": {"use": "fns.py:right"}, "prompts.train": "p.jsonl"}, "`solution`", "did you mean `solutions`?", files={"p.jsonl": '{"prompt": "a", "solutions": 1}\n{"prompt": "b"}\n'}),
     ppo("an argument by position", {"rewards.1": {"use": "fns.py:by_place"}}, "`rewards[1]`", "takes `prompts` by position only"),
     ppo("scores that are yielded", {"rewards.1": {"use": "fns.py:yields"}}, "`rewards[1]`: fns.py:yields", "asynchronously"),
-    evaluate("a judge's column", {"judge.0": {"use": "fns.py:right"}}, "`judge[0]`: `right` needs the argument `solution`"),
+    evaluate("a judge's column", {"rewards.0": {"use": "fns.py:right"}}, "`rewards[0]`: `right` needs the argument `solution`"),
     evaluate("a column beside", {"beside": {"x": {"use": "fns.py:right"}}}, "`beside.x`: `right` needs the argument `solution`"),
     evaluate("a pairwise judge's column", {"pairwise_judge": {"use": "fns.py:right"}}, "`pairwise_judge`: `right` needs", "to `pairwise_judge.arguments`"),
     ppo("our argument", {"rewards.1.prompts": "x"}, "`rewards[1]`", "takes no argument `prompts`"),
@@ -414,7 +414,7 @@ REWARDS = [
     ppo("a file that ends the program", {"rewards.1.use": "bad.py:f"}, "`rewards[1]`: bad.py:2", "SystemExit: 0", files={"bad.py": "import sys\nsys.exit(0)\n"}),
     ppo("a file that says much", {"rewards.1.use": "bad.py:f"}, "`rewards[1]`: bad.py:1", "RuntimeError: a b", files={"bad.py": "raise RuntimeError('a\\n b ' * 400)\n"}),
     ppo("a file that is not Python", {"rewards.1.use": "bad.py:f"}, "`rewards[1]`: bad.py:3", "SyntaxError", files={"bad.py": "x = 1\n\ndef f(:\n    pass\n"}),
-    evaluate("a judge", {"judge.0.use": "fns.py:brevty"}, "`judge[0]`: fns.py has no `brevty`", "`brevity`?"),
+    evaluate("a judge", {"rewards.0.use": "fns.py:brevty"}, "`rewards[0]`: fns.py has no `brevty`", "`brevity`?"),
     evaluate("a pairwise judge", {"pairwise_judge": {"use": "modle"}}, "`pairwise_judge.use: modle` is none of", "did you mean `model`?"),
     evaluate("a pairwise judge of nothing", {"pairwise_judge": {"use": "model"}, "compare": []}, "`pairwise_judge` judges the pairs of `compare`", "name some"),
 ]  # fmt: skip

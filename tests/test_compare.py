@@ -233,7 +233,7 @@ def test_the_recipes_own_judge_scores_the_policies(recipe, started, base, data, 
         "model": {"base": str(base)},
         "launch": "cpu",
         "policies": {"base": None},
-        "judge": [{"use": f"{judge}:length"}],
+        "rewards": [{"use": f"{judge}:length"}],
         "prompts": {"train": str(data / "prompts.jsonl"), "validation_split": 0.2},
         "sampling": {"max_new_tokens": 4},
     }

@@ -229,7 +229,7 @@ class World:
             },
             "evaluate": {
                 "policies": {"sft": str(self.folder / "sft"), "ppo": str(self.folder / "ppo")}, "compare": [["ppo", "sft"]],
-                "judge": [{"use": "learned", "from": str(self.folder / "reward")}], "sampling": {"max_new_tokens": 4},
+                "rewards": [{"use": "learned", "from": str(self.folder / "reward")}], "sampling": {"max_new_tokens": 4},
                 "prompts": {"train": str(self.folder / "prompts.jsonl")},
             },
         }  # fmt: skip

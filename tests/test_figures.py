@@ -250,7 +250,7 @@ def test_an_evaluation_says_how_many_prompts_were_seen(base, data, runs, tmp_pat
         "model": {"base": str(base)},
         "output": str(tmp_path / "evaluate"),
         "policies": {"base": None, "sft": str(runs / "sft")},
-        "judge": [{"use": f"{tmp_path}/judge.py:brief"}],
+        "rewards": [{"use": f"{tmp_path}/judge.py:brief"}],
         "reward": {"from": str(runs / "reward"), "data": {"train": str(data / "pairs.jsonl")}},
         "prompts": {"train": sources.get(prompts, others)},
         "sampling": {"max_new_tokens": 2},

@@ -205,7 +205,7 @@ LOADS = {  # what loads the sft or reward run
 
 
 def evaluate():
-    values = {"policies": {"sft": "runs/sft"}, "judge": [{"use": "rewards.py:one"}]}
+    values = {"policies": {"sft": "runs/sft"}, "rewards": [{"use": "rewards.py:one"}]}
     return tiny.settings(
         "evaluate", Path("base"), Path("data"), Path("runs/evaluate"), prompts={"train": "data/prompts.jsonl"}, **values
     )
@@ -372,7 +372,7 @@ def test_a_recipe_that_names_another_template_is_refused(base, data, with_templa
     model = {"base": str(base), "chat_template": str(with_template / "third.jinja")}
     values = {"prompts": {"train": str(data / "prompts.jsonl")}}
     if stage == "evaluate":
-        values |= {"policies": {"a": str(with_template / "sft")}, "judge": [{"use": "rewards.py:one"}]}
+        values |= {"policies": {"a": str(with_template / "sft")}, "rewards": [{"use": "rewards.py:one"}]}
     with pytest.raises(BadInput, match=r"model.chat_template.*third.jinja is not what .*sft"):
         check(tiny.settings(stage, base, data, with_template / stage, model=model, **values))
 

@@ -78,7 +78,7 @@ def recipe(base, data, folder, **changes):
         "gate": {"level": 0.0, "delta": 1.0, "min_audit": 2, "held_out": 0.3},
         "ensemble": {"num_members": 2, "method": {"r": 4}, "max_length": 64, "train": train},
         "ppo": {"ppo": {"num_iterations": 2, "prompts_per_iteration": 4, "learning_rate": 1e-3, "eval_steps": 0, "save_steps": 1}},
-        "evaluation": {"prompts": {"train": str(folder / "unseen.jsonl")}, "judge": [{"use": f"{folder}/world.py:gold"}], "pairwise_judge": {"use": f"{folder}/world.py:gold"}, "people_prompts": 2},
+        "evaluation": {"prompts": {"train": str(folder / "unseen.jsonl")}, "rewards": [{"use": f"{folder}/world.py:gold"}], "pairwise_judge": {"use": f"{folder}/world.py:gold"}, "people_prompts": 2},
     }  # fmt: skip
     path = folder / "loop.yaml"
     path.write_text(yaml.safe_dump(values | changes))
@@ -488,7 +488,7 @@ def test_two_loops_cannot_share_a_store(finished, base, data, tmp_path):
         ({"annotators": {"use": "nowhere.py:gold"}}, "nowhere.py"),
         ({"annotators": {"use": "{folder}/world.py:right"}}, "`annotators`: `right` needs the argument `nowhere`; add a col"),
         ({"judge": {"use": "{folder}/world.py:right"}}, "`judge`: `right` needs the argument `nowhere`"),
-        ({"evaluation": {"judge": [{"use": "{folder}/world.py:right"}], "prompts": {"train": "{folder}/unseen.jsonl"}}}, r"`evaluation.judge\[0\]`: `right` needs"),
+        ({"evaluation": {"rewards": [{"use": "{folder}/world.py:right"}], "prompts": {"train": "{folder}/unseen.jsonl"}}}, r"`evaluation.rewards\[0\]`: `right` needs"),
         ({"sft": "runs/none"}, "runs/none is not there"),
         ({"judge": {"use": "server"}}, "needs `url`"),
         ({"rounds": 3}, "`rounds` is unknown"),

@@ -524,7 +524,7 @@ def test_evaluate_goes_on(base, data, runs, tmp_path, capsys):
             EvaluateSettings(
                 stage="evaluate", model={"base": str(base)}, output=str(output), launch="cpu",
                 policies={"base": None, "sft": str(runs / "sft")}, compare=[["sft", "base"]],
-                judge=[{"use": "learned", "from": str(runs / "reward")}], sampling={"max_new_tokens": 6},
+                rewards=[{"use": "learned", "from": str(runs / "reward")}], sampling={"max_new_tokens": 6},
                 prompts={"train": str(data / "prompts.jsonl")},
                 reward={"from": str(runs / "reward"), "data": {"train": str(data / "pairs.jsonl")}},
             )

@@ -45,7 +45,7 @@ def judging(base, data, output, policies):
     score = output.parent / "length.py"
     score.write_text(LENGTH)
     values = tiny.recipe("evaluate", base, data, output) | PROMPTS
-    own = {"judge": [{"use": f"{score}:length"}], "prompts": {"train": str(data / "prompts.jsonl")}, "max_prompts": 4}
+    own = {"rewards": [{"use": f"{score}:length"}], "prompts": {"train": str(data / "prompts.jsonl")}, "max_prompts": 4}
     return values | own | {"policies": policies, "compare": [list(reversed(policies))]}
 
 

@@ -159,7 +159,7 @@ def test_there_is_no_kl_between_models_of_different_tokens(base, data, here):
     tokenizer = AutoTokenizer.from_pretrained(base)
     tokenizer.add_tokens(["lamps"])
     tokenizer.save_pretrained(here / "other")
-    values = {"prompts": {"train": str(data / "prompts.jsonl")}, "judge": [REWARD]}
+    values = {"prompts": {"train": str(data / "prompts.jsonl")}, "rewards": [REWARD]}
     values["policies"] = {"base": None, "other": str(here / "other")}
     with pytest.raises(BadInput, match=r"policies.other.*other tokens than the reference base"):
         check({"evaluate": stage("evaluate", base, data, **values)}, here)
@@ -273,7 +273,7 @@ def test_a_whole_policy_of_more_tokens_than_the_recipes_base_trains(base, data, 
 def test_a_whole_model_is_as_long_as_its_texts_may_be(base, data, here, role):
     tiny.make_base(here / "short", kind="gpt2")  # 64 positions
     if role == "policies":
-        values = {"prompts": {"train": str(data / "prompts.jsonl")}, "judge": [REWARD], "policies": {"a": "short"}}
+        values = {"prompts": {"train": str(data / "prompts.jsonl")}, "rewards": [REWARD], "policies": {"a": "short"}}
         recipe = stage("evaluate", base, data, **values)
     else:
         values = {"policy": {}, "critic": {}, "rewards": [REWARD]} | {role: {"from": "short"}}
@@ -286,7 +286,11 @@ def test_a_whole_model_is_as_long_as_its_texts_may_be(base, data, here, role):
 
 
 def evaluation(base, data, here, **judge):
-    values = {"prompts": {"train": str(data / "prompts.jsonl")}, "judge": [REWARD], "policies": {"a": None, "b": None}}
+    values = {
+        "prompts": {"train": str(data / "prompts.jsonl")},
+        "rewards": [REWARD],
+        "policies": {"a": None, "b": None},
+    }
     values |= {"compare": [["a", "b"]], "pairwise_judge": judge}
     return tiny.recipe("evaluate", base, data, here / "evaluate", **values)
 

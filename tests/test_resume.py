@@ -137,7 +137,7 @@ def test_what_a_function_raises_on_one_process_ends_both_in_one_line(stage, rank
         values = {
             "stage": "evaluate", "model": {"base": str(base)}, "output": str(tmp_path / "evaluate"), "launch": "ddp",
             "policies": {"base": None, "sft": str(runs / "sft")}, "compare": [["sft", "base"]],
-            "judge": [{"use": f"{tmp_path}/own.py:one"}], "pairwise_judge": {"use": f"{tmp_path}/own.py:fails"},
+            "rewards": [{"use": f"{tmp_path}/own.py:one"}], "pairwise_judge": {"use": f"{tmp_path}/own.py:fails"},
             "prompts": {"train": str(data / "prompts.jsonl")}, "sampling": {"max_new_tokens": 4},
         }  # fmt: skip
         path.write_text(yaml.safe_dump(values))

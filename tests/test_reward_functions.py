@@ -334,7 +334,7 @@ def stage(kind, folder, **values):
         common |= {
             "policies": {"a": None, "b": None},
             "compare": [["a", "b"]],
-            "judge": [{"use": f"{folder}/own.py:any"}],
+            "rewards": [{"use": f"{folder}/own.py:any"}],
         }
     return cls(**common | values)
 
@@ -357,16 +357,17 @@ def own(tmp_path):
     return tmp_path
 
 
+OF_EVALUATE = " of evaluate"
 ROWS = [Prompt(PROMPT, {"answer": "1", "solutions": ["2"]}, "p:1"), Prompt(PROMPT, {"answer": None}, "p:2")]
 
 
 @pytest.mark.parametrize("name", ["right", "bare", "called", "method", "worlds"])
-@pytest.mark.parametrize("place", ["rewards[0]", "judge[0]", "beside.x", "pairwise_judge", "judge"])
+@pytest.mark.parametrize("place", ["rewards[0]", f"rewards[0]{OF_EVALUATE}", "beside.x", "pairwise_judge", "judge"])
 def test_an_argument_that_no_row_has_is_refused(name, place, own):
     use = {"use": f"{own}/own.py:{name}"}
     settings = {
         "rewards[0]": lambda: stage("ppo", own, rewards=[use]),
-        "judge[0]": lambda: stage("evaluate", own, judge=[use]),
+        f"rewards[0]{OF_EVALUATE}": lambda: stage("evaluate", own, rewards=[use]),
         "beside.x": lambda: stage("evaluate", own, beside={"x": use}),
         "pairwise_judge": lambda: stage("evaluate", own, pairwise_judge=use),
         "judge": lambda: stage("score", own, candidates="c", judge=use),
@@ -378,7 +379,9 @@ def test_an_argument_that_no_row_has_is_refused(name, place, own):
         check_columns(settings, ROWS)
     says = str(caught.value)
     assert (
-        says.startswith(f"`{place}`: `{name}` needs the argument `{argument}`; add `{argument}:` {where}")
+        says.startswith(
+            f"`{place.removesuffix(OF_EVALUATE)}`: `{name}` needs the argument `{argument}`; add `{argument}:` {where}"
+        )
         and hint in says
     )
 

@@ -128,7 +128,7 @@ def test_evaluate_compares_policies_on_unseen_prompts(base, data, runs, tmp_path
         "policies": {"base": None, "sft": str(runs / "sft"), "same": str(runs / "sft")},
         "compare": [["sft", "base"], ["same", "sft"]],
         "reference": "sft",
-        "judge": [{"use": f"{tmp_path}/judge.py:thanks"}],
+        "rewards": [{"use": f"{tmp_path}/judge.py:thanks"}],
         "pairwise_judge": {"use": f"{tmp_path}/judge.py:brief"},
         "reward": {"from": str(runs / "reward"), "data": {"train": str(data / "pairs.jsonl")}},
         "prompts": {"train": str(data / "prompts.jsonl"), "validation_split": 0.2},

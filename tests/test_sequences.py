@@ -101,7 +101,7 @@ def test_a_reward_run_is_evaluated_and_normalised_as_it_scores(base, data, rewar
     margins = torch.tensor(chosen) - torch.tensor(rejected)
     values = {
         "stage": "evaluate", "model": {"base": str(base)}, "output": str(tmp_path / "evaluate"), "policies": {"base": None},
-        "judge": [{"use": "learned", "from": str(reward)}], "sampling": {"max_new_tokens": 4},
+        "rewards": [{"use": "learned", "from": str(reward)}], "sampling": {"max_new_tokens": 4},
         "prompts": {"train": str(data / "prompts.jsonl")}, "max_prompts": 2, "launch": "cpu",
         "reward": {"from": str(reward), "data": {"train": str(data / "pairs.jsonl")}, "max_length": 200},
     }  # fmt: skip

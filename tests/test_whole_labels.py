@@ -68,7 +68,7 @@ def recipe(folder: Path) -> str:
         "gate": GATE,
         "ensemble": {"num_members": 2, "method": {"r": 2}, "max_length": 64, "train": TRAINING},
         "ppo": {"ppo": {"num_iterations": 1, "prompts_per_iteration": 2, "num_ppo_epochs": 1, "eval_steps": 0}},
-        "evaluation": {"prompts": {"train": str(folder / "unseen.jsonl")}, "judge": [{"use": f"{folder}/world.py:gold"}]},
+        "evaluation": {"prompts": {"train": str(folder / "unseen.jsonl")}, "rewards": [{"use": f"{folder}/world.py:gold"}]},
     }  # fmt: skip
     path = folder / "loop.yaml"
     path.write_text(yaml.safe_dump(values), encoding="utf-8")

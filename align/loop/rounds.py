@@ -12,7 +12,7 @@ from align.artifact import change, member_folders, state_of
 from align.errors import BadInput
 from align.identity import TEMPLATE_FILE, template_of
 from align.recipe import SHARED_KEYS
-from align.recipe_errors import first_error
+from align.recipe_errors import first_error, say_renamed
 from align.recipe_file import is_within, keys_of, read_recipe
 from align.settings import (
     STAGES,
@@ -26,7 +26,7 @@ from align.settings import (
     SftSettings,
     StageSettings,
 )
-from align.settings.loop import LoopSettings
+from align.settings.loop import Evaluation, LoopSettings
 
 OURS = {  # keys of a section's stage that the loop itself sets, beside those that every stage has
     "sft": (),
@@ -165,7 +165,7 @@ class Loop:
             "policies": policies,
             "compare": [(last, name) for name in earlier],
             "reference": SFT,
-            "judge": e.judge or ([held_out] if has_held_out else [self.proxy(round_)]),
+            "rewards": e.rewards or ([held_out] if has_held_out else [self.proxy(round_)]),
             "pairwise_judge": e.pairwise_judge,
             "beside": beside,
             "prompts": e.prompts,
@@ -204,6 +204,7 @@ def load_loop(name: str, overrides: Sequence[str] = (), changes: Sequence[str] =
     path, values, where = read_recipe(name, [*overrides, *changes])
     if "stage" in values or "stages" in values:
         raise BadInput(f"{path} is a recipe of stages, not of a loop; start it with: align run {path}")
+    say_renamed(Evaluation, values.get("evaluation"), "evaluation.", where)
     try:
         loop = Loop(path, LoopSettings.model_validate(values), tuple(changes))
     except ValidationError as error:

@@ -196,7 +196,7 @@ def _check_sections(loop: Loop) -> None:
 
 def _check_functions(loop: Loop) -> None:
     try:
-        check_rewards(loop.settings.evaluation.judge, "evaluation.judge")
+        check_rewards(loop.settings.evaluation.rewards, "evaluation.rewards")
         if isinstance(loop.settings.annotators, Simulated):
             check_rewards([Reward(use=loop.settings.annotators.use)], "annotators")
         for key, judge in (

@@ -43,7 +43,8 @@ class Facts:
     @property
     def judge(self) -> str:
         """Who gives the score of a policy."""
-        return "gold" if (self.recipe.get("evaluation") or {}).get("judge") else "held-out"
+        said = self.recipe.get("evaluation") or {}
+        return "gold" if said.get("rewards") or said.get("judge") else "held-out"  # as earlier versions called them
 
     def metric(self, round_: int, name: str) -> float:
         return self.metrics.get(round_, {}).get(name, math.nan)

@@ -83,7 +83,7 @@ def page_of(facts: Facts) -> Page:
         ("state", state),
         ("rounds begun", number(len(facts.rounds))),
         ("base", f"{plain(str(model.get('base')))} ({plain(str(model.get('load_in')))})"),
-        ("scores", "gold: the recipe's evaluation.judge" if facts.judge == "gold" else "the held-out reward model's"),
+        ("scores", "gold: the recipe's evaluation.rewards" if facts.judge == "gold" else "the held-out reward model's"),
     ]
     alarms = [
         f"Round {r}: {plain(str(alarm), 300)}"

@@ -1,9 +1,10 @@
 """Kinds of values that a recipe may hold, and the frozen section that they stand in."""
 
 import os
-from typing import Annotated, Any
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 
 def _no_switch(value: Any) -> Any:
@@ -60,3 +61,11 @@ class Settings(BaseModel):
     """A frozen section of a recipe; unknown keys are an error."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
+    renamed: ClassVar[Mapping[str, str]] = {}  # keys by the names of earlier versions, which go on working -> today's
+
+    @model_validator(mode="before")
+    @classmethod
+    def _by_todays_names(cls, values: Any) -> Any:
+        if not isinstance(values, dict) or not cls.renamed.keys() & values.keys():
+            return values
+        return {key if cls.renamed.get(key, key) in values else cls.renamed[key]: own for key, own in values.items()}

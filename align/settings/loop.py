@@ -1,6 +1,6 @@
 """What a recipe of `align loop` may say: the hybrid feedback loop, round by round."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
@@ -93,7 +93,8 @@ class Evaluation(Settings):
 
     prompts: Data
     max_prompts: Count = 256
-    judge: tuple[Reward, ...] = ()  # such as a gold score; none: the held-out reward model
+    renamed: ClassVar = {"judge": "rewards"}
+    rewards: tuple[Reward, ...] = ()  # such as a gold score; none: the held-out reward model
     pairwise_judge: JudgeSettings | None = None  # compares each round's answers with those of all before it
     people_prompts: Interval = 0  # on which people, too, compare each round's answer with SFT's and the best one's
 

@@ -267,11 +267,12 @@ class EvaluateSettings(SamplingSettings):
 
     kind = "evaluate"
     makes = "results"
+    renamed: ClassVar = {"judge": "rewards"}
     policies: Annotated[dict[str, Location | None], Field(min_length=1)]  # name -> run folder; null: the base
-    compare: tuple[tuple[str, str], ...] = ()  # (challenger, incumbent), by the scores of `judge`
+    compare: tuple[tuple[str, str], ...] = ()  # (challenger, incumbent), by the scores of `rewards`
     pairwise_judge: JudgeSettings | None = None  # says beside, of the same answers, which of the two is better
     reference: str | None = None  # the policy that KL is measured to
-    judge: Annotated[tuple[Reward, ...], Field(min_length=1)]
+    rewards: Annotated[tuple[Reward, ...], Field(min_length=1)]
     beside: dict[str, Reward] = Field(default_factory=dict)  # other scores, reported only
     reward: PairCheck | None = None
     max_prompts: Count = 256
@@ -307,8 +308,8 @@ class EvaluateSettings(SamplingSettings):
         return next(iter(self.policies.values()))
 
     def terms(self) -> dict[str, Reward]:
-        judge = {f"judge[{index}]": reward for index, reward in enumerate(self.judge)}
-        return judge | {f"beside.{name}": reward for name, reward in self.beside.items()}
+        rewards = {f"rewards[{index}]": reward for index, reward in enumerate(self.rewards)}
+        return rewards | {f"beside.{name}": reward for name, reward in self.beside.items()}
 
     def judges(self) -> dict[str, JudgeSettings]:
         return {} if self.pairwise_judge is None else {"pairwise_judge": self.pairwise_judge}

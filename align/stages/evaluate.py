@@ -80,7 +80,7 @@ def run(settings: EvaluateSettings, worker: Worker) -> None:
     rows = _fitting(loaded.validation or loaded.train, bases, settings)
     if not rows:
         raise BadInput(f"`prompts`: none has at most {settings.max_prompt_length} tokens (`max_prompt_length`)")
-    judge = build_rewards(settings.judge, bases)
+    judge = build_rewards(settings.rewards, bases)
     beside = {name: build_rewards([reward], bases) for name, reward in settings.beside.items()}
     pairwise = None
     if settings.pairwise_judge is not None and worker.is_main:
