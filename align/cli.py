@@ -80,8 +80,8 @@ def check(recipe: RecipeName, overrides: Overrides = None) -> None:
     from align.recipe import load_recipe
 
     loaded = load_recipe(recipe, overrides or [])
-    from align.door import check_recipe, remarks
     from align.pipeline import launches
+    from align.preflight import check_recipe, remarks
 
     states = check_recipe(loaded)
     plans = launches(loaded, states)

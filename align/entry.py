@@ -13,11 +13,11 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from align.artifact import state_of, tidy
-from align.door import check_stage
 from align.endings import FAILED, Ending, ending_of, open_streams, tell
 from align.errors import BadInput
 from align.libraries import quiet_libraries, seed_everything
 from align.locks import at_work_in, beside, clear_locks
+from align.preflight import check_stage
 from align.processes import PARENT_PID, die_with_parent, read_status, write_status
 from align.recipe import Recipe, load_recipe
 from align.settings import StageSettings

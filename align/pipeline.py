@@ -6,11 +6,11 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from align.artifact import change, tidy
-from align.door import check_recipe, remarks
 from align.endings import last
 from align.errors import BadInput
 from align.launch import LaunchPlan, plan, run_stage
 from align.locks import RUN_LOCK, at_work_in, check_free, clear_locks
+from align.preflight import check_recipe, remarks
 from align.recipe import Recipe
 from align.wording import safe
 

@@ -302,7 +302,7 @@ def labelled(folder: str) -> None:
 def checked(values: dict[str, Any], work: Path) -> Any:
     import yaml
 
-    from align.door import check_recipe, remarks
+    from align.preflight import check_recipe, remarks
     from align.recipe import load_recipe
     from align.report.checking import show
 

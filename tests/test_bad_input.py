@@ -20,10 +20,10 @@ import pytest
 import yaml
 
 from align.artifact import begin
-from align.door import check_recipe
 from align.errors import BadInput
 from align.identity import fingerprint
 from align.launch import plan
+from align.preflight import check_recipe
 from align.recipe import load_recipe
 
 ROOT = Path(__file__).resolve().parent.parent

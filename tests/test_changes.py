@@ -11,10 +11,10 @@ import yaml
 
 from align import pipeline
 from align.artifact import change, read_manifest, state_of
-from align.door import check_recipe
 from align.errors import BadInput
 from align.loop.rounds import load_loop
 from align.loop.run import run_loop
+from align.preflight import check_recipe
 from align.processes import Status
 from align.recipe import load_recipe
 from align.report import stage_page

@@ -8,10 +8,10 @@ import torch
 import yaml
 
 from align.artifact import read_lines, read_manifest
-from align.door import check_recipe
 from align.errors import BadInput
 from align.files import write_lines
 from align.models.roles import Bases
+from align.preflight import check_recipe
 from align.recipe import load_recipe
 from align.rewards import build_rewards
 from align.rewards.learned import ensemble_members

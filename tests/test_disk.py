@@ -16,10 +16,10 @@ import pytest
 import yaml
 
 from align.artifact import MANIFEST, begin, check_parent, read_manifest, state_of, tidy
-from align.door import check_recipe
 from align.errors import BadInput, RunFailed
 from align.files import clear_temporaries, folder_in_one_go, is_temporary, temporary_beside, write_text
 from align.identity import fingerprint
+from align.preflight import check_recipe
 from align.recipe import Recipe, load_recipe
 from align.surroundings import check_writable
 from align.track import Tracker, read_metrics

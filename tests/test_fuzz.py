@@ -23,9 +23,9 @@ import yaml
 
 from align.data import load
 from align.data.formats import Prompt
-from align.door import check_recipe
 from align.errors import BadInput, RunFailed
 from align.loop.rounds import load_loop
+from align.preflight import check_recipe
 from align.recipe import load_recipe
 from align.rewards import Answers, build_rewards
 from align.settings import Data, Reward

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from align.door import check_recipe
 from align.errors import BadInput, RunFailed
 from align.loop.rounds import load_loop
+from align.preflight import check_recipe
 from align.recipe import load_recipe
 from align.settings import STAGES
 from align.stages import runner
@@ -31,7 +31,7 @@ FLOORS = [  # a module may import from lower floors and from its own package
     {"rewards", "rollout"},
     {"report"},
     {"parents"},
-    {"worker", "door", "launch"},
+    {"worker", "preflight", "launch"},
     {"stages"},
     {"pipeline", "entry", "compare", "loop"},
     {"cli", "public"},
@@ -141,7 +141,7 @@ def test_every_recipe_that_travels_is_valid_and_opens_with_its_command():
 
 def test_light_modules_stay_light():
     code = (
-        "import sys, align, align.cli, align.recipe, align.door, align.pipeline, align.launch, align.loop.rounds\n"
+        "import sys, align, align.cli, align.recipe, align.preflight, align.pipeline, align.launch, align.loop.rounds\n"
         "heavy = {'torch', 'transformers', 'peft', 'trl', 'datasets', 'accelerate', 'matplotlib', 'wandb'}\n"
         "assert not heavy & set(sys.modules), heavy & set(sys.modules)\n"
     )

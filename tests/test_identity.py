@@ -16,11 +16,11 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from align import identity
 from align.artifact import begin, read_manifest, state_of, write_manifest
-from align.door import check_recipe
 from align.errors import BadInput
 from align.identity import base_of, check_contents, contents, fingerprint, same
 from align.models.merging import merge
 from align.models.roles import Bases
+from align.preflight import check_recipe
 from align.recipe import Recipe, load_recipe
 from align.report.stage_page import page_of
 from align.settings import Model

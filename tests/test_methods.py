@@ -15,7 +15,6 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from align.artifact import read_manifest
-from align.door import check_recipe
 from align.errors import BadInput
 from align.models.layout import Tree
 from align.models.merging import merge
@@ -23,6 +22,7 @@ from align.models.methods import has_weights
 from align.models.roles import Bases
 from align.models.saving import save_role
 from align.models.scoring import score_sequences
+from align.preflight import check_recipe
 from align.recipe import load_recipe
 from align.settings import METHODS, PEFT_METHODS, PEFT_METHODS_IN_4_BITS, Method, Model, Sampling
 from align.settings import STAGES as SETTINGS

@@ -16,8 +16,8 @@ import align
 from align import compare as comparing
 from align.artifact import MANIFEST, about, check_parent, read_manifest, write_manifest
 from align.cli import app
-from align.door import check_recipe
 from align.errors import BadInput
+from align.preflight import check_recipe
 from align.recipe import load_recipe
 from align.report import comparison, loop_page
 from align.settings import STAGES
@@ -156,6 +156,16 @@ def test_without_curves_of_its_own_every_figure_has_one(dpo, tmp_path):
     page = (tmp_path / "report.html").read_text()
     assert "loss, held out from" in page and "accuracy, held out from" in page and "grad norm" in page
     assert page.count("<svg") == 5  # loss, accuracy, grad_norm, learning_rate, weight_norm
+
+
+def test_curves_of_a_strangers_manifest_are_harmless(dpo, tmp_path):
+    (tmp_path / "metrics.jsonl").write_bytes((dpo / "metrics.jsonl").read_bytes())
+    manifest, hostile = read_manifest(dpo), "$\\frac{$ <script>alert(1)</script>"
+    curves = [{"title": hostile, "x": hostile, "figures": figures} for figures in (["loss", "accuracy"], [])]
+    write_manifest(tmp_path, manifest | {"about": manifest["about"] | {"curves": curves * 20}, "files": {}})
+    loop_page.report(tmp_path)
+    page = (tmp_path / "report.html").read_text()
+    assert "<script" not in page and 0 < page.count("<svg") <= 12
 
 
 def test_killed_it_goes_on(base, data, dpo, tmp_path):

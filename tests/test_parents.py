@@ -11,10 +11,10 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from align.artifact import begin, read_manifest, state_of
-from align.door import check_recipe
 from align.errors import BadInput
 from align.identity import fingerprint, same, tokenizer_fingerprint
 from align.models.merging import merge
+from align.preflight import check_recipe
 from align.recipe import load_recipe
 from align.stages.ppo_roles import load_roles
 from align.worker import Worker

@@ -7,9 +7,9 @@ import pytest
 import torch
 import yaml
 
-from align.door import check_recipe
 from align.errors import BadInput, RunFailed
 from align.models.roles import Bases
+from align.preflight import check_recipe
 from align.recipe import load_recipe
 from align.rollout.choose import SAMPLERS, sampler_of
 from align.rollout.sampler import Seeds

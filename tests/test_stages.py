@@ -18,12 +18,12 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from align.artifact import checkpoints, read_manifest, state_of
 from align.data import load
 from align.data.collate import pad_left, pad_right
-from align.door import check_recipe
 from align.errors import BadInput, RunFailed
 from align.models.layout import parts_of
 from align.models.roles import Bases
 from align.models.scoring import score_sequences
 from align.models.tokenizer import load_tokenizer
+from align.preflight import check_recipe
 from align.recipe import load_recipe
 from align.report.checking import show
 from align.settings import STAGES, Model, SftSettings

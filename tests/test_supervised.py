@@ -15,11 +15,11 @@ from trl import SFTConfig, SFTTrainer
 
 from align.artifact import read_manifest
 from align.data import encode_demonstration, load
-from align.door import check_recipe
 from align.errors import BadInput, RunFailed
 from align.models.layout import Tree
 from align.models.roles import Bases
 from align.models.tokenizer import load_tokenizer
+from align.preflight import check_recipe
 from align.recipe import load_recipe
 from align.settings import Lora, Model, RewardSettings
 from align.stages import sft

@@ -12,7 +12,6 @@ from pydantic import ValidationError
 
 from align.artifact import CHANGEABLE, MANIFEST, differences, is_harmless, state_of, which_run
 from align.data import Prompt
-from align.door import check_model, check_recipe
 from align.endings import last
 from align.errors import BadInput
 from align.feedback.copies import BACKUPS
@@ -30,6 +29,7 @@ from align.loop.patience import outlast
 from align.loop.rounds import OURS, Loop
 from align.loop.steps import STEPS, Prompts, bring_back_files, prompts_of, why_to_stop
 from align.parents import check_start
+from align.preflight import check_model, check_recipe
 from align.recipe import Recipe
 from align.recipe_errors import first_error
 from align.report.loop_page import report

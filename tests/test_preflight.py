@@ -11,11 +11,11 @@ import pytest
 import yaml
 
 import align.surroundings as surroundings
-from align import door
-from align.door import check_recipe, remarks
+from align import preflight
 from align.errors import BadInput
 from align.launch import INHERITED, _environment, plan
 from align.models.facts import Facts, check_classifier
+from align.preflight import check_recipe, remarks
 from align.recipe import load_recipe
 from align.settings import Track
 from align.settings.fields import at_home
@@ -517,7 +517,7 @@ def test_offline_it_says_that_it_cannot_look_and_the_cache_is_looked_at(
     assert ["HF_HUB_OFFLINE" in line for line in remarks(recipe)] == [True]
     for name, content in GPT2.items():
         (place / "model" / name).write_bytes(content if isinstance(content, bytes) else content.encode())
-    monkeypatch.setattr(door, "cached_folder", lambda name, revision: place / "model")
+    monkeypatch.setattr(preflight, "cached_folder", lambda name, revision: place / "model")
     with pytest.raises(BadInput, match="32 positions that org/far has"):
         check_recipe(recipe)
 
