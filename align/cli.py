@@ -144,7 +144,7 @@ def merge(
     out: Annotated[str, typer.Argument(metavar="OUT", callback=_at_home, help="A new folder.")],
 ) -> None:
     """Merge a run's adapter into its base: a plain transformers folder."""
-    from align.artifact import read_manifest
+    from align.manifest import read_manifest
 
     read_manifest(run)  # fails in milliseconds
     from align.libraries import quiet_libraries
@@ -277,7 +277,7 @@ def bring_back(
 @app.command()
 def status(run: Annotated[str, typer.Argument(metavar="RUN", callback=_at_home, help="A run's folder.")]) -> None:
     """Print a run's manifest."""
-    from align.artifact import read_manifest
+    from align.manifest import read_manifest
 
     typer.echo(json.dumps(read_manifest(run), indent=2))
 

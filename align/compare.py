@@ -23,18 +23,19 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from align.artifact import read_manifest, recipe_of, state_of
 from align.data import load
 from align.endings import last
 from align.errors import BadInput
 from align.files import write_json
 from align.launch import LaunchPlan, plan, start
 from align.locks import at_work_in
+from align.manifest import read_manifest, recipe_of
 from align.plugins import is_reference
 from align.preflight import check_recipe
 from align.recipe import Recipe, load_recipe
 from align.recipe_errors import first_error
 from align.report.comparison import Comparison, Result, show, write
+from align.resumption import state_of
 from align.settings import METHODS, EvaluateSettings, Quality, StageSettings, Tuning
 from align.track import read_metrics
 

@@ -12,7 +12,7 @@ import time
 from contextlib import ExitStack
 from pathlib import Path
 
-from align.artifact import state_of, tidy
+from align.artifact import tidy
 from align.endings import FAILED, Ending, ending_of, open_streams, tell
 from align.errors import BadInput
 from align.libraries import quiet_libraries, seed_everything
@@ -20,6 +20,7 @@ from align.locks import at_work_in, beside, clear_locks
 from align.preflight import check_stage
 from align.processes import PARENT_PID, die_with_parent, read_status, write_status
 from align.recipe import Recipe, load_recipe
+from align.resumption import state_of
 from align.settings import StageSettings
 from align.stages import runner
 from align.worker import Stopped, Worker

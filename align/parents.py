@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from align.artifact import MANIFEST, check_parent, kinds_that_make, read_manifest
 from align.data import looks_like_hub_id
 from align.errors import BadInput
 from align.hub import is_folder_name
@@ -21,6 +20,7 @@ from align.identity import (
     same,
     template_of,
 )
+from align.manifest import MANIFEST, check_parent, kinds_that_make, read_manifest
 from align.models.facts import check_classifier, check_generates, check_tokenizer, read_adapter, read_facts, read_shapes
 from align.records import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from align.settings import (

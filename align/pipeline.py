@@ -5,13 +5,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from align.artifact import change, tidy
+from align.artifact import tidy
 from align.endings import last
 from align.errors import BadInput
 from align.launch import LaunchPlan, plan, run_stage
 from align.locks import RUN_LOCK, at_work_in, check_free, clear_locks
 from align.preflight import check_recipe, remarks
 from align.recipe import Recipe
+from align.resumption import change
 from align.wording import safe
 
 

@@ -5,7 +5,6 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from align.artifact import named_none, state_of
 from align.data import Loaded, load, looks_like_hub_id
 from align.errors import BadInput
 from align.files import reading
@@ -20,6 +19,7 @@ from align.models.facts import (
 from align.parents import SPEAKERS, check_parents, check_prefix, is_on_hub, method_key, resolved
 from align.plugins import is_reference, users_code
 from align.recipe import Recipe
+from align.resumption import named_none, state_of
 from align.rewards import check_columns, check_reward
 from align.rewards.judge import check_judge
 from align.settings import (

@@ -5,12 +5,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from align.artifact import check_parent, read_manifest
 from align.endings import Ending, last
 from align.errors import BadInput, RunFailed
 from align.hub import ask_again
 from align.identity import base_of, has_adapter
 from align.libraries import quiet_libraries
+from align.manifest import check_parent, read_manifest
 from align.pipeline import run_recipe
 from align.recipe import load_recipe as read
 from align.worker import INTERRUPTED, TERMINATED

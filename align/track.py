@@ -10,9 +10,10 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from align.artifact import LOGS, MANIFEST, checkpoint_path, note, read_manifest, recipe_of
+from align.artifact import checkpoint_path
 from align.files import write_json, write_text, writing
 from align.identity import digest_of
+from align.manifest import LOGS, MANIFEST, note, read_manifest, recipe_of
 from align.plain_json import dumps
 from align.settings import StageSettings
 from align.surroundings import wandb_mode

@@ -60,7 +60,7 @@ def both(*changes: Callable[[Path], None]) -> Callable[[Path], None]:
 
 def manifest(**values: Any) -> Callable[[Path], None]:
     """Another manifest, with no fingerprint left that would give it away."""
-    from align.artifact import read_manifest, write_manifest
+    from align.manifest import read_manifest, write_manifest
 
     def change(folder: Path) -> None:
         write_manifest(folder, read_manifest(folder) | {"contents": None, "files": {}} | values)
@@ -278,7 +278,7 @@ def of_loop(folder: str, work: Path) -> dict[str, Callable[[], Any]]:
 
 
 def common(folder: str) -> dict[str, Callable[[], Any]]:
-    from align.artifact import read_manifest
+    from align.manifest import read_manifest
     from align.models.merging import merge
     from align.report.loop_page import report as write_report
 

@@ -10,14 +10,15 @@ import pytest
 import yaml
 
 from align import pipeline
-from align.artifact import change, read_manifest, state_of
 from align.errors import BadInput
 from align.loop.rounds import load_loop
 from align.loop.run import run_loop
+from align.manifest import read_manifest
 from align.preflight import check_recipe
 from align.processes import Status
 from align.recipe import load_recipe
 from align.report import stage_page
+from align.resumption import change, state_of
 from align.settings import STAGES, EnsembleSettings
 from align.stages.course import Course
 from align.track import Tracker, read_metrics

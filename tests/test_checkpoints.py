@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from align.artifact import read_manifest
 from align.errors import RunFailed
+from align.manifest import read_manifest
 from align.settings import STAGES, EnsembleSettings, PpoSettings
 from align.stages import checkpoint
 from align.stages.checkpoint import newest_whole

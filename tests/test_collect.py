@@ -7,9 +7,9 @@ import pytest
 import torch
 import yaml
 
-from align.artifact import read_lines, read_manifest
 from align.errors import BadInput
 from align.files import write_lines
+from align.manifest import read_lines, read_manifest
 from align.models.roles import Bases
 from align.preflight import check_recipe
 from align.recipe import load_recipe

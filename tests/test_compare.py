@@ -7,9 +7,9 @@ import pytest
 import yaml
 
 from align import compare as module
-from align.artifact import read_manifest
 from align.compare import RATES, compare, order_of, scaled_rates
 from align.errors import BadInput
+from align.manifest import read_manifest
 from align.report.comparison import read
 from align.settings import METHODS, STAGES
 from tests import tiny

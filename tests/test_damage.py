@@ -18,12 +18,12 @@ from pathlib import Path
 
 import pytest
 
-from align.artifact import read_manifest
 from align.entry import run_stage
 from align.errors import BadInput, RunFailed
 from align.feedback.exchange import export_run
 from align.loop.rounds import load_loop
 from align.loop.run import run_loop
+from align.manifest import read_manifest
 from align.models.merging import merge
 from align.preflight import check_recipe
 from align.recipe import Recipe

@@ -15,12 +15,14 @@ from pathlib import Path
 import pytest
 import yaml
 
-from align.artifact import MANIFEST, begin, check_parent, read_manifest, state_of, tidy
+from align.artifact import begin, tidy
 from align.errors import BadInput, RunFailed
 from align.files import clear_temporaries, folder_in_one_go, is_temporary, temporary_beside, write_text
 from align.identity import fingerprint
+from align.manifest import MANIFEST, check_parent, read_manifest
 from align.preflight import check_recipe
 from align.recipe import Recipe, load_recipe
+from align.resumption import state_of
 from align.surroundings import check_writable
 from align.track import Tracker, read_metrics
 from tests import tiny

@@ -8,11 +8,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from align.artifact import read_manifest
 from align.data import Row, encode_demonstration, load, parse
 from align.data.formats import Preference
 from align.data.mixtures import prompt_key
 from align.files import write_json
+from align.manifest import read_manifest
 from align.models.roles import Bases
 from align.models.tokenizer import load_tokenizer
 from align.report import stage_page

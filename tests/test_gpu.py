@@ -7,7 +7,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from align.artifact import read_manifest
+from align.manifest import read_manifest
 from align.models import backoff
 from align.models.roles import Bases
 from align.rollout.reading import read_all

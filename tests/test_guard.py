@@ -8,8 +8,9 @@ import struct
 
 import pytest
 
-from align.artifact import checkpoints, read_manifest
+from align.artifact import checkpoints
 from align.errors import Diverged, RunFailed
+from align.manifest import read_manifest
 from align.report import stage_page
 from align.rollout.slots import SlotSampler
 from align.settings import STAGES, Guard, PpoGuard

@@ -15,14 +15,16 @@ from peft import AutoPeftModelForCausalLM, LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from align import identity
-from align.artifact import begin, read_manifest, state_of, write_manifest
+from align.artifact import begin
 from align.errors import BadInput
 from align.identity import base_of, check_contents, contents, fingerprint, same
+from align.manifest import read_manifest, write_manifest
 from align.models.merging import merge
 from align.models.roles import Bases
 from align.preflight import check_recipe
 from align.recipe import Recipe, load_recipe
 from align.report.stage_page import page_of
+from align.resumption import state_of
 from align.settings import Model
 from align.stages.ppo_roles import load_roles
 from align.track import read_metrics

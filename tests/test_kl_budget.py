@@ -6,7 +6,7 @@ import statistics
 import pytest
 import torch
 
-from align.artifact import read_manifest
+from align.manifest import read_manifest
 from align.maths.kl import mean_and_error, moments
 from align.report import stage_page
 from align.settings import PpoSettings

@@ -12,11 +12,12 @@ import pytest
 import yaml
 
 from align import compare, entry, locks, pipeline
-from align.artifact import read_manifest, state_of
 from align.errors import BadInput
 from align.locks import LOCK, RUN_LOCK, at_work_in, check_free, clear_locks
+from align.manifest import read_manifest
 from align.processes import Status
 from align.recipe import load_recipe
+from align.resumption import state_of
 from align.stages import runner
 from tests import tiny
 

@@ -13,7 +13,6 @@ import yaml
 from sqlalchemy import func, select
 
 from align import locks
-from align.artifact import MANIFEST, read_lines, read_manifest, recipe_of, which_run, write_manifest
 from align.errors import BadInput
 from align.feedback import schema
 from align.feedback.alarms import policy_to_keep
@@ -29,6 +28,7 @@ from align.loop.rounds import Loop, load_loop
 from align.loop.run import run_loop
 from align.loop.steps import STEPS, _contradicted
 from align.loop.training_pairs import is_held_out
+from align.manifest import MANIFEST, read_lines, read_manifest, recipe_of, which_run, write_manifest
 from align.settings.loop import LoopSettings
 from align.stages import checkpoint
 from tests import tiny

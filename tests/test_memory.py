@@ -19,10 +19,10 @@ import pytest
 import torch
 
 from align import entry
-from align.artifact import read_lines, read_manifest
 from align.data import Prompt
 from align.errors import RunFailed
 from align.files import write_lines
+from align.manifest import read_lines, read_manifest
 from align.maths import products
 from align.models import backoff, flat_trial, methods
 from align.models.backoff import Phase, halving, in_passes, is_out_of_memory, or_else

@@ -14,8 +14,8 @@ from pydantic import TypeAdapter
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from align.artifact import read_manifest
 from align.errors import BadInput
+from align.manifest import read_manifest
 from align.models.layout import Tree
 from align.models.merging import merge
 from align.models.methods import has_weights

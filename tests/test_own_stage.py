@@ -14,9 +14,9 @@ from typer.testing import CliRunner
 
 import align
 from align import compare as comparing
-from align.artifact import MANIFEST, about, check_parent, read_manifest, write_manifest
 from align.cli import app
 from align.errors import BadInput
+from align.manifest import MANIFEST, about, check_parent, read_manifest, write_manifest
 from align.preflight import check_recipe
 from align.recipe import load_recipe
 from align.report import comparison, loop_page

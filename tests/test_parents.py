@@ -10,12 +10,14 @@ from peft import IA3Config, LoraConfig, get_peft_model
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from align.artifact import begin, read_manifest, state_of
+from align.artifact import begin
 from align.errors import BadInput
 from align.identity import fingerprint, same, tokenizer_fingerprint
+from align.manifest import read_manifest
 from align.models.merging import merge
 from align.preflight import check_recipe
 from align.recipe import load_recipe
+from align.resumption import state_of
 from align.stages.ppo_roles import load_roles
 from align.worker import Worker
 from tests import tiny

@@ -7,8 +7,9 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from align.artifact import checkpoints, read_manifest
+from align.artifact import checkpoints
 from align.errors import RunFailed
+from align.manifest import read_manifest
 from align.models.roles import Bases
 from align.settings import Model, Policy, Ppo
 from align.stages import ppo as stage

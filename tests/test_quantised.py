@@ -4,8 +4,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
-from align.artifact import read_manifest
 from align.errors import BadInput
+from align.manifest import read_manifest
 from align.models.base import bytes_per_parameter, load_base
 from align.models.merging import merge
 from align.models.roles import Bases

@@ -5,10 +5,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from align.artifact import read_manifest, state_of, write_manifest
 from align.errors import BadInput
 from align.loop.rounds import load_loop
+from align.manifest import read_manifest, write_manifest
 from align.recipe import load_recipe
+from align.resumption import state_of
 from tests import tiny
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from align.artifact import read_manifest, state_of
+from align.manifest import read_manifest
 from align.recipe import load_recipe
+from align.resumption import state_of
 from align.track import read_metrics
 from tests import tiny
 

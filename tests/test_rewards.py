@@ -8,9 +8,9 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
-from align.artifact import read_manifest
 from align.data.formats import Prompt
 from align.errors import RunFailed
+from align.manifest import read_manifest
 from align.models.roles import Bases
 from align.rewards import Answers, build_rewards
 from align.rewards.judge import combined

@@ -9,9 +9,9 @@ import torch
 from peft import PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from align.artifact import read_manifest
 from align.data import Prompt, encode_completion, encode_prompt, end_token_ids
 from align.errors import BadInput
+from align.manifest import read_manifest
 from align.models.roles import Bases
 from align.rewards import Answers, build_rewards
 from align.settings import EvaluateSettings, Model, Reward

@@ -15,10 +15,11 @@ import yaml
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from align.artifact import checkpoints, read_manifest, state_of
+from align.artifact import checkpoints
 from align.data import load
 from align.data.collate import pad_left, pad_right
 from align.errors import BadInput, RunFailed
+from align.manifest import read_manifest
 from align.models.layout import parts_of
 from align.models.roles import Bases
 from align.models.scoring import score_sequences
@@ -26,6 +27,7 @@ from align.models.tokenizer import load_tokenizer
 from align.preflight import check_recipe
 from align.recipe import load_recipe
 from align.report.checking import show
+from align.resumption import state_of
 from align.settings import STAGES, Model, SftSettings
 from align.stages import checkpoint
 from align.stages.reward import _reference_sequences, encode_pairs

@@ -19,7 +19,6 @@ import pytest
 from sqlalchemy import create_engine, inspect
 
 from align import hub, launch
-from align.artifact import read_manifest, write_manifest
 from align.data import Prompt, rendering
 from align.data.templates import render
 from align.errors import BadInput
@@ -27,6 +26,7 @@ from align.feedback.database import store_of, store_url
 from align.feedback.exchange import export_run, import_run
 from align.feedback.store import Store
 from align.identity import fingerprint
+from align.manifest import read_manifest, write_manifest
 from align.models.facts import read_facts
 from align.records import read_adapter_config
 from align.report.loop_page import report

@@ -13,9 +13,9 @@ from torch import nn
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
-from align.artifact import read_manifest
 from align.data import encode_demonstration, load
 from align.errors import BadInput, RunFailed
+from align.manifest import read_manifest
 from align.models.layout import Tree
 from align.models.roles import Bases
 from align.models.tokenizer import load_tokenizer

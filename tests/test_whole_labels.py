@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import yaml
 
-from align.artifact import read_lines
 from align.feedback.rows import NewLabel
 from align.feedback.store import Store
 from align.loop.rounds import load_loop
 from align.loop.run import run_loop
+from align.manifest import read_lines
 from tests import slowly, tiny
 
 WORLD = '''

@@ -5,9 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from align.artifact import read_manifest, state_of, tidy
+from align.artifact import tidy
 from align.feedback.store import Store
 from align.loop.rounds import SFT, Loop
+from align.manifest import read_manifest
+from align.resumption import state_of
 from align.settings import StageSettings
 
 Start = Callable[[StageSettings, Path], tuple[int, str]]

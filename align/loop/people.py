@@ -5,7 +5,6 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from align.artifact import read_lines
 from align.feedback.annotators import Annotator
 from align.feedback.exchange import people_say
 from align.feedback.queue import Queue, shown_order
@@ -13,6 +12,7 @@ from align.feedback.rows import NewLabel, prompt_hash
 from align.feedback.schema import EVALUATION
 from align.loop.context import Context, Halt, Result
 from align.loop.training_pairs import gold_scores
+from align.manifest import read_lines
 from align.maths.calibration import comparison
 from align.settings.loop import Simulated
 

@@ -8,12 +8,13 @@ from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
-from align.artifact import change, member_folders, state_of
+from align.artifact import member_folders
 from align.errors import BadInput
 from align.identity import TEMPLATE_FILE, template_of
 from align.recipe import SHARED_KEYS
 from align.recipe_errors import first_error, say_renamed
 from align.recipe_file import is_within, keys_of, read_recipe
+from align.resumption import change, state_of
 from align.settings import (
     STAGES,
     CollectSettings,

@@ -10,7 +10,6 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from align.artifact import CHANGEABLE, MANIFEST, differences, is_harmless, state_of, which_run
 from align.data import Prompt
 from align.endings import last
 from align.errors import BadInput
@@ -28,11 +27,13 @@ from align.loop.keeping import keep, open_loop, put_away_damaged, tell_store, to
 from align.loop.patience import outlast
 from align.loop.rounds import OURS, Loop
 from align.loop.steps import STEPS, Prompts, bring_back_files, prompts_of, why_to_stop
+from align.manifest import MANIFEST, which_run
 from align.parents import check_start
 from align.preflight import check_model, check_recipe
 from align.recipe import Recipe
 from align.recipe_errors import first_error
 from align.report.loop_page import report
+from align.resumption import CHANGEABLE, differences, is_harmless, state_of
 from align.rewards import check_columns, check_rewards
 from align.rewards.columns import missing_columns
 from align.rewards.judge import check_judge

@@ -6,7 +6,6 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from align.artifact import read_lines
 from align.data import load
 from align.errors import BadInput
 from align.feedback.alarms import Policy, alarms, leader, policy_to_keep, reason_to_stop
@@ -20,6 +19,7 @@ from align.loop.context import Context, Result
 from align.loop.people import ask, duels, won
 from align.loop.rounds import SFT, Loop
 from align.loop.training_pairs import is_held_out, merge_labels, write_labels
+from align.manifest import read_lines
 from align.wording import one_line
 
 FILES = "files"  # in the result of a step: the digests of those that it wrote into the folder of the round

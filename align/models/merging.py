@@ -12,11 +12,11 @@ from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from pydantic import ValidationError
 
-from align.artifact import MANIFEST, about, check_whole, read_manifest
 from align.errors import BadInput
 from align.files import folder_in_one_go
 from align.identity import base_of
 from align.locks import LOCK, at_work_in
+from align.manifest import MANIFEST, about, check_whole, read_manifest
 from align.models.backoff import in_words, is_out_of_memory
 from align.models.linear import reading_layer
 from align.models.loading import load_adapter_config, load_any_tokenizer, load_causal

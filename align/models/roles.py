@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from align.artifact import MANIFEST, check_large, read_manifest
 from align.errors import BadInput
 from align.identity import base_of, fingerprint, has_adapter
+from align.manifest import MANIFEST, check_large, read_manifest
 from align.maths.logprobs import chunked_choices, chunked_logprobs, frozen_choices
 from align.models.attention import Prefix, flat_states, is_flat, prefix_length, tree_attention
 from align.models.base import Base, load_base, trunk_of

@@ -8,13 +8,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from align.artifact import MANIFEST, read_manifest
 from align.feedback.database import BESIDE, read_loop
 from align.feedback.exchange import people_say
 from align.feedback.kept import open_store
 from align.feedback.queue import Progress, Queue
 from align.feedback.rows import Pair
 from align.feedback.schema import Label
+from align.manifest import MANIFEST, read_manifest
 from align.track import read_rows
 
 STEPS = ("collect", "score", "route", "label", "merge", "reward", "heldout", "ppo", "evaluate", "vote", "decide")

@@ -6,10 +6,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from align.artifact import MANIFEST, damaged_rows
 from align.errors import BadInput
 from align.feedback.database import LOOP
 from align.feedback.schema import EVALUATION
+from align.manifest import MANIFEST, damaged_rows
 from align.report import loop_labels, stage_page
 from align.report.curves import ACCENT, INK, PALE
 from align.report.loop_facts import STEPS, Facts, Found, read

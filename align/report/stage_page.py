@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from align.artifact import about, read_manifest
+from align.manifest import about, read_manifest
 from align.records import About
 from align.report.page import (
     Page,

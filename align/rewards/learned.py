@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from align.artifact import MANIFEST, read_manifest
 from align.data import closed, encode_completion, end_token_ids, ending_of
 from align.data.templates import NO_ENDING
 from align.errors import BadInput, RunFailed
+from align.manifest import MANIFEST, read_manifest
 from align.maths.ensembles import conservative
 from align.models.backoff import Phase
 from align.models.layout import Ids

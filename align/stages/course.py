@@ -4,9 +4,11 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from align.artifact import checkpoints, note, settle_changes
+from align.artifact import checkpoints
 from align.errors import Diverged, RunFailed
+from align.manifest import note
 from align.models.roles import Role
+from align.resumption import settle_changes
 from align.settings import Guard
 from align.stages import checkpoint, guard
 from align.stages.learner import SMALLER_RATE, Learner, weight_norm

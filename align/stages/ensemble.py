@@ -6,9 +6,11 @@ paid for. Each member is a reward run of its own, in `<output>/member-<k>`; one 
 
 from pathlib import Path
 
-from align.artifact import finish, read_manifest, state_of, tidy
+from align.artifact import finish, tidy
 from align.identity import fingerprint
 from align.libraries import seed_everything
+from align.manifest import read_manifest
+from align.resumption import state_of
 from align.settings import EnsembleSettings
 from align.stages import reward
 from align.stages.running import running

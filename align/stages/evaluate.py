@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from align.artifact import finish, read_manifest
+from align.artifact import finish
 from align.data import Prompt, decode_completion, encode_prompt, end_token_ids, load
 from align.errors import BadInput
 from align.files import write_json, write_text
+from align.manifest import read_manifest
 from align.maths.calibration import comparison, win_rate
 from align.maths.kl import kl_estimate
 from align.models.backoff import Phase

@@ -8,10 +8,10 @@ from typing import Any
 from torch import nn
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from align.artifact import MANIFEST, read_manifest
 from align.data import encode_prompt, end_token_ids
 from align.data.formats import Prompt
 from align.identity import has_adapter
+from align.manifest import MANIFEST, read_manifest
 from align.models.backoff import Phase
 from align.models.base import Base, stop_ids, switch_dropout_off
 from align.models.roles import Bases, Role, new_head

@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from align.artifact import finish, read_lines
+from align.artifact import finish
 from align.data import Prompt, encode_completion
 from align.files import write_lines
+from align.manifest import read_lines
 from align.models.backoff import Phase, in_passes
 from align.models.budget import reading_tokens
 from align.models.layout import Part, parts_of

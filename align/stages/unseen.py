@@ -8,11 +8,11 @@ from typing import Any, cast
 
 from pydantic import ValidationError
 
-from align.artifact import MANIFEST, about, read_manifest
 from align.data import Demonstration, Example, Kind, Prompt, load
 from align.data.mixtures import prompt_key
 from align.errors import BadInput
 from align.hub import may_run
+from align.manifest import MANIFEST, about, read_manifest
 from align.plugins import is_reference
 from align.settings import Data
 from align.wording import one_line
