@@ -128,7 +128,9 @@ def test_a_folder_in_one_go_is_the_one_that_was_written_beside_it(tmp_path):
         with folder_in_one_go(tmp_path / "folder") as path:
             (path / "file").write_text(text)
             before, beside = path.stat().st_ino, (tmp_path / "folder" / "file")
-            assert path != tmp_path / "folder" and (beside.read_text() == "one" if text == "two" else not beside.exists())
+            assert path != tmp_path / "folder" and (
+                beside.read_text() == "one" if text == "two" else not beside.exists()
+            )
         assert (tmp_path / "folder").stat().st_ino == before
         assert (tmp_path / "folder" / "file").read_text() == text and os.listdir(tmp_path) == ["folder"]
 
