@@ -1,39 +1,48 @@
 """Runs in processes of their own, one or two of them, with the libraries that take seconds loaded once for all tests.
 
-What `align run` does around a stage's processes (accelerate's launcher, signals, exit codes) is not in it: test_launch.py
-and some runs of test_resume.py have that.
+What `align run` does around a stage's processes (accelerate's launcher, signals, the code that it ends with) is not in
+it: test_launch.py and some runs of test_resume.py have that.
 """
 
 import json
 import multiprocessing
 import os
 import socket
-import sys
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from align import entry
 
 LIBRARIES = ["torch", "transformers", "peft", "trl", "accelerate", "datasets", "bitsandbytes"]
 SECONDS = 120.0  # that each may take
 
 
 def run_apart(
-    values: dict[str, Any], folder: Path, before: Callable[..., None] | None = None, *, processes: int = 2
+    values: dict[str, Any],
+    folder: Path,
+    before: Callable[..., None] | None = None,
+    *,
+    processes: int = 2,
+    code: int = 0,
 ) -> list[str]:
     """Runs the stage of a recipe's `values` on the CPU; what each of its processes has printed, by its rank.
 
-    `before`, a function of a module, is called in each of them first, which knows by RANK which it is.
+    `before`, a function of a module, is called in each of them first, which knows by RANK which it is. Each must end
+    with `code` (a signal's is negative); the line that `align run` would say of it is in `folder`/status.json.
 
     Raises:
-        AssertionError: one of them failed, or hung; all are gone then.
+        AssertionError: one of them ended otherwise, or hung; all are gone then.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(LIBRARIES)
     files = [folder / f"rank-{rank}.txt" for rank in range(processes)]
+    recipe = folder / "recipe-apart.json"
+    recipe.write_text(json.dumps(values), encoding="utf-8")
+    own = {"ALIGN_STATUS_FILE": str(folder / "status.json")}
     started = [
-        context.Process(target=_one, args=(json.dumps(values), file, before, os.environ | own))
-        for file, own in zip(files, _ranks(processes), strict=True)
+        context.Process(target=_one, args=(recipe, file, before, os.environ | own | ranked))
+        for file, ranked in zip(files, _ranks(processes), strict=True)
     ]
     for process in started:
         process.start()
@@ -44,7 +53,7 @@ def run_apart(
         process.kill()
         process.join()
     said = [file.read_text(encoding="utf-8") if file.exists() else "" for file in files]
-    assert codes == [0] * processes, "\n".join([str(codes), *(each[-3000:] for each in said)])
+    assert codes == [code] * processes, "\n".join([str(codes), *(each[-3000:] for each in said)])
     return said
 
 
@@ -61,22 +70,11 @@ def _ranks(count: int) -> list[dict[str, str]]:
     return [shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]
 
 
-def _one(values: str, file: Path, before: Callable[..., None] | None, environment: dict[str, str]) -> None:
+def _one(recipe: Path, file: Path, before: Callable[..., None] | None, environment: dict[str, str]) -> None:
     os.environ.update(environment)
     with file.open("wb") as said:
         for number in (1, 2):
             os.dup2(said.fileno(), number)
-    from align.entry import run_stage
-    from align.settings import STAGES
-
-    code = 0
-    try:
-        if before is not None:
-            before()
-        recipe = json.loads(values)
-        run_stage(STAGES[recipe["stage"]].model_validate(recipe))
-    except BaseException:
-        traceback.print_exc()
-        code = 1
-    sys.stdout.flush()
-    os._exit(code)  # as `align.entry` does
+    if before is not None:
+        before()
+    entry.main(arguments=[str(recipe)])

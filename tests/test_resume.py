@@ -5,16 +5,20 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
 import yaml
 
 from align.manifest import read_manifest
+from align.processes import Status, read_status
 from align.recipe import load_recipe
 from align.resumption import state_of
 from align.track import read_metrics
 from tests import tiny
+from tests.apart import run_apart
+from tests.helpers.killed_stage import at_log, in_save
 
 ROOT = Path(__file__).resolve().parents[1]
 TIMEOUT = 120  # seconds
@@ -30,6 +34,10 @@ def write_recipe(stage, base, data, runs, folder, **changes):
     path = folder / f"{stage}.yaml"
     path.write_text(text)
     return path
+
+
+def values_of(path):
+    return yaml.safe_load(path.read_text())
 
 
 def command(*words, **environment):
@@ -48,17 +56,16 @@ def finish(path):
 
 
 @pytest.mark.parametrize(
-    ("stage", "when"), [("sft", "save:1"), ("reward", "log:3"), ("ppo", "save:2"), ("ppo", "log:3")]
+    ("stage", "killed", "when"), [("sft", in_save, 1), ("reward", at_log, 3), ("ppo", in_save, 2), ("ppo", at_log, 3)]
 )
-def test_kill_9_in_the_middle_changes_nothing(stage, when, base, data, runs, tmp_path):
+def test_kill_9_in_the_middle_changes_nothing(stage, killed, when, base, data, runs, tmp_path):
     (tmp_path / "whole").mkdir()
     (tmp_path / "cut").mkdir()
     lora = {"kind": "lora", "r": 4, "lora_dropout": 0.2}  # dropout: the generators' state matters
     changes = {} if stage == "ppo" else {"method": lora}
     whole = finish(write_recipe(stage, base, data, runs, tmp_path / "whole", **changes))
     path = write_recipe(stage, base, data, runs, tmp_path / "cut", **changes)
-    done = subprocess.run(**command("tests/helpers/killed_stage.py", when, path), timeout=TIMEOUT, capture_output=True)
-    assert done.returncode == -signal.SIGKILL, done.stderr.decode()[-2000:]
+    run_apart(values_of(path), tmp_path, partial(killed, when), processes=1, code=-signal.SIGKILL)
     assert read_manifest(tmp_path / "cut" / stage)["status"] == "running"
     cut = finish(path)
     assert tiny.largest_difference(whole, cut) == 0.0
@@ -131,20 +138,18 @@ def test_what_a_function_raises_on_one_process_ends_both_in_one_line(stage, rank
         f"def fails(completions, **kw):\n    return sys.exit(3) if os.environ['RANK'] == '{rank}' else one(completions)\n"
     )
     if stage == "ppo":
-        changes = {"rewards": [{"use": f"{tmp_path}/own.py:fails"}], "launch": "ddp"}
-        path = write_recipe("ppo", base, data, runs, tmp_path, **changes)
+        rewards = [{"use": f"{tmp_path}/own.py:fails"}]
+        values = values_of(write_recipe("ppo", base, data, runs, tmp_path, rewards=rewards))
     else:
-        path = tmp_path / "evaluate.yaml"
         values = {
-            "stage": "evaluate", "model": {"base": str(base)}, "output": str(tmp_path / "evaluate"), "launch": "ddp",
+            "stage": "evaluate", "model": {"base": str(base)}, "output": str(tmp_path / "evaluate"), "launch": "cpu",
             "policies": {"base": None, "sft": str(runs / "sft")}, "compare": [["sft", "base"]],
             "rewards": [{"use": f"{tmp_path}/own.py:one"}], "pairwise_judge": {"use": f"{tmp_path}/own.py:fails"},
             "prompts": {"train": str(data / "prompts.jsonl")}, "sampling": {"max_new_tokens": 4},
         }  # fmt: skip
-        path.write_text(yaml.safe_dump(values))
-    done = subprocess.run(**command("-m", "align.cli", "run", path), timeout=TIMEOUT, capture_output=True, text=True)
-    assert done.returncode == 1
-    assert done.stderr == f"align: the reward `fails` failed ({tmp_path}/own.py:5): SystemExit: 3\n"
+    run_apart(values, tmp_path, code=1)
+    line = f"the reward `fails` failed ({tmp_path}/own.py:5): SystemExit: 3"
+    assert read_status(tmp_path / "status.json") == Status(1, line)
 
 
 @pytest.mark.parametrize("stage", ["reward", "sft"])
@@ -154,9 +159,8 @@ def test_two_processes_train_the_other_stages(stage, base, data, runs, tmp_path)
     train = tiny.recipe(stage, base, data, tmp_path)["train"]
     one = finish(write_recipe(stage, base, data, runs, tmp_path / "one", train=train))
     half = train | {"per_device_train_batch_size": train["per_device_train_batch_size"] // 2}
-    path = write_recipe(stage, base, data, runs, tmp_path / "two", train=half, launch="ddp")
-    done = subprocess.run(**command("-m", "align.cli", "run", path), timeout=TIMEOUT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
+    path = write_recipe(stage, base, data, runs, tmp_path / "two", train=half)
+    run_apart(values_of(path), tmp_path)
     assert tiny.largest_difference(one, tmp_path / "two" / stage) <= 1e-5
 
 

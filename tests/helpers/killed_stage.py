@@ -1,42 +1,38 @@
-"""A stage that is killed in its middle: `killed_stage.py log:3 RECIPE` or `killed_stage.py save:2 RECIPE`.
-
-`log:N` kills the process when it logs step N; `save:N` while it writes its Nth checkpoint, half of it on disk.
-"""
+"""What kills the process that a stage runs in, in the middle of it."""
 
 import os
 import signal
-import sys
 
-from align import entry, track
+from align import track
 from align.stages import checkpoint
 
-WHERE, COUNT = sys.argv[1].split(":")
 
-
-def kill() -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-if WHERE == "log":
+def at_log(step: int) -> None:
+    """When it logs this step."""
     log = track.Tracker.log
 
-    def killing_log(self, step, metrics):
-        log(self, step, metrics)
-        if step == int(COUNT):
-            kill()
+    def killing_log(self, now, metrics):
+        log(self, now, metrics)
+        if now == step:
+            _kill()
 
     track.Tracker.log = killing_log
-else:
+
+
+def in_save(number: int) -> None:
+    """While it writes its checkpoint of this number, from 1: half of it is on disk."""
     written = []
     write_json = checkpoint.write_json
 
     def killing_write(path, values):
         if path.name == "checksums.json":  # the weights are on disk, the seal is not
             written.append(path)
-            if len(written) == int(COUNT):
-                kill()
+            if len(written) == number:
+                _kill()
         write_json(path, values)
 
     checkpoint.write_json = killing_write
 
-entry.main(arguments=sys.argv[2:])
+
+def _kill() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
