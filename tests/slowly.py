@@ -6,7 +6,7 @@ Nothing of align is used but the folders that it reads and writes: models are op
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -189,17 +189,28 @@ def gradients_of(loss: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:
     return [torch.zeros_like(w) if g is None else g for g, w in zip(found, weights, strict=True)]
 
 
-def miss(
-    step: Sequence[Tensor], sums: Sequence[Sequence[Tensor]], counts: Sequence[float], rows: Sequence[int], most: float
-) -> float:
-    """How far `rows` together are from the clipped gradient that a step was given.
+def rows_of(
+    candidates: Iterable[tuple[int, ...]],
+    counts: Sequence[float],
+    most: float,
+    *sides: tuple[Sequence[Tensor], Sequence[Sequence[Tensor]]],
+) -> tuple[int, ...]:
+    """Which rows a step held: those whose clipped gradient is nearest to what each optimiser (a side) was given.
 
-    `sums[row]` are the gradients of that row's own loss, summed over its tokens; `counts` what they are divided by.
+    A side is that gradient, and for each row the gradient of its own loss, summed over what `counts` counts.
     """
-    mean = [
-        torch.stack(each).sum(0) / sum(counts[i] for i in rows) for each in zip(*(sums[i] for i in rows), strict=True)
-    ]
-    return norm([mine - theirs for mine, theirs in zip(clipped(mean, most), step, strict=True)])
+    flat = [(_flat(given), torch.stack([_flat(row) for row in rows])) for given, rows in sides]
+
+    def distance(rows: tuple[int, ...]) -> float:
+        count = sum(counts[row] for row in rows)
+        means = [(given, own[list(rows)].sum(0) / count) for given, own in flat]
+        return sum(norm([clipped([mean], most)[0] - given]) for given, mean in means)
+
+    return min(candidates, key=distance)
+
+
+def _flat(tensors: Sequence[Tensor]) -> Tensor:
+    return torch.cat([each.flatten() for each in tensors])
 
 
 # ---- proximal policy optimisation (Schulman et al. 2017), as its documents say

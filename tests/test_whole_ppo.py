@@ -218,7 +218,8 @@ class ByHand:
         found = [self.losses(row) for row in rows]
         counts = [len(row.ids) for row in rows]
         sums = [slowly.gradients_of(p + self.ppo.vf_coef * v, [*self.actor, *self.judge]) for p, v, _ in found]
-        chosen = min(itertools.combinations(sorted(left), size), key=lambda rows: self.miss(rows, sums, counts, number))
+        candidates = itertools.combinations(sorted(left), size)
+        chosen = slowly.rows_of(candidates, counts, self.ppo.max_grad_norm, *self.seen_by_optimisers(sums, number))
         tokens = sum(counts[i] for i in chosen)
         seen = {name: [x for i in chosen for x in found[i][2][name]] for name in found[0][2]}
         figure = {name: sum(each) / tokens for name, each in seen.items() if name != "ratio"}
@@ -231,15 +232,12 @@ class ByHand:
             adam.step(slowly.clipped(part, self.ppo.max_grad_norm), rate)
         return chosen, figure
 
-    def miss(self, rows: tuple[int, ...], sums: list[list[Tensor]], counts: list[int], number: int) -> float:
-        """How far these rows are from those that both optimisers stepped on."""
+    def seen_by_optimisers(self, sums: list[list[Tensor]], number: int) -> Any:
+        """The gradient that each was given at a step, and the rows' own for it; the policy's waits for the warm-up."""
         each, idle = self.ppo.num_ppo_epochs * self.ppo.num_mini_batches, self.settings.critic.warmup_iterations
-        judged, most = [one[len(self.actor) :] for one in sums], self.ppo.max_grad_norm
-        far = slowly.miss(self.steps_of_judge[number].gradients, judged, counts, rows, most)
+        yield self.steps_of_judge[number].gradients, [own[len(self.actor) :] for own in sums]
         if self.iterations >= idle:
-            step = self.steps_of_actor[number - idle * each].gradients
-            far += slowly.miss(step, [one[: len(self.actor)] for one in sums], counts, rows, most)
-        return far
+            yield self.steps_of_actor[number - idle * each].gradients, [own[: len(self.actor)] for own in sums]
 
     def sides(self, gradients: list[Tensor], number: int) -> Any:
         """Who steps, with which gradients and at which rate: the critic alone while it warms up.
@@ -275,13 +273,13 @@ CASES: dict[str, dict[str, Any]] = {
     "as it comes": {},
     "a trunk": {
         "critic": {"kind": "trunk", "learning_rate": 1e-2, "warmup_iterations": 1},
-        "ppo": {"whiten_rewards": True, "vf_coef": 2.0, "cliprange": 0.03, "cliprange_value": 0.05, "kl_estimator": "k3",
+        "ppo": {"num_iterations": 3, "whiten_rewards": True, "vf_coef": 2.0, "cliprange": 0.03, "cliprange_value": 0.05, "kl_estimator": "k3",
                 "missing_eos": "subtract", "missing_eos_penalty": 0.3, "dual_clip": 1.05, "max_grad_norm": 0.4},
     },
     "a controller": {
         "critic": ONE_ADAPTER,
         "learned": {"normalize": False},
-        "ppo": {"kl_target": 0.05, "kl_horizon": 20, "kl_coef": 0.4, "kl_estimator": "k2", "whiten_advantages": False,
+        "ppo": {"num_iterations": 3, "kl_target": 0.05, "kl_horizon": 20, "kl_coef": 0.4, "kl_estimator": "k2", "whiten_advantages": False,
                 "missing_eos_penalty": None, "num_generations": 1, "prompts_per_iteration": 6, "weight_decay": 0.1,
                 "gamma": 1.0, "lam": 1.0, "max_grad_norm": 100.0, "lr_scheduler_type": "constant"},
     },
@@ -297,7 +295,7 @@ CASES: dict[str, dict[str, Any]] = {
 
 def settings_of(folder: Path, output: Path, case: dict[str, Any]) -> Any:
     """A recipe of few short iterations, changed as a case says."""
-    ppo = {"num_iterations": 3, "prompts_per_iteration": 3, "num_generations": 2, "num_ppo_epochs": 2, "num_mini_batches": 2,
+    ppo = {"num_iterations": 2, "prompts_per_iteration": 3, "num_generations": 2, "num_ppo_epochs": 2, "num_mini_batches": 2,
            "learning_rate": 3e-3, "eval_steps": 0, "gamma": 0.97, "lam": 0.9}  # fmt: skip
     learned = {"use": "learned", "from": str(folder / "reward"), "weight": 0.8}
     changes: dict[str, Any] = {

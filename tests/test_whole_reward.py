@@ -137,10 +137,8 @@ class ByHand:
         size = self.train.per_device_train_batch_size * self.train.gradient_accumulation_steps
         sums = [slowly.gradients_of(loss, self.weights) for loss, _ in found]
         step, most = self.given[number], self.train.max_grad_norm
-        chosen = min(
-            itertools.combinations(sorted(left), size),
-            key=lambda rows: slowly.miss(step.gradients, sums, [1] * len(pairs), rows, most),
-        )
+        candidates = itertools.combinations(sorted(left), size)
+        chosen = slowly.rows_of(candidates, [1] * len(pairs), most, (step.gradients, sums))
         left -= set(chosen)
         mean = [torch.stack(each).sum(0) / size for each in zip(*(sums[i] for i in chosen), strict=True)]
         rate = slowly.rate(self.train, number)

@@ -96,8 +96,8 @@ class ByHand:
         step, most = self.given[number], self.train.max_grad_norm
         size = self.train.per_device_train_batch_size * self.train.gradient_accumulation_steps
         sizes = range(1, len(left) + 1) if self.settings.packing else [min(size, len(left))]
-        every = (rows for size in sizes for rows in itertools.combinations(sorted(left), size))
-        chosen = min(every, key=lambda rows: slowly.miss(step.gradients, sums, counts, rows, most))
+        candidates = (rows for size in sizes for rows in itertools.combinations(sorted(left), size))
+        chosen = slowly.rows_of(candidates, counts, most, (step.gradients, sums))
         left -= set(chosen)
         assert sum(len(rows[i].ids) for i in chosen) <= size * self.settings.max_length
         tokens = sum(counts[i] for i in chosen)
