@@ -13,6 +13,7 @@ from align.feedback.rows import NewLabel
 from align.feedback.store import Store
 from align.loop.rounds import load_loop
 from align.loop.run import run_loop
+from align.loop.training_pairs import write_labels
 from align.manifest import read_lines
 from tests import slowly, tiny
 
@@ -124,6 +125,14 @@ def side(probability: float, people: float) -> tuple[float, float]:
     return (probability, people) if probability > 0.5 else (1 - probability, 1 - people)
 
 
+def error_of(points: list[tuple[float, float]]) -> float:
+    """How far being sure is from being agreed with, by tenths: which answer is called a changes nothing."""
+    tenths: dict[int, list[tuple[float, float]]] = {}
+    for sure, agreed in points:
+        tenths.setdefault(min(9, int(sure * 10)), []).append((sure, agreed))
+    return sum(abs(sum(sure - agreed for sure, agreed in each)) for each in tenths.values()) / len(points)
+
+
 def share_of_equal(store: Store, *, asked_again: bool) -> float:
     """Of pairs that two people answered, or one person twice, those with one answer."""
     said: dict[int, list[str]] = {}
@@ -173,6 +182,7 @@ def gated(store: Store, held_out: set[str]) -> dict[str, Any]:
         "agreement": share_of_equal(store, asked_again=False),
         "self_consistency": share_of_equal(store, asked_again=True),
         "audit_accuracy": sum(right) / len(right),
+        "audit_ece": error_of(points),
         "accepted": len(taken),
         "accepted_share": len(taken) / len(said),
         "machine_pairs": len(taken),
@@ -285,6 +295,25 @@ def test_who_is_asked_what(loop):
     assert {pair.propensity for pair in pairs if pair.reason == "audit"} == {18 / len(pairs)}
     assert {pair.route for pair in store.pairs(0)} == {"human", None}
     store.close()
+
+
+def test_the_cap_counts_what_is_trained_on(tmp_path):
+    """Four pairs by people, of which three have an empty or an equal answer, and four by the machine."""
+    loop = load_loop(recipe(tmp_path), ["gate.max_machine_ratio=1", "gate.held_out=0"])
+    store = Store(tmp_path / "labels.db", create=True)
+    (prompt,) = store.add_prompts([("a colour: ", {})], "train")
+    texts = ["red", "blue", "", "red", *(f"answer {number}" for number in range(12))]
+    drawn = store.add_candidates(0, "current", {}, [(prompt, draw, text) for draw, text in enumerate(texts)])
+    rows = [(0, 1), (0, 2), (1, 2), (0, 3), *((i, i + 1) for i in range(4, 12, 2)), (2, 12)]
+    pairs = store.add_comparisons(0, [(prompt, drawn[a], drawn[b], "random") for a, b in rows])
+    person = store.add_annotator("one")
+    store.add_labels([NewLabel(pair, "human", "a", f"human-{pair}", annotator_id=person) for pair in pairs[:4]])
+    store.add_labels([NewLabel(pair, "reward", "a", f"reward-{pair}", probability=0.9) for pair in pairs[4:]])
+    accepted, weight = write_labels(loop, store, 1)
+    store.close()
+    assert (set(accepted), weight) == (set(pairs[4:8]), 0.25)  # together they weigh what the one pair of people does
+    written = read_lines(loop.folder(1) / "pairs.jsonl")
+    assert [(row["source"], row["weight"]) for row in written] == [("human", 1.0)] + [("reward", 0.25)] * 4
 
 
 def test_what_is_taken_of_the_machine_is_what_the_audit_allows_and_a_merge_is_done_anew(loop):

@@ -62,6 +62,11 @@ def people_say(store: Store, *, of_evaluation: bool = False) -> dict[int, float]
 # --------------------------------------------------------------------------------------------- TRL's preference format
 
 
+def is_trainable(pair: Pair) -> bool:
+    """Whether a trainer takes the pair: two answers that differ, and neither empty."""
+    return pair.a != pair.b and bool(pair.a.strip()) and bool(pair.b.strip())
+
+
 def write_preferences(path: str | Path, rows: Iterable[Labelled]) -> Moved:
     """Writes pairs as TRL's preference rows, conversational where the prompt is, atomically.
 
@@ -73,7 +78,7 @@ def write_preferences(path: str | Path, rows: Iterable[Labelled]) -> Moved:
     lines, num_left_out = [], 0
     for row in rows:
         a, b = row.pair.a, row.pair.b
-        if a == b or not a.strip() or not b.strip() or not row.weight > 0:
+        if not is_trainable(row.pair) or not row.weight > 0:
             num_left_out += 1
             continue
         chosen, rejected = (a, b) if row.probability >= 0.5 else (b, a)

@@ -4,7 +4,7 @@ import math
 from collections import defaultdict
 from collections.abc import Sequence
 
-from align.feedback.exchange import Labelled, people_say, write_preferences
+from align.feedback.exchange import Labelled, is_trainable, people_say, write_preferences
 from align.feedback.gate import (
     accept_threshold,
     confidence_and_agreement,
@@ -40,14 +40,14 @@ def merge_labels(loop: Loop, store: Store, round_: int) -> dict[str, float]:
 
 
 def write_labels(loop: Loop, store: Store, round_: int) -> tuple[dict[int, float], float]:
-    """Writes the round's pairs.jsonl and held-out-pairs.jsonl from what the store holds; returns the machine's labels
-    among them, and their weight."""
-    pairs = {pair.id: pair for pair in store.pairs()}
-    votes = people_say(store)
+    """Writes the round's pairs.jsonl and held-out-pairs.jsonl from what the store holds, as far as trainers take it;
+    returns the machine's labels among them, and their weight."""
+    pairs = {pair.id: pair for pair in store.pairs() if is_trainable(pair)}
+    votes = {key: p for key, p in people_say(store).items() if key in pairs}
     held = {key: is_held_out(pair, loop.settings.gate.held_out) for key, pair in pairs.items()}
     machine = {x.comparison_id: float(x.probability or 0.0) for x in store.labels(sources=("reward",))}
     taught = {key: p for key, p in votes.items() if not held[key]}
-    accepted = {key: p for key, p in machine.items() if key not in votes}
+    accepted = {key: p for key, p in machine.items() if key in pairs and key not in votes}
     weight = machine_weight(len(taught), len(accepted), cap=loop.settings.gate.max_machine_ratio)
     rows = [Labelled(pairs[key], p) for key, p in taught.items()]
     rows += [Labelled(pairs[key], p, weight, "reward") for key, p in accepted.items()]
@@ -98,7 +98,7 @@ def _gate(
     that are not held out: what is evaluated by has no part in what is taught."""
     import torch
 
-    from align.maths.calibration import expected_calibration_error, fit_temperature, pair_outcomes
+    from align.maths.calibration import fit_temperature, pair_calibration_error, pair_outcomes
 
     gate = loop.settings.gate
     margins = {pair.id: sum(pair.margins) / len(pair.margins) for pair in pairs if pair.margins}
@@ -138,7 +138,7 @@ def _gate(
         "temperature": temperature,
         "target": target,
         "audit_accuracy": float(pair_outcomes(of_audit, said)[0].mean()),
-        "audit_ece": expected_calibration_error(torch.sigmoid(of_audit / temperature), said),
+        "audit_ece": pair_calibration_error(of_audit / temperature, said),
         "length_bias_z": bias.z,
         "accepted": float(len(passed)),
         "accepted_share": len(passed) / max(sum(pair.route == "machine" for pair in pairs), 1),

@@ -7,7 +7,7 @@ from itertools import pairwise
 from typing import Any
 
 from align.feedback.schema import EVALUATION
-from align.maths.calibration import expected_calibration_error, reliability_bins, wilson_interval
+from align.maths.calibration import pair_calibration_error, reliability_bins, wilson_interval
 from align.report.curves import ACCENT, INK, PALE
 from align.report.loop_facts import Facts
 from align.report.page import (
@@ -191,7 +191,7 @@ def _believed(facts: Facts) -> Section:
 def _gate(facts: Facts) -> Table:
     def before(r: int) -> str:
         audit = [(m, vote) for pair, m, vote in facts.judged if pair.reason == "audit" and pair.round == r]
-        return number(_error([sigmoid(m) for m, _ in audit], [vote for _, vote in audit]))
+        return number(_error([m for m, _ in audit], [vote for _, vote in audit]))
 
     names = {
         "audited": ("audited", number),
@@ -225,11 +225,11 @@ def sigmoid(x: float) -> float:
     return 1.0 / (1.0 + math.exp(-max(-60.0, min(60.0, x))))
 
 
-def _error(probabilities: list[float], outcomes: list[float]) -> float:
+def _error(margins: list[float], votes: list[float]) -> float:
     import torch
 
-    told = [torch.tensor(values, dtype=torch.float64) for values in (probabilities, outcomes)]
-    return expected_calibration_error(*told) if probabilities else math.nan
+    said, people = (torch.tensor(values, dtype=torch.float64) for values in (margins, votes))
+    return pair_calibration_error(said, people) if margins else math.nan
 
 
 def audit(facts: Facts) -> list[tuple[float, float, float]]:
