@@ -114,7 +114,8 @@ def test_gradient_checkpointing_changes_nothing_and_no_adapter_drops(base, data,
     dropping = {"kind": "lora", "r": 4, "lora_dropout": 0.5}
     for name in ("sft", "reward"):
         tiny.run(tiny.settings(name, base, data, tmp_path / name, method=dropping))
-    tiny.run(tiny.settings("ppo", base, data, tmp_path / "over", critic={}, ppo={"gradient_checkpointing": True}))
+    few = {"num_iterations": 4, "prompts_per_iteration": 8, "eval_steps": 2, "gradient_checkpointing": True}
+    tiny.run(tiny.settings("ppo", base, data, tmp_path / "over", critic={}, ppo=few))
     assert all(row["first_logratio"] < 1e-4 for row in read_metrics(tmp_path / "over")[1:])
 
 
