@@ -87,7 +87,7 @@ def test_bitsandbytes_fetches_no_code_as_it_is_imported(tmp_path):
     (tmp_path / "kernels").mkdir()
     (tmp_path / "kernels" / "__init__.py").write_text(KERNELS)
     code = (
-        "from align.worker import quiet_libraries; quiet_libraries(); import bitsandbytes, peft, kernels; "
+        "from align.libraries import quiet_libraries; quiet_libraries(); import bitsandbytes, peft, kernels; "
         "print(kernels.get_kernel.__name__)"
     )
     environment = os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}

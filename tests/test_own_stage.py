@@ -2,10 +2,8 @@
 on with, and other stages start from what it made."""
 
 import json
-import os
 import signal
-import subprocess
-import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -23,6 +21,8 @@ from align.report import comparison, loop_page
 from align.settings import STAGES
 from align.track import read_metrics
 from tests import tiny
+from tests.apart import run_apart
+from tests.helpers.killed_stage import at_log
 
 ROOT = Path(__file__).resolve().parents[1]
 TOY = Path(__file__).with_name("toy_dpo.py")
@@ -169,11 +169,9 @@ def test_curves_of_a_strangers_manifest_are_harmless(dpo, tmp_path):
 
 
 def test_killed_it_goes_on(base, data, dpo, tmp_path):
-    path = written(tmp_path / "own.yaml", dpo=recipe(base, data, tmp_path / "dpo"))
-    command = [sys.executable, "tests/helpers/killed_stage.py", "log:2", path]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, cwd=ROOT, env=environment, timeout=120, capture_output=True, check=False)
-    assert done.returncode == -signal.SIGKILL, done.stderr.decode()[-2000:]
+    values = recipe(base, data, tmp_path / "dpo")
+    run_apart(values, tmp_path, partial(at_log, 2), processes=1, code=-signal.SIGKILL)
+    path = written(tmp_path / "own.yaml", dpo=values)
     assert read_manifest(tmp_path / "dpo")["status"] == "running"
     loaded = load_recipe(path)
     assert check_recipe(loaded) == {"dpo": "running"}
