@@ -88,7 +88,6 @@ def check(recipe: RecipeName, overrides: Overrides = None) -> None:
     from align.libraries import quiet_libraries
 
     quiet_libraries()
-    from align.libraries import quiet_libraries
     from align.report.checking import show
 
     quiet_libraries()

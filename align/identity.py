@@ -185,10 +185,9 @@ def made_of(settings: StageSettings) -> dict[str, dict[str, str]]:
     found = model_parts(settings.model)
     for key, (_, data) in settings.data_sections().items():
         found |= data_parts(data, key)
-    for key in ("judge", "pairwise_judge"):
-        question = getattr(getattr(settings, key, None), "question", None)
-        if question is not None:
-            found[f"{key}.question"] = _of_path("question", question)
+    for key, judge in settings.judges().items():
+        if judge.question is not None:
+            found[f"{key}.question"] = _of_path("question", judge.question)
     return found
 
 

@@ -24,21 +24,11 @@ from align.wording import did_you_mean_path, one_line
 
 MANIFEST = "manifest.json"
 
-
 NOT_PART_OF_A_RUN = ("launch", "track", "output")  # keys that may change between a run and its resumption
-
-
 DIGEST = "digest"  # in a manifest: of all the rest of it
-
-
 LOGS = ("metrics.jsonl", "samples.jsonl")  # what a run says of itself; no stage reads them
-
-
 LARGE = 2**30  # bytes
-
-
 AGAIN = "bring it back, or delete the run's folder and run its stage again"
-
 
 Answer = TypeVar("Answer")
 
@@ -123,6 +113,10 @@ def check_parent(folder: str, wanted: tuple[str, ...], where: str) -> None:
         return
     manifest = at_key(where, lambda: read_manifest(folder))
     if about(manifest).makes not in wanted:
+        if (kind := manifest.get("kind")) in wanted:
+            raise BadInput(
+                f"{where}: a stage's `parents` names what runs made (policy, reward, ...), no kind like `{kind}`"
+            )
         kinds = kinds_that_make(wanted)
         raise BadInput(f"{where}: {folder} is a run of kind `{manifest.get('kind')}`; name one of kind {kinds}")
     if manifest.get("status") != "finished":

@@ -38,7 +38,10 @@ class Recipe:
     def names(self, stage: str, overrides: Sequence[str]) -> Callable[[str], bool]:
         """Of a key of that stage, whether one of `overrides` names it."""
         prefix = f"stages.{stage}." if self.is_pipeline else ""
-        given = keys_of(overrides)
+        given = [
+            prefix + self.stages[stage].todays_key(key.removeprefix(prefix)) if key.startswith(prefix) else key
+            for key in keys_of(overrides)
+        ]
 
         def is_named(key: str) -> bool:
             whole = [prefix + key] + ([key] if key.partition(".")[0] in SHARED_KEYS else [])
@@ -133,6 +136,12 @@ def _check_what_it_says(cls: type[StageSettings], what: str) -> None:
         checked(cls.about(), About)
     except (TypeError, ValueError) as error:
         raise BadInput(f"{what} says of itself what cannot be: {one_line(error)}") from error
+    named = {"reads": (cls.reads or ("",))[0], "starts_at": cls.starts_at or ""}
+    named |= {f"tuning.{name}": key for name, key in (cls.tuning._asdict() if cls.tuning else {}).items()}
+    for name, key in named.items():
+        if key and (first := key.partition(".")[0]) not in fields_of(cls):
+            hint = did_you_mean(first, fields_of(cls)) or "; add a field of that name"
+            raise BadInput(f"{what}: `{name}` is the key `{key}`, which it does not have{hint}")
 
 
 def _unknown_beside_stages(key: str, stages: Any, where: str) -> str:

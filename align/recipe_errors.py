@@ -80,7 +80,7 @@ def say_renamed(cls: type[Settings], values: Any, prefix: str, where: Callable[[
     if "ALIGN_STATUS_FILE" in os.environ:
         return
     for old, new in cls.renamed.items():
-        if isinstance(values, dict) and old in values:
+        if isinstance(values, dict) and old in values and new not in values:
             print(f"`{prefix}{old}`{where(prefix + old)} is called `{new}` now", file=sys.stderr, flush=True)
 
 

@@ -30,13 +30,10 @@ MEMORY_AND_SPEED = (  # keys of any section that change neither what is learnt n
     "num_sample_rows",
 )
 
-
 CHANGEABLE = re.compile(  # keys of a run under way that may become others where its user says so
     r"seed|guard(\.\w+)?|critic\.learning_rate|rewards\[\d+\]\.weight"
     r"|(train|ppo)\.(learning_rate|max_grad_norm|ratio_tolerance|kl_coef|kl_target|cliprange|cliprange_value|vf_coef)"
 )
-
-
 FUNCTIONS = re.compile(r"(rewards|judge|beside)\b.*")  # whose arguments are theirs, whatever their names
 
 
@@ -73,7 +70,7 @@ def state_of(settings: StageSettings, named: Callable[[str], bool] = named_none)
     manifest = at_key("`output`", lambda: read_manifest(folder))
     before, now = _made_of_before(manifest), made_of(settings)
     runs_now = parents_of(settings)
-    runs_before = {_by_todays_name(settings, key): run for key, run in manifest.get("parents", {}).items()}
+    runs_before = {settings.todays_key(key): run for key, run in manifest.get("parents", {}).items()}
     equal = equal_paths(before | _as_parts(runs_before), now | _as_parts(runs_now))
     is_running = manifest.get("status") != "finished"
     others = [each for each in _other_keys(manifest, settings) if each[0] not in equal and not is_harmless(each[0])]
@@ -102,12 +99,6 @@ def state_of(settings: StageSettings, named: Callable[[str], bool] = named_none)
         return "running"
     at_key("`output`", lambda: check_whole(folder, manifest))
     return "finished"
-
-
-def _by_todays_name(settings: StageSettings, key: str) -> str:
-    """`judge[0]` -> `rewards[0]`, say, where the stage's key was renamed."""
-    name = re.match(r"\w+", key)
-    return key if name is None else settings.renamed.get(name[0], name[0]) + key[name.end() :]
 
 
 def _made_of_before(manifest: dict[str, Any]) -> dict[str, dict[str, str]]:

@@ -41,7 +41,7 @@ def test_they_go_on_working_with_a_line_that_names_todays(values, runs, tmp_path
     assert capsys.readouterr().err == "" and old == new and old.rewards[0].use == "learned"
     monkeypatch.setenv("ALIGN_STATUS_FILE", "status.json")  # a process of `align run`, which has said it
     assert read(path, values | {"judge": score}) == new and capsys.readouterr().err == ""
-    with pytest.raises(BadInput, match="`judge` is unknown"):
+    with pytest.raises(BadInput, match="`judge` is called `rewards` now, and both are given; leave `judge` out"):
         read(path, values | {"judge": score, "rewards": score})
 
 
@@ -56,6 +56,15 @@ def test_a_run_that_an_earlier_version_made_is_the_same_run(values, runs, tmp_pa
     assert state_of(settings) == "finished"
     with pytest.raises(BadInput, match="another recipe"):
         state_of(settings.model_copy(update={"max_prompts": 3}))
+
+
+def test_an_override_by_the_former_name_names_the_key(values, tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(values | {"judge": [{"use": "learned", "from": "runs/reward", "weight": 1.0}]}))
+    recipe = load_recipe(str(path), ["judge.0.weight=2.0"])
+    assert recipe.stages["recipe"].rewards[0].weight == 2.0
+    is_named = recipe.names("recipe", ["judge.0.weight=2.0"])
+    assert is_named("rewards[0].weight") and not is_named("rewards[1].weight")
 
 
 def test_the_loops_too(capsys, tmp_path):

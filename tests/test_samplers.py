@@ -24,6 +24,7 @@ PROMPTS = [[2, 4, 9, 10], [2, 4]]
 HOW = {"end_ids": [3], "pad_id": 0, "batch_size": 2}
 HEAD = """
 import torch
+from dataclasses import replace
 from align.rollout.rollouts import rollouts_of
 from align.rollout.sampler import Sampled, Sampler
 class Own(Sampler):
@@ -60,14 +61,25 @@ def test_all_give_the_same_answers_as_likely(role):
         assert other.rollouts.answers == slots.rollouts.answers[::-1]
 
 
+ZEROS = "torch.zeros(2, 1)"
 WRONG = {
-    "return None": "gave NoneType; it must give a Sampled",
-    "return Sampled(made([[5], [6]], prompts[::-1]), torch.zeros(2, 1))": "other prompts than it was asked",
-    "return Sampled(made([[5], []]), torch.zeros(2, 1))": r"no token, or more than `sampling.max_new_tokens` \(4\)",
+    "return None": "gave 'NoneType'; it must give a Sampled",
+    f"return Sampled(None, {ZEROS})": "it must give a Sampled, with Rollouts",
+    f"return Sampled(made([[5], [6]], prompts[::-1]), {ZEROS})": "other prompts than it was asked",
+    f"return Sampled(made([[5]]), {ZEROS})": "1 answers to 2 prompts",
+    f"return Sampled(made([[5], [6], [7]]), {ZEROS})": "3 answers to 2 prompts",
+    f"r = made([[5], [6]]); return Sampled(replace(r, ended=r.ended[:1]), {ZEROS})": "and how it ended",
+    f"return Sampled(made([[5], []]), {ZEROS})": r"no token, or more than `sampling.max_new_tokens` \(4\)",
     "return Sampled(made([[5], [6] * 5]), torch.zeros(2, 5))": "more than `sampling.max_new_tokens`",
+    f"return Sampled(made([[5], [10 ** 6]]), {ZEROS})": "the token 1000000; tokens are the model's ids",
+    f"return Sampled(made([[5], [-1]]), {ZEROS})": "the token -1",
+    f"return Sampled(made([[5], ['six']]), {ZEROS})": "the token 'six'",
     "return Sampled(made([[5], [6]]), torch.zeros(2, 2))": r"not \(2, 1\) finite numbers",
+    "return Sampled(made([[5], [6]]), [[0.0], [0.0]])": "finite numbers",
+    "return Sampled(made([[5], [6]]), None)": "finite numbers",
     "return Sampled(made([[5], [6]]), torch.full((2, 1), torch.nan))": "finite numbers",
-    "raise OSError('the server\\n is gone')": r"own.py:8\): OSError: the server is gone",
+    f"return Sampled(made([[5], [6]]), {ZEROS}, reading='mine')": "a reading, that are not",
+    "raise OSError('the server\\n is gone')": r"own.py:9\): OSError: the server is gone",
 }
 
 
@@ -80,6 +92,15 @@ def test_what_one_of_ones_own_does_wrong_is_one_line(body, role, tmp_path):
     assert "own.py:Own`" in str(caught.value) and "\n" not in str(caught.value)
 
 
+def test_what_one_of_ones_own_gives_is_made_plain(role, tmp_path):
+    body = "return Sampled(made([[5], [6]]), torch.zeros(2, 1, dtype=torch.float64, requires_grad=True))"
+    (tmp_path / "own.py").write_text(f"{HEAD}        {body}\n")
+    sampling = Sampling(sampler=f"{tmp_path}/own.py:Own", max_new_tokens=4)
+    asked = [list(prompt) for prompt in PROMPTS]
+    found = sampler_of(role, sampling, **HOW).sample(asked, sampling, Numbers(torch.zeros(2, 4)))
+    assert found.logprobs.dtype == torch.float32 and not found.logprobs.requires_grad
+
+
 @pytest.mark.parametrize(
     ("sampling", "says"),
     [
@@ -87,6 +108,7 @@ def test_what_one_of_ones_own_does_wrong_is_one_line(body, role, tmp_path):
         ({"sampler": "slots", "cache_implementation": "static"}, "static` is generate's"),
         ({"sampler": "nowhere.py:Own"}, "nowhere.py is not there"),
         ({"sampler": "align.errors:BadInput"}, "is no sampler; let it be a class that extends"),
+        ({"sampler": "align.rollout.sampler:Sampler"}, "does not say how it draws; give it a method `sample`"),
     ],
 )
 def test_what_is_no_sampler_is_found_at_the_door(sampling, says, base, data, runs, tmp_path):

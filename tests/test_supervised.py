@@ -23,6 +23,7 @@ from align.preflight import check_recipe
 from align.recipe import load_recipe
 from align.settings import Lora, Model, RewardSettings
 from align.stages import sft
+from align.stages.course import Course
 from align.stages.learner import Learner
 from align.stages.order import TRAINERS
 from align.stages.sft import packed
@@ -158,6 +159,34 @@ def test_a_loss_that_gives_other_figures_than_it_says_is_one_line(base, data, tm
     monkeypatch.setattr(sft.Demonstrations, "loss", lambda *given: (loss(*given)[0], {}))
     with pytest.raises(RunFailed, match="gave the figures count, loss and should give count, loss, mean_token_acc"):
         tiny.run(tiny.settings("sft", base, data, tmp_path / "sft"))
+    for given in ([torch.zeros(())], {"mean_token_accuracy": torch.zeros(()), "loss": torch.zeros(())}):
+        monkeypatch.setattr(sft.Demonstrations, "loss", lambda *asked, given=given: (loss(*asked)[0], given))
+        with pytest.raises(
+            RunFailed, match=r"Demonstrations.loss must give its figures by name \(mean_token_accuracy\)"
+        ):
+            tiny.run(tiny.settings("sft", base, data, tmp_path / "sft"))
+
+
+def test_a_checkpoint_from_before_figures_had_names_goes_on(base, data, tmp_path, monkeypatch):
+    """Sums since the last log were a list: loss, figures, count."""
+    train = STEPS | {"max_steps": 7, "per_device_train_batch_size": 4, "logging_steps": 3, "save_steps": 2}
+    for name in ("whole", "cut"):
+        settings = tiny.settings("sft", base, data, tmp_path / name, train=train)
+        if name == "cut":
+            with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+                patch.setattr("align.stages.supervised._step", _dying_at(5))
+                tiny.run(settings)
+            resume = Course._resume
+
+            def older(self, resume=resume):
+                found = resume(self)
+                named = found.progress["since_log"]
+                found.progress["since_log"] = [named[key] for key in ("loss", "mean_token_accuracy", "count")]
+                return found
+
+            monkeypatch.setattr(Course, "_resume", older)
+        tiny.run(settings)
+    assert read_metrics(tmp_path / "whole") == read_metrics(tmp_path / "cut")
 
 
 def test_a_figure_that_is_no_number_survives_a_kill(base, data, tmp_path, monkeypatch):

@@ -139,12 +139,14 @@ def _encode_answers(
     is_strict: bool = True,
 ) -> list[tuple[list[int], list[int]]]:
     """Ids of the prompt, which is rendered once, and of each answer to it."""
-    if isinstance(prompt, str) or isinstance(answers[0], str):
-        return [_encode_plain(tokenizer, str(prompt), str(answer), ended=ended) for answer in answers]
+    if isinstance(prompt, str):
+        return [_encode_plain(tokenizer, prompt, str(answer), ended=ended) for answer in answers]
     head = render(tokenizer, prompt, where, is_prompt=True, template=template)
     head_ids, found = ids_of(tokenizer, head), []
     for answer in answers:
-        assert not isinstance(answer, str)
+        if isinstance(answer, str):
+            found.append(_encode_plain(tokenizer, str(prompt), answer, ended=ended))
+            continue
         full = render(tokenizer, prompt + answer, where, template=template)
         if not ended:
             full = full.removesuffix(ending_of(tokenizer).text)

@@ -1,18 +1,22 @@
 """The one place where what draws a recipe's answers is chosen."""
 
+import inspect
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from align.errors import BadInput, RunFailed
 from align.models.roles import Role
 from align.plugins import load_object, users_code
 from align.rollout.generate import GenerateSampler
+from align.rollout.rollouts import Reading, Rollouts
 from align.rollout.sampler import Sampled, Sampler, Seeds
 from align.rollout.slots import SlotSampler
 from align.settings import Sampling
+from align.wording import brief
 
 SAMPLERS: dict[str, type[Sampler]] = {"slots": SlotSampler, "generate": GenerateSampler}
 
@@ -50,6 +54,8 @@ def own_sampler(reference: str) -> type[Sampler]:
             f"`sampling.sampler: {reference}` is no sampler; let it be a class that extends "
             "align.rollout.sampler.Sampler"
         )
+    if inspect.isabstract(cls):
+        raise BadInput(f"`sampling.sampler: {reference}` does not say how it draws; give it a method `sample`")
     return cls
 
 
@@ -63,20 +69,32 @@ class _Checked(Sampler):
     def sample(self, prompts: Sequence[Sequence[int]], sampling: Sampling, seeds: Seeds) -> Sampled:
         with users_code(self.name, what=f"the sampler `{self.name}`"):
             found = self.own.sample(prompts, sampling, seeds)
-        if wrong := _what_is_wrong(found, prompts, sampling):
+            wrong = _what_is_wrong(found, prompts, sampling, self.role.num_logits)
+        if wrong:
             raise RunFailed(f"the sampler `{self.name}` gave {wrong}")
-        return found
+        return replace(found, logprobs=found.logprobs.detach().float().cpu())
 
 
-def _what_is_wrong(found: Any, prompts: Sequence[Sequence[int]], sampling: Sampling) -> str | None:
-    if not isinstance(found, Sampled):
-        return f"{type(found).__name__}; it must give a Sampled"
-    answers, longest = found.rollouts.answers, sampling.max_new_tokens
-    if found.rollouts.prompts != tuple(map(tuple, prompts)):
+def _what_is_wrong(found: Any, prompts: Sequence[Sequence[int]], sampling: Sampling, num_tokens: int) -> str | None:
+    if not isinstance(found, Sampled) or not isinstance(found.rollouts, Rollouts):
+        return f"{brief(type(found).__name__)}; it must give a Sampled, with Rollouts as `rollouts_of` makes them"
+    rollouts, longest = found.rollouts, sampling.max_new_tokens
+    if [list(prompt) for prompt in rollouts.prompts] != [list(prompt) for prompt in prompts]:
         return "answers to other prompts than it was asked; it must answer all, in their order"
-    if not all(1 <= len(answer) <= longest for answer in answers):
+    if len(rollouts.answers) != len(prompts) or rollouts.ended.shape != (len(prompts),):
+        return f"{len(rollouts.answers)} answers to {len(prompts)} prompts; it must give one to each, and how it ended"
+    if not all(1 <= len(answer) <= longest for answer in rollouts.answers):
         return f"an answer that has no token, or more than `sampling.max_new_tokens` ({longest})"
-    mask = found.rollouts.response_mask
-    if found.logprobs.shape != mask.shape or not bool(torch.isfinite(found.logprobs[mask]).all()):
-        return f"log-probabilities that are not {tuple(mask.shape)} finite numbers, one a token"
-    return None
+    for answer in rollouts.answers:
+        for token in answer:
+            if not isinstance(token, int) or not 0 <= token < num_tokens:
+                return f"the token {brief(token)}; tokens are the model's ids, whole numbers from 0 to {num_tokens - 1}"
+    reading = () if found.reading is None else [getattr(found.reading, f.name, None) for f in fields(Reading)]
+    return next((wrong for each in (found.logprobs, *reading) if (wrong := _no_numbers(each, rollouts))), None)
+
+
+def _no_numbers(given: Any, rollouts: Rollouts) -> str | None:
+    mask = rollouts.response_mask
+    if isinstance(given, Tensor) and given.shape == mask.shape and bool(torch.isfinite(given.cpu()[mask]).all()):
+        return None
+    return f"log-probabilities, or a reading, that are not {tuple(mask.shape)} finite numbers, one a token"

@@ -57,4 +57,10 @@ class Sampler(ABC):
     @abstractmethod
     def sample(self, prompts: Sequence[Sequence[int]], sampling: Sampling, seeds: Seeds) -> Sampled:
         """One answer to each of B prompts, in their order: a function of the prompt, the weights and the row's seed
-        alone, so that batches, slots and processes change nothing."""
+        alone, so that batches, slots and processes change nothing. Tensors on the CPU, (B, R) float32 with zeros after
+        each answer.
+
+        Raises:
+            Diverged: the policy's logits are not finite.
+            RunFailed: no answers can be had.
+        """

@@ -1,6 +1,7 @@
 """Kinds of values that a recipe may hold, and the frozen section that they stand in."""
 
 import os
+import re
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar
 
@@ -66,6 +67,15 @@ class Settings(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _by_todays_names(cls, values: Any) -> Any:
-        if not isinstance(values, dict) or not cls.renamed.keys() & values.keys():
+        if not isinstance(values, dict):
             return values
-        return {key if cls.renamed.get(key, key) in values else cls.renamed[key]: own for key, own in values.items()}
+        for old, new in cls.renamed.items():
+            if old in values and new in values:
+                raise ValueError(f"`{old}` is called `{new}` now, and both are given; leave `{old}` out")
+        return {cls.renamed.get(key, key): own for key, own in values.items()}
+
+    @classmethod
+    def todays_key(cls, key: str) -> str:
+        """`judge[0].weight` -> `rewards[0].weight`, say, where a key was renamed."""
+        name = re.split(r"[.\[]", key, maxsplit=1)[0]
+        return cls.renamed.get(name, name) + key[len(name) :]

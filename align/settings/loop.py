@@ -91,9 +91,9 @@ class Stop(Settings):
 class Evaluation(Settings):
     """Prompts that are never trained on, and who judges answers to them."""
 
+    renamed: ClassVar = {"judge": "rewards"}
     prompts: Data
     max_prompts: Count = 256
-    renamed: ClassVar = {"judge": "rewards"}
     rewards: tuple[Reward, ...] = ()  # such as a gold score; none: the held-out reward model
     pairwise_judge: JudgeSettings | None = None  # compares each round's answers with those of all before it
     people_prompts: Interval = 0  # on which people, too, compare each round's answer with SFT's and the best one's

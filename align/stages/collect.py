@@ -15,9 +15,9 @@ from align.errors import BadInput
 from align.files import write_lines
 from align.models.backoff import Phase
 from align.models.base import stop_ids
-from align.models.roles import Bases, Role
+from align.models.roles import Bases
 from align.rollout.choose import sampler_of
-from align.rollout.sampler import Seeds
+from align.rollout.sampler import Sampler, Seeds
 from align.settings import CollectSettings
 from align.stages.running import running
 from align.worker import Worker
@@ -49,10 +49,10 @@ def run(settings: CollectSettings, worker: Worker) -> None:
                 f"{len(rows) - len(kept)} of {len(rows)} prompts left out: over {settings.max_prompt_length} tokens"
             )
         for number, (name, folder) in enumerate(settings.policies.items(), 1):
-            role, tokenizer = bases.role(folder), bases.tokenizer(folder)
+            sampler, tokenizer = _sampler(bases, folder, settings), bases.tokenizer(folder)
             for draw in range(settings.num_generations.get(name, NUM_GENERATIONS)):
                 mine = [kept[i] for i in worker.mine(len(kept))]
-                answers = _answers(role, tokenizer, name, draw, mine, prompts[name], settings)
+                answers = _answers(sampler, tokenizer, name, draw, mine, prompts[name], settings, worker)
                 for i, answer in zip(mine, answers, strict=True):
                     own = {"template": dict(rows[i].template)} if rows[i].template else {}
                     found[i, name, draw] = {"prompt": rows[i].prompt, "columns": rows[i].columns} | own | answer
@@ -70,29 +70,40 @@ def _encoded(tokenizer: Any, rows: Sequence[Prompt]) -> list[list[int]]:
     return [encode_prompt(tokenizer, row) for row in rows]
 
 
+def _sampler(bases: Bases, folder: str | None, settings: CollectSettings) -> Sampler:
+    role, tokenizer = bases.role(folder), bases.tokenizer(folder)
+    return sampler_of(
+        role,
+        settings.sampling,
+        end_ids=end_token_ids(tokenizer, stop_ids(role.causal)),
+        pad_id=tokenizer.pad_token_id,
+        batch_size=settings.batch_size,
+        phase=SAMPLING,
+    )
+
+
 def _answers(
-    role: Role,
+    sampler: Sampler,
     tokenizer: Any,
     name: str,
     draw: int,
     rows: list[int],
     prompts: list[list[int]],
     settings: CollectSettings,
+    worker: Worker,
 ) -> list[dict[str, Any]]:
-    """One answer to each of `rows`, whose random numbers are theirs alone."""
+    """One answer to each of `rows`, whose random numbers are theirs alone. All processes call it."""
     temperatures = settings.temperatures
     sampling = settings.sampling.model_copy(update={"temperature": temperatures[draw % len(temperatures)]})
-    end_ids = end_token_ids(tokenizer, stop_ids(role.causal))
-    step = zlib.crc32(f"{name} {draw}".encode())
-    how = {"end_ids": end_ids, "pad_id": tokenizer.pad_token_id, "batch_size": settings.batch_size, "phase": SAMPLING}
-    sampler, seeds = sampler_of(role, sampling, **how), Seeds(settings.seed, STREAM, step, rows)
-    rollouts = sampler.sample([prompts[i] for i in rows], sampling, seeds).rollouts
+    seeds = Seeds(settings.seed, STREAM, zlib.crc32(f"{name} {draw}".encode()), rows)
+    asked = [prompts[i] for i in rows]
+    rollouts = worker.agreed(lambda: sampler.sample(asked, sampling, seeds)).rollouts
     return [
         {
             "policy": name,
             "draw": draw,
             "temperature": sampling.temperature,
-            "text": decode_completion(tokenizer, ids, end_ids),
+            "text": decode_completion(tokenizer, ids, sampler.end_ids),
             "num_tokens": len(ids),
             "ended": ended,
         }

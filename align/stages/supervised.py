@@ -5,7 +5,7 @@ A stage says what its examples are and what a pass of them loses (`Task`), and w
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -30,6 +30,7 @@ from align.stages.order import SERIES, Order
 from align.stages.running import running
 from align.stages.sums import Sums
 from align.track import Tracker
+from align.wording import brief
 from align.worker import Worker
 
 EVALUATION = Phase("while reading the held-out rows", "train.max_batch_tokens", SHORTER)
@@ -187,6 +188,8 @@ def _loop(this: _Run[Any]) -> bool:
             course.fell(step, failure)
             return False
         before = course.progress.get("since_log") or dict.fromkeys(sums, 0.0)
+        if isinstance(before, list):  # of a checkpoint from before figures had their names there
+            before = dict(zip(("loss", *task.figures, "count"), before, strict=True))
         # a checkpoint's JSON has null for what is no number
         since_log = {name: sums[name] + (math.nan if x is None else x) for name, x in before.items()}
         metrics |= task.means(sums)
@@ -252,6 +255,11 @@ def _summed(
     def work(numbers: list[int]) -> dict[str, Tensor]:
         batch = [mine[i] for i in numbers]
         loss, figures = task.loss(role, batch)
+        if not isinstance(figures, Mapping) or figures.keys() & {"loss", "count"}:
+            raise RunFailed(
+                f"{type(task).__name__}.loss must give its figures by name ({', '.join(task.figures) or 'none'}), and "
+                f"none is called loss or count; it gave {brief(figures)}"
+            )
         use(loss)
         return {"loss": loss.detach(), "count": torch.tensor(sum(map(task.count, batch)), device=role.device)} | figures
 
