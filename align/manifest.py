@@ -98,10 +98,12 @@ def about(manifest: Mapping[str, Any]) -> About:
     return checked(STAGES.get(str(manifest.get("kind")), StageSettings).about() if known is None else known, About)
 
 
-def kinds_that_make(wanted: tuple[str, ...]) -> str:
-    """The kinds of stages whose runs will do, in words."""
-    kinds = [kind for kind, stage in STAGES.items() if stage.makes in wanted]
-    return " or ".join(f"`{kind}`" for kind in kinds or wanted)
+def of_another_kind(what: str, kind: Any, wanted: tuple[str, ...]) -> str:
+    """The words for a run of `kind` that made none of `wanted`; `what` is its folder, which is or will be it."""
+    if kind in wanted:
+        return f"a stage's `parents` names what runs made (policy, reward, ...), no kind like `{kind}`"
+    kinds = [name for name, stage in STAGES.items() if stage.makes in wanted]
+    return f"{what} a run of kind `{kind}`; name one of kind {' or '.join(f'`{name}`' for name in kinds or wanted)}"
 
 
 def check_parent(folder: str, wanted: tuple[str, ...], where: str) -> None:
@@ -113,12 +115,7 @@ def check_parent(folder: str, wanted: tuple[str, ...], where: str) -> None:
         return
     manifest = at_key(where, lambda: read_manifest(folder))
     if about(manifest).makes not in wanted:
-        if (kind := manifest.get("kind")) in wanted:
-            raise BadInput(
-                f"{where}: a stage's `parents` names what runs made (policy, reward, ...), no kind like `{kind}`"
-            )
-        kinds = kinds_that_make(wanted)
-        raise BadInput(f"{where}: {folder} is a run of kind `{manifest.get('kind')}`; name one of kind {kinds}")
+        raise BadInput(f"{where}: {of_another_kind(f'{folder} is', manifest.get('kind'), wanted)}")
     if manifest.get("status") != "finished":
         raise BadInput(f"{where}: the run in {folder} is not finished; start it again to go on with it")
     at_key(where, lambda: check_whole(folder, manifest))

@@ -20,7 +20,7 @@ from align.identity import (
     same,
     template_of,
 )
-from align.manifest import MANIFEST, check_parent, kinds_that_make, read_manifest
+from align.manifest import MANIFEST, check_parent, of_another_kind, read_manifest
 from align.models.facts import check_classifier, check_generates, check_tokenizer, read_adapter, read_facts, read_shapes
 from align.records import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from align.settings import (
@@ -171,8 +171,7 @@ def _check_stage_before(
     """Of a stage of the same pipeline, before it has run."""
     maker = made[resolved(folder)]
     if maker.makes not in wanted:
-        kinds = kinds_that_make(wanted)
-        raise BadInput(f"`{key}`: {folder} will be a run of kind `{maker.kind}`; name one of kind {kinds}")
+        raise BadInput(f"`{key}`: {of_another_kind(f'{folder} will be', maker.kind, wanted)}")
     method = maker.tuned_by()
     if isinstance(method, Prefix):
         check_prefix(settings, key, f"`{key}`: {folder} will hold a prefix, which")

@@ -217,3 +217,21 @@ def test_what_it_cannot_be_is_one_line(says, why, base, data, tmp_path):
     with pytest.raises(BadInput, match=rf"own\S* .*{why}") as caught:
         load_recipe(written(tmp_path / "own.yaml", own=values))
     assert "\n" not in str(caught.value)
+
+
+def test_parents_by_kinds_are_told_what_to_name(base, data, runs, tmp_path):
+    """An own stage of before named kinds: neither a finished run nor one of the same pipeline is of what it says."""
+    (tmp_path / "own.py").write_text(
+        "import align\nclass Own(align.StageSettings):\n    teacher: str\n    def run(self, worker): pass\n"
+        "    def parents(self):\n        return {'teacher': (self.teacher, ('sft',))}\n"
+    )
+    own = {"stage": f"{tmp_path}/own.py:Own", "model": {"base": str(base)}, "output": str(tmp_path / "out")}
+    sft = tiny.recipe("sft", base, data, tmp_path / "sft")
+    for stages in (
+        {"own": own | {"teacher": str(runs / "sft")}},
+        {"sft": sft, "own": own | {"teacher": sft["output"]}},
+    ):
+        with pytest.raises(
+            BadInput, match=r"`teacher`: a stage's `parents` names what runs made .*, no kind like `sft`"
+        ):
+            check_recipe(load_recipe(written(tmp_path / "own.yaml", **stages)))
