@@ -7,13 +7,20 @@ import pytest
 import torch
 
 from align.errors import RunFailed
-from align.rollout.draw import draw
+from align.rollout import draw as drawing
+from align.rollout.draw import check_finite, draw
 from align.settings import Sampling
 from tests import oracles
 
 LAST = math.nextafter(1.0, 0.0)  # the largest number that is drawn with
 SLACK = 2e-6  # of a cumulative probability: weights are float32
 VOCABULARIES = [1, 2, 255, 256, 257, 511, 512, 513, 1000]
+
+
+@pytest.fixture(autouse=True, params=["by blocks", "whole"])
+def either_sum(request, monkeypatch):
+    """What a CPU does and what a GPU does."""
+    monkeypatch.setattr(drawing, "BY_BLOCKS", {"cpu"} if request.param == "by blocks" else set())
 
 
 def kept_by(probabilities: list[float], top_k: int, top_p: float) -> set[int]:
@@ -149,5 +156,9 @@ def test_16_bit_logits_are_widened():
 def test_logits_that_are_not_finite_stop_the_run(wrong):
     logits = torch.zeros(3, 300)
     logits[1, 290] = wrong
+    drawn = draw(logits, torch.full((3,), 0.5, dtype=torch.float64), Sampling())
+    assert torch.isfinite(drawn.logprobs).tolist() == [True, False, True]  # and no token is outside the vocabulary:
+    assert bool(((drawn.tokens >= 0) & (drawn.tokens < 300)).all())
     with pytest.raises(RunFailed, match="not finite"):
-        draw(logits, torch.full((3,), 0.5, dtype=torch.float64), Sampling())
+        check_finite(drawn.logprobs)
+    check_finite(drawn.logprobs[[0, 2]])

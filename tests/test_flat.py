@@ -14,10 +14,11 @@ from align.models.attention import flat_states, tree_attention
 from align.models.base import trunk_of
 from align.models.kv_slots import Slots
 from align.models.layout import Tree, flat_layout
-from align.models.merging import merged_view
+from align.models.merging import sampling_view
 from align.models.methods import with_method
 from align.models.roles import Bases, Role, new_head
 from align.models.scoring import score_sequences
+from align.rollout import slots
 from align.rollout.choose import sampler_of
 from align.rollout.reading import read_all
 from align.rollout.rollouts import cut_at_end
@@ -232,7 +233,7 @@ def test_gradients_are_those_of_one_row_at_a_time(flat, checkpointing, are_all_a
 def test_slots_in_any_order_give_what_single_rows_give(flat, seed, grow_by, monkeypatch):
     monkeypatch.setattr(kv_slots, "WIDTHS_GROW_BY", {"cpu": grow_by})
     rng, trunk = random.Random(seed), trunk_of(flat.role.causal)
-    slots, rows = Slots(5, 40), list[list[int]]()
+    slots, rows = Slots(5, 40, device=CPU), list[list[int]]()
     seen = {"fill": 0, "step": 0, "release": 0}
 
     def check(states: torch.Tensor, texts: list[list[int]]) -> None:
@@ -274,7 +275,7 @@ def test_slots_in_any_order_give_what_single_rows_give(flat, seed, grow_by, monk
 def test_what_a_slot_held_before_is_not_seen(llama):
     """A long answer, its slot freed and filled with a short one, and that one continued."""
     trunk, rng = trunk_of(llama.role.causal), random.Random(0)
-    slots, long, short = Slots(1, 24), some(rng, 22), some(rng, 2)
+    slots, long, short = Slots(1, 24, device=CPU), some(rng, 22), some(rng, 2)
     for prompt in (long, short):
         layout = flat_layout([Tree(prompt, [[]])], CPU)
         flat_states(trunk, layout.ids, layout.positions, slots.fill(layout.spans, [1]))
@@ -319,8 +320,10 @@ def both_ways(role: Role, numbers: torch.Tensor, sampling: Sampling, batch_size:
     return rollouts, reading
 
 
-@pytest.mark.parametrize("batch_size", [1, 3, 20])
-def test_answers_are_those_of_generate(flat, batch_size):
+@pytest.mark.parametrize(("batch_size", "steps"), [(1, 1), (3, 1), (20, 1), (20, 16), (3, 16), (4, 3)])
+def test_answers_are_those_of_generate(flat, batch_size, steps, monkeypatch):
+    """However many answers are in the making, and however seldom the host looks at who is done."""
+    monkeypatch.setattr(slots, "STEPS", {"cpu": steps})
     sampling = Sampling(max_new_tokens=14, temperature=1.3)
     numbers = uniforms(3, 0, 1, range(len(PROMPTS)), 14)
     rollouts, _ = both_ways(flat.role, numbers, sampling, batch_size)
@@ -397,7 +400,7 @@ def test_a_merged_view_is_the_role_and_leaves_the_base_alone(flat, settings):
     role, wrapped = flat.lora(**settings)
     own = {name: (tensor, tensor.clone()) for name, tensor in flat.bases.main.model.state_dict(keep_vars=True).items()}
     adapter = {name: p.clone() for name, p in role.named_parameters() if "lora_" in name}
-    merged = merged_view(role)
+    merged = sampling_view(role)
     assert not merged.has_adapter and merged.is_flat
     check_states(merged, wrapped, make_trees(3))
     with torch.no_grad():
@@ -422,7 +425,7 @@ def test_a_merged_view_of_tied_layers_is_the_role(tmp_path):
     for name, p in role.named_parameters():
         if "lora_B" in name:
             p.data += torch.randn(p.shape, generator=torch.Generator().manual_seed(1)) * 0.1
-    merged = merged_view(role)
+    merged = sampling_view(role)
     with torch.no_grad():
         layout = role.layout(make_trees())
         expected, found = role.states(layout), merged.states(layout)

@@ -473,11 +473,11 @@ def test_a_policy_that_cannot_be_merged_samples_with_its_adapter_beside(bases, r
     plain, _ = sample(role, ROWS, NUMBERS, FEW, **given)
     tried = []
 
-    def merged_view(role):
+    def sampling_view(role):
         tried.append(role)
         raise OURS[2]
 
-    monkeypatch.setattr(slots, "merged_view", merged_view)
+    monkeypatch.setattr(slots, "sampling_view", sampling_view)
     for _ in range(2):
         assert sample(role, ROWS, NUMBERS, FEW, **given)[0].answers == plain.answers
     assert len(tried) == 1 and capsys.readouterr().err == (

@@ -58,7 +58,7 @@ def _trial(model: PreTrainedModel, trunk: nn.Module, prefix: list[int], *branche
         flat_states(trunk, layout.ids, layout.positions, tree_attention(layout.spans), at)
         for at in (None, layout.last[1:2])
     )
-    slots = Slots(2, 16)
+    slots = Slots(2, 16, device=model.device)
     start = flat_layout([Tree([*prefix, *second[:-1]], [[]])], model.device)
     flat_states(trunk, start.ids, start.positions, slots.fill(start.spans, [2]))
     slots.release([0])

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from align.maths.products import product
 from align.models.linear import PlainLinear
+from align.models.norms import fuse_norms
 
 
 class _Product(torch.autograd.Function):
@@ -82,6 +83,22 @@ class FusedLinear(Linear):
         return torch.addmm(self.weight, b, a, alpha=self.scaling[name])
 
 
+class RoundedLora(nn.Module):
+    """A plain layer for reading alone: its adapter is rounded to the weight's dtype here, not at each call."""
+
+    def __init__(self, layer: FusedLinear):
+        super().__init__()
+        (name,) = layer.active_adapters
+        self.base_layer, self.scaling = layer.base_layer, layer.scaling[name]
+        self.a = cast(Tensor, layer.lora_A[name].weight).detach().to(layer.weight.dtype)
+        self.b = cast(Tensor, layer.lora_B[name].weight).detach().to(layer.weight.dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        base, flat = cast(nn.Linear, self.base_layer), x.reshape(-1, x.shape[-1])
+        y = product(flat, base.weight, base.bias).addmm_(product(flat, self.a), self.b.T, alpha=self.scaling)
+        return y.view(*x.shape[:-1], base.out_features)
+
+
 @contextmanager
 def torchs_own(model: nn.Module) -> Iterator[None]:
     """While this holds, linear layers are torch's: some of PEFT's methods take no others."""
@@ -96,7 +113,9 @@ def torchs_own(model: nn.Module) -> Iterator[None]:
 
 
 def fuse(model: nn.Module) -> None:
-    """Makes PEFT's LoRA layers and torch's linear ones in `model` ours; what others do with them stays as it is."""
+    """Makes PEFT's LoRA layers, torch's linear ones and norms in 16 bits in `model` ours; what others do with them
+    stays as it is."""
+    fuse_norms(model)
     for module in model.modules():
         if type(module) is Linear:
             module.__class__ = FusedLinear

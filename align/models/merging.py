@@ -1,4 +1,4 @@
-"""Base + adapter -> plain weights: in memory for sampling, and on disk by `align merge`."""
+"""Base + adapter -> what is quick to sample from, in memory; and plain weights on disk, by `align merge`."""
 
 import copy
 from collections import Counter
@@ -20,7 +20,7 @@ from align.manifest import MANIFEST, about, check_whole, read_manifest
 from align.models.backoff import in_words, is_out_of_memory
 from align.models.linear import reading_layer
 from align.models.loading import load_adapter_config, load_any_tokenizer, load_causal
-from align.models.lora import FusedLinear
+from align.models.lora import FusedLinear, RoundedLora
 from align.models.roles import Bases, Role
 from align.models.tokenizer import first_line
 from align.settings import Model
@@ -34,19 +34,24 @@ PROBE = ("The answer to the question is", "Once upon a time there was a", "1 2 3
 
 
 @torch.no_grad()
-def merged_view(role: Role) -> Role:
-    """The role with its adapter merged into copies of the layers that it adapts; everything else is shared.
+def sampling_view(role: Role) -> Role:
+    """The role as it samples, which takes many short steps; everything that is not adapted is shared.
 
-    Sampling on a CPU takes many short steps, in which un-merged adapters cost a fifth. The copies are those of the
-    adapted layers, in the order that is fastest for few rows, and are gone with the view. Only float32 weights are
-    merged: in 16 bits the sum is rounded, and the answers would come from another policy than the one that is trained.
+    On a CPU un-merged adapters cost a fifth, so that the adapter is merged into copies of the layers that it adapts, in
+    the order that is fastest for few rows. Only float32 weights are merged: in 16 bits the sum is rounded, and the
+    answers would come from another policy than the one that is trained. There the adapter stays beside them, rounded
+    once as a training pass rounds it.
     """
-    if not role.has_adapter or not role.is_float32 or role.device.type != "cpu":
+    if not role.has_adapter:
         return role
     model: Any = role.causal
     layers = [layer for layer in model.modules() if isinstance(layer, BaseTunerLayer)]
     if not layers or not all(isinstance(layer, (LoraLayer, IA3Layer)) for layer in layers):
         return role  # nothing to merge, or nothing that can be
+    if not role.is_float32:
+        return _rounded(role, layers)
+    if role.device.type != "cpu":
+        return role
     if any(any(getattr(layer, "lora_bias", {}).values()) for layer in layers):  # the base has no place for it
         return role
     adapted = {id(p) for layer in layers for p in layer.get_base_layer().parameters()}  # IA3 scales biases too
@@ -60,6 +65,15 @@ def merged_view(role: Role) -> Role:
         return Role(copy.deepcopy(model, memo), head=role.head)
     memo = {key: tensor for key, tensor in memo.items() if key not in adapted}
     return Role(cast(PeftModel, copy.deepcopy(role.model, memo)).merge_and_unload(), head=role.head)
+
+
+def _rounded(role: Role, layers: list[Any]) -> Role:
+    """The role with plain LoRA layers whose adapters are in the base's dtype; as it is, where others are among them."""
+    if not all(isinstance(layer, FusedLinear) and layer.is_plain for layer in layers):
+        return role
+    memo: dict[int, Any] = {id(layer): RoundedLora(layer) for layer in layers}
+    memo |= {id(tensor): tensor for tensor in (*role.causal.parameters(), *role.causal.buffers())}
+    return Role(copy.deepcopy(role.causal, memo), head=role.head)
 
 
 @torch.no_grad()

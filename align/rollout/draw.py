@@ -11,6 +11,7 @@ from transformers import LogitsProcessorList, TopKLogitsWarper, TopPLogitsWarper
 from align.errors import Diverged
 from align.settings import Sampling
 
+BY_BLOCKS = {"cpu"}  # where the sum over a vocabulary takes longer than ten operations on what is left of it
 BLOCK = 256  # tokens of the vocabulary that are summed together first
 
 
@@ -20,29 +21,35 @@ class Drawn:
 
     tokens: Tensor
     logprobs: Tensor
-    entropies: Tensor
+    entropies: Tensor | None
 
 
-def draw(logits: Tensor, numbers: Tensor, sampling: Sampling) -> Drawn:
+def draw(logits: Tensor, numbers: Tensor, sampling: Sampling, *, with_entropies: bool = True) -> Drawn:
     """Inverts the cumulative sum of each row's probabilities at its number: logits (A, V), numbers (A,) float64.
 
     top-k and top-p, if the settings name them, narrow what is drawn; log-probabilities stay those of the plain
-    softmax.
-
-    Raises:
-        Diverged: the logits are not finite.
+    softmax. Nothing here waits for the device: logits that are not finite give log-probabilities that are not, for
+    `check_finite`.
     """
-    logits = logits.float() / sampling.temperature  # (A, V)
-    offsets = logits - logits.amax(-1, keepdim=True)  # (A, V), 0 at the likeliest token
-    weights = offsets.exp()
-    total = weights.sum(-1)
-    if not bool(torch.isfinite(total).all()):
-        raise Diverged("the policy's logits are not finite while sampling: its weights have diverged")
-    entropies = total.log() - (weights * offsets.clamp_(min=-1e4)).sum(-1) / total  # clamped: 0 x -inf is NaN
+    logits = logits.float() if sampling.temperature == 1.0 else logits.float() / sampling.temperature
+    logprobs = logits.log_softmax(-1)  # (A, V)
+    weights = kept = logprobs.exp()
     if sampling.top_k or sampling.top_p < 1.0:
-        weights = weights * torch.isfinite(_filters(sampling)(cast(Any, None), cast(Any, logits)))
-    tokens = _invert(weights, numbers)
-    return Drawn(tokens, offsets.gather(-1, tokens[:, None])[:, 0] - total.log(), entropies)
+        kept = weights * torch.isfinite(_filters(sampling)(cast(Any, None), cast(Any, logits)))
+    tokens = (_invert_by_blocks if kept.device.type in BY_BLOCKS else _invert)(kept, numbers)
+    drawn = logprobs.gather(-1, tokens[:, None])[:, 0]
+    if not with_entropies:
+        return Drawn(tokens, drawn, None)
+    # clamped: 0 x -inf is NaN; in place, for nothing reads them after
+    return Drawn(tokens, drawn, -weights.mul_(logprobs.clamp_(min=-1e4)).sum(-1))
+
+
+def check_finite(logprobs: Tensor) -> None:
+    """Raises:
+    Diverged: there are numbers that are not finite among the drawn tokens' log-probabilities, so the logits' were not.
+    """
+    if not bool(torch.isfinite(logprobs).all()):
+        raise Diverged("the policy's logits are not finite while sampling: its weights have diverged")
 
 
 def _filters(sampling: Sampling) -> LogitsProcessorList:
@@ -55,10 +62,17 @@ def _filters(sampling: Sampling) -> LogitsProcessorList:
 
 
 def _invert(weights: Tensor, numbers: Tensor) -> Tensor:
-    """The first token whose cumulative weight exceeds number x total, found by blocks: (A, V), (A,) -> (A,).
+    """The first token whose cumulative weight exceeds number x total: (A, V), (A,) -> (A,).
 
     Sums are float64, so that small tails do not vanish.
     """
+    ends = weights.cumsum(-1, dtype=torch.float64)
+    found = torch.searchsorted(ends, (numbers * ends[:, -1])[:, None], right=True)
+    return found.clamp(max=weights.shape[1] - 1)[:, 0]  # a token even where the weights are no numbers
+
+
+def _invert_by_blocks(weights: Tensor, numbers: Tensor) -> Tensor:
+    """The same, of which most of the vocabulary is summed in blocks alone."""
     rows, size = weights.shape
     blocks = F.pad(weights, (0, -size % BLOCK)).reshape(rows, -1, BLOCK)  # (A, V / BLOCK, BLOCK)
     ends = blocks.sum(-1, dtype=torch.float64).cumsum(-1)  # (A, V / BLOCK)

@@ -9,7 +9,7 @@ from transformers import LogitsProcessor, LogitsProcessorList
 
 from align.data.collate import pad_left
 from align.models.backoff import halving
-from align.rollout.draw import draw
+from align.rollout.draw import check_finite, draw
 from align.rollout.rollouts import by_row, cut_at_end, rollouts_of
 from align.rollout.sampler import Sampled, Sampler, Seeds
 from align.settings import Sampling
@@ -24,7 +24,7 @@ class _Draw(LogitsProcessor):
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # type: ignore[override]
         step = input_ids.shape[1] - self.prompt_length
-        drawn = draw(scores, self.numbers[:, step], self.sampling)
+        drawn = draw(scores, self.numbers[:, step], self.sampling, with_entropies=False)
         self.logprobs.append(drawn.logprobs)
         return torch.full_like(scores, -torch.inf).scatter_(1, drawn.tokens[:, None], 0.0)
 
@@ -63,8 +63,9 @@ class GenerateSampler(Sampler):
                 use_cache=True,
                 cache_implementation=sampling.cache_implementation,
             )
-            found = torch.stack(draws.logprobs, 1).tolist()  # (A, steps)
-            for i, tokens, likely in zip(rows, out[:, ids.shape[1] :].tolist(), found, strict=True):
+            found = torch.stack(draws.logprobs, 1)  # (A, steps)
+            check_finite(found)
+            for i, tokens, likely in zip(rows, out[:, ids.shape[1] :].tolist(), found.tolist(), strict=True):
                 answers[i] = cut_at_end(tokens, self.end_ids)
                 logprobs[i] = likely[: len(answers[i])]
         return answers, logprobs

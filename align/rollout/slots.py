@@ -1,8 +1,8 @@
 """Samples without padding: prompts in flat passes, each distinct one once, answers in slots that are given on.
 
-An answer that is done leaves its slot at once, and prompts that wait move into free slots, so that a step never
-computes for an answer that has ended. Log-probabilities and values are taken from the states that the tokens are
-drawn from: no second pass is needed for them.
+An answer that is done leaves its slot, and prompts that wait move into free slots, so that a step computes little for
+answers that have ended. Random numbers, tokens and what is done are kept on the device; the host looks every few steps.
+Log-probabilities and values are taken from the states that the tokens are drawn from: no second pass is needed.
 """
 
 from collections import deque
@@ -11,30 +11,23 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from align.maths.masking import length_mask
 from align.models.attention import flat_states, prefix_length
 from align.models.backoff import Phase, halving, or_else
 from align.models.base import trunk_of
 from align.models.budget import reading_tokens
 from align.models.kv_slots import Slots
 from align.models.layout import Tree, flat_layout
-from align.models.merging import merged_view
+from align.models.merging import sampling_view
 from align.models.roles import Role
-from align.rollout.draw import draw
-from align.rollout.rollouts import Reading, by_row, rollouts_of
+from align.rollout.draw import check_finite, draw
+from align.rollout.rollouts import Reading, cut_at_end, rollouts_of
 from align.rollout.sampler import Sampled, Sampler, Seeds
 from align.settings import Sampling
 
 MERGING = Phase("while merging the adapter for sampling")
 SLOWER = "the adapter stays beside its base, which is slower"
-
-
-class Answer:
-    """An answer in the making: its row, its tokens and what was read with each."""
-
-    def __init__(self, row: int):
-        self.row = row
-        self.tokens: list[int] = []
-        self.readings: list[tuple[float, float, float]] = []  # log-prob, entropy, value
+STEPS = {"cuda": 16}  # between looks at what is done: each makes a GPU wait; a CPU would compute for what has ended
 
 
 class SlotSampler(Sampler):
@@ -47,62 +40,129 @@ class SlotSampler(Sampler):
         pass sees other numbers."""
         numbers = seeds.uniforms(sampling.max_new_tokens)
 
-        def attempt(size: int) -> list[Answer]:
-            role = or_else(MERGING, lambda: merged_view(self.role), self.role, SLOWER)
+        def attempt(size: int) -> _Made:
+            role = or_else(MERGING, lambda: sampling_view(self.role), self.role, SLOWER)
             return self._drawn(role, prompts, numbers, sampling, size)
 
-        answers = halving(self.phase, max(1, min(self.batch_size, len(prompts))), attempt)
-        rollouts = rollouts_of(prompts, [answer.tokens for answer in answers], end_ids=self.end_ids)
-        series = [[[reading[i] for reading in answer.readings] for answer in answers] for i in range(3)]
-        reading = Reading(*(by_row(each, rollouts.width) for each in series))
+        made = halving(self.phase, max(1, min(self.batch_size, len(prompts))), attempt)
+        rollouts, reading = rollouts_of(prompts, made.answers, end_ids=self.end_ids), made.reading()
         return Sampled(rollouts, reading.logprobs, reading if self.role.is_float32 else None)
 
     @torch.inference_mode()
     def _drawn(
         self, role: Role, prompts: Sequence[Sequence[int]], numbers: Tensor, sampling: Sampling, batch_size: int
-    ) -> list[Answer]:
+    ) -> "_Made":
         """One answer to each of B prompts, in their order, at most `batch_size` of them in the making at a time.
 
         numbers (B, max_new_tokens) are the rows' random numbers. Values are zeros for a role without a scalar head.
         """
         waiting = deque(_by_prompt(prompts, batch_size))
-        answers = [Answer(row) for row in range(len(prompts))]
         width = max(map(len, prompts), default=0) + sampling.max_new_tokens
-        slots, before = Slots(min(batch_size, len(prompts)), width, role.prefix), prefix_length(role.prefix)
-        budget = reading_tokens(role.causal, self.max_batch_tokens)
-        trunk, active = trunk_of(role.causal), list[Answer]()
-
-        def take(states: Tensor, rows: list[Answer]) -> None:
-            """Draws the next token of `rows` from their states (A, H)."""
-            at = torch.tensor([len(answer.tokens) for answer in rows])
-            chosen = draw(role.logits(states), numbers[[a.row for a in rows], at].to(role.device), sampling)
-            values = role.scalar(states).float() if role.head is not None else torch.zeros_like(chosen.logprobs)
-            readings = torch.stack([chosen.logprobs, chosen.entropies, values], 1).tolist()
-            for answer, token, reading in zip(rows, chosen.tokens.tolist(), readings, strict=True):
-                answer.tokens.append(token)
-                answer.readings.append(tuple(reading))
-
-        while waiting or active:
-            if waiting and (not active or len(waiting[0]) <= slots.num_slots - len(active)):
-                groups = _admit(waiting, prompts, slots.num_slots - len(active), budget)
+        slots = Slots(min(batch_size, len(prompts)), width, role.prefix, device=role.device)
+        made = _Made(role, sampling, numbers, self.end_ids, slots.num_slots)
+        trunk, before = trunk_of(role.causal), prefix_length(role.prefix)
+        budget, most = reading_tokens(role.causal, self.max_batch_tokens), STEPS.get(role.device.type, 1)
+        while waiting or made.rows:
+            free = slots.num_slots - len(made.rows)
+            if waiting and len(waiting[0]) <= free:
+                groups = _admit(waiting, prompts, free, budget)
                 layout = flat_layout([Tree(prompts[rows[0]], [[]]) for rows in groups], role.device)
                 attend = slots.fill(layout.spans, [len(rows) for rows in groups])
-                new = [answers[row] for rows in groups for row in rows]
                 states = flat_states(trunk, layout.ids, layout.positions + before, attend, layout.last)  # (groups, H)
                 repeats = torch.tensor([len(rows) for rows in groups], device=role.device)
-                take(states.repeat_interleave(repeats, 0), new)
-                active += new
+                new = made.begin([row for rows in groups for row in rows])
+                made.take(states.repeat_interleave(repeats, 0), new)
+                done = made.look(new, 1)
             else:
-                positions, attend = slots.step()
-                ids = torch.tensor([[answer.tokens[-1] for answer in active]], device=role.device)
-                take(flat_states(trunk, ids, positions, attend), active)
-            done = [
-                slot
-                for slot, answer in enumerate(active)
-                if answer.tokens[-1] in self.end_ids or len(answer.tokens) == sampling.max_new_tokens
-            ]
-            active = [active[i] for i in slots.release(done)]
-        return answers
+                steps = min(most, made.num_missing)
+                for _ in range(steps):
+                    positions, attend = slots.step()
+                    made.take(flat_states(trunk, made.last, positions, attend), made.all)
+                done = made.look(made.all, steps)
+            if done:
+                made.keep(slots.release(done))
+        return made
+
+
+class _Made:
+    """What is drawn for B rows, R tokens at most each; `rows` are those that the slots which are taken draw for.
+
+    Between the host's looks every taken slot draws, those of answers that have ended too; no later token is read.
+    """
+
+    def __init__(self, role: Role, sampling: Sampling, numbers: Tensor, end_ids: Sequence[int], num_slots: int):
+        self.role, self.sampling, self.end_ids = role, sampling, end_ids
+        self.rows: list[int] = []
+        self.answers: list[list[int]] = [[] for _ in numbers]
+        count, width = numbers.shape
+        self.numbers = numbers.to(role.device)  # (B, R), as the next two
+        self.tokens = torch.zeros(count, width, dtype=torch.long, device=role.device)
+        self.readings = torch.zeros(3, count, width, device=role.device)  # log-probabilities, entropies, values
+        self.slots = torch.zeros(3, num_slots, dtype=torch.long, device=role.device)  # row, tokens drawn, the last one
+
+    @property
+    def all(self) -> slice:
+        """The slots that are taken."""
+        return slice(0, len(self.rows))
+
+    @property
+    def last(self) -> Tensor:
+        """(1, rows): the last token of each."""
+        return self.slots[2:, : len(self.rows)]
+
+    @property
+    def num_missing(self) -> int:
+        """How many more tokens may be drawn until one of the answers has all that it may have."""
+        return self.sampling.max_new_tokens - max(len(self.answers[row]) for row in self.rows)
+
+    def begin(self, rows: Sequence[int]) -> slice:
+        """The slots that draw for `rows` from here on."""
+        new = slice(len(self.rows), len(self.rows) + len(rows))
+        self.rows += rows
+        self.slots[0, new] = torch.tensor(rows, device=self.slots.device)
+        self.slots[1, new] = 0
+        return new
+
+    def take(self, states: Tensor, slots: slice) -> None:
+        """Draws the next token of `slots` from their states (N, H). Waits for nothing."""
+        rows, counts, last = self.slots[:, slots]
+        is_read = self.role.is_float32  # else a training pass sees other numbers, and these are for nobody
+        drawn = draw(self.role.logits(states), self.numbers[rows, counts], self.sampling, with_entropies=is_read)
+        self.tokens[rows, counts], self.readings[0][rows, counts] = drawn.tokens, drawn.logprobs
+        if drawn.entropies is not None:
+            self.readings[1][rows, counts] = drawn.entropies
+            if self.role.head is not None:
+                self.readings[2][rows, counts] = self.role.scalar(states).float()
+        last.copy_(drawn.tokens)
+        counts.add_(1)
+
+    def look(self, slots: slice, steps: int) -> list[int]:
+        """Waits for the tokens that the last `steps` have drawn for `slots`; returns all slots that are done."""
+        rows, counts, _ = self.slots[:, slots]
+        places = counts[:, None] - torch.arange(steps, 0, -1, device=counts.device)  # (slots, steps)
+        for row, tokens in zip(self.rows[slots], self.tokens[rows[:, None], places].tolist(), strict=True):
+            self.answers[row] += cut_at_end(tokens, self.end_ids)
+        most = self.sampling.max_new_tokens
+        answers = [self.answers[row] for row in self.rows]
+        return [i for i, answer in enumerate(answers) if answer[-1] in self.end_ids or len(answer) == most]
+
+    def keep(self, order: Sequence[int]) -> None:
+        """What each slot that is left goes on with: that of the slot that it comes from."""
+        self.rows = [self.rows[i] for i in order]
+        self.slots[:, : len(order)] = self.slots[:, torch.tensor(order, dtype=torch.long, device=self.slots.device)]
+
+    def reading(self) -> Reading:
+        """What was read with the answers.
+
+        Raises:
+            Diverged: the policy's logits were not finite.
+        """
+        lengths = torch.tensor([len(answer) for answer in self.answers], dtype=torch.long)
+        width = max(map(len, self.answers), default=0)
+        mask = length_mask(lengths, width)
+        logprobs, entropies, values = self.readings[:, :, :width].cpu().masked_fill(~mask, 0.0)
+        check_finite(logprobs)
+        return Reading(logprobs, entropies, values)
 
 
 def _by_prompt(prompts: Sequence[Sequence[int]], batch_size: int) -> list[list[int]]:

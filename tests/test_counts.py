@@ -1,0 +1,124 @@
+"""What a token's step asks of a GPU, counted on a CPU: launches, and where the host would wait for the device."""
+
+import pytest
+import torch
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+from align.models import kv_slots
+from align.models.lora import RoundedLora
+from align.models.merging import sampling_view
+from align.models.norms import FusedRMSNorm, fuse_norms
+from align.models.roles import Bases, Role
+from align.rollout import draw, slots
+from align.settings import Lora, Model, Sampling
+from tests import tiny
+from tests.counting import Counts, counted
+from tests.drawing import sample, uniforms
+
+NEVER = 9999  # no token: no answer ends before its time
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def as_on_a_gpu(monkeypatch):
+    """What is chosen by the kind of device."""
+    monkeypatch.setattr(slots, "STEPS", {"cpu": slots.STEPS["cuda"]})
+    monkeypatch.setattr(kv_slots, "WIDTHS_GROW_BY", {"cpu": kv_slots.WIDTHS_GROW_BY["cuda"]})
+    monkeypatch.setattr(draw, "BY_BLOCKS", set())
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory):
+    """In bfloat16, of two and of three layers."""
+    made = []
+    for layers in (2, 3):
+        folder = tiny.make_base(tmp_path_factory.mktemp(f"layers-{layers}"), num_hidden_layers=layers)
+        made.append(Bases(Model(base=str(folder), load_in="bfloat16"), CPU))
+    return made
+
+
+def role_over(bases: Bases, target_modules: str | list[str] | None) -> Role:
+    if target_modules is None:
+        return bases.role(None)
+    role = bases.role(None, method=Lora(r=4, target_modules=target_modules), trainable=True)
+    for name, p in role.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(p, std=0.1)
+    return role
+
+
+def of_steps(role: Role, count: int) -> Counts:
+    """What answers of 1 + 2 `count` tokens ask for beyond those of 1 + `count`."""
+
+    def of_length(length: int) -> Counts:
+        numbers, sampling = uniforms(0, 0, 1, range(3), length), Sampling(max_new_tokens=length)
+        how = {"end_ids": [NEVER], "pad_id": 0, "batch_size": 3}
+        return counted(lambda: sample(role, [[2, 4, 9], [2, 4], [5, 6, 7]], numbers, sampling, **how))
+
+    short, long = of_length(1 + count), of_length(1 + 2 * count)
+    return Counts(long.launches - short.launches, long.waits - short.waits)
+
+
+@pytest.mark.parametrize(("target_modules", "a_layer"), [(None, 28), ("all-linear", 42)])
+def test_a_tokens_step(bases, target_modules, a_layer):
+    """A layer: 2 norms of 2, 7 products (3 each with LoRA), 10 for rotary positions, 2 to keep keys and values,
+    attention, 2 in the MLP, 2 sums. Outside: embedding, mask, angles, norm, output layer, draw and what is kept of it."""
+    steps = slots.STEPS["cpu"]
+    two, three = (of_steps(role_over(each, target_modules), steps) for each in bases)
+    assert (three.num_launches - two.num_launches) / steps == a_layer
+    assert 2 * a_layer + 28 < two.num_launches / steps <= 2 * a_layer + 30
+    assert two.waits == three.waits == {"tolist": 1}  # in so many steps
+
+
+def test_what_waits_is_counted():
+    """Else the test above could not fail."""
+    x = torch.arange(6.0)
+    found = counted(
+        lambda: (x.sum().item(), x[x > 2], x[[0, 1]], torch.tensor([1]), bool(x[0] == 0), x[1:3].view(2, 1))
+    )
+    assert found.waits == {"item": 1, "__getitem__": 2, "tensor": 1, "__bool__": 1}
+    assert found.launches["aten::sum"] == 1 and found.launches["aten::view"] == found.launches["aten::slice"] == 0
+
+
+@torch.no_grad()
+def test_a_rounded_adapter_is_the_adapter_as_a_pass_rounds_it(bases):
+    role = role_over(bases[0], "all-linear")
+    view = sampling_view(role)
+    assert sum(isinstance(module, RoundedLora) for module in view.modules()) == 14
+    ids = torch.tensor([[2, 4, 9, 10, 5, 6]])
+    mask = torch.ones_like(ids, dtype=torch.bool)
+    assert torch.equal(view.hidden(ids, mask), role.hidden(ids, mask))
+    own = {id(p) for p in bases[0].main.model.parameters()}
+    assert own <= {id(p) for p in view.parameters()}  # the base is there once
+    dora = bases[0].role(None, method=Lora(r=4, use_dora=True), trainable=True)
+    assert sampling_view(dora) is dora
+
+
+class OneMore(LlamaRMSNorm):
+    """As Gemma's: scaled by one more than its weight."""
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return super().forward(hidden_states) + hidden_states
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_fused_norm_is_transformers_own(dtype):
+    rng = torch.Generator().manual_seed(0)
+    theirs, ours = (LlamaRMSNorm(96, eps=1e-5).to(dtype) for _ in range(2))
+    ours.load_state_dict({"weight": torch.randn(96, generator=rng).to(dtype)})
+    theirs.load_state_dict(ours.state_dict())
+    fuse_norms(ours)
+    assert type(ours) is FusedRMSNorm and type(theirs) is LlamaRMSNorm
+    start, slope = (torch.randn(40, 96, generator=rng).to(dtype) for _ in range(2))
+    x, y = (start.clone().requires_grad_() for _ in range(2))
+    found, expected = ours(x), theirs(y)
+    found.backward(slope), expected.backward(slope)
+    assert torch.equal(found, expected)
+    torch.testing.assert_close(x.grad, y.grad, rtol=4 * torch.finfo(dtype).eps, atol=1e-3)
+
+
+def test_other_norms_stay_as_they_are(bases):
+    other, wide = OneMore(96).bfloat16(), LlamaRMSNorm(96)
+    fuse_norms(other), fuse_norms(wide)
+    assert type(other) is OneMore and type(wide) is LlamaRMSNorm
+    assert sum(isinstance(module, FusedRMSNorm) for module in role_over(bases[0], None).modules()) == 5
