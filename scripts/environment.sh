@@ -7,12 +7,10 @@ if [[ "$(cat .venv/align-stamp 2>/dev/null)" != "$stamp" ]]; then
     echo "installing into .venv (once) ..."
     "${PYTHON:-python3}" -c 'import sys; sys.exit("align needs Python 3.11 or later") if sys.version_info < (3, 11) else None'
     "${PYTHON:-python3}" -m venv .venv
-    # by uv, in a fifth of the time; it does not read pip's configuration, and where it fails pip installs
-    .venv/bin/python -m pip install -q uv
-    find_links="${PIP_FIND_LINKS:-$(.venv/bin/python -m pip config get global.find-links 2> /dev/null || true)}"
-    UV_FIND_LINKS="${UV_FIND_LINKS:-$find_links}" .venv/bin/uv pip install -q --python .venv/bin/python \
-        -c constraints.txt -e ".[dev]" \
-        || .venv/bin/python -m pip install -q -c constraints.txt -e ".[dev]"
+    # by uv, in a fraction of pip's time; torch is left to pip and its settings, which may know of a build for the CPU
+    .venv/bin/python -m pip install -q --no-compile -c constraints.txt "uv>=0.13" torch
+    .venv/bin/uv pip install -q --python .venv/bin/python -c constraints.txt -e ".[dev]" \
+        || .venv/bin/python -m pip install -q --no-compile -c constraints.txt -e ".[dev]"
     echo "$stamp" > .venv/align-stamp
 fi
 export PATH="$PWD/.venv/bin:$PATH"

@@ -14,7 +14,7 @@ MEMORY_ALONE = {"aten::empty", "aten::empty_like", "aten::empty_strided", "aten:
 ONE_KERNEL = {"aten::linear", "aten::scaled_dot_product_attention", "aten::rms_norm"}  # which a CPU does in several
 # what brings numbers down to the host, takes them up from it, or has a size that only the device knows
 WAITS = {"tolist", "item", "__bool__", "__int__", "__float__", "__index__", "cpu", "numpy", "nonzero", "unique"}
-WAITS |= {"tensor", "masked_select", "equal", "allclose"}
+WAITS |= {"tensor", "masked_select", "equal", "allclose", "cuda", "repeat_interleave", "bincount"}
 
 
 COMPOSITE = torch._C.DispatchKey.CompositeImplicitAutograd
@@ -60,7 +60,11 @@ class _Waits(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = getattr(func, "__name__", "")
-        if name in WAITS or (name in ("__getitem__", "__setitem__") and _is_by_host_or_mask(args[1])):
+        if (
+            name in WAITS
+            or (name == "to" and any(isinstance(each, (str, torch.device)) for each in args[1:]))
+            or (name in ("__getitem__", "__setitem__") and _is_by_host_or_mask(args[1]))
+        ):
             self.found[name] += 1
         return func(*args, **(kwargs or {}))
 

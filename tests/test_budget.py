@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from align.models.budget import reading_tokens, training_tokens
+from align.models.budget import answers_at_a_time, reading_tokens, training_tokens
 
 GIB = 2**30
 
@@ -21,8 +21,9 @@ class Card:
 
 
 class Base:
-    def __init__(self, device="cuda", dtype=torch.bfloat16, layers=32, hidden=4096, **others):
-        shape = SimpleNamespace(num_hidden_layers=layers, hidden_size=hidden)
+    def __init__(self, device="cuda", dtype=torch.bfloat16, layers=32, hidden=4096, of_config=(), **others):
+        heads = {"num_attention_heads": 32, "num_key_value_heads": 8} | dict(of_config)
+        shape = SimpleNamespace(num_hidden_layers=layers, hidden_size=hidden, **heads)
         self.config = SimpleNamespace(get_text_config=lambda: shape)
         self.device, self.dtype, self.is_activation_checkpointing = torch.device(device), dtype, False
         self.__dict__ |= others
@@ -54,3 +55,16 @@ def test_there_are_bounds(monkeypatch, free, tokens):
 
 def test_a_cpu_has_a_memory_of_its_own(monkeypatch):
     assert training_tokens(Base("cpu", torch.float32, layers=30, hidden=576), None) == GIB // (24 * 4 * 30 * 576)
+
+
+def test_answers_in_the_making_take_half_of_what_is_free(monkeypatch):
+    """8B in bfloat16: 131,072 bytes a token of keys and values, 64 MiB an answer of 512."""
+    Card(monkeypatch, 60 * GIB)
+    assert answers_at_a_time(Base(), 512, None) == 256  # 480 fit
+    assert answers_at_a_time(Base(dtype=torch.float32), 512, None) == 128
+    assert answers_at_a_time(Base(of_config={"num_key_value_heads": None}), 512, None) == 64  # a key to each query
+    assert answers_at_a_time(Base(of_config={"head_dim": 256}), 512, None) == 128  # not 4096 / 32
+    assert answers_at_a_time(Base(of_config={"num_key_value_heads": [8, 4]}), 512, None) == 32
+    assert answers_at_a_time(Base(), 100_000, None) == 8 and answers_at_a_time(Base(), 2, None) == 512
+    assert answers_at_a_time(Base(), 512, 3) == answers_at_a_time(Base("cpu"), 512, 3) == 3
+    assert answers_at_a_time(Base("cpu"), 512, None) == 32

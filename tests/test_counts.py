@@ -3,6 +3,7 @@
 import pytest
 import torch
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
 
 from align.models import kv_slots
 from align.models.lora import RoundedLora
@@ -119,6 +120,8 @@ def test_a_fused_norm_is_transformers_own(dtype):
 
 def test_other_norms_stay_as_they_are(bases):
     other, wide = OneMore(96).bfloat16(), LlamaRMSNorm(96)
-    fuse_norms(other), fuse_norms(wide)
-    assert type(other) is OneMore and type(wide) is LlamaRMSNorm
+    once = Olmo2RMSNorm(96).bfloat16()  # rounded once, after the weight
+    for each in (other, wide, once):
+        fuse_norms(each)
+    assert (type(other), type(wide), type(once)) == (OneMore, LlamaRMSNorm, Olmo2RMSNorm)
     assert sum(isinstance(module, FusedRMSNorm) for module in role_over(bases[0], None).modules()) == 5

@@ -396,7 +396,7 @@ def test_the_reading_is_what_a_pass_over_the_answers_gives(flat, is_adapted, bat
 
 @pytest.mark.usefixtures("both_products")
 @pytest.mark.parametrize("settings", [{}, {"target_modules": "all-linear", "use_rslora": True}, {"use_dora": True}])
-def test_a_merged_view_is_the_role_and_leaves_the_base_alone(flat, settings):
+def test_a_view_to_sample_from_is_the_role_and_leaves_the_base_alone(flat, settings):
     role, wrapped = flat.lora(**settings)
     own = {name: (tensor, tensor.clone()) for name, tensor in flat.bases.main.model.state_dict(keep_vars=True).items()}
     adapter = {name: p.clone() for name, p in role.named_parameters() if "lora_" in name}
@@ -418,7 +418,7 @@ def test_a_merged_view_is_the_role_and_leaves_the_base_alone(flat, settings):
 
 
 @pytest.mark.filterwarnings("ignore:.*:UserWarning")
-def test_a_merged_view_of_tied_layers_is_the_role(tmp_path):
+def test_a_view_to_sample_from_of_tied_layers_is_the_role(tmp_path):
     """The output layer is adapted and the embedding, which is the same tensor, is not."""
     case = Case(tmp_path, "gpt2", "sdpa", {"initializer_range": 0.15})
     role = case.bases.role(None, method=Lora(r=4, target_modules=("lm_head", "c_attn")), trainable=True)

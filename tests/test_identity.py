@@ -291,6 +291,18 @@ def test_an_argument_of_a_function_is_its_own_whatever_its_name(house):
         state_of(ppo(rewards=[reward | {"batch_size": 8}]))
 
 
+def test_weights_of_tokens_may_be_left_out_of_a_run_under_way(house):
+    """One in 16 bits that was begun before there were any goes on either way."""
+    begin(ppo(), fingerprint("base"))
+    manifest = read_manifest("runs/ppo")
+    del manifest["recipe"]["ppo"]["importance_cap"]
+    write_manifest(Path("runs/ppo"), manifest)
+    without = tiny.recipe("ppo", Path("b"), Path("d"), Path("r/o"))["ppo"] | {"importance_cap": None}
+    assert state_of(ppo()) == state_of(ppo(ppo=without), {"ppo.importance_cap"}.__contains__) == "running"
+    with pytest.raises(BadInput, match=r"ppo.importance_cap.*--set"):
+        state_of(ppo(ppo=without))
+
+
 def test_a_key_that_came_with_a_later_version_has_its_default(house):
     begin(ppo(), fingerprint("base"))
     manifest = read_manifest("runs/ppo")

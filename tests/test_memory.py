@@ -481,7 +481,7 @@ def test_a_policy_that_cannot_be_merged_samples_with_its_adapter_beside(bases, r
     for _ in range(2):
         assert sample(role, ROWS, NUMBERS, FEW, **given)[0].answers == plain.answers
     assert len(tried) == 1 and capsys.readouterr().err == (
-        "out of memory while merging the adapter for sampling: the adapter stays beside its base, which is slower, "
+        "out of memory while preparing the adapter for sampling: it is used as it is trained, which is slower, "
         "from here on\n"
     )
 
@@ -565,7 +565,7 @@ def test_one_process_of_two_may_have_less(base, data, runs, tmp_path):
     assert any("in the update" in line for line in said[1])
 
 
-def little_room(mib=64, begin=Tracker.__init__):
+def little_room(mib=128, begin=Tracker.__init__):
     """So many MiB of addresses once all is loaded."""
     np.linalg.inv(np.eye(300))  # OpenBLAS takes its room once, and what is loaded later would need some
     importlib.import_module("matplotlib.backends.backend_agg")

@@ -1,6 +1,7 @@
 """PPO end to end on the tiny base: exactness, invariances, budgets, rewards of every kind."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from align.models.roles import Bases
 from align.settings import Model, Policy, Ppo
 from align.stages import ppo as stage
 from align.stages.costs import kl_to_base
-from align.stages.ppo_steps import end_penalty
+from align.stages.ppo_steps import end_penalty, importance_cap
 from align.track import read_metrics
 from align.worker import Worker
 from tests import tiny
@@ -124,7 +125,24 @@ def test_the_pipeline_runs_in_bfloat16(base, data, tmp_path):
     for name in ("sft", "reward", "ppo"):
         tiny.run(tiny.settings(name, base, data, tmp_path / name, model=model))
     last = read_metrics(tmp_path / "ppo")[-1]
+    assert 0.9 < last["importance_weight"] < 1.1 and 0 <= last["importance_capped"] < 0.05  # 16 bits, read twice
     assert last["grad_norm_policy"] > 0 and last["entropy"] > 0.1  # read in a pass of its own: the draws' is another's
+
+
+@pytest.mark.parametrize(
+    ("given", "sampler", "is_float32", "cap"),
+    [
+        ("auto", "auto", True, None),
+        ("auto", "generate", True, None),
+        ("auto", "slots", False, 2.0),
+        ("auto", "mine.py:Mine", True, 2.0),
+        (None, "mine.py:Mine", False, None),
+        (1.5, "slots", True, 1.5),
+    ],
+)
+def test_tokens_are_weighed_where_their_sampler_may_differ(given, sampler, is_float32, cap, base, data, runs, tmp_path):
+    chosen = settings(base, data, runs, tmp_path / "ppo", ppo={"importance_cap": given}, sampling={"sampler": sampler})
+    assert importance_cap(SimpleNamespace(is_float32=is_float32), chosen) == cap
 
 
 def test_a_policy_over_a_fully_tuned_run_is_saved_over_that_run(base, data, tmp_path):

@@ -132,6 +132,7 @@ def test_ppo_learns_from_a_sampler_of_ones_own_and_says_how_far_it_is_from_the_p
     tiny.run(load_recipe(str(path)).stages["ppo"])
     echoed = [row for row in read_metrics(tmp_path / "ppo") if "sampler_kl" in row]
     assert echoed and all(row["sampler_kl"] > 1.0 for row in echoed)  # nobody else is so certain of prompts' ends
+    assert all(0.0 < row["importance_weight"] < 0.5 and row["importance_capped"] == 0.0 for row in echoed)
     values["sampling"] |= {"sampler": "generate"}
     values["output"] = str(tmp_path / "plain")
     path.write_text(yaml.safe_dump(values))

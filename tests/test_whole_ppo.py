@@ -27,6 +27,24 @@ def own(prompts, completions, completion_ids, **columns):
     return scores
 """
 
+SHIFTED = """from dataclasses import replace
+
+import torch
+
+from align.rollout.slots import SlotSampler
+
+
+class Shifted(SlotSampler):
+    \"\"\"Ours, that says of a token that it held it more or less likely than it did, by its number.\"\"\"
+
+    def sample(self, prompts, sampling, seeds):
+        found = super().sample(prompts, sampling, seeds)
+        shift = torch.zeros_like(found.logprobs)
+        for row, ids in enumerate(found.rollouts.answers):
+            shift[row, : len(ids)] = torch.tensor([0.6 * (each % 3 - 1) for each in ids])
+        return replace(found, logprobs=found.logprobs + shift, reading=None)
+"""
+
 
 @dataclass
 class Answer:
@@ -121,6 +139,21 @@ class ByHand:
             return row.score
         return min(row.score, -penalty) if self.ppo.missing_eos == "replace" else row.score - penalty
 
+    @property
+    def cap(self) -> float | None:
+        """Of the weights of tokens, where they are weighed: by themselves where another sampler draws."""
+        cap = self.ppo.importance_cap
+        if cap == "auto":
+            return 2.0 if ":" in self.settings.sampling.sampler else None
+        return cap
+
+    def drift(self, token: int) -> float:
+        """How much likelier the policy held a token than what drew it says."""
+        return math.exp(-0.6 * (token % 3 - 1)) if ":" in self.settings.sampling.sampler else 1.0
+
+    def weight(self, token: int) -> float:
+        return 1.0 if self.cap is None else min(self.drift(token), self.cap)
+
     def read(self, row: Answer) -> None:
         whole = slowly.distributions(self.policy, row.prompt, row.ids, self.temperature)
         usual = slowly.logprobs(self.reference, row.prompt, row.ids, self.temperature)
@@ -169,10 +202,20 @@ class ByHand:
             "value_mean": value,
             "explained_variance": 1 - unexplained / variance if any(any(row.values) for row in rows) else 0.0,
             "response_length": sum(len(each) for each in answers) / len(rows),
+            **self.weighed(answers),
             "eos_share": sum(each[-1] == END for each in answers) / len(rows),
             "empty_share": sum(each == (END,) for each in answers) / len(rows),
             "same_share": max(answers.count(each) for each in answers) / len(rows),
         }
+
+    def weighed(self, answers: list[tuple[int, ...]]) -> dict[str, float]:
+        tokens = [token for each in answers for token in each]
+        drifts = [self.drift(token) for token in tokens]
+        found = {"sampler_kl": sum(each - 1 - math.log(each) for each in drifts) / len(tokens)}
+        if self.cap is None:
+            return found
+        capped = sum(each > self.cap for each in drifts) / len(tokens)
+        return found | {"importance_weight": sum(map(self.weight, tokens)) / len(tokens), "importance_capped": capped}
 
     def losses(self, row: Answer) -> tuple[Tensor, Tensor, dict[str, list[float]]]:
         """Policy's and critic's, summed over a row's tokens, and what is logged of each token."""
@@ -185,6 +228,7 @@ class ByHand:
             loss = torch.maximum(free, held)
             if ppo.dual_clip is not None and a < 0:
                 loss = torch.minimum(loss, zero - a * ppo.dual_clip)
+            loss = loss * self.weight(row.ids[t])
             near = row.values[t] + torch.clamp(values[t] - row.values[t], -ppo.cliprange_value, ppo.cliprange_value)
             plain, bounded = (values[t] - row.returns[t]) ** 2, (near - row.returns[t]) ** 2
             policy, value = policy + loss, value + 0.5 * torch.maximum(plain, bounded)
@@ -265,6 +309,7 @@ def parents(tmp_path_factory):
     for stage in ("sft", "reward"):
         tiny.run(tiny.settings(stage, folder / "base", folder, folder / stage))
     (folder / "own.py").write_text(OWN, encoding="utf-8")
+    (folder / "shifted.py").write_text(SHIFTED, encoding="utf-8")
     return folder
 
 
@@ -290,6 +335,10 @@ CASES: dict[str, dict[str, Any]] = {
         "sampling": {"temperature": 0.7},
         "ppo": {"num_mini_batches": 3, "num_ppo_epochs": 1, "whiten_rewards": True, "missing_eos_penalty": 0.0},
     },
+    "another sampler": {"sampling": {"sampler": "shifted.py:Shifted"}, "ppo": {"importance_cap": 1.5, "dual_clip": 1.2}},
+    "our sampler, weighed": {"ppo": {"importance_cap": 1.0}},
+    "another sampler as it comes": {"sampling": {"sampler": "shifted.py:Shifted"}},
+    "another sampler that is believed": {"sampling": {"sampler": "shifted.py:Shifted"}, "ppo": {"importance_cap": None}},
 }  # fmt: skip
 
 
@@ -298,12 +347,15 @@ def settings_of(folder: Path, output: Path, case: dict[str, Any]) -> Any:
     ppo = {"num_iterations": 2, "prompts_per_iteration": 3, "num_generations": 2, "num_ppo_epochs": 2, "num_mini_batches": 2,
            "learning_rate": 3e-3, "eval_steps": 0, "gamma": 0.97, "lam": 0.9}  # fmt: skip
     learned = {"use": "learned", "from": str(folder / "reward"), "weight": 0.8}
+    sampling = dict(case.get("sampling", {}))
+    if "sampler" in sampling:
+        sampling["sampler"] = f"{folder}/{sampling['sampler']}"
     changes: dict[str, Any] = {
         "policy": case.get("policy", {"from": str(folder / "sft")}),
         "critic": case.get("critic", {"from": str(folder / "reward")}),
         "rewards": [learned | case.get("learned", {}), {"use": f"{folder}/own.py:own", "weight": 0.5}],
         "prompts": {"train": str(folder / "prompts.jsonl")} | case.get("prompts", {}),
-        "sampling": {"max_new_tokens": 6, "temperature": 0.9} | case.get("sampling", {}),
+        "sampling": {"max_new_tokens": 6, "temperature": 0.9} | sampling,
         "ppo": ppo | case.get("ppo", {}),
     }
     if "reference" in case:

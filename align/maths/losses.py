@@ -34,13 +34,14 @@ def ppo_policy_loss(
     *,
     cliprange: float,
     dual_clip: float | None = None,
+    weights: Tensor | None = None,
 ) -> PolicyLoss:
-    """Sum over the mask of max(-A rho, -A clip(rho, 1 - eps, 1 + eps))   (Schulman et al. 2017, equation 7).
+    """Sum over the mask of w max(-A rho, -A clip(rho, 1 - eps, 1 + eps))   (Schulman et al. 2017, equation 7).
 
     rho = exp(log p_new - log p_behaviour); all arguments (B, R). With `dual_clip` = c > 1 the loss of a token with
-    A < 0 is at most -A c (Ye et al. 2020). `approx_kl` sums k3 of behaviour to new, `clipped` counts the tokens
-    where the clip raised the loss, so that they have no gradient. Log-ratios are held within +-20: far outside the
-    clip already, and exp() of more would overflow.
+    A < 0 is at most -A c (Ye et al. 2020). The weights w are `importance_weights`, without them 1. `approx_kl` sums k3
+    of behaviour to new, `clipped` counts the tokens where the clip raised the loss, so that they have no gradient.
+    Log-ratios are held within +-20: far outside the clip already, and exp() of more would overflow.
     """
     logratio = (logprobs - behaviour_logprobs).masked_fill(~mask, 0.0).clamp(-20.0, 20.0)
     advantages = advantages.masked_fill(~mask, 0.0)
@@ -49,6 +50,8 @@ def ppo_policy_loss(
     losses = torch.maximum(plain, bounded)
     if dual_clip is not None:
         losses = torch.where(advantages < 0, torch.minimum(losses, -advantages * dual_clip), losses)
+    if weights is not None:
+        losses = losses * weights.masked_fill(~mask, 0.0)
     loss = losses.sum()
     with torch.no_grad():
         inside = ratio.masked_fill(~mask, 0.0)
@@ -61,6 +64,17 @@ def ppo_policy_loss(
             abs_logratio=logratio.abs().sum(),
             max_abs_logratio=logratio.abs().max() if inside.numel() else inside.new_zeros(()),
         )
+
+
+def importance_weights(logprobs: Tensor, sampler_logprobs: Tensor, *, cap: float) -> Tensor:
+    """min(p / q, cap) of each token, p its probability under the policy before the update and q that by which it was
+    drawn: (B, R), both arguments too.
+
+    Weighing a token's policy loss by p / q makes its expectation that under p, whatever drew it; the cap bounds the
+    variance, at some bias (truncated importance sampling: Ionides 2008; between a sampler and a trainer of other
+    numerics: Yao et al. 2025, "Your efficient RL framework secretly brings you off-policy RL training").
+    """
+    return torch.exp(logprobs - sampler_logprobs).clamp(max=cap)
 
 
 def ppo_value_loss(

@@ -1,5 +1,5 @@
-"""How many tokens a pass holds. It changes memory and speed; a result only by rounding, and by which random numbers an
-adapter's dropout draws."""
+"""How many tokens a pass holds, and how many answers are in the making at a time. It changes memory and speed; a result
+only by rounding, and by which random numbers an adapter's dropout draws."""
 
 from weakref import WeakKeyDictionary
 
@@ -11,6 +11,8 @@ SHARE = 0.5  # the same on a GPU, of what is free there: logits, optimisers and 
 NUMBERS_A_LAYER = 24  # times the hidden size: what a layer keeps of a token (attention, gated MLP, norms)
 QUANTISED = 4  # bytes a number over weights in few bits, where adapters compute in float32
 BOUNDS = 256, 65_536
+ANSWERS = 32  # at a time on a CPU, where the recipe does not say; few are as fast there
+ANSWERS_BOUNDS = 8, 512
 READING = 4  # passes without gradient keep nothing, and hold so many times the tokens
 
 
@@ -32,6 +34,21 @@ def reading_tokens(model: PreTrainedModel, asked: int | None) -> int:
     return min(READING * _fitting(model, NUMBERS_A_LAYER * layers), BOUNDS[1])
 
 
+def answers_at_a_time(model: PreTrainedModel, width: int, asked: int | None) -> int:
+    """Answers in the making, whose keys and values are `width` tokens each: what the recipe asks for, else on a GPU as
+    many as half of the free memory holds, which is given back before anything is trained."""
+    if asked is not None or model.device.type != "cuda":
+        return asked or ANSWERS
+    config = model.config.get_text_config()
+    queries = getattr(config, "num_attention_heads", None)
+    heads = getattr(config, "num_key_value_heads", None) or queries
+    if not isinstance(queries, int) or not isinstance(heads, int):  # one that keeps something else, or some of it
+        return ANSWERS
+    size = getattr(config, "head_dim", None) or config.hidden_size // queries
+    an_answer = 2 * config.num_hidden_layers * heads * size * width * model.dtype.itemsize
+    return _bounded(int(SHARE * _free(model)) // an_answer, ANSWERS_BOUNDS)
+
+
 def _fitting(model: PreTrainedModel, numbers: int) -> int:
     is_quantised = getattr(model, "is_quantized", False)
     a_token = (
@@ -39,9 +56,12 @@ def _fitting(model: PreTrainedModel, numbers: int) -> int:
     )
     if model.device.type != "cuda":
         return min(max(ACTIVATIONS // a_token, BOUNDS[0]), BOUNDS[1])
-    fitting = int(SHARE * _free(model)) // a_token
-    # a power of two: what else there is on the card, which may change from start to start, rarely changes it
-    return min(max(1 << max(fitting.bit_length() - 1, 0), BOUNDS[0]), BOUNDS[1])
+    return _bounded(int(SHARE * _free(model)) // a_token, BOUNDS)
+
+
+def _bounded(fitting: int, bounds: tuple[int, int]) -> int:
+    """A power of two: what else there is on the card, which may change from start to start, rarely changes it."""
+    return min(max(1 << max(fitting.bit_length() - 1, 0), bounds[0]), bounds[1])
 
 
 _free_at_first: WeakKeyDictionary[PreTrainedModel, int] = WeakKeyDictionary()

@@ -29,7 +29,7 @@ class Slots:
         self.values: dict[int, Tensor] = {}
         self._index = torch.arange(num_slots, device=device)
         self._next = torch.zeros_like(self._index)  # the lengths again, then anything
-        self._mask: Tensor | None = None  # (slots, width), 0 at what is seen, else -inf; None: to be made
+        self._mask: Tensor | None = None  # (slots, width or more), 0 at what is seen, else -inf; None: to be made
 
     def fill(self, spans: Sequence[Span], counts: Sequence[int]) -> Attend:
         """Attention over prompts, each of which is kept in so many new slots, one after the other."""
@@ -91,11 +91,12 @@ class Slots:
         return order
 
     def _seen(self, at: Tensor) -> Tensor:
-        """(rows, width): 0 up to `at` (rows,), else -inf: what SDPA would make of bools, at each layer."""
+        """(rows, width or more): 0 up to `at` (rows,), else -inf: what SDPA would make of bools, at each layer."""
         if self._mask is None:
             like = next(iter(self.keys.values()))
-            self._mask = like.new_zeros(self.num_slots, self.width)
-            places = torch.arange(self.width, device=at.device)
+            aligned = -(-self.width // 64) * 64  # kernels that take a mask as it is want rows of whole lines
+            self._mask = like.new_zeros(self.num_slots, aligned)
+            places = torch.arange(aligned, device=at.device)
             self._mask.masked_fill_(places >= self._next[:, None], -torch.inf)
         return self._mask[: len(at)].scatter_(1, at[:, None], 0.0)
 

@@ -93,6 +93,11 @@ class RoundedLora(nn.Module):
         self.a = cast(Tensor, layer.lora_A[name].weight).detach().to(layer.weight.dtype)
         self.b = cast(Tensor, layer.lora_B[name].weight).detach().to(layer.weight.dtype)
 
+    @property
+    def weight(self) -> Tensor:
+        """The base's (O, I), which is what PEFT's layer says."""
+        return cast(Tensor, self.base_layer.weight)
+
     def forward(self, x: Tensor) -> Tensor:
         base, flat = cast(nn.Linear, self.base_layer), x.reshape(-1, x.shape[-1])
         y = product(flat, base.weight, base.bias).addmm_(product(flat, self.a), self.b.T, alpha=self.scaling)

@@ -1,5 +1,8 @@
 """RMS norms in 16 bits in two operations instead of eight: the same numbers as transformers' own, to rounding."""
 
+import copy
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -43,9 +46,13 @@ def _has_its_form(module: nn.Module) -> bool:
 
 @torch.no_grad()
 def _gives_the_same(module: nn.Module) -> bool:
-    """On states small and large, whether ours is the module's own function, to one rounding."""
-    weight: Tensor = module.weight  # type: ignore[assignment]
-    states = torch.linspace(-2.0, 2.0, 4 * len(weight), device=weight.device).view(4, -1)
-    states = (states * states.new_tensor([[1e-4], [1e-1], [1.0], [30.0]])).to(weight.dtype)
-    theirs, ours = module(states), FusedRMSNorm.forward(module, states)  # type: ignore[arg-type]
-    return torch.allclose(theirs.float(), ours.float(), rtol=torch.finfo(weight.dtype).eps, atol=0.0)
+    """On states small and large, whether ours is the module's own function, roundings included."""
+    trial: Any = copy.deepcopy(module)
+    size, dtype = len(trial.weight), trial.weight.dtype
+    trial.weight.copy_(torch.linspace(0.3, 1.7, size))
+    states = torch.linspace(-2.0, 2.0, 4 * size, device=trial.weight.device).view(4, size)
+    states = (states * states.new_tensor([[1e-4], [1e-1], [1.0], [30.0]])).to(dtype)
+    theirs, ours = trial(states), FusedRMSNorm.forward(trial, states)
+    # some round once, after the weight; a sum in another order moves a last bit here and there
+    is_near = torch.allclose(theirs.float(), ours.float(), rtol=torch.finfo(dtype).eps, atol=0.0)
+    return is_near and float((theirs == ours).float().mean()) > 0.98

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from align.errors import BadInput, RunFailed
+from align.models.budget import ANSWERS
 from align.models.roles import Role
 from align.plugins import load_object, users_code
 from align.rollout.generate import GenerateSampler
@@ -36,7 +37,7 @@ def sampler_of(role: Role, sampling: Sampling, **how: Any) -> Sampler:
         )
     if kind in SAMPLERS:
         return SAMPLERS[kind](role=role, **how)
-    cls = own_sampler(kind)
+    cls, how = own_sampler(kind), how | {"batch_size": how.get("batch_size") or ANSWERS}
     with users_code(kind, what=f"`sampling.sampler: {kind}`", raises=BadInput):
         own = cls(role=role, **how)
     return _Checked(role=role, **how, own=own, name=kind)

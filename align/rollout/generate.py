@@ -36,7 +36,7 @@ class GenerateSampler(Sampler):
     def sample(self, prompts: Sequence[Sequence[int]], sampling: Sampling, seeds: Seeds) -> Sampled:
         """There is no reading: padded batches with a cache see other numbers than a training pass."""
         numbers = seeds.uniforms(sampling.max_new_tokens)
-        size = max(1, min(self.batch_size, len(prompts)))
+        size = self.num_at_a_time(prompts, sampling)
         answers, logprobs = halving(self.phase, size, lambda size: self._drawn(prompts, numbers, sampling, size))
         rollouts = rollouts_of(prompts, answers, end_ids=self.end_ids)
         return Sampled(rollouts, by_row(logprobs, rollouts.width))

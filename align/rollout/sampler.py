@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from align.models.backoff import Phase
+from align.models.budget import answers_at_a_time
 from align.models.roles import Role
 from align.rollout.rollouts import Reading, Rollouts
 from align.settings import Sampling
@@ -36,7 +37,9 @@ class Sampled:
     """B answers, and how likely the sampler held each token to be."""
 
     rollouts: Rollouts
-    logprobs: Tensor  # (B, R) of the sampler's own softmax(logits / temperature), float32, zero outside the mask
+    # (B, R) of the sampler's own softmax(logits / temperature), float32, zero outside the mask; where it is not one of
+    # ours, PPO weighs a token's loss by its probability under the policy over this one (`ppo.importance_cap`)
+    logprobs: Tensor
     reading: Reading | None = None  # the trainer's, where a training pass sees the sampler's numbers; None: to be read
 
 
@@ -50,9 +53,14 @@ class Sampler(ABC):
     role: Role
     end_ids: Sequence[int]  # an answer ends with the first of them, or after `max_new_tokens`
     pad_id: int
-    batch_size: int  # answers at a time
+    batch_size: int | None = None  # answers at a time; None: as memory allows
     max_batch_tokens: int | None = None  # prompts' tokens in a pass; None: as memory allows
     phase: Phase = SAMPLING
+
+    def num_at_a_time(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> int:
+        """Answers to begin with: fewer than `batch_size` where there are fewer prompts."""
+        longest = max(map(len, prompts), default=0) + sampling.max_new_tokens
+        return max(1, min(answers_at_a_time(self.role.causal, longest, self.batch_size), len(prompts)))
 
     @abstractmethod
     def sample(self, prompts: Sequence[Sequence[int]], sampling: Sampling, seeds: Seeds) -> Sampled:

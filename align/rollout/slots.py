@@ -25,14 +25,13 @@ from align.rollout.rollouts import Reading, cut_at_end, rollouts_of
 from align.rollout.sampler import Sampled, Sampler, Seeds
 from align.settings import Sampling
 
-MERGING = Phase("while merging the adapter for sampling")
-SLOWER = "the adapter stays beside its base, which is slower"
+PREPARING = Phase("while preparing the adapter for sampling")
+SLOWER = "it is used as it is trained, which is slower"
 STEPS = {"cuda": 16}  # between looks at what is done: each makes a GPU wait; a CPU would compute for what has ended
 
 
 class SlotSampler(Sampler):
-    """Ours, for every architecture whose attention takes flat passes; a role's adapter is merged into a copy of what it
-    changes for the time of sampling, where that is exact."""
+    """Ours, for every architecture whose attention takes flat passes; it draws from a role's `sampling_view`."""
 
     @torch.no_grad()
     def sample(self, prompts: Sequence[Sequence[int]], sampling: Sampling, seeds: Seeds) -> Sampled:
@@ -41,10 +40,10 @@ class SlotSampler(Sampler):
         numbers = seeds.uniforms(sampling.max_new_tokens)
 
         def attempt(size: int) -> _Made:
-            role = or_else(MERGING, lambda: sampling_view(self.role), self.role, SLOWER)
+            role = or_else(PREPARING, lambda: sampling_view(self.role), self.role, SLOWER)
             return self._drawn(role, prompts, numbers, sampling, size)
 
-        made = halving(self.phase, max(1, min(self.batch_size, len(prompts))), attempt)
+        made = halving(self.phase, self.num_at_a_time(prompts, sampling), attempt)
         rollouts, reading = rollouts_of(prompts, made.answers, end_ids=self.end_ids), made.reading()
         return Sampled(rollouts, reading.logprobs, reading if self.role.is_float32 else None)
 
@@ -61,7 +60,7 @@ class SlotSampler(Sampler):
         slots = Slots(min(batch_size, len(prompts)), width, role.prefix, device=role.device)
         made = _Made(role, sampling, numbers, self.end_ids, slots.num_slots)
         trunk, before = trunk_of(role.causal), prefix_length(role.prefix)
-        budget, most = reading_tokens(role.causal, self.max_batch_tokens), STEPS.get(role.device.type, 1)
+        budget, most = reading_tokens(self.role.causal, self.max_batch_tokens), STEPS.get(role.device.type, 1)
         while waiting or made.rows:
             free = slots.num_slots - len(made.rows)
             if waiting and len(waiting[0]) <= free:

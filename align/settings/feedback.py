@@ -40,7 +40,7 @@ class CollectSettings(SamplingSettings):
     policies: Annotated[dict[str, Location | None], Field(min_length=1)]  # name -> run folder; null: the base
     num_generations: dict[str, Count] = Field(default_factory=dict)  # of each policy; those not named give 4
     temperatures: Annotated[tuple[Positive, ...], Field(min_length=1)] = (1.0,)  # taken in turn, answer by answer
-    batch_size: Count = 32  # answers in the making at a time
+    batch_size: Count | None = None  # answers in the making at a time; None: 32, on a GPU as memory allows
 
     def parents(self) -> Parents:
         return {f"policies.{name}": (path, POLICIES) for name, path in self.policies.items() if path}

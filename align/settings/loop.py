@@ -33,7 +33,7 @@ class Collect(Settings):
     temperatures: Annotated[tuple[Positive, ...], Field(min_length=1)] = (1.0,)  # taken in turn, answer by answer
     best_worst: bool = True  # pair the best answer with the worst, by the ensemble
     random_pairs: Count = 1  # further pairs of a prompt, by chance: in round 0 there are no others
-    batch_size: Count = 32
+    batch_size: Count | None = None  # answers in the making at a time; None: 32, on a GPU as memory allows
 
 
 class Route(Settings):

@@ -36,6 +36,11 @@ class Sampling(Settings):
         return self
 
     @property
+    def is_ones_own(self) -> bool:
+        """Whether a class of the user's own draws."""
+        return is_reference(self.sampler)
+
+    @property
     def is_generates(self) -> bool:
         """Whether transformers' `generate` was asked for."""
         return self.sampler == "generate" or self.cache_implementation == "static"

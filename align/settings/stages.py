@@ -121,7 +121,7 @@ class Ppo(Settings):
     num_ppo_epochs: Count = 4
     num_mini_batches: Count = 1  # optimiser steps an epoch
     max_batch_tokens: Count | None = None  # of a pass: memory only; None: 1 GiB kept, GPU half the free
-    sampling_batch_size: Count = 32  # answers in the making at a time
+    sampling_batch_size: Count | None = None  # answers in the making at a time; None: 32, on a GPU as memory allows
     learning_rate: Positive = 3e-5
     optim: Optimizer = "adamw_torch_fused"
     lr_scheduler_type: Literal["linear", "constant"] = "linear"
@@ -133,6 +133,9 @@ class Ppo(Settings):
     lam: Fraction = 0.95
     cliprange: Positive = 0.2
     dual_clip: Annotated[float, Field(gt=1.0)] | None = None
+    # most that a token's probability under the policy over that under what drew it weighs its loss with; auto: 2 where
+    # the two may differ (16 bits, 4 bits, a sampler of one's own), else, and with null, nothing is weighed
+    importance_cap: Literal["auto"] | Annotated[float, Field(ge=1.0)] | None = "auto"
     cliprange_value: Positive = 0.2
     vf_coef: NonNegative = 0.1
     whiten_rewards: bool = False
@@ -276,7 +279,7 @@ class EvaluateSettings(SamplingSettings):
     beside: dict[str, Reward] = Field(default_factory=dict)  # other scores, reported only
     reward: PairCheck | None = None
     max_prompts: Count = 256
-    batch_size: Count = 32  # answers in the making at a time
+    batch_size: Count | None = None  # answers in the making at a time; None: 32, on a GPU as memory allows
 
     @model_validator(mode="after")
     def _names_are_policies(self) -> "EvaluateSettings":

@@ -2,7 +2,7 @@
 
     for prompts in batches:
         scored     = sample_and_score(roles, prompts)     # answers, log-probs, values (B, R), scores (B,)
-        experience = assess(scored, kl_coef)             # rewards, advantages, returns (B, R): pure maths
+        experience = assess(scored, kl_coef, ppo, cap)   # rewards, advantages, returns (B, R): pure maths
         update     = improve(roles, experience)           # clipped policy and value losses
         kl_coef    = next_kl_coef(kl_coef, kl)
 
@@ -35,7 +35,7 @@ from align.stages.learner import available
 from align.stages.order import row_order
 from align.stages.ppo_costs import cost_of_run, speeds
 from align.stages.ppo_roles import PromptRow, Roles, load_roles, make_learners, prompt_rows
-from align.stages.ppo_steps import Experience, Scored, assess, figures, improve, sample_and_score
+from align.stages.ppo_steps import Experience, Scored, assess, figures, importance_cap, improve, sample_and_score
 from align.stages.running import running
 from align.stages.unseen import Seen, seen_prompts
 from align.track import Tracker
@@ -161,7 +161,8 @@ def _iterate(this: _Run, iteration: int) -> dict[str, Any]:
         stream=TRAIN,
         step=iteration,
     )
-    experience = assess(scored, progress["kl_coef"], ppo)
+    cap = importance_cap(roles.policy, settings)
+    experience = assess(scored, progress["kl_coef"], ppo, cap)
     with phases("update"):
         update = improve(
             roles,
@@ -173,7 +174,7 @@ def _iterate(this: _Run, iteration: int) -> dict[str, Any]:
             is_first=iteration == 1,
             is_warmup=iteration <= settings.critic.warmup_iterations,
         )
-    found = figures(scored, experience, progress["kl_coef"]) | {"weight_norm": this.course.weight_norm()}
+    found = figures(scored, experience, progress["kl_coef"], cap) | {"weight_norm": this.course.weight_norm()}
     if ppo.kl_budget is not None:
         found |= kl_budget.note(progress, experience.kl.sum(1), experience.group)
     progress["kl_coef"] = next_kl_coef(
@@ -203,7 +204,7 @@ def _evaluate(this: _Run, iteration: int) -> dict[str, float]:
         stream=EVALUATE,
         step=0,
     )
-    experience = assess(scored, this.progress["kl_coef"], settings.ppo)
+    experience = assess(scored, this.progress["kl_coef"], settings.ppo, None)
     _show_samples(this, scored, experience, iteration)
     score = float(experience.scores.mean())  # with the penalty for no end
     kl, error = mean_and_error([moments(experience.kl.sum(1))])

@@ -18,7 +18,13 @@ from align.data import decode_completion
 from align.errors import Diverged, RunFailed
 from align.maths.advantages import gae, token_rewards
 from align.maths.kl import kl_estimate
-from align.maths.losses import PolicyLoss, explained_variance, ppo_policy_loss, ppo_value_loss
+from align.maths.losses import (
+    PolicyLoss,
+    explained_variance,
+    importance_weights,
+    ppo_policy_loss,
+    ppo_value_loss,
+)
 from align.maths.masking import masked_mean, whiten
 from align.models.backoff import Phase, in_passes
 from align.models.budget import training_tokens
@@ -36,6 +42,7 @@ from align.stages.sums import Sums
 from align.worker import Worker
 
 RATIO_TOLERANCE = 1e-3  # max |log ratio| of the first minibatch in float32: merged weights and caches round otherwise
+IMPORTANCE_CAP = 2.0  # of Yao et al. 2025
 MEAN_RATIO_TOLERANCE = 0.02  # and its mean in 16 bits, where one token of thousands may be off by rounding alone
 READING = Phase("while reading the answers' log-probabilities", "ppo.max_batch_tokens", SHORTER)
 UPDATE = Phase(
@@ -77,6 +84,7 @@ class Experience:
     returns: Tensor
     kl: Tensor  # per token: one tensor for the penalty and for the log
     scores: Tensor  # (B,) after the penalty for a missing end token
+    weights: Tensor  # of each token's policy loss: 1 where the policy itself has drawn
 
 
 def sample_and_score(
@@ -143,8 +151,8 @@ def sample_and_score(
     )
 
 
-def assess(scored: Scored, kl_coef: float, ppo: Ppo) -> Experience:
-    """Rewards, advantages and returns: pure maths on the whole batch."""
+def assess(scored: Scored, kl_coef: float, ppo: Ppo, importance_cap: float | None) -> Experience:
+    """Rewards, advantages, returns and weights: pure maths on the whole batch."""
     mask = scored.rollouts.response_mask
     kl = kl_estimate(scored.logprobs, scored.reference_logprobs, estimator=ppo.kl_estimator).masked_fill(~mask, 0.0)
     scores = end_penalty(scored.scores, scored.rollouts.ended, ppo)
@@ -154,7 +162,20 @@ def assess(scored: Scored, kl_coef: float, ppo: Ppo) -> Experience:
     advantages, returns = gae(rewards, scored.values, mask, gamma=ppo.gamma, lam=ppo.lam)
     if ppo.whiten_advantages:
         advantages = whiten(advantages, mask)
-    return Experience(scored.group, scored.rollouts, scored.logprobs, scored.values, advantages, returns, kl, scores)
+    weights = mask.float()
+    if importance_cap is not None:
+        weights *= importance_weights(scored.logprobs, scored.sampler_logprobs, cap=importance_cap)
+    return Experience(
+        scored.group, scored.rollouts, scored.logprobs, scored.values, advantages, returns, kl, scores, weights
+    )
+
+
+def importance_cap(policy: Role, settings: PpoSettings) -> float | None:
+    """What the weights of tokens are held under; None: what draws them is what is trained, and none are needed."""
+    cap = settings.ppo.importance_cap
+    if cap != "auto":
+        return cap
+    return None if policy.is_float32 and not settings.sampling.is_ones_own else IMPORTANCE_CAP
 
 
 def end_penalty(scores: Tensor, ended: Tensor, ppo: Ppo) -> Tensor:
@@ -266,9 +287,15 @@ def _losses(
     """Forward and backward of one pass, the losses divided by the minibatch's token count; the pass's sums."""
     ppo, device = settings.ppo, roles.policy.device
     lengths = [len(experience.rollouts.answers[row]) for row in rows]
-    old_logprobs, old_values, advantages, returns = (  # (N,) each: the tokens of all rows, no padding
+    old_logprobs, old_values, advantages, returns, weights = (  # (N,) each: the tokens of all rows, no padding
         torch.cat([tensor[row, :n] for row, n in zip(rows, lengths, strict=True)]).to(device)
-        for tensor in (experience.logprobs, experience.values, experience.advantages, experience.returns)
+        for tensor in (
+            experience.logprobs,
+            experience.values,
+            experience.advantages,
+            experience.returns,
+            experience.weights,
+        )
     )
     mask = torch.ones_like(returns, dtype=torch.bool)
     layout = roles.policy.layout(trees)
@@ -280,6 +307,7 @@ def _losses(
         mask,
         cliprange=ppo.cliprange,
         dual_clip=ppo.dual_clip,
+        weights=weights,
     )
     loss, valuer = policy.loss, roles.policy
     if roles.critic is not None:  # two graphs, one after the other, so that only one is in memory
@@ -317,12 +345,17 @@ def _check_ratio(numbers: dict[str, float], policy: Role, ppo: Ppo) -> None:
         )
 
 
-def figures(scored: Scored, experience: Experience, kl_coef: float) -> dict[str, float]:
+def figures(scored: Scored, experience: Experience, kl_coef: float, importance_cap: float | None) -> dict[str, float]:
     """What an iteration is logged with, from the whole batch."""
     mask = scored.rollouts.response_mask
     spread, alike = scored.scores.std(correction=0), Counter(scored.texts)
     is_one_prompt = len({tuple(row.ids) for row in scored.prompts}) == 1  # whose answers may well be the same
     sampler_kl = kl_estimate(scored.sampler_logprobs, scored.logprobs, estimator="k3")  # nats a token
+    weighed = {}
+    if importance_cap is not None:
+        weighed["importance_weight"] = float(masked_mean(experience.weights, mask))
+        is_capped = scored.logprobs - scored.sampler_logprobs > math.log(importance_cap)
+        weighed["importance_capped"] = float(masked_mean(is_capped.float(), mask))
     applied = {name: [score for score in part if not math.isnan(score)] for name, part in scored.parts.items()}
     return {
         "score": float(scored.scores.mean()),
@@ -331,6 +364,7 @@ def figures(scored: Scored, experience: Experience, kl_coef: float) -> dict[str,
         "kl": float(experience.kl.sum(1).mean()),
         "kl_coef": kl_coef,
         "sampler_kl": float(masked_mean(sampler_kl, mask)),
+        **weighed,
         "entropy": float(masked_mean(scored.entropies, mask)),
         "explained_variance": float(explained_variance(experience.values, experience.returns, mask)),
         "return_mean": float(masked_mean(experience.returns, mask)),

@@ -1,7 +1,9 @@
 """A sampler of your own, `sampling: {sampler: recipes/custom/echo.py:Echo}`: the prompt's end comes back as the answer.
 
 A server or an engine of yours stands in the same place: it gets token ids and gives token ids, with its own
-log-probabilities of them. The trainer reads its own, and `sampler_kl` in the figures says how far the two are apart.
+log-probabilities of them. The trainer reads its own, and weighs the loss of each token by its probability under the
+policy over the sampler's, 2 at the most (`ppo.importance_cap`): give what the tokens were really drawn with. In the
+figures `sampler_kl` says how far the two are apart, and `importance_weight` what that makes of the loss.
 """
 
 import torch

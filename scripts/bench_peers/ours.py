@@ -82,9 +82,10 @@ def force_answers(answers: Answers) -> Iterator[None]:
         answers.check(wanted, [list(answer) for answer in sampled.rollouts.answers])
         return sampled
 
-    def forced(logits: torch.Tensor, numbers: torch.Tensor, sampling: Any) -> Drawn:
-        drawn = draw(logits, numbers, sampling)
-        tokens = torch.tensor([foreseen[number] for number in numbers.tolist()], device=logits.device)
+    def forced(logits: torch.Tensor, numbers: torch.Tensor, sampling: Any, **how: Any) -> Drawn:
+        drawn = draw(logits, numbers, sampling, **how)
+        # what is drawn after an answer has ended is nobody's
+        tokens = torch.tensor([foreseen.get(number, 0) for number in numbers.tolist()], device=logits.device)
         wanted, given = (logits.gather(1, each[:, None])[:, 0] for each in (tokens, drawn.tokens))
         logprobs = drawn.logprobs + (wanted - given) / sampling.temperature
         return replace(drawn, tokens=tokens, logprobs=logprobs)

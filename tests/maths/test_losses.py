@@ -5,7 +5,13 @@ import math
 import pytest
 import torch
 
-from align.maths.losses import explained_variance, pair_loss, ppo_policy_loss, ppo_value_loss
+from align.maths.losses import (
+    explained_variance,
+    importance_weights,
+    pair_loss,
+    ppo_policy_loss,
+    ppo_value_loss,
+)
 from align.maths.masking import length_mask
 from tests import oracles
 
@@ -67,6 +73,36 @@ def test_policy_loss_by_hand():
         },
         abs=1e-12,
     )
+
+
+def test_weights_by_hand():
+    # p / q       0.5 / 0.25 = 2   0.3 / 0.4 = 0.75   0.9 / 0.1 = 9, held at 3
+    weights = importance_weights(tensor([[0.5, 0.3, 0.9]]).log(), tensor([[0.25, 0.4, 0.1]]).log(), cap=3.0)
+    close(weights, [[2.0, 0.75, 3.0]])
+    # rho 1.1, A = -1, 2, 1: the losses 1.1, -2.2, -1.1 (left out: 5)
+    leaf = tensor([[1.1, 1.1, 1.1, 9.0]]).log().requires_grad_()
+    given = tensor([[2.0, 0.75, 3.0, math.nan]]), length_mask(torch.tensor([3]), 4)
+    result = ppo_policy_loss(
+        leaf, torch.zeros_like(leaf), tensor([[-1.0, 2.0, 1.0, 5.0]]), given[1], cliprange=0.2, weights=given[0]
+    )
+    close(result.loss.detach(), 2.2 - 1.65 - 3.3)
+    result.loss.backward()
+    close(leaf.grad, [[2.2, -1.65, -3.3, 0.0]])  # of the loss alone: what is counted beside it is not weighed
+    assert numbers(result)["ratio"] == pytest.approx(3.3) and numbers(result)["clipped"] == 0
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_a_weighted_loss_is_what_the_policy_would_have_drawn(seed):
+    """Over all tokens: the expectation under q of w times a loss is that under p, where no weight is capped."""
+    rng = torch.Generator().manual_seed(seed)
+    p, q = (torch.randn(1, 40, generator=rng, dtype=torch.float64).log_softmax(-1) for _ in range(2))
+    advantages, mask = torch.randn(1, 40, generator=rng, dtype=torch.float64), torch.ones(1, 40, dtype=torch.bool)
+
+    def expected(drawn_by: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        return ppo_policy_loss(p, p, advantages * drawn_by.exp(), mask, cliprange=0.2, weights=weights).loss
+
+    close(expected(q, importance_weights(p, q, cap=1e9)), float(expected(p, torch.ones_like(p))))
+    assert bool((importance_weights(p, q, cap=2.0) <= 2.0).all())
 
 
 def test_dual_clip_by_hand():
