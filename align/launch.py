@@ -52,6 +52,7 @@ if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 NAMED = ("cpu", "gpu", "ddp")
+ALLOCATOR = {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"}  # torch's settings of it, and their former name
 SUPPORTED = ("NO", "MULTI_CPU", "MULTI_GPU")
 OBEYED = (
     *("compute_environment", "distributed_type", "use_cpu", "num_processes", "num_machines", "machine_rank"),
@@ -239,6 +240,9 @@ def _plan_from_file(path: Path, num_processes: int | None = None) -> LaunchPlan:
     environment = {"ACCELERATE_USE_CPU": str(device == "cpu").lower()}
     if "OMP_NUM_THREADS" not in os.environ:  # accelerate's own choice is often 1
         environment["OMP_NUM_THREADS"] = str(max(1, _num_cores() // here))
+    if device == "cuda" and not ALLOCATOR & os.environ.keys():
+        # what a phase has freed serves the next one, whose tensors are of other sizes
+        environment["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
     what = "one process" if num_processes == 1 else f"{num_processes} processes"
     description = f"{what} on the {'CPU' if device == 'cpu' else 'GPU'}"
     if path.parent != recipes_folder() / "accelerate":  # a file of the user's own, maybe not the one in mind

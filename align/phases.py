@@ -30,8 +30,6 @@ class Phases:
             torch.cuda.synchronize(self.device)
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
         self.peak_mib[name] = max(self.peak_mib.get(name, 0.0), self._peak())
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()  # the next phase's tensors are of other sizes: their holes would stay
 
     def _begin(self) -> None:
         if self.device.type == "cuda":

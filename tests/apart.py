@@ -53,7 +53,12 @@ def run_apart(
         process.kill()
         process.join()
     said = [file.read_text(encoding="utf-8") if file.exists() else "" for file in files]
-    assert codes == [code] * processes, "\n".join([str(codes), *(each[-3000:] for each in said)])
+    why = [
+        path.read_text(encoding="utf-8")
+        for path in (folder / "status.json", *folder.glob("*/error.log"))
+        if path.exists()
+    ]
+    assert codes == [code] * processes, "\n".join([str(codes), *(each[-3000:] for each in (*said, *why))])
     return said
 
 

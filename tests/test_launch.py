@@ -276,6 +276,18 @@ def test_the_users_number_of_threads_stays(monkeypatch: pytest.MonkeyPatch) -> N
     assert "OMP_NUM_THREADS" not in plan("cpu").environment
 
 
+def test_a_gpus_memory_grows_in_place_unless_the_user_says_how(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launching, "_num_gpus", lambda: 1)
+    for name in launching.ALLOCATOR:
+        monkeypatch.delenv(name, raising=False)
+    assert plan("gpu").environment["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"
+    assert not launching.ALLOCATOR & plan("cpu").environment.keys()
+    for name in launching.ALLOCATOR:
+        with monkeypatch.context() as own:
+            own.setenv(name, "max_split_size_mb:128")
+            assert not launching.ALLOCATOR & plan("gpu").environment.keys()
+
+
 def test_a_failure_that_is_written_stays(tmp_path: Path) -> None:
     path = tmp_path / "status"
     assert read_status(path) is None

@@ -565,7 +565,7 @@ def test_one_process_of_two_may_have_less(base, data, runs, tmp_path):
     assert any("in the update" in line for line in said[1])
 
 
-def little_room(mib=128, begin=Tracker.__init__):
+def little_room(mib=192, begin=Tracker.__init__):
     """So many MiB of addresses once all is loaded."""
     np.linalg.inv(np.eye(300))  # OpenBLAS takes its room once, and what is loaded later would need some
     importlib.import_module("matplotlib.backends.backend_agg")
