@@ -50,6 +50,12 @@ def check_indices(layout: Layout, places: list[tuple[int, list[int], list[int]]]
     assert layout.last.tolist() == [at[-1] for _, _, at in places]
 
 
+def test_answers_that_just_fit_share_their_prompt():
+    prompts, answers = [[1, 2]] * 2, [[3] * 3, [4] * 3]
+    assert [len(part.trees) for part in parts_of(prompts, answers, max_tokens=8, is_flat=True)] == [1]
+    assert [len(part.trees) for part in parts_of(prompts, answers, max_tokens=7, is_flat=True)] == [1, 1]
+
+
 @pytest.mark.parametrize("seed", SEEDS)
 def test_each_token_of_a_flat_row_sees_its_own_prefix_and_branch(seed):
     trees = random_trees(seed)

@@ -2,11 +2,13 @@
 
 import hashlib
 import json
+import math
 import os
 import random
 import shutil
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -26,8 +28,8 @@ from align.loop.context import Context
 from align.loop.people import duels
 from align.loop.rounds import Loop, load_loop
 from align.loop.run import run_loop
-from align.loop.steps import STEPS, _contradicted
-from align.loop.training_pairs import is_held_out
+from align.loop.steps import STEPS, _contradicted, _disagreement
+from align.loop.training_pairs import _is_disputed, is_held_out
 from align.manifest import MANIFEST, read_lines, read_manifest, recipe_of, which_run, write_manifest
 from align.settings.loop import LoopSettings
 from align.stages import checkpoint
@@ -219,6 +221,21 @@ def test_people_compare_policies_and_their_votes_train_nothing(finished):
         versus = "sft" if row["incumbent"] == "sft" else "previous"
         assert store.metrics()[1][f"people_win_rate_{versus}"] == row["win_rate"]
     store.close()
+
+
+@pytest.mark.parametrize("flipped", [False, True])
+@pytest.mark.parametrize(
+    ("judge", "margin", "apart"),
+    [(0.9, 2.0, False), (0.9, -2.0, True), (0.5, 2.0, True), (0.5, -2.0, True), (0.2, -0.1, False), (0.51, 0.0, True)],
+)
+def test_judge_and_ensemble_differ_the_same_whichever_answer_is_a(judge, margin, apart, flipped):
+    """A judge at exactly 1/2 takes no side, and so disputes either."""
+    ensemble = 1 / (1 + math.exp(-margin))
+    for side in (1, -1):
+        said = judge if side == 1 else 1 - judge
+        pair = SimpleNamespace(judge_probability=said, margins=[side * margin] * 2, judge_flipped=flipped)
+        assert _is_disputed(pair, side * margin) is (apart or flipped)
+        assert _disagreement(pair) == pytest.approx(abs(judge - ensemble) if apart or flipped else 0.0)
 
 
 def test_a_label_that_the_ensemble_had_contradicted_gets_a_second_look(base, data, tmp_path):

@@ -337,7 +337,7 @@ def _contradicted(this: Context) -> list[Item]:
         is_open = pair.round < this.round and pair.wanted == 1 and pair.id in said and said[pair.id] != 0.5
         if is_open and pair.margins and pair.reason != "audit" and not is_held_out(pair, share):
             probability = _ensemble_says(pair.margins)
-            is_contradicted = (said[pair.id] > 0.5) != (probability > 0.5)
+            is_contradicted = (said[pair.id] - 0.5) * (probability - 0.5) < 0
             found.append(Item(pair.id, 0.0, abs(said[pair.id] - probability) if is_contradicted else 0.0))
     return found
 
@@ -348,12 +348,14 @@ def _ensemble_says(margins: Sequence[float]) -> float:
 
 
 def _disagreement(pair: Pair) -> float:
-    """How far judge and ensemble are apart where they take different sides, or the judge is unsure of its own."""
+    """How far judge and ensemble are apart where they take different sides, or the judge is unsure of its own or has
+    none. The same whichever answer is called a."""
     if pair.judge_probability is None or pair.margins is None:
         return 0.0
     probability = _ensemble_says(pair.margins)
     gap = abs(pair.judge_probability - probability)
-    return gap if pair.judge_flipped or (probability > 0.5) != (pair.judge_probability > 0.5) else 0.0
+    is_one_side = (probability - 0.5) * (pair.judge_probability - 0.5) > 0
+    return 0.0 if is_one_side and not pair.judge_flipped else gap
 
 
 def _embeddings(this: Context, pairs: list[Pair]) -> dict[int, list[float]]:

@@ -152,7 +152,7 @@ def _is_disputed(pair: Pair, margin: float) -> bool:
     """Whether the judge takes the other side, or takes none."""
     if pair.judge_probability is None:
         return False
-    return bool(pair.judge_flipped) or (margin > 0) != (pair.judge_probability > 0.5)
+    return bool(pair.judge_flipped) or margin * (pair.judge_probability - 0.5) <= 0
 
 
 def _corrections(pairs: list[Pair], margins: dict[int, float], votes: dict[int, float]) -> dict[str, float]:

@@ -266,3 +266,16 @@ def test_a_format_function_cannot_change_the_row() -> None:
     row = Row({"q": "why?"}, WHERE)
     assert parse(row, "prompts", convert) == Prompt("why?", {}, WHERE)
     assert row.values == {"q": "why?"}
+
+
+@pytest.mark.parametrize(
+    ("row", "named"),
+    [
+        ({"messages": [Q, A, SYSTEM]}, r"`messages\[2\]` is `system`"),
+        ({"conversations": [said("gpt", "so.")]}, r"`conversations\[0\]` is `assistant`"),
+        ({"prompt": [A]}, r"`prompt\[0\]` is `assistant`"),
+    ],
+)
+def test_a_prompt_out_of_order_is_named_by_the_field_that_it_stands_in(row: dict[str, Any], named: str) -> None:
+    with pytest.raises(BadInput, match=f"x.jsonl:7: .*{named}"):
+        parse(Row(row, WHERE), "prompts")

@@ -224,3 +224,8 @@ def test_columns_that_nothing_is_made_of_are_named(tmp_path: Path) -> None:
     data = Data(train=str(tmp_path / "x.jsonl"))  # type: ignore[arg-type]
     assert "columns that demonstrations make nothing of: `id` (2), `note` (1)" in load(data, "demonstrations").messages
     assert len(load(data, "prompts").messages) == 1  # rewards are given them
+    (tmp_path / "own.py").write_text("def whole(row):\n    return {'messages': row['messages']}\n")
+    by_function = Data(train=({"path": str(tmp_path / "x.jsonl"), "format": f"{tmp_path}/own.py:whole"},))  # type: ignore[arg-type]
+    assert not [
+        said for said in load(by_function, "demonstrations").messages if "nothing of" in said
+    ]  # it saw them all
