@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from align.manifest import read_manifest
-from align.models import backoff
+from align.models import backoff, kv_slots
 from align.models.roles import Bases
+from align.rollout import slots
 from align.rollout.reading import read_all
 from align.settings import Lora, Model, Sampling
 from align.track import read_metrics
@@ -73,6 +74,40 @@ def test_an_answer_and_its_logprobs_do_not_depend_on_slots(llama, cuda, load_in)
         assert float(difference.max()) < 1e-4
     else:  # 16 bits round by batch; what a token's probability differs by is small all the same
         assert float(difference.mean()) < 0.02
+
+
+def test_answers_do_not_depend_on_how_often_the_host_looks(llama, monkeypatch):
+    numbers, drawn = uniforms(3, 0, 1, range(len(PROMPTS)), SAMPLING.max_new_tokens), []
+    for steps in (1, 5, 16):
+        monkeypatch.setattr(slots, "STEPS", {"cuda": steps})
+        how = {"pad_id": PAD, "end_ids": [END], "batch_size": 4}
+        drawn.append(sample(llama.role, PROMPTS, numbers, SAMPLING, **how)[0].answers)
+    assert drawn[0] == drawn[1] == drawn[2]
+
+
+@pytest.mark.parametrize("load_in", ["float32", "bfloat16", "nf4"])
+def test_a_step_waits_for_nothing(llama, cuda, load_in, monkeypatch):
+    """torch raises where it would: between a step's begin and the host's look."""
+    role = Bases(Model(base=str(llama.folder), load_in=load_in), cuda).role(None, method=Lora(r=4), trainable=True)
+    begin, look, seen = kv_slots.Slots.step, slots._Made.look, []
+
+    def stepping(self):
+        torch.cuda.set_sync_debug_mode("error")
+        seen.append(len(self.lengths))
+        return begin(self)
+
+    def looking(self, *which):
+        torch.cuda.set_sync_debug_mode("default")
+        return look(self, *which)
+
+    monkeypatch.setattr(kv_slots.Slots, "step", stepping)
+    monkeypatch.setattr(slots._Made, "look", looking)
+    numbers = uniforms(3, 0, 1, range(len(PROMPTS)), SAMPLING.max_new_tokens)
+    try:
+        sample(role, PROMPTS, numbers, SAMPLING, pad_id=PAD, end_ids=[END], batch_size=4)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert len(seen) >= SAMPLING.max_new_tokens - 1
 
 
 @pytest.mark.parametrize("load_in", ["float32", "bfloat16", "nf4"])
