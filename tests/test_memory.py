@@ -4,7 +4,6 @@
 pass, or both. One run meets a real limit.
 """
 
-import importlib
 import os
 import random
 import re
@@ -30,7 +29,6 @@ from align.models.layout import Tree, passes_of
 from align.models.merging import merge
 from align.models.roles import Bases
 from align.models.scoring import score_sequences
-from align.report import curves  # noqa: F401  # loaded before room is scarce
 from align.rewards import classifiers
 from align.rewards.answers import Answers
 from align.rewards.judge import Question, build_judge
@@ -47,6 +45,7 @@ from align.settings import (
     Sampling,
     ScoreSettings,
 )
+from align.stages import reward
 from align.stages.score import prompt_embeddings
 from align.track import Tracker, read_metrics
 from tests import tiny
@@ -565,18 +564,21 @@ def test_one_process_of_two_may_have_less(base, data, runs, tmp_path):
     assert any("in the update" in line for line in said[1])
 
 
-def little_room(mib=192, begin=Tracker.__init__):
-    """So many MiB of addresses once all is loaded."""
+def little_room(mib=64, begin=Tracker.__init__, curves=reward.reward_curves):
+    """So many MiB of addresses once all is loaded, for what is trained and scored; not for the pictures of it."""
     np.linalg.inv(np.eye(300))  # OpenBLAS takes its room once, and what is loaded later would need some
-    importlib.import_module("matplotlib.backends.backend_agg")
+    before = resource.getrlimit(resource.RLIMIT_AS)
 
     def limit(self, *args, **kwargs):
         begin(self, *args, **kwargs)
         pages = int(Path("/proc/self/statm").read_text().split()[0])
-        room = pages * resource.getpagesize() + mib * 2**20
-        resource.setrlimit(resource.RLIMIT_AS, (room, room))
+        resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + mib * 2**20, before[1]))
 
-    Tracker.__init__ = limit
+    def draw(folder):
+        resource.setrlimit(resource.RLIMIT_AS, before)
+        curves(folder)
+
+    Tracker.__init__, reward.reward_curves = limit, draw
 
 
 def test_a_real_limit_is_met(base, tmp_path):
