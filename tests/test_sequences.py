@@ -14,6 +14,7 @@ from align.errors import BadInput
 from align.manifest import read_manifest
 from align.models.roles import Bases
 from align.rewards import Answers, build_rewards
+from align.rewards.learned import _sequences
 from align.settings import EvaluateSettings, Model, Reward
 from tests import tiny
 from tests.families import FAMILIES, R1, tokenizer_of
@@ -76,6 +77,16 @@ def sampled(tokenizer, end="<|im_end|>", ended=(True, True, False)):
     words = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in TEXTS]
     ids = [w + [tokenizer.convert_tokens_to_ids(end)] * e for w, e in zip(words, ended, strict=True)]
     return Answers(prompts, [encode_prompt(tokenizer, p) for p in prompts], TEXTS, ids, ended)
+
+
+def test_a_run_without_a_template_is_asked_in_plain_words():
+    """A conversation's question on a line of its own, then the answer: as rows of text were."""
+    tokenizer = tokenizer_of(FAMILIES["chatml, another eos"])
+    answers = sampled(tokenizer)
+    tokenizer.chat_template = None
+    found = _sequences(answers, tokenizer, has_own_ids=False, is_whole=False)
+    assert [tokenizer.decode(prompt) for prompt, _ in found] == [QUESTION["content"] + "\n"] * 3
+    assert [tokenizer.decode(ids, skip_special_tokens=True) for _, ids in found] == TEXTS
 
 
 @pytest.mark.parametrize("end", ["<|im_end|>", "<|endoftext|>"])
