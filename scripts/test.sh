@@ -7,9 +7,8 @@ types="$(mktemp)" # beside the tests: mypy works on one core
 mypy > "$types" 2>&1 &
 checking=$!
 trap 'kill "$checking" 2> /dev/null; rm -f "$types"' EXIT
-# a third process works while others wait: for a database, a server that is silent, a signal
 tests=0
-OMP_NUM_THREADS=1 python -m pytest -n 3 --dist worksteal "$@" || tests=$?
+OMP_NUM_THREADS=1 python -m pytest -n 2 --dist worksteal "$@" || tests=$?
 wait "$checking" || tests=$?
 cat "$types"
 exit "$tests"
