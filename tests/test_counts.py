@@ -6,7 +6,6 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
 
 from align.models import kv_slots
-from align.models.lora import RoundedLora
 from align.models.merging import sampling_view
 from align.models.norms import FusedRMSNorm, fuse_norms
 from align.models.roles import Bases, Role
@@ -85,7 +84,8 @@ def test_what_waits_is_counted():
 def test_a_rounded_adapter_is_the_adapter_as_a_pass_rounds_it(bases):
     role = role_over(bases[0], "all-linear")
     view = sampling_view(role)
-    assert sum(isinstance(module, RoundedLora) for module in view.modules()) == 14
+    assert [p.dtype for name, p in view.named_parameters() if "lora_" in name] == [torch.bfloat16] * 28
+    assert {p.dtype for name, p in role.named_parameters() if "lora_" in name} == {torch.float32}
     ids = torch.tensor([[2, 4, 9, 10, 5, 6]])
     mask = torch.ones_like(ids, dtype=torch.bool)
     assert torch.equal(view.hidden(ids, mask), role.hidden(ids, mask))
@@ -93,6 +93,16 @@ def test_a_rounded_adapter_is_the_adapter_as_a_pass_rounds_it(bases):
     assert own <= {id(p) for p in view.parameters()}  # the base is there once
     dora = bases[0].role(None, method=Lora(r=4, use_dora=True), trainable=True)
     assert sampling_view(dora) is dora
+
+
+def test_passes_keep_their_size_whatever_view_is_sampled_from(bases, monkeypatch):
+    """What is free on a card is asked for once a model, and a view is another one each time."""
+    asked, tokens = [], slots.reading_tokens
+    monkeypatch.setattr(slots, "reading_tokens", lambda model, given: asked.append(model) or tokens(model, given))
+    role = role_over(bases[0], "all-linear")
+    for _ in range(2):
+        sample(role, [[2, 4]], uniforms(0, 0, 1, range(1), 2), Sampling(max_new_tokens=2), end_ids=[NEVER], pad_id=0)
+    assert asked == [role.causal] * 2 and sampling_view(role).causal is not role.causal
 
 
 class OneMore(LlamaRMSNorm):

@@ -76,32 +76,17 @@ class FusedLinear(Linear):
             and b.bias is None
         )
 
+    def rounded(self) -> dict[nn.Parameter, nn.Parameter]:
+        """What a plain layer's adapter is rounded to at each call, in the place of its own weights."""
+        (name,) = self.active_adapters
+        weights = cast(nn.Parameter, self.lora_A[name].weight), cast(nn.Parameter, self.lora_B[name].weight)
+        return {p: nn.Parameter(p.detach().to(self.weight.dtype), requires_grad=False) for p in weights}
+
     def merged_weight(self) -> Tensor:
         """W + s B A (O, I) of a plain layer, in one pass over memory."""
         (name,) = self.active_adapters
         a, b = cast(Tensor, self.lora_A[name].weight), cast(Tensor, self.lora_B[name].weight)
         return torch.addmm(self.weight, b, a, alpha=self.scaling[name])
-
-
-class RoundedLora(nn.Module):
-    """A plain layer for reading alone: its adapter is rounded to the weight's dtype here, not at each call."""
-
-    def __init__(self, layer: FusedLinear):
-        super().__init__()
-        (name,) = layer.active_adapters
-        self.base_layer, self.scaling = layer.base_layer, layer.scaling[name]
-        self.a = cast(Tensor, layer.lora_A[name].weight).detach().to(layer.weight.dtype)
-        self.b = cast(Tensor, layer.lora_B[name].weight).detach().to(layer.weight.dtype)
-
-    @property
-    def weight(self) -> Tensor:
-        """The base's (O, I), which is what PEFT's layer says."""
-        return cast(Tensor, self.base_layer.weight)
-
-    def forward(self, x: Tensor) -> Tensor:
-        base, flat = cast(nn.Linear, self.base_layer), x.reshape(-1, x.shape[-1])
-        y = product(flat, base.weight, base.bias).addmm_(product(flat, self.a), self.b.T, alpha=self.scaling)
-        return y.view(*x.shape[:-1], base.out_features)
 
 
 @contextmanager

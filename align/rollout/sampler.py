@@ -37,8 +37,8 @@ class Sampled:
     """B answers, and how likely the sampler held each token to be."""
 
     rollouts: Rollouts
-    # (B, R) of the sampler's own softmax(logits / temperature), float32, zero outside the mask; where it is not one of
-    # ours, PPO weighs a token's loss by its probability under the policy over this one (`ppo.importance_cap`)
+    # (B, R) of the sampler's own softmax(logits / temperature), float32, zero outside the mask; where that may differ
+    # from the trainer's, PPO weighs a token's loss by the trainer's probability over this one (`ppo.importance_cap`)
     logprobs: Tensor
     reading: Reading | None = None  # the trainer's, where a training pass sees the sampler's numbers; None: to be read
 
