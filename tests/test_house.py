@@ -225,3 +225,15 @@ def test_the_custom_functions_do_what_they_say():
     to_prompt = load_object(f"{custom}/chatlog.py:to_prompt")
     assert to_prompt({"who": "bot"}) is None
     assert to_prompt({"who": "visitor", "said": "hi"})["prompt"] == [{"role": "user", "content": "hi"}]
+
+
+@pytest.mark.parametrize("failing", [None, "ruff", "mypy", "python"])
+def test_the_test_command_fails_when_a_part_of_it_does(failing, tmp_path):
+    """A trap's last command once made it fail though nothing had."""
+    (tmp_path / "test.sh").write_text((ROOT / "scripts/test.sh").read_text())
+    (tmp_path / "environment.sh").write_text(f'set -euo pipefail\nexport PATH="{tmp_path}:$PATH"\n')
+    for part in ("ruff", "mypy", "python"):
+        (tmp_path / part).write_text(f"#!/bin/sh\nexit {int(part == failing)}\n")
+        (tmp_path / part).chmod(0o755)
+    ended = subprocess.run(["bash", tmp_path / "test.sh"], capture_output=True, text=True)
+    assert ended.returncode == int(failing is not None), ended.stderr
