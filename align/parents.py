@@ -80,7 +80,7 @@ def method_key(settings: StageSettings) -> str:
 
 def check_prefix(settings: StageSettings, key: str, what: str) -> None:
     """Keys and values before every sequence go through our own attention alone."""
-    if settings.model.attn_implementation != "sdpa":
+    if settings.model.attn_implementation == "eager":
         raise BadInput(f"{what} needs `model.attn_implementation: sdpa`; or use `kind: lora`")
     drawn = settings.draws()
     if drawn is None or not (key == method_key(settings) or key.startswith(("policy.", "policies."))):

@@ -2,10 +2,12 @@
 
 import pytest
 import torch
+from torch import Tensor
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
 
-from align.models import kv_slots
+from align.models import kv_slots, varlen
+from align.models.layout import Tree
 from align.models.merging import sampling_view
 from align.models.norms import FusedRMSNorm, fuse_norms
 from align.models.roles import Bases, Role
@@ -68,6 +70,51 @@ def test_a_tokens_step(bases, target_modules, a_layer):
     assert (three.num_launches - two.num_launches) / steps == a_layer
     assert 2 * a_layer + 28 < two.num_launches / steps <= 2 * a_layer + 30
     assert two.waits == three.waits == {"tolist": 1}  # in so many steps
+
+
+@torch.library.custom_op("align_tests::attention", mutates_args=())
+def one_kernel(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Stands for `varlen_attn`: what it gives does not matter here."""
+    return query + key.mean() + value.mean()
+
+
+@torch.library.custom_op("align_tests::attention_backward", mutates_args=())
+def one_kernel_backward(query: Tensor, key: Tensor, value: Tensor, slope: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return slope.clone(), torch.ones_like(key), torch.ones_like(value)
+
+
+one_kernel.register_autograd(
+    lambda ctx, slope: one_kernel_backward(*ctx.saved_tensors, slope),
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
+)
+FORMS = {  # prompts and their answers' lengths
+    "rows of one length": [(4, [3])] * 4,
+    "more of them": [(4, [3])] * 9,
+    "other lengths": [(2, [1]), (3, [5]), (7, [2]), (1, [1]), (4, [4])],
+    "trees": [(4, [3, 2]), (2, [5, 1])],
+    "larger trees": [(4, [3, 2, 2, 1]), (2, [5, 1, 7]), (9, [1]), (1, [1, 2, 3, 4, 5])],
+}
+
+
+def test_a_training_pass_asks_for_as_much_whatever_its_rows_are(bases, monkeypatch):
+    """Attention is one launch a layer and one back; where trees have branches, keys and values are gathered by one each,
+    and by two back."""
+    monkeypatch.setattr(varlen, "takes", lambda query, value: True)
+    monkeypatch.setattr(varlen, "varlen_attn", lambda q, k, v, *stops, **how: one_kernel(q, k, v))
+
+    def of_pass(of_bases: Bases, form: list[tuple[int, list[int]]]) -> Counts:
+        role = role_over(of_bases, "all-linear")
+        layout = role.layout([Tree([2] * prompt, [[3] * n for n in answers]) for prompt, answers in form])
+        return counted(lambda: role.states(layout, layout.before).float().square().sum().backward())
+
+    a_layer = {}
+    for name, form in FORMS.items():
+        two, three = (of_pass(each, form) for each in bases)
+        assert two.waits == three.waits
+        a_layer[name] = three.num_launches - two.num_launches
+    rows = a_layer["rows of one length"]
+    assert a_layer == {name: rows + (6 if "trees" in name else 0) for name in FORMS}
+    assert rows == 204  # forward and back, with LoRA on all seven products
 
 
 def test_what_waits_is_counted():

@@ -7,11 +7,14 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM
+from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
-from align.models import kv_slots
+from align.models import flat_trial, kv_slots
 from align.models.attention import flat_states, tree_attention
 from align.models.base import trunk_of
+from align.models.flat_trial import use_flat_attention
 from align.models.kv_slots import Slots
 from align.models.layout import Tree, flat_layout
 from align.models.merging import sampling_view
@@ -171,6 +174,19 @@ def test_the_last_layer_does_no_more_than_is_asked(llama, is_checkpointed):
     widths.clear()
     role.states(layout)
     assert set(widths) == {whole}
+
+
+@pytest.mark.parametrize("passes", [True, False])
+def test_another_kernel_keeps_flat_passes(llama, monkeypatch, passes):
+    """Such as `flash_attention_2`: a name in transformers' interface. One that fails the trial is left as it was."""
+    monkeypatch.setitem(AttentionInterface._global_mapping, "other", sdpa_attention_forward)
+    monkeypatch.setitem(AttentionMaskInterface._global_mapping, "other", sdpa_mask)
+    if not passes:
+        monkeypatch.setattr(flat_trial, "_trial", lambda *_: 1 / 0)
+    model = AutoModelForCausalLM.from_pretrained(llama.folder).eval()
+    model.set_attn_implementation("other")
+    assert use_flat_attention(model, trunk_of(model)) == passes
+    assert model.config._attn_implementation == ("align_flat" if passes else "other")
 
 
 def test_models_that_do_more_take_padded_rows_and_these_are_right(padded):

@@ -3,12 +3,15 @@
 import gc
 import re
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from align.manifest import read_manifest
-from align.models import backoff, kv_slots
+from align.models import backoff, kv_slots, varlen
+from align.models.attention import tree_attention
+from align.models.layout import flat_layout
 from align.models.roles import Bases
 from align.rollout import slots
 from align.rollout.reading import read_all
@@ -54,6 +57,26 @@ def test_gradients_through_trees_are_those_of_single_rows(llama):
     for name, p in role.model.named_parameters():
         if "lora_" in name:
             torch.testing.assert_close(p.grad, expected[name], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("num_before", [0, 5])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_attention_in_one_launch_is_that_in_pieces(cuda, monkeypatch, dtype, num_before):
+    spans = flat_layout(make_trees(7), cuda).spans
+    prefix = [tuple(torch.randn(2, num_before, 64, device=cuda, dtype=dtype) for _ in range(2))] if num_before else None
+    layer = SimpleNamespace(layer_idx=0)
+    given = [torch.randn(1, n, spans[-1].stop, 64, device=cuda, dtype=dtype).requires_grad_() for n in (6, 2, 2)]
+    slope = torch.randn(1, spans[-1].stop, 6, 64, device=cuda, dtype=dtype)
+    assert varlen.takes(given[0], given[2])
+
+    def outcome():
+        output = tree_attention(spans, prefix)(layer, *given, None)
+        return [output, *torch.autograd.grad(output, given, slope)]
+
+    together = outcome()
+    monkeypatch.setattr(varlen, "takes", lambda query, value: False)
+    for found, expected in zip(together, outcome(), strict=True):
+        torch.testing.assert_close(found, expected, rtol=2e-2, atol=2e-2)
 
 
 @pytest.mark.parametrize("load_in", ["float32", "bfloat16", "nf4"])

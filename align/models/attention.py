@@ -1,12 +1,13 @@
 """Attention for flat passes, over trees in one row.
 
 Registered with transformers' attention interface, so that every architecture that uses it takes part. A pass hands an
-`attend` down to the layers; without one this is transformers' own SDPA. A model is switched to it after a trial
-(`flat_trial`).
+`attend` down to the layers; without one this is transformers' own SDPA, whichever other kernel a recipe names: a model
+that takes flat passes has few others. It is switched to them after a trial (`flat_trial`).
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import cache
 from itertools import groupby, pairwise
 from typing import Any
 
@@ -17,6 +18,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from align.models import varlen
 from align.models.layout import Span
 
 NAME = "align_flat"
@@ -106,10 +108,20 @@ def prefix_length(prefix: Prefix | None) -> int:
 
 def tree_attention(spans: Sequence[Span], prefix: Prefix | None = None) -> Attend:
     """Each tree for itself: its prefix causally, then every branch over the prefix and itself. Neighbours that are
-    plain rows of one length go together. All see the `prefix` of a tuned role, if there is one."""
+    plain rows of one length go together. All see the `prefix` of a tuned role, if there is one.
+
+    One launch a layer where torch has it (`varlen`), else one for each of these.
+    """
     runs = [list(run) for _, run in groupby(spans, lambda s: (True, s.stop - s.start) if s.is_chain else (False, s))]
 
+    @cache
+    def segments(device: torch.device) -> varlen.Segments:
+        return varlen.segments_of(spans, prefix_length(prefix), device)
+
     def attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, scaling: float | None) -> Tensor:
+        if varlen.takes(query, value):
+            seen = (key, value) if prefix is None else _after_prefix(prefix, module, key, value)
+            return segments(query.device).attend(query, seen[0][0], seen[1][0], scaling)
         outputs = []
         for run in runs:
             if run[0].is_chain:

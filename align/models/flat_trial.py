@@ -15,8 +15,10 @@ STRETCHING = ("dynamic", "longrope")  # rotary positions that depend on the long
 
 @torch.no_grad()
 def use_flat_attention(model: PreTrainedModel, trunk: nn.Module) -> bool:
-    """Switches an SDPA model to flat passes if they give what plain ones give; else leaves it as it was."""
-    if model.config._attn_implementation != "sdpa" or _depends_on_length(model):
+    """Switches a model to flat passes if they give what plain ones give; else leaves it as it was. What is asked for as
+    eager stays so."""
+    own = model.config._attn_implementation
+    if own == "eager" or _depends_on_length(model):
         return False
     limit = model.config.get_text_config().vocab_size
     prefix, first, second = ([(7 * i + start) % limit for i in range(n)] for start, n in ((1, 5), (2, 3), (3, 4)))
@@ -31,11 +33,11 @@ def use_flat_attention(model: PreTrainedModel, trunk: nn.Module) -> bool:
     except Exception as error:  # whatever it is, this architecture takes the plain way
         if is_out_of_memory(error):
             raise
-        model.set_attn_implementation("sdpa")
+        model.set_attn_implementation(own)
         return False
     tolerance = 1e-4 if model.dtype == torch.float32 else 0.05
     if not float((found - expected).norm() / expected.norm()) < tolerance:
-        model.set_attn_implementation("sdpa")
+        model.set_attn_implementation(own)
         return False
     return True
 

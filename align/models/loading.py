@@ -29,7 +29,7 @@ from align.records import ADAPTER_WEIGHTS
 from align.wording import one_line
 
 PATTERN_SECONDS = 10.0
-ATTENTIONS = (None, "eager", "sdpa", "flash_attention_2", "flex_attention")  # that transformers brings itself
+ATTENTIONS = None, "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention"  # transformers' own
 
 
 def load_config(name: str, revision: str | None = None) -> Any:

@@ -19,7 +19,7 @@ class Model(Settings):
     base: Folder
     load_in: Literal["float32", "bfloat16", "nf4"] = "float32"
     bnb_4bit_use_double_quant: bool = True
-    attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    attn_implementation: Literal["sdpa", "eager", "flash_attention_2", "flash_attention_3"] = "sdpa"
     revision: str | None = None
     chat_template: Location | None = None  # a Jinja file; None: the tokenizer's own
 
