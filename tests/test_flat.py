@@ -245,9 +245,9 @@ def test_gradients_are_those_of_one_row_at_a_time(flat, checkpointing, are_all_a
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(("seed", "grow_by"), [(0, 1), (1, 1), (2, 16), (3, 64)])
+@pytest.mark.parametrize(("seed", "grow_by"), [(0, None), (1, None), (2, 1), (3, 16), (4, 64)])
 def test_slots_in_any_order_give_what_single_rows_give(flat, seed, grow_by, monkeypatch):
-    monkeypatch.setattr(kv_slots, "WIDTHS_GROW_BY", {"cpu": grow_by})
+    monkeypatch.setattr(kv_slots, "BUCKETS", {"cpu": grow_by} if grow_by else {})
     rng, trunk = random.Random(seed), trunk_of(flat.role.causal)
     slots, rows = Slots(5, 40, device=CPU), list[list[int]]()
     seen = {"fill": 0, "step": 0, "release": 0}
@@ -269,9 +269,12 @@ def test_slots_in_any_order_give_what_single_rows_give(flat, seed, grow_by, monk
         elif choice == "step" and rows:
             for row in rows:
                 row += some(rng, 1)
-            positions, attend = slots.step()
-            assert positions.tolist() == [[len(row) - 1 for row in rows]]
-            check(flat_states(trunk, torch.tensor([[row[-1] for row in rows]]), positions, attend), rows)
+            num_rows, num_keys = slots.begin_step()
+            assert num_keys >= max(map(len, rows)) and num_rows == (5 if grow_by else len(rows))
+            positions, attend = slots.step(num_rows, num_keys)
+            assert positions[0, : len(rows)].tolist() == [len(row) - 1 for row in rows]
+            last = [row[-1] for row in rows] + [0] * (num_rows - len(rows))
+            check(flat_states(trunk, torch.tensor([last]), positions, attend)[: len(rows)], rows)
         elif choice == "release" and rows:
             over = [i for i, row in enumerate(rows) if len(row) > 30]
             gone = sorted({*over, *rng.sample(range(len(rows)), rng.randint(0, len(rows)))})
@@ -300,7 +303,7 @@ def test_what_a_slot_held_before_is_not_seen(llama):
     for store in (slots.keys, slots.values):
         for kept in store.values():
             kept[:, :, len(short) + 1 :] *= 1e4
-    positions, attend = slots.step()
+    positions, attend = slots.step(*slots.begin_step())
     state = flat_states(trunk, torch.tensor([[9]]), positions, attend)
     torch.testing.assert_close(state[0], plain_states(llama.plain, [*short, 9])[-1], rtol=0, atol=1e-5)
 

@@ -13,7 +13,7 @@ from align.models import backoff, kv_slots, varlen
 from align.models.attention import tree_attention
 from align.models.layout import flat_layout
 from align.models.roles import Bases
-from align.rollout import slots
+from align.rollout import graphs, slots
 from align.rollout.reading import read_all
 from align.settings import Lora, Model, Sampling
 from align.track import read_metrics
@@ -109,15 +109,29 @@ def test_answers_do_not_depend_on_how_often_the_host_looks(llama, monkeypatch):
 
 
 @pytest.mark.parametrize("load_in", ["float32", "bfloat16", "nf4"])
+def test_captured_steps_draw_what_eager_ones_draw(llama, cuda, load_in, monkeypatch, capfd):
+    role = Bases(Model(base=str(llama.folder), load_in=load_in), cuda).role(None, method=Lora(r=4), trainable=True)
+    captured, capture = [], graphs.capture
+    monkeypatch.setattr(graphs, "capture", lambda step, pool: captured.append(step.args) or capture(step, pool))
+    numbers, drawn = uniforms(3, 0, 1, range(len(PROMPTS)), 100), []
+    for enforce_eager in (False, True):
+        sampling = Sampling(max_new_tokens=100, temperature=1.3, enforce_eager=enforce_eager)
+        drawn.append(sample(role, PROMPTS, numbers, sampling, pad_id=PAD, end_ids=[END], batch_size=4)[0].answers)
+    assert captured and "one by one" not in capfd.readouterr().err
+    assert drawn[0] == drawn[1]
+    torch.nn.functional.dropout(torch.ones(8, device=cuda))  # its random numbers are none of the graph's
+
+
+@pytest.mark.parametrize("load_in", ["float32", "bfloat16", "nf4"])
 def test_a_step_waits_for_nothing(llama, cuda, load_in, monkeypatch):
     """torch raises where it would: between a step's begin and the host's look."""
     role = Bases(Model(base=str(llama.folder), load_in=load_in), cuda).role(None, method=Lora(r=4), trainable=True)
     begin, look, seen = kv_slots.Slots.step, slots._Made.look, []
 
-    def stepping(self):
+    def stepping(self, rows, width):
         torch.cuda.set_sync_debug_mode("error")
-        seen.append(len(self.lengths))
-        return begin(self)
+        seen.append(rows)
+        return begin(self, rows, width)
 
     def looking(self, *which):
         torch.cuda.set_sync_debug_mode("default")
@@ -127,7 +141,8 @@ def test_a_step_waits_for_nothing(llama, cuda, load_in, monkeypatch):
     monkeypatch.setattr(slots._Made, "look", looking)
     numbers = uniforms(3, 0, 1, range(len(PROMPTS)), SAMPLING.max_new_tokens)
     try:
-        sample(role, PROMPTS, numbers, SAMPLING, pad_id=PAD, end_ids=[END], batch_size=4)
+        sampling = SAMPLING.model_copy(update={"enforce_eager": True})
+        sample(role, PROMPTS, numbers, sampling, pad_id=PAD, end_ids=[END], batch_size=4)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert len(seen) >= SAMPLING.max_new_tokens - 1

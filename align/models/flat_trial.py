@@ -64,5 +64,7 @@ def _trial(model: PreTrainedModel, trunk: nn.Module, prefix: list[int], *branche
     start = flat_layout([Tree([*prefix, *second[:-1]], [[]])], model.device)
     flat_states(trunk, start.ids, start.positions, slots.fill(start.spans, [2]))
     slots.release([0])
-    positions, attend = slots.step()
-    return [together, alone, flat_states(trunk, torch.tensor([second[-1:]], device=model.device), positions, attend)]
+    num_rows, num_keys = slots.begin_step()
+    positions, attend = slots.step(num_rows, num_keys)
+    drawn = torch.tensor([second[-1:] * num_rows], device=model.device)
+    return [together, alone, flat_states(trunk, drawn, positions, attend)[:1]]

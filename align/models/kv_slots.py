@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from align.models.attention import Attend, Prefix, prefix_length, tree_attention
 from align.models.layout import Span
 
-WIDTHS_GROW_BY = {"cuda": 64}  # keys: cuDNN may plan each new shape anew, and a token more should be none
+BUCKETS = {"cuda": 64}  # keys, at least: where each new shape of a step is planned or captured anew
+FEWEST = 8  # rows of a step, there
 
 
 class Slots:
@@ -28,8 +29,9 @@ class Slots:
         self.keys: dict[int, Tensor] = {}  # layer -> (slots, kv heads, width, D)
         self.values: dict[int, Tensor] = {}
         self._index = torch.arange(num_slots, device=device)
-        self._next = torch.zeros_like(self._index)  # the lengths again, then anything
-        self._mask: Tensor | None = None  # (slots, width or more), 0 at what is seen, else -inf; None: to be made
+        self._at = torch.zeros_like(self._index)  # where each slot's last token stands; the same tensor all along
+        self._mask: Tensor | None = None  # (slots, width or more), 0 at what is seen, else -inf; the same, once made
+        self._is_stale = True  # the mask, and where slots stand that are free
 
     def fill(self, spans: Sequence[Span], counts: Sequence[int]) -> Attend:
         """Attention over prompts, each of which is kept in so many new slots, one after the other."""
@@ -38,8 +40,8 @@ class Slots:
             first = len(self.lengths)
             taken.append((span, slice(first, first + count)))
             self.lengths += [begin + span.stop - span.start] * count
-            self._next[first : first + count] = self.lengths[-1]
-        self._mask = None
+            self._at[first : first + count] = self.lengths[-1] - 1
+        self._is_stale = True
 
         def attend(module: Any, query: Tensor, key: Tensor, value: Tensor, scaling: float | None) -> Tensor:
             for of_prefix, (store, new) in enumerate(((self.keys, key), (self.values, value))):
@@ -52,16 +54,26 @@ class Slots:
 
         return attend
 
-    def step(self) -> tuple[Tensor, Attend]:
-        """Positions (1, rows) of one more token in each slot that is taken, and the attention that keeps it there."""
+    def begin_step(self) -> tuple[int, int]:
+        """How many rows and keys the next step is of: on a GPU some more than there are, so that shapes come again.
+        Every call is followed by `step` of that shape, or by what was captured of it."""
         if not self.keys:
             raise RuntimeError("no layer has kept keys: this attention does not go through transformers' interface")
-        rows, at, index = len(self.lengths), self._next[: len(self.lengths)], self._index[: len(self.lengths)]
-        bucket = WIDTHS_GROW_BY.get(at.device.type, 1)
-        width = min(-(-(max(self.lengths) + 1) // bucket) * bucket, self.width)
-        mask = self._seen(at)[:, None, None, :width]  # (rows, 1, 1, width)
+        if self._is_stale:
+            self._refresh()
         self.lengths = [length + 1 for length in self.lengths]
-        self._next = self._next + 1  # another tensor: the layers' `at` stays
+        rows, width = len(self.lengths), max(self.lengths)
+        least = BUCKETS.get(self._at.device.type)
+        if least is None:
+            return rows, width
+        return min(max(FEWEST, 1 << (rows - 1).bit_length()), self.num_slots), min(_bucket(width, least), self.width)
+
+    def step(self, rows: int, width: int) -> tuple[Tensor, Attend]:
+        """Positions (1, rows) of one more token in each of the first slots, and the attention that keeps it there and
+        sees `width` keys at most. Looks at no tensor, and changes them in place alone."""
+        self._at.add_(1)
+        at, index = self._at[:rows], self._index[:rows]
+        mask = self._seen(at)[:, None, None, :width]  # (rows, 1, 1, width)
 
         def attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, scaling: float | None) -> Tensor:
             keys, values = self._of_layer(self.keys, module, key), self._of_layer(self.values, module, value)
@@ -84,20 +96,26 @@ class Slots:
             order.pop()
         gaps = [slot for slot, old in enumerate(order) if slot != old]
         if gaps:
-            into, moved = (torch.tensor(x, device=self._next.device) for x in (gaps, [order[slot] for slot in gaps]))
-            for store in (*self.keys.values(), *self.values.values(), self._next):
+            into, moved = (torch.tensor(x, device=self._at.device) for x in (gaps, [order[slot] for slot in gaps]))
+            for store in (*self.keys.values(), *self.values.values(), self._at):
                 store[into] = store[moved]
-        self.lengths, self._mask = [self.lengths[i] for i in order], None
+        self.lengths, self._is_stale = [self.lengths[i] for i in order], True
         return order
 
-    def _seen(self, at: Tensor) -> Tensor:
-        """(rows, width or more): 0 up to `at` (rows,), else -inf: what SDPA would make of bools, at each layer."""
+    def _refresh(self) -> None:
+        """After slots were filled or freed. A free one stands before all that are taken, for as long as it is free."""
         if self._mask is None:
             like = next(iter(self.keys.values()))
             aligned = -(-self.width // 64) * 64  # kernels that take a mask as it is want rows of whole lines
-            self._mask = like.new_zeros(self.num_slots, aligned)
-            places = torch.arange(aligned, device=at.device)
-            self._mask.masked_fill_(places >= self._next[:, None], -torch.inf)
+            self._mask = like.new_empty(self.num_slots, aligned)
+        self._at[len(self.lengths) :] = prefix_length(self.prefix) - 1
+        places = torch.arange(self._mask.shape[1], device=self._mask.device)
+        self._mask.zero_().masked_fill_(places > self._at[:, None], -torch.inf)
+        self._is_stale = False
+
+    def _seen(self, at: Tensor) -> Tensor:
+        """(rows, width or more): 0 up to `at` (rows,), else -inf: what SDPA would make of bools, at each layer."""
+        assert self._mask is not None
         return self._mask[: len(at)].scatter_(1, at[:, None], 0.0)
 
     def _of_layer(self, store: dict[int, Tensor], module: Any, like: Tensor) -> Tensor:
@@ -105,3 +123,9 @@ class Slots:
             shape = self.num_slots, like.shape[1], self.width, like.shape[-1]
             store[module.layer_idx] = like.new_zeros(shape)  # what is masked out must be finite, 0 x NaN is NaN
         return store[module.layer_idx]
+
+
+def _bucket(size: int, least: int) -> int:
+    """`size` rounded up: to a multiple of `least`, and beyond four of them to a quarter of the power of two below."""
+    step = max(least, 1 << max((size - 1).bit_length() - 3, 0))
+    return -(-size // step) * step

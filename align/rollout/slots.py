@@ -1,7 +1,8 @@
 """Samples without padding: prompts in flat passes, each distinct one once, answers in slots that are given on.
 
 An answer that is done leaves its slot, and prompts that wait move into free slots, so that a step computes little for
-answers that have ended. Random numbers, tokens and what is done are kept on the device; the host looks every few steps.
+answers that have ended. Random numbers, tokens and what is done are kept on the device; the host looks every few steps,
+and on CUDA a step is captured as a graph.
 Log-probabilities and values are taken from the states that the tokens are drawn from: no second pass is needed.
 """
 
@@ -9,6 +10,7 @@ from collections import deque
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from align.maths.masking import length_mask
@@ -21,6 +23,7 @@ from align.models.layout import Tree, flat_layout
 from align.models.merging import sampling_view
 from align.models.roles import Role
 from align.rollout.draw import check_finite, draw
+from align.rollout.graphs import CAPTURED, Replayed
 from align.rollout.rollouts import Reading, cut_at_end, rollouts_of
 from align.rollout.sampler import Sampled, Sampler, Seeds
 from align.settings import Sampling
@@ -60,6 +63,14 @@ class SlotSampler(Sampler):
         slots = Slots(min(batch_size, len(prompts)), width, role.prefix, device=role.device)
         made = _Made(role, sampling, numbers, self.end_ids, slots.num_slots)
         trunk, before = trunk_of(role.causal), prefix_length(role.prefix)
+
+        def step(num_rows: int, num_keys: int) -> None:
+            positions, attend = slots.step(num_rows, num_keys)
+            first = slice(0, num_rows)
+            made.take(flat_states(trunk, made.last(first), positions, attend), first)
+
+        is_captured = role.device.type in CAPTURED and not sampling.enforce_eager
+        replayed = Replayed(step, is_captured=is_captured)
         budget, most = reading_tokens(self.role.causal, self.max_batch_tokens), STEPS.get(role.device.type, 1)
         while waiting or made.rows:
             free = slots.num_slots - len(made.rows)
@@ -75,8 +86,7 @@ class SlotSampler(Sampler):
             else:
                 steps = min(most, made.num_missing)
                 for _ in range(steps):
-                    positions, attend = slots.step()
-                    made.take(flat_states(trunk, made.last, positions, attend), made.all)
+                    replayed(slots.begin_step())
                 done = made.look(made.all, steps)
             if done:
                 made.keep(slots.release(done))
@@ -86,7 +96,8 @@ class SlotSampler(Sampler):
 class _Made:
     """What is drawn for B rows, R tokens at most each; `rows` are those that the slots which are taken draw for.
 
-    Between the host's looks every taken slot draws, those of answers that have ended too; no later token is read.
+    Between the host's looks every taken slot draws, those of answers that have ended too; no later token is read. Free
+    slots that are in a step draw for a row that is nobody's.
     """
 
     def __init__(self, role: Role, sampling: Sampling, numbers: Tensor, end_ids: Sequence[int], num_slots: int):
@@ -94,20 +105,20 @@ class _Made:
         self.rows: list[int] = []
         self.answers: list[list[int]] = [[] for _ in numbers]
         count, width = numbers.shape
-        self.numbers = numbers.to(role.device)  # (B, R), as the next two
-        self.tokens = torch.zeros(count, width, dtype=torch.long, device=role.device)
-        self.readings = torch.zeros(3, count, width, device=role.device)  # log-probabilities, entropies, values
+        self.numbers = F.pad(numbers, (0, 0, 0, 1)).to(role.device)  # (B + 1, R), as the next two: the last is nobody's
+        self.tokens = torch.zeros(count + 1, width, dtype=torch.long, device=role.device)
+        self.readings = torch.zeros(3, count + 1, width, device=role.device)  # log-probabilities, entropies, values
         self.slots = torch.zeros(3, num_slots, dtype=torch.long, device=role.device)  # row, tokens drawn, the last one
+        self.slots[0] = count
 
     @property
     def all(self) -> slice:
         """The slots that are taken."""
         return slice(0, len(self.rows))
 
-    @property
-    def last(self) -> Tensor:
-        """(1, rows): the last token of each."""
-        return self.slots[2:, : len(self.rows)]
+    def last(self, slots: slice) -> Tensor:
+        """(1, slots): the last token of each."""
+        return self.slots[2:, slots]
 
     @property
     def num_missing(self) -> int:
@@ -148,7 +159,9 @@ class _Made:
     def keep(self, order: Sequence[int]) -> None:
         """What each slot that is left goes on with: that of the slot that it comes from."""
         self.rows = [self.rows[i] for i in order]
-        self.slots[:, : len(order)] = self.slots[:, torch.tensor(order, dtype=torch.long, device=self.slots.device)]
+        taken = len(order)
+        self.slots[:, :taken] = self.slots[:, torch.tensor(order, dtype=torch.long, device=self.slots.device)]
+        self.slots[0, taken:], self.slots[1, taken:] = len(self.answers), 0
 
     def reading(self) -> Reading:
         """What was read with the answers.
@@ -159,7 +172,7 @@ class _Made:
         lengths = torch.tensor([len(answer) for answer in self.answers], dtype=torch.long)
         width = max(map(len, self.answers), default=0)
         mask = length_mask(lengths, width)
-        logprobs, entropies, values = self.readings[:, :, :width].cpu().masked_fill(~mask, 0.0)
+        logprobs, entropies, values = self.readings[:, :-1, :width].cpu().masked_fill(~mask, 0.0)
         check_finite(logprobs)
         return Reading(logprobs, entropies, values)
 

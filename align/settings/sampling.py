@@ -23,6 +23,7 @@ class Sampling(Settings):
     top_k: Interval = 0
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
     sampler: Location = "auto"  # slots (ours), generate (transformers'), or file.py:Class; auto: slots where they can
+    enforce_eager: bool = False  # true: on CUDA too, a token's step is launched operation by operation
     cache_implementation: Literal["dynamic", "static"] = "dynamic"  # static: transformers' generate, compiled on a GPU
 
     @model_validator(mode="after")
