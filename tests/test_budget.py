@@ -13,9 +13,10 @@ GIB = 2**30
 class Card:
     """Stands for a GPU: so many bytes are free, and so many the allocator keeps without using them."""
 
-    def __init__(self, monkeypatch, free, unused=0):
+    def __init__(self, monkeypatch, free, unused=0, fraction=1.0):
         self.free, self.unused = free, unused
-        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (self.free, 80 * GIB))
+        monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda device: fraction)
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (self.free, max(80 * GIB, self.free)))
         monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: GIB + self.unused)
         monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: GIB)
 
@@ -34,7 +35,7 @@ def test_a_pass_takes_half_of_what_is_free(monkeypatch):
     Card(monkeypatch, 60 * GIB)
     assert training_tokens(Base(), None) == 4096
     assert reading_tokens(Base(), None) == 4 * 4096
-    assert training_tokens(Base(is_quantized=True), None) == 2048  # adapters compute in float32
+    assert training_tokens(Base(is_quantized=True), None) == 4096
     assert training_tokens(Base(is_activation_checkpointing=True), None) == 65_536
     assert training_tokens(Base(), 300) == reading_tokens(Base(), 300) == 300
 
@@ -44,6 +45,13 @@ def test_what_the_allocator_keeps_is_free_and_a_run_keeps_its_size(monkeypatch):
     assert training_tokens(base, None) == 4096
     card.unused = 0
     assert training_tokens(base, None) == 4096 and training_tokens(Base(), None) == 1024
+
+
+def test_a_process_that_may_have_a_part_of_the_card_takes_half_of_what_is_left_of_that(monkeypatch):
+    Card(monkeypatch, 60 * GIB, fraction=0.2)  # 16 GiB, of which one is taken
+    assert training_tokens(Base(), None) == 1024
+    Card(monkeypatch, 60 * GIB, fraction=0.001)
+    assert training_tokens(Base(), None) == 256
 
 
 @pytest.mark.parametrize("free, tokens", [(0, 256), (80_000 * GIB, 65_536)])

@@ -6,7 +6,7 @@ from torch import Tensor
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
 
-from align.models import kv_slots, varlen
+from align.models import base, kv_slots, varlen
 from align.models.layout import Tree
 from align.models.merging import sampling_view
 from align.models.norms import FusedRMSNorm, fuse_norms
@@ -29,14 +29,25 @@ def as_on_a_gpu(monkeypatch):
     monkeypatch.setattr(draw, "BY_BLOCKS", set())
 
 
-@pytest.fixture(scope="module")
-def bases(tmp_path_factory):
-    """In bfloat16, of two and of three layers."""
+def bases_of(load_in: str, tmp_path_factory: pytest.TempPathFactory) -> list[Bases]:
+    """Of two and of three layers, that compute in bfloat16."""
     made = []
     for layers in (2, 3):
         folder = tiny.make_base(tmp_path_factory.mktemp(f"layers-{layers}"), num_hidden_layers=layers)
-        made.append(Bases(Model(base=str(folder), load_in="bfloat16"), CPU))
+        made.append(Bases(Model(base=str(folder), load_in=load_in), CPU))
     return made
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory):
+    return bases_of("bfloat16", tmp_path_factory)
+
+
+@pytest.fixture(scope="module")
+def bases_in_4_bits(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(base, "compute_dtype", lambda settings, device: torch.bfloat16)  # a CPU's would be float32
+        return bases_of("nf4", tmp_path_factory)
 
 
 def role_over(bases: Bases, target_modules: str | list[str] | None) -> Role:
@@ -61,12 +72,14 @@ def of_steps(role: Role, count: int) -> Counts:
     return Counts(long.launches - short.launches, long.waits - short.waits)
 
 
+@pytest.mark.parametrize("load_in", ["bfloat16", "nf4"])
 @pytest.mark.parametrize(("target_modules", "a_layer"), [(None, 28), ("all-linear", 42)])
-def test_a_tokens_step(bases, target_modules, a_layer):
+def test_a_tokens_step(bases, bases_in_4_bits, load_in, target_modules, a_layer):
     """A layer: 2 norms of 2, 7 products (3 each with LoRA), 10 for rotary positions, 2 to keep keys and values,
     attention, 2 in the MLP, 2 sums. Outside: embedding, mask, angles, norm, output layer, draw and what is kept of it."""
     steps = slots.STEPS["cpu"]
-    two, three = (of_steps(role_over(each, target_modules), steps) for each in bases)
+    over = bases if load_in == "bfloat16" else bases_in_4_bits
+    two, three = (of_steps(role_over(each, target_modules), steps) for each in over)
     assert (three.num_launches - two.num_launches) / steps == a_layer
     assert 2 * a_layer + 28 < two.num_launches / steps <= 2 * a_layer + 30
     assert two.waits == three.waits == {"tolist": 1}  # in so many steps
@@ -128,7 +141,9 @@ def test_what_waits_is_counted():
 
 
 @torch.no_grad()
-def test_a_rounded_adapter_is_the_adapter_as_a_pass_rounds_it(bases):
+@pytest.mark.parametrize("load_in", ["bfloat16", "nf4"])
+def test_a_rounded_adapter_is_the_adapter_as_a_pass_rounds_it(bases, bases_in_4_bits, load_in):
+    bases = bases if load_in == "bfloat16" else bases_in_4_bits
     role = role_over(bases[0], "all-linear")
     view = sampling_view(role)
     assert [p.dtype for name, p in view.named_parameters() if "lora_" in name] == [torch.bfloat16] * 28

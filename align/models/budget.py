@@ -9,7 +9,6 @@ from transformers import PreTrainedModel
 ACTIVATIONS = 2**30  # bytes kept for the backward pass on a CPU, where the recipe does not say
 SHARE = 0.5  # the same on a GPU, of what is free there: logits, optimisers and the allocator's holes want the rest
 NUMBERS_A_LAYER = 24  # times the hidden size: what a layer keeps of a token (attention, gated MLP, norms)
-QUANTISED = 4  # bytes a number over weights in few bits, where adapters compute in float32
 BOUNDS = 256, 65_536
 ANSWERS = 32  # at a time on a CPU, where the recipe does not say; few are as fast there
 ANSWERS_BOUNDS = 8, 512
@@ -50,10 +49,7 @@ def answers_at_a_time(model: PreTrainedModel, width: int, asked: int | None) -> 
 
 
 def _fitting(model: PreTrainedModel, numbers: int) -> int:
-    is_quantised = getattr(model, "is_quantized", False)
-    a_token = (
-        numbers * model.config.get_text_config().hidden_size * (QUANTISED if is_quantised else model.dtype.itemsize)
-    )
+    a_token = numbers * model.config.get_text_config().hidden_size * model.dtype.itemsize
     if model.device.type != "cuda":
         return min(max(ACTIVATIONS // a_token, BOUNDS[0]), BOUNDS[1])
     return _bounded(int(SHARE * _free(model)) // a_token, BOUNDS)
@@ -68,9 +64,11 @@ _free_at_first: WeakKeyDictionary[PreTrainedModel, int] = WeakKeyDictionary()
 
 
 def _free(model: PreTrainedModel) -> int:
-    """Bytes of the model's GPU that nothing held when it was first asked: passes keep their size during a run."""
+    """Bytes of the model's GPU that nothing held when it was first asked, of those that this process may have
+    (`torch.cuda.set_per_process_memory_fraction`): passes keep their size during a run."""
     if model not in _free_at_first:
-        free, _ = torch.cuda.mem_get_info(model.device)
-        unused = torch.cuda.memory_reserved(model.device) - torch.cuda.memory_allocated(model.device)
-        _free_at_first[model] = free + unused
+        free, total = torch.cuda.mem_get_info(model.device)
+        reserved, held = torch.cuda.memory_reserved(model.device), torch.cuda.memory_allocated(model.device)
+        may_have = int(torch.cuda.get_per_process_memory_fraction(model.device) * total)
+        _free_at_first[model] = max(0, min(free + reserved, may_have) - held)
     return _free_at_first[model]

@@ -3,8 +3,8 @@
 PEFT's layer writes W x, B A x, its scaled copy and their sum one after the other, and the backward pass mirrors it.
 Here both products are added into one buffer, each way. Over weights in 16 bits the adapter stays in float32 and is
 rounded for the products alone, as autocast does: PEFT's layer would widen the states and multiply them in float32, in
-twice as many operations. What is not plain LoRA (dropout, DoRA, several adapters, 4-bit weights) is left to PEFT's own
-layer.
+twice as many operations. So it is over weights in 4 bits that compute in 16. What is not plain LoRA (dropout, DoRA,
+several adapters) is left to PEFT's own layer.
 """
 
 from collections.abc import Iterator
@@ -12,7 +12,9 @@ from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
-from peft.tuners.lora.layer import Linear
+from bitsandbytes.nn import Linear4bit as Base4bit
+from peft.tuners.lora.bnb import Linear4bit
+from peft.tuners.lora.layer import Linear, LoraLayer
 from torch import Tensor, nn
 
 from align.maths.products import product
@@ -45,48 +47,102 @@ class _Product(torch.autograd.Function):
         return into, None, None, of_a.to(ctx.dtypes[0]), of_b.to(ctx.dtypes[1]), None
 
 
-class FusedLinear(Linear):
-    """PEFT's LoRA layer with `_Product` where that is what it computes."""
+class _Added(torch.autograd.Function):
+    """y + s (x A^T) B^T: y (M, O), x (M, I), A (r, I), B (O, r) -> (M, O), in the dtype of x and y."""
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if args or kwargs or not self.is_plain or x.dtype != self.weight.dtype:
-            return cast(Tensor, super().forward(x, *args, **kwargs))
-        (name,) = self.active_adapters
-        base = cast(nn.Linear, self.base_layer)
-        a, b = self.lora_A[name].weight, self.lora_B[name].weight
-        flat = x.reshape(-1, x.shape[-1])
-        y = _Product.apply(flat, base.weight, base.bias, a, b, self.scaling[name])
-        return cast(Tensor, y.view(*x.shape[:-1], base.out_features))
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
+        ctx.dtypes = a.dtype, b.dtype
+        a, b = a.to(x.dtype), b.to(x.dtype)
+        inner = product(x, a)  # (M, r)
+        ctx.save_for_backward(x, a, b, inner)
+        ctx.scale = scale
+        return torch.addmm(y, inner, b.T, alpha=scale)
+
+    @staticmethod
+    def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor, Tensor | None, Tensor, Tensor, None]:
+        (slope,) = slopes  # (M, O)
+        x, a, b, inner = ctx.saved_tensors
+        through = product(slope, b.T).mul_(ctx.scale)  # (M, r)
+        into = through @ a if ctx.needs_input_grad[1] else None
+        of_a, of_b = product(through.T, x.T), product(inner.T, slope.T).mul_(ctx.scale).T  # (r, I), (O, r)
+        return slope, into, of_a.to(ctx.dtypes[0]), of_b.to(ctx.dtypes[1]), None
+
+
+class Fused(LoraLayer):
+    """A LoRA layer that knows whether it is a plain one, and in which dtype that multiplies."""
+
+    training: bool
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """Of the products over a base that a plain layer may have; None: over any other."""
+        raise NotImplementedError
 
     @property
     def is_plain(self) -> bool:
         """Whether the layer computes W x + bias + s B A x over a frozen W, and nothing more."""
-        base, names = self.base_layer, self.active_adapters
-        if self.disable_adapters or self.merged or len(names) != 1:
+        names = self.active_adapters
+        if self.disable_adapters or self.merged or len(names) != 1 or self.dtype is None:
             return False
         if names[0] not in self.lora_A or names[0] in self.lora_variant:
             return False
         a, b, dropout = (each[names[0]] for each in (self.lora_A, self.lora_B, self.lora_dropout))
         is_dropping = self.training and getattr(dropout, "p", 0.0) > 0
-        return (
-            type(base) is PlainLinear
-            and not base.weight.requires_grad
-            and not is_dropping
-            and a.bias is None
-            and b.bias is None
-        )
+        return not is_dropping and a.bias is None and b.bias is None
+
+    @property
+    def adapter(self) -> tuple[nn.Parameter, nn.Parameter, float]:
+        """A (r, I), B (O, r) and s of a plain layer."""
+        (name,) = self.active_adapters
+        a, b = self.lora_A[name].weight, self.lora_B[name].weight
+        return cast(nn.Parameter, a), cast(nn.Parameter, b), self.scaling[name]
 
     def rounded(self) -> dict[nn.Parameter, nn.Parameter]:
         """What a plain layer's adapter is rounded to at each call, in the place of its own weights."""
-        (name,) = self.active_adapters
-        weights = cast(nn.Parameter, self.lora_A[name].weight), cast(nn.Parameter, self.lora_B[name].weight)
-        return {p: nn.Parameter(p.detach().to(self.weight.dtype), requires_grad=False) for p in weights}
+        return {p: nn.Parameter(p.detach().to(self.dtype), requires_grad=False) for p in self.adapter[:2]}
+
+
+class FusedLinear(Linear, Fused):
+    """PEFT's LoRA layer with `_Product` where that is what it computes."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if args or kwargs or not self.is_plain or x.dtype != self.dtype:
+            return cast(Tensor, super().forward(x, *args, **kwargs))
+        base = cast(nn.Linear, self.base_layer)
+        y = _Product.apply(x.reshape(-1, x.shape[-1]), base.weight, base.bias, *self.adapter)
+        return cast(Tensor, y.view(*x.shape[:-1], base.out_features))
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        base = self.base_layer
+        return base.weight.dtype if type(base) is PlainLinear and not base.weight.requires_grad else None
 
     def merged_weight(self) -> Tensor:
         """W + s B A (O, I) of a plain layer, in one pass over memory."""
-        (name,) = self.active_adapters
-        a, b = cast(Tensor, self.lora_A[name].weight), cast(Tensor, self.lora_B[name].weight)
-        return torch.addmm(self.weight, b, a, alpha=self.scaling[name])
+        a, b, scale = self.adapter
+        return torch.addmm(self.weight, cast(Tensor, b), cast(Tensor, a), alpha=scale)
+
+
+class FusedLinear4bit(Linear4bit, Fused):
+    """The same over a base in 4 bits that computes in 16. In float32 it is PEFT's own, so that what a seed gives there
+    stays what it was."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if args or kwargs or not self.is_plain or x.dtype != self.dtype:
+            return cast(Tensor, super().forward(x, *args, **kwargs))
+        y = self.base_layer(x)
+        added = _Added.apply(y.view(-1, y.shape[-1]), x.reshape(-1, x.shape[-1]), *self.adapter)
+        return cast(Tensor, added.view(y.shape))
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        base = self.base_layer
+        dtype = cast(torch.dtype | None, base.compute_dtype) if type(base) is Base4bit else None
+        return dtype if dtype in (torch.bfloat16, torch.float16) else None
+
+
+FUSED: dict[type, type] = {Linear: FusedLinear, Linear4bit: FusedLinear4bit}
 
 
 @contextmanager
@@ -107,7 +163,7 @@ def fuse(model: nn.Module) -> None:
     stays as it is."""
     fuse_norms(model)
     for module in model.modules():
-        if type(module) is Linear:
-            module.__class__ = FusedLinear
+        if type(module) in FUSED:
+            module.__class__ = FUSED[type(module)]
         elif type(module) is nn.Linear:
             module.__class__ = PlainLinear

@@ -20,7 +20,7 @@ from align.manifest import MANIFEST, about, check_whole, read_manifest
 from align.models.backoff import in_words, is_out_of_memory
 from align.models.linear import reading_layer
 from align.models.loading import load_adapter_config, load_any_tokenizer, load_causal
-from align.models.lora import FusedLinear
+from align.models.lora import Fused, FusedLinear
 from align.models.roles import Bases, Role
 from align.models.tokenizer import first_line
 from align.settings import Model
@@ -69,10 +69,10 @@ def sampling_view(role: Role) -> Role:
 
 def _rounded(role: Role, layers: list[Any]) -> Role:
     """The role with plain LoRA layers whose adapters are in the base's dtype; as it is, where others are among them."""
-    if not all(isinstance(layer, FusedLinear) and layer.is_plain for layer in layers):
+    if not all(isinstance(layer, Fused) and layer.is_plain for layer in layers):
         return role
     memo: dict[int, Any] = {id(tensor): tensor for tensor in (*role.causal.parameters(), *role.causal.buffers())}
-    memo |= {id(p): rounded for layer in cast(list[FusedLinear], layers) for p, rounded in layer.rounded().items()}
+    memo |= {id(p): rounded for layer in cast(list[Fused], layers) for p, rounded in layer.rounded().items()}
     return Role(copy.deepcopy(role.causal, memo), head=role.head)
 
 

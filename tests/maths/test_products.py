@@ -2,9 +2,11 @@
 
 import copy
 
+import bitsandbytes
 import pytest
 import torch
 import torch.nn.functional as F
+from bitsandbytes.functional import dequantize_4bit
 from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 
@@ -12,7 +14,7 @@ from align.maths import products
 from align.maths.logprobs import frozen_choices, token_logprobs
 from align.maths.products import pack, packed_product, product
 from align.models.linear import PackedLinear, PlainLinear, reading_layer
-from align.models.lora import FusedLinear, fuse
+from align.models.lora import FusedLinear, FusedLinear4bit, fuse
 
 needs_onednn = pytest.mark.skipif(not products._is_onednn_right(), reason="no oneDNN in this torch or on this machine")
 
@@ -132,6 +134,48 @@ def test_a_fused_layer_over_16_bits_is_as_exact_as_autocast():
     for right, theirs, found in zip(*results, strict=True):
         error, allowed = (float((each.double() - right).norm() / right.norm()) for each in (found, theirs))
         assert error <= 1.2 * allowed and error < 0.01
+
+
+def test_a_fused_layer_over_4_bits_is_as_exact_as_autocast():
+    """The right numbers are those of the weights that the 4 bits stand for, in float64."""
+    base = bitsandbytes.nn.Linear4bit(256, 192, compute_dtype=torch.bfloat16, quant_type="nf4").to("cpu")
+    base.requires_grad_(False)
+    plain = nn.Sequential(base)
+    plain.is_loaded_in_4bit = True  # which PEFT goes by
+    inject_adapter_in_model(LoraConfig(r=4, target_modules=["0"], init_lora_weights=False), plain)
+    for p in plain.parameters():
+        p.data = p.data.float() if p.requires_grad else p.data
+    autocast, fused = copy.deepcopy(plain), plain
+    fuse(fused)
+    assert isinstance(fused[0], FusedLinear4bit) and fused[0].is_plain
+    a, b, scale = (x.detach().double() if isinstance(x, torch.Tensor) else x for x in fused[0].adapter)
+    weight = dequantize_4bit(base.weight, base.weight.quant_state).double()
+    start, slope = numbers(900, 256).bfloat16(), numbers(900, 192, seed=1).bfloat16()
+    x, a, b = start.double().requires_grad_(), a.requires_grad_(), b.requires_grad_()
+    y = x @ weight.T + base.bias.double() + scale * x @ a.T @ b.T
+    y.backward(slope.double())
+    results = [[y.detach(), x.grad, a.grad, b.grad]]
+    for model in (autocast, fused):
+        x = start.clone().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=model is autocast):
+            y = model(x)
+        y.backward(slope.to(y.dtype))
+        results.append([y.detach(), x.grad, *(p.grad for p in model.parameters() if p.requires_grad)])
+    assert [found.dtype for found in results[2]] == [torch.bfloat16] * 2 + [torch.float32] * 2
+    for right, theirs, found in zip(*results, strict=True):
+        error, allowed = (float((each.double() - right).norm() / right.norm()) for each in (found, theirs))
+        assert error <= 1.2 * allowed and error < 0.01
+
+
+def test_a_layer_over_4_bits_that_computes_in_float32_stays_pefts(monkeypatch):
+    base = bitsandbytes.nn.Linear4bit(64, 64, compute_dtype=torch.float32, quant_type="nf4").to("cpu")
+    plain = nn.Sequential(base.requires_grad_(False))
+    plain.is_loaded_in_4bit = True
+    inject_adapter_in_model(LoraConfig(r=4, target_modules=["0"], init_lora_weights=False), plain)
+    expected = plain(numbers(3, 64))
+    fuse(plain)
+    assert isinstance(plain[0], FusedLinear4bit) and not plain[0].is_plain
+    assert torch.equal(plain(numbers(3, 64)), expected)
 
 
 def test_log_probabilities_of_a_large_output_layer_are_right():
