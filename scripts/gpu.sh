@@ -4,7 +4,9 @@
 #   tests         those marked `gpu`
 #   rates         what the card multiplies and copies, the ceilings of what follows
 #   trace         a token's step and a training pass of the 1B shape, operation by operation
-#   1b, 8b, nf4   PPO iterations over random weights of Llama 3's shapes, by phase; nf4 is the 8B shape in 4 bits
+#   1b, 8b, nf4   PPO iterations over random weights of Llama 3's shapes, by phase; nf4 is the 8B shape in 4 bits, by a
+#                 process that may have 16 GiB of the card
+#   sft, reward   four steps each over the 8B shape in bfloat16
 #   quickstart    the README's, with `launch: gpu`
 #
 # Each part writes to OUT as soon as it has something to say and has a time limit of its own, so that a run that is cut
@@ -13,7 +15,7 @@
 # of the others in WHEELS (a folder, .whl) are put beside, in a folder that goes away with the machine.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-python=${PYTHON:-python3} wheels=${WHEELS:-.whl} parts=${PARTS:-tests rates trace 8b nf4 1b quickstart}
+python=${PYTHON:-python3} wheels=${WHEELS:-.whl} parts=${PARTS:-tests rates trace 8b nf4 1b sft reward quickstart}
 mkdir -p "${1:-runs/gpu}"
 out=$(cd "${1:-runs/gpu}" && pwd)
 work=$(mktemp -d)
@@ -40,8 +42,9 @@ for part in $parts; do
         trace) said=$(gpu_work 90 trace 1b --tokens 256 32) ;;
         1b) said=$(gpu_work 100 ppo 1b --prompts 64 --tokens 256 256) ;;
         8b) said=$(gpu_work 240 ppo 8b --prompts 64 --tokens 256 256) ;;
-        nf4) said=$(gpu_work 240 ppo 8b --load-in nf4 --prompts 8 --tokens 512 512 --iterations 1) ;;
-        *) echo "no part is called $part: tests, rates, trace, 8b, nf4, 1b, quickstart" >&2; exit 2 ;;
+        nf4) said=$(gpu_work 240 ppo 8b --load-in nf4 --prompts 8 --tokens 512 512 --iterations 1 --memory 16 --gradient-checkpointing) ;;
+        sft | reward) said=$(gpu_work 120 "$part" 8b --prompts 64 --tokens 256 256 --gradient-checkpointing) ;;
+        *) echo "no part is called $part: tests, rates, trace, 8b, nf4, 1b, sft, reward, quickstart" >&2; exit 2 ;;
     esac
     tell "$part: $said"
 done

@@ -1,7 +1,8 @@
-"""The parts of gpu.sh that are measured: ceilings of the card, and PPO iterations by phase.
+"""The parts of gpu.sh that are measured: ceilings of the card, PPO iterations by phase, SFT and reward models.
 
     python scripts/gpu_work.py --work DIR --out DIR rates
-    python scripts/gpu_work.py --work DIR --out DIR ppo 8b --load-in nf4 --prompts 8 --tokens 512 512
+    python scripts/gpu_work.py --work DIR --out DIR ppo 8b --load-in nf4 --prompts 8 --tokens 512 512 --memory 16
+    python scripts/gpu_work.py --work DIR --out DIR sft 8b --prompts 128 --tokens 256 256
 
 Weights are random, of Llama 3's shapes, made on the card; the tokenizer is the quickstart's, so that prompts are of its
 words. What random weights write ends at `max_new_tokens` almost always: nothing depends on what they say.
@@ -9,6 +10,7 @@ words. What random weights write ends at `max_new_tokens` almost always: nothing
 
 import argparse
 import json
+import os
 import random
 import shutil
 import subprocess
@@ -30,6 +32,14 @@ SHAPES = {  # layers, hidden, inner, query heads, key-value heads, vocabulary
 }
 WORDS = ("red", "blue", "green", "golden", "silver", "bells", "books", "coats", "lamps", "bags", "bowls")
 EPOCHS = 2
+ALLOCATOR = {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}  # as `launch: gpu` has it
+LIMITED = """
+import sys, torch
+total = torch.cuda.get_device_properties(0).total_memory
+torch.cuda.set_per_process_memory_fraction(float(sys.argv[1]) * 2**30 / total)
+from align.entry import main
+main(arguments=sys.argv[2:])
+"""  # a stage's process that may have so many GiB of the card
 REWARD = """
 def spread(prompts, completions, completion_ids, **_):
     return [sum(ids) % 97 / 97 for ids in completion_ids]
@@ -84,25 +94,18 @@ def make_model(shape: str, folder: Path) -> None:
         shutil.copy(TOKENIZER / name, folder)
 
 
+STEPS = 4  # of SFT and reward models
+
+
 def ppo(options: argparse.Namespace) -> dict[str, Any]:
     """A run of `iterations`, of which the last is told by phase."""
     count, (prompt, answer) = options.prompts, options.tokens
-    model = options.work / options.shape
-    if not model.is_dir():
-        subprocess.run([sys.executable, __file__, *common(options), "make", options.shape], check=True)
-    name = f"{options.shape}-{options.load_in}"
-    rng = random.Random(0)
-    rows = [{"prompt": " ".join(rng.choices(WORDS, k=prompt))} for _ in range(count)]
-    (options.work / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    rows = [{"prompt": words(prompt, seed)} for seed in range(count)]
     (options.work / "spread.py").write_text(REWARD)
-    run = options.work / name
     recipe = {
-        "stage": "ppo",
-        "model": {"base": str(model), "load_in": options.load_in},
-        "launch": "gpu" if torch.cuda.is_available() else "cpu",
-        "policy": {"method": {"kind": "qlora" if options.load_in == "nf4" else "lora", "r": 16}},
+        "policy": {"method": method(options)},
         "rewards": [{"use": f"{options.work}/spread.py:spread"}],
-        "prompts": {"train": str(options.work / "prompts.jsonl")},
+        "prompts": {"train": written(options.work / "prompts.jsonl", rows)},
         "max_prompt_length": 4 * prompt,
         "sampling": {"max_new_tokens": answer},
         "ppo": {
@@ -110,20 +113,73 @@ def ppo(options: argparse.Namespace) -> dict[str, Any]:
             "prompts_per_iteration": count,
             "num_ppo_epochs": EPOCHS,
             "sampling_batch_size": count,
+            "gradient_checkpointing": options.gradient_checkpointing,
             "missing_eos_penalty": None,
             "eval_steps": 0,
             "save_steps": 0,
             "ratio_tolerance": 1.0,
         },
-        "output": str(run),
     }
-    path = options.work / f"{name}.yaml"
-    path.write_text(json.dumps(recipe))  # JSON is YAML
+    wanted = ("seconds_", "tokens_per_second_", "peak_mib", "first_logratio", "response_length", "sampler_kl")
+    wanted += ("importance_",)
+    return run_of("ppo", recipe, options, wanted)
+
+
+def supervised(stage: str, options: argparse.Namespace) -> dict[str, Any]:
+    """Steps of SFT or of a reward model, each over a quarter of the rows: prompts and answers of so many words."""
+    count, (prompt, answer) = options.prompts, options.tokens
+    answers = ("completion",) if stage == "sft" else ("chosen", "rejected")
+    rows = [
+        {"prompt": words(prompt, seed)} | {key: words(answer, seed + count * (1 + i)) for i, key in enumerate(answers)}
+        for seed in range(count)
+    ]
+    recipe = {
+        "method": method(options),
+        "data": {"train": written(options.work / f"{stage}.jsonl", rows)},
+        "max_length": 8 * (prompt + answer),
+        "train": {
+            "max_steps": STEPS,
+            "per_device_train_batch_size": max(1, count // STEPS),
+            "gradient_checkpointing": options.gradient_checkpointing,
+            "logging_steps": 1,
+        },
+    }
+    return run_of(stage, recipe, options, ("loss", "grad_norm"))
+
+
+def words(count: int, seed: int) -> str:
+    return " ".join(random.Random(seed).choices(WORDS, k=count))
+
+
+def written(path: Path, rows: list[dict[str, str]]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def method(options: argparse.Namespace) -> dict[str, Any]:
+    return {"kind": "qlora" if options.load_in == "nf4" else "lora", "r": 16}
+
+
+def run_of(stage: str, recipe: dict[str, Any], options: argparse.Namespace, wanted: tuple[str, ...]) -> dict[str, Any]:
+    """Runs the stage over the shape's model; of its last logged figures those that are wanted, and what it cost."""
+    model, name = options.work / options.shape, f"{stage}-{options.shape}-{options.load_in}"
+    if not model.is_dir():
+        subprocess.run([sys.executable, __file__, *common(options), "make", options.shape], check=True)
+    run, path = options.work / name, options.work / f"{name}.yaml"
+    whole = {
+        "stage": stage,
+        "model": {"base": str(model), "load_in": options.load_in},
+        "launch": "gpu" if torch.cuda.is_available() else "cpu",
+        "output": str(run),
+    } | recipe
+    path.write_text(json.dumps(whole))  # JSON is YAML
     metrics, kept = run / "metrics.jsonl", options.out / f"{name}.jsonl"
+    command = [sys.executable, "-m", "align.cli", "run", str(path)]
+    if options.memory:
+        command = [sys.executable, "-c", LIMITED, str(options.memory), str(path)]
     with (options.out / f"{name}.txt").open("w") as log:
-        command = [sys.executable, "-m", "align.cli", "run", str(path)]
-        child = subprocess.Popen(command, stdout=log, stderr=log)
-        while child.poll() is None:  # each iteration's figures are kept as they come: this may be cut off
+        child = subprocess.Popen(command, stdout=log, stderr=log, env=os.environ | ALLOCATOR)
+        while child.poll() is None:  # figures are kept as they come: this may be cut off
             time.sleep(1)
             if metrics.is_file():
                 shutil.copy(metrics, kept)
@@ -131,10 +187,10 @@ def ppo(options: argparse.Namespace) -> dict[str, Any]:
         return {"exit_code": child.returncode}
     shutil.copy(metrics, kept)
     last = json.loads(kept.read_text().splitlines()[-1])
-    wanted = ("seconds_", "tokens_per_second_", "peak_mib", "first_logratio", "response_length")
-    return {"exit_code": child.returncode} | {
-        key: round(value, 3) for key, value in last.items() if key.startswith(wanted)
-    }
+    cost = json.loads((run / "manifest.json").read_text()).get("cost", {})
+    found = {key: value for key, value in last.items() if key.startswith(wanted)}
+    found |= {key: cost[key] for key in ("seconds_per_step", "tokens_per_second", "peak_mib") if key in cost}
+    return {"exit_code": child.returncode} | {key: round(value, 4) for key, value in found.items()}
 
 
 def trace(options: argparse.Namespace) -> dict[str, float]:
@@ -211,20 +267,29 @@ def main() -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("rates")
     commands.add_parser("make").add_argument("shape", choices=SHAPES)
-    for name in ("ppo", "trace"):
+    for name in ("ppo", "sft", "reward", "trace"):
         of_model = commands.add_parser(name)
         of_model.add_argument("shape", choices=SHAPES)
         of_model.add_argument("--load-in", default="bfloat16", choices=("float32", "bfloat16", "nf4"))
         of_model.add_argument("--prompts", type=int, default=64)
         of_model.add_argument("--tokens", type=int, nargs=2, default=(256, 256), metavar=("PROMPT", "ANSWER"))
         of_model.add_argument("--iterations", type=int, default=2)
+        of_model.add_argument("--gradient-checkpointing", action="store_true")
+        of_model.add_argument("--memory", type=float, metavar="GIB", help="that the stage may have of the card")
     options = parser.parse_args()
     if options.command == "make":
         return make_model(options.shape, options.work / options.shape)
-    if options.small and options.command in ("ppo", "trace"):
+    if options.small and "shape" in options:
         options.shape, options.prompts, options.tokens = "small", 4, (8, 8)
         options.load_in = "float32" if options.load_in == "bfloat16" else options.load_in
-    made = {"rates": lambda: rates(options.small), "ppo": lambda: ppo(options), "trace": lambda: trace(options)}
+        options.memory = options.memory if torch.cuda.is_available() else None
+    made = {
+        "rates": lambda: rates(options.small),
+        "ppo": lambda: ppo(options),
+        "sft": lambda: supervised("sft", options),
+        "reward": lambda: supervised("reward", options),
+        "trace": lambda: trace(options),
+    }
     print(json.dumps(made[options.command]()))
     return None
 
