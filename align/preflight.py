@@ -27,7 +27,6 @@ from align.settings import (
     STAGES,
     AnyMethod,
     Data,
-    Freeze,
     Full,
     Lora,
     OtherPeft,
@@ -35,6 +34,7 @@ from align.settings import (
     Prefix,
     StageSettings,
 )
+from align.settings.methods import is_copy
 from align.surroundings import cached_folder, check_wandb, check_writable, look_at_hub
 from align.wording import did_you_mean_path
 
@@ -254,8 +254,7 @@ def _check_method(settings: StageSettings, key: str, method: AnyMethod) -> None:
             f"`{key}.kind: full` cannot train a 4-bit base (`model.load_in: nf4`): use `kind: qlora`, or "
             "`load_in: float32`"
         )
-    is_copied = isinstance(method, (Full, Freeze)) or (isinstance(method, OtherPeft) and method.kind == "ln_tuning")
-    if is_copied and load_in == "bfloat16":
+    if is_copy(method) and load_in == "bfloat16":
         raise BadInput(
             f"`{key}.kind: {method.kind}` needs `model.load_in: float32`: in bfloat16 small updates round to nothing; "
             "or use `kind: lora`"

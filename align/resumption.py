@@ -111,7 +111,8 @@ def _made_of_before(manifest: dict[str, Any]) -> dict[str, dict[str, str]]:
 
 def _other_keys(manifest: dict[str, Any], settings: StageSettings) -> list[tuple[str, Any, Any]]:
     """Where the recipe that a run goes on with differs from today's."""
-    return differences(_recipe_before(manifest, settings), recipe_of(settings))
+    found = differences(_recipe_before(manifest, settings), recipe_of(settings))
+    return [(key, was, becomes) for key, was, becomes in found if not goes_on(key, becomes)]
 
 
 def _recipe_before(manifest: dict[str, Any], settings: StageSettings) -> dict[str, Any]:
@@ -161,6 +162,11 @@ def _put(values: Any, key: str, value: Any) -> None:
     for part in path:
         values = values[part]
     values[last] = value
+
+
+def goes_on(key: str, value: Any) -> bool:
+    """Whether a key's value is what the run began with, whatever that was."""
+    return key == "model.load_in" and value == "auto"
 
 
 def is_harmless(key: str) -> bool:

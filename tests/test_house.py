@@ -4,8 +4,10 @@ import ast
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 import yaml
 
 from align.errors import BadInput, RunFailed
@@ -183,7 +185,7 @@ def test_a_stage_of_ones_own_that_fails_is_one_line(body, error, says, tmp_path)
     recipe.write_text(yaml.safe_dump({"stage": f"{path}:Own", "model": {"base": "x/y"}, "output": "out"}))
     settings = next(iter(load_recipe(str(recipe)).stages.values()))
     with pytest.raises(error, match=says) as caught:
-        runner(settings)(settings, None)
+        runner(settings)(settings, SimpleNamespace(device=torch.device("cpu")))
     assert "\n" not in str(caught.value)
 
 

@@ -472,6 +472,7 @@ def test_a_loop_of_an_earlier_version_goes_on_and_one_that_says_what_is_unknown_
             values["evaluation"]["max_prompts"],
             values["gate"]["z"],
         )  # as if these keys had been added since
+        values["model"]["load_in"] = "float32"  # as was the default
         written.write_text(json.dumps(values))
         assert run_loop(loop, lambda *_: pytest.fail("a stage was started again")) == 0
         written.write_text(json.dumps(values | {"gates": 3}))

@@ -33,7 +33,7 @@ from align.preflight import check_model, check_recipe
 from align.recipe import Recipe
 from align.recipe_errors import first_error
 from align.report.loop_page import report
-from align.resumption import CHANGEABLE, differences, is_harmless, state_of
+from align.resumption import CHANGEABLE, differences, goes_on, is_harmless, state_of
 from align.rewards import check_columns, check_rewards
 from align.rewards.columns import missing_columns
 from align.rewards.judge import check_judge
@@ -234,7 +234,11 @@ def _check_output(loop: Loop) -> None:
         for section in now:
             if section not in MAY_CHANGE and before[section] != now[section]:
                 found = differences(before[section], now[section], section)  # none: a key that is null, or left out
-                changed = [each for each in found if each[0] not in equal and not _may_be(each[0], loop)]
+                changed = [
+                    (key, was, becomes)
+                    for key, was, becomes in found
+                    if key not in equal and not _may_be(key, loop) and not goes_on(key, becomes)
+                ]
                 if found and not changed:
                     continue
                 key, was, becomes = changed[0] if changed else (section, before[section], now[section])

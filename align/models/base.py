@@ -91,7 +91,14 @@ def compute_dtype(settings: Model, device: torch.device) -> torch.dtype:
     """The dtype of activations: 4-bit bases compute in bfloat16 on a GPU, in float32 on a CPU, where it is faster."""
     if settings.load_in == "nf4":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
-    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[settings.load_in]
+    load_in = best_precision(device) if settings.load_in == "auto" else settings.load_in
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[load_in]
+
+
+def best_precision(device: torch.device) -> str:
+    """What `load_in: auto` is for a base that nothing is copied from: 16 bits where they are computed in."""
+    has = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return "bfloat16" if has else "float32"
 
 
 def bytes_per_parameter(model: torch.nn.Module, *, quantised_only: bool = False) -> float:

@@ -99,6 +99,11 @@ class OtherPeft(Settings):
         return dict(self.model_extra or {})
 
 
+def is_copy(method: Any) -> bool:
+    """Whether a method trains copies of the base's own weights: in 16 bits these would round small updates to 0."""
+    return isinstance(method, (Full, Freeze)) or (isinstance(method, OtherPeft) and method.kind == "ln_tuning")
+
+
 class OwnMethod(Settings):
     """`file.py:function`, called as `function(model, **settings)`, returns a PeftModel over the model it is given."""
 

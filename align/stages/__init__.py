@@ -2,17 +2,38 @@
 
 import importlib
 from collections.abc import Callable
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
 
+from align.manifest import MANIFEST, read_manifest
 from align.plugins import users_code
 from align.settings import STAGES, StageSettings
+from align.settings.methods import is_copy
+
+if TYPE_CHECKING:
+    import torch
+
+Stage = TypeVar("Stage", bound=StageSettings)
 
 
 def runner(settings: StageSettings) -> Callable[[Any, Any], None]:
     """The function that runs this stage: ours, or the `run` method of the user's own settings class."""
-    if settings.stage in STAGES:
-        return importlib.import_module(f"align.stages.{settings.stage}").run  # type: ignore[no-any-return]
-    return _run_own
+    own = settings.stage not in STAGES
+    run = _run_own if own else importlib.import_module(f"align.stages.{settings.stage}").run
+    return lambda settings, worker: run(in_its_precision(settings, worker.device), worker)
+
+
+def in_its_precision(settings: Stage, device: "torch.device") -> Stage:
+    """The settings with what `model.load_in: auto` is: as the run under way began, else what is best on this device;
+    float32 for a method that trains copies of weights."""
+    if settings.model.load_in != "auto":
+        return settings
+    from align.models.base import best_precision
+
+    is_under_way = (Path(settings.output) / MANIFEST).is_file()
+    began = read_manifest(settings.output).get("recipe", {}).get("model", {}).get("load_in") if is_under_way else None
+    load_in = began or ("float32" if is_copy(settings.tuned_by()) else best_precision(device))
+    return settings.model_copy(update={"model": settings.model.model_copy(update={"load_in": load_in})})
 
 
 def _run_own(stage: Any, worker: Any) -> None:
