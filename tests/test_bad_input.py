@@ -355,7 +355,6 @@ MODELS = [
     sft("pickled", {"model.base": "pickled"}, "`model.base`: pickled", "safetensors", "save_pretrained"),
     sft("template", {"model.chat_template": "chat.jinja"}, "`model.chat_template`: chat.jinja is not there", "Jinja"),
     sft("qlora without 4 bits", {"method": {"kind": "qlora"}}, "`method.kind: qlora`", "`model.load_in: nf4`", "auto"),
-    sft("full in 16 bits", {"method": {"kind": "full"}, "model.load_in": "bfloat16"}, "`method.kind: full`", "float32", "lora"),
     ppo("a start for a head", {"critic": {"kind": "trunk", "from": "runs/reward"}}, "`critic.from`", "trunk"),
     ppo("a warm-up of the whole run", {"critic.warmup_iterations": 100000}, "`critic.warmup_iterations`", "num_iterations"),
     sft("freeze in 16 bits", {"method": {"kind": "freeze"}, "model.load_in": "bfloat16"}, "`method.kind: freeze`", "float32", "lora"),

@@ -2,13 +2,19 @@
 
 import pytest
 import torch
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM
 
 from align.manifest import read_manifest
-from align.models import base as bases
+from align.models import base as bases_of
 from align.models.base import best_precision, compute_dtype
+from align.models.layout import Tree
+from align.models.merging import sampling_view
+from align.models.roles import Bases, Role
 from align.resumption import state_of
-from align.settings import Model
+from align.settings import Full, Model
 from align.stages import in_its_precision
+from align.track import read_metrics
 from tests import tiny
 
 CPU = torch.device("cpu")
@@ -19,7 +25,7 @@ def best(monkeypatch):
     """Stands for a device on which this is best."""
 
     def set_to(precision: str) -> None:
-        monkeypatch.setattr(bases, "best_precision", lambda device: precision)
+        monkeypatch.setattr(bases_of, "best_precision", lambda device: precision)
 
     return set_to
 
@@ -39,7 +45,7 @@ def test_what_is_best_but_for_copies_of_weights(base, data, tmp_path, best, prec
     settings = sft(base, data, tmp_path / "run", method={"kind": method})
     assert settings.model.load_in == "auto"
     tiny.run(settings)
-    assert kept(settings) == (precision if method == "lora" else "float32")
+    assert kept(settings) == (precision if method in ("lora", "full") else "float32")
     assert state_of(settings) == "finished"
 
 
@@ -71,3 +77,81 @@ def test_a_gpu_that_has_it_computes_in_bfloat16(monkeypatch):
         assert best_precision(cuda) == precision and best_precision(CPU) == "float32"
         assert compute_dtype(Model(base="any"), cuda) == dtype
         assert compute_dtype(Model(base="any"), CPU) == torch.float32
+
+
+# ------------------------------------------------------------------------------------- all weights, over a base in 16 bits
+
+TREES = [Tree([2, 4, 9, 10], [[5, 6, 7], [8, 3]]), Tree([7, 8], [[9, 10, 11, 12]])]
+
+
+def full_role(base, **how) -> Role:
+    bases = Bases(Model(base=str(base), load_in="bfloat16"), CPU)
+    return bases.role(None, method=Full(kind="full"), trainable=True, **how)
+
+
+def losses(model, dtype: torch.dtype) -> list[torch.Tensor]:
+    """Log-probabilities of the branches' tokens by plain transformers, row by row, and the gradients of their sum."""
+    total = []
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        for tree in TREES:
+            for branch in tree.branches:
+                logits = model(input_ids=torch.tensor([[*tree.prefix, *branch]])).logits[0, len(tree.prefix) - 1 : -1]
+                wide = logits if dtype == torch.float64 else logits.float()
+                total.append(wide.log_softmax(-1)[torch.arange(len(branch)), torch.tensor(branch)])
+    found = torch.cat(total)
+    found.sum().backward()
+    return [found.detach(), *(p.grad for p in model.parameters())]
+
+
+def test_full_tuning_over_16_bits_is_as_exact_as_autocast(base):
+    role = full_role(base)
+    assert {p.dtype for p in role.parameters()} == {torch.float32} and role.is_flat and not role.is_float32
+    plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)  # weights as they are rounded
+    right = losses(plain.double(), torch.float64)
+    theirs = losses(AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16).float(), torch.bfloat16)
+    layout = role.layout(TREES)
+    found = role.logprobs(role.states(layout, layout.before), layout.tokens, temperature=1.0)
+    found.sum().backward()
+    ours = [found.detach(), *(p.grad for p in role.causal.parameters())]
+    errors = [
+        [float((each.double() - exact).norm() / exact.norm()) for each, exact in zip(which, right, strict=True)]
+        for which in (ours, theirs)
+    ]
+    assert len(errors[0]) == len(errors[1]) > 20
+    assert max(errors[0]) < 0.05 and sum(errors[0]) < 1.2 * sum(errors[1])
+
+
+@torch.no_grad()
+def test_it_is_sampled_from_in_16_bits(base):
+    role = full_role(base, head=True)
+    view = sampling_view(role)
+    assert {p.dtype for p in view.causal.parameters()} == {torch.bfloat16} and view.head is role.head
+    layout = role.layout(TREES)
+    both = [each.logits(each.states(layout, layout.before)).float().log_softmax(-1) for each in (role, view)]
+    assert 0 < float((both[0] - both[1]).abs().mean()) < 0.02
+    assert type(sampling_view(view)) is Role  # with an adapter or not, what is in 16 bits stays as it is
+
+
+def test_small_updates_are_not_lost(base, data, tmp_path):
+    """Each moves a weight by about 1e-6, of which nothing is left where a weight of 0.1 has 8 bits."""
+    model = {"base": str(base), "load_in": "bfloat16"}
+    train = {"max_steps": 2, "learning_rate": 1e-6, "per_device_train_batch_size": 4}
+    settings = sft(base, data, tmp_path / "run", model=model, method={"kind": "full"}, train=train)
+    tiny.run(settings)
+    with safe_open(tmp_path / "run" / "model.safetensors", "pt") as saved:
+        after = {name: saved.get_tensor(name) for name in saved.keys()}  # noqa: SIM118
+    before = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16).float().state_dict()
+    moved = [float((weight - before[name]).abs().max()) for name, weight in after.items()]
+    assert {weight.dtype for weight in after.values()} == {torch.float32}
+    assert all(1e-7 < each < 1e-5 for each in moved)
+
+
+def test_ppo_with_all_weights_over_16_bits(base, data, runs, tmp_path):
+    rewards = [{"use": "learned", "from": str(runs / "reward")}]
+    changes = {"policy": {"method": {"kind": "full"}}, "critic": {"kind": "trunk"}, "rewards": rewards}
+    model = {"base": str(base), "load_in": "bfloat16"}
+    tiny.run(tiny.settings("ppo", base, data, tmp_path / "run", model=model, **changes))
+    rows = read_metrics(tmp_path / "run")
+    assert rows[1]["first_logratio"] < 0.1 and 0 < abs(rows[1]["sampler_kl"]) < 0.01
+    assert 0 < abs(rows[1]["importance_weight"] - 1) < 0.1
+    assert kept(tiny.settings("ppo", base, data, tmp_path / "run", model=model, **changes)) == "bfloat16"

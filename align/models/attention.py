@@ -48,6 +48,8 @@ def _forward(
         )
     if dropout or any(others.get(name) is not None for name in UNKNOWN):
         raise NotImplementedError("this attention does more than queries, keys and values")
+    if query.dtype != value.dtype:  # under autocast rotary positions have widened them
+        query, key = query.to(value.dtype), key.to(value.dtype)
     return attend(module, query, key, value, scaling), None
 
 

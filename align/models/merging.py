@@ -11,6 +11,7 @@ from peft.tuners.ia3.layer import IA3Layer
 from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from pydantic import ValidationError
+from torch import nn
 
 from align.errors import BadInput
 from align.files import folder_in_one_go
@@ -40,8 +41,11 @@ def sampling_view(role: Role) -> Role:
     On a CPU un-merged adapters cost a fifth, so that the adapter is merged into copies of the layers that it adapts, in
     the order that is fastest for few rows. Only float32 weights are merged: in 16 bits the sum is rounded, and the
     answers would come from another policy than the one that is trained. There the adapter stays beside them, rounded
-    once as a training pass rounds it.
+    once as a training pass rounds it; and so are the weights of a role that has all of its own.
     """
+    if role.computes_in is not None:
+        rounded = {id(p): nn.Parameter(p.to(role.computes_in), requires_grad=False) for p in role.causal.parameters()}
+        return Role(copy.deepcopy(role.causal, rounded), head=role.head)
     if not role.has_adapter:
         return role
     model: Any = role.causal

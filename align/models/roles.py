@@ -2,12 +2,14 @@
 
 A view is a module tree of its own whose leaves, the modules that own weights, are the base's own objects: each role has
 its own adapter and its own layers around the leaves. Nothing may be done to a leaf for one role alone (hooks, flags: it
-is frozen, and computes the same in training). Fully tuned roles are the exception: they have weights of their own.
+is frozen, and computes the same in training). Fully tuned roles are the exception: they have weights of their own, in
+float32, which over a base in 16 bits are rounded for each product.
 `Bases.role` is the one place that decides.
 """
 
 import copy
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, cast
 
@@ -37,10 +39,18 @@ HEADS = {"score", "classifier"}  # of sequence classifiers, which are ours to pl
 class Role(nn.Module):
     """A causal language model seen as trunk + output layer, perhaps with an adapter, perhaps with a scalar head."""
 
-    def __init__(self, model: PreTrainedModel | PeftModel, *, head: nn.Linear | None = None):
+    def __init__(
+        self,
+        model: PreTrainedModel | PeftModel,
+        *,
+        head: nn.Linear | None = None,
+        computes_in: torch.dtype | None = None,
+    ):
+        """`computes_in`: what its products round float32 weights to, as autocast does (None: as they are)."""
         super().__init__()
         self.model = model
         self.head = head
+        self.computes_in = computes_in
         fuse(model)
         self.eval()
 
@@ -64,10 +74,15 @@ class Role(nn.Module):
     def hidden(self, ids: Tensor, mask: Tensor) -> Tensor:
         """ids (B, T), mask (B, T) bool, padded on either side -> final hidden states (B, T, H)."""
         positions = (mask.long().cumsum(1) - 1).clamp(min=0)  # (B, T), so that padding shifts nothing
-        output = trunk_of(self.causal)(
-            input_ids=ids, attention_mask=mask.long(), position_ids=positions, use_cache=False
-        )
+        with self.rounding():
+            output = trunk_of(self.causal)(
+                input_ids=ids, attention_mask=mask.long(), position_ids=positions, use_cache=False
+            )
         return output.last_hidden_state
+
+    def rounding(self) -> AbstractContextManager[Any]:
+        """Around whatever computes with the model's weights."""
+        return nullcontext() if self.computes_in is None else torch.autocast(self.device.type, self.computes_in)
 
     def checkpoint_activations(self) -> None:
         """Has training passes keep what goes into each layer alone, and compute the rest once more."""
@@ -87,7 +102,8 @@ class Role(nn.Module):
     @property
     def is_float32(self) -> bool:
         """Whether it computes in plain float32, so that any two ways to the same number agree closely."""
-        return self.causal.dtype == torch.float32 and not getattr(self.causal, "is_quantized", False)
+        is_plain = self.computes_in is None and not getattr(self.causal, "is_quantized", False)
+        return is_plain and self.causal.dtype == torch.float32
 
     @property
     def prefix(self) -> Prefix | None:
@@ -105,13 +121,16 @@ class Role(nn.Module):
         if layout.spans:
             prefix = self.prefix
             positions = layout.positions + prefix_length(prefix)
-            return flat_states(trunk_of(self.causal), layout.ids, positions, tree_attention(layout.spans, prefix), at)
+            with self.rounding():
+                attend = tree_attention(layout.spans, prefix)
+                return flat_states(trunk_of(self.causal), layout.ids, positions, attend, at)
         states = self.hidden(layout.ids, layout.mask).flatten(0, 1)
         return states if at is None else states[at]
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., H) -> (..., V)."""
-        return self.causal.get_output_embeddings()(hidden)
+        with self.rounding():
+            return self.causal.get_output_embeddings()(hidden)
 
     def logprobs(self, states: Tensor, tokens: Tensor, *, temperature: float) -> Tensor:
         """states (N, H), tokens (N,) -> log p(token) (N,) under softmax(logits / temperature), in float32."""
@@ -222,13 +241,14 @@ class Bases:
         else:
             base = self.base_of(folder)
             model, weight = _with_new_method(base, method, trainable, head), _saved_head(folder)
+        computes_in = base.model.dtype if isinstance(method, Full) and base.model.dtype != torch.float32 else None
         if not head:
-            return Role(model)
+            return Role(model, computes_in=computes_in)
         scalar = new_head(int(base.model.config.get_text_config().hidden_size), self.device)
         if weight is not None:
             scalar.weight.data.copy_(weight)
         scalar.requires_grad_(trainable)
-        return Role(model, head=scalar)
+        return Role(model, head=scalar, computes_in=computes_in)
 
 
 def head_key(model: PeftModel) -> str:
@@ -300,7 +320,7 @@ def _with_new_method(base: Base, method: AnyMethod | None, trainable: bool, head
     if method is None:
         return view(base.model)
     if isinstance(method, Full):
-        whole = copy.deepcopy(base.model).requires_grad_(trainable)
+        whole = copy.deepcopy(base.model).float().requires_grad_(trainable)
         output = whole.get_output_embeddings()
         if head and output.weight is not whole.get_input_embeddings().weight:  # nothing would flow to it
             output.requires_grad_(False)

@@ -52,17 +52,18 @@ class GenerateSampler(Sampler):
             rows = order[start : start + batch_size]
             ids, mask = pad_left([prompts[i] for i in rows], self.pad_id)
             draws = _Draw(numbers[rows].to(self.role.device), ids.shape[1], sampling)
-            out = cast(Any, self.role.model).generate(
-                input_ids=ids.to(self.role.device),
-                attention_mask=mask.long().to(self.role.device),
-                do_sample=False,
-                max_new_tokens=sampling.max_new_tokens,
-                logits_processor=LogitsProcessorList([draws]),
-                eos_token_id=list(self.end_ids),
-                pad_token_id=self.pad_id,
-                use_cache=True,
-                cache_implementation=sampling.cache_implementation,
-            )
+            with self.role.rounding():
+                out = cast(Any, self.role.model).generate(
+                    input_ids=ids.to(self.role.device),
+                    attention_mask=mask.long().to(self.role.device),
+                    do_sample=False,
+                    max_new_tokens=sampling.max_new_tokens,
+                    logits_processor=LogitsProcessorList([draws]),
+                    eos_token_id=list(self.end_ids),
+                    pad_token_id=self.pad_id,
+                    use_cache=True,
+                    cache_implementation=sampling.cache_implementation,
+                )
             found = torch.stack(draws.logprobs, 1)  # (A, steps)
             check_finite(found)
             for i, tokens, likely in zip(rows, out[:, ids.shape[1] :].tolist(), found.tolist(), strict=True):

@@ -100,8 +100,9 @@ class OtherPeft(Settings):
 
 
 def is_copy(method: Any) -> bool:
-    """Whether a method trains copies of the base's own weights: in 16 bits these would round small updates to 0."""
-    return isinstance(method, (Full, Freeze)) or (isinstance(method, OtherPeft) and method.kind == "ln_tuning")
+    """Whether a method trains copies of some of the base's weights in their dtype: 16 bits would round small updates to
+    nothing. (`full` has all weights in float32.)"""
+    return isinstance(method, Freeze) or (isinstance(method, OtherPeft) and method.kind == "ln_tuning")
 
 
 class OwnMethod(Settings):
