@@ -254,9 +254,9 @@ def _check_method(settings: StageSettings, key: str, method: AnyMethod) -> None:
             f"`{key}.kind: full` cannot train a 4-bit base (`model.load_in: nf4`): use `kind: qlora`, or "
             "`load_in: float32`"
         )
-    if is_copy(method) and load_in == "bfloat16":
+    if is_copy(method) and load_in in ("bfloat16", "float16"):
         raise BadInput(
-            f"`{key}.kind: {method.kind}` needs `model.load_in: float32`: in bfloat16 small updates round to nothing; "
+            f"`{key}.kind: {method.kind}` needs `model.load_in: float32`: in {load_in} small updates round to nothing; "
             "or use `kind: lora`"
         )
     if isinstance(method, Lora) and method.kind == "qlora" and load_in != "nf4":

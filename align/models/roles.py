@@ -106,6 +106,11 @@ class Role(nn.Module):
         return is_plain and self.causal.dtype == torch.float32
 
     @property
+    def multiplies_in(self) -> torch.dtype:
+        """The dtype of its products."""
+        return self.computes_in or self.causal.dtype
+
+    @property
     def prefix(self) -> Prefix | None:
         """Keys and values of prefix tuning, with gradients if it is trained; None for every other method."""
         is_prefix = isinstance(self.model, PeftModel) and self.model.active_peft_config.is_prompt_learning

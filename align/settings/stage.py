@@ -18,7 +18,7 @@ class Model(Settings):
 
     base: Folder
     # auto: as the run began; a new one in bfloat16 on a GPU that has it, else, and for copies of weights, in float32
-    load_in: Literal["auto", "float32", "bfloat16", "nf4"] = "auto"
+    load_in: Literal["auto", "float32", "bfloat16", "float16", "nf4"] = "auto"
     bnb_4bit_use_double_quant: bool = True
     attn_implementation: Literal["sdpa", "eager", "flash_attention_2", "flash_attention_3"] = "sdpa"
     revision: str | None = None

@@ -45,11 +45,14 @@ class Learner:
         betas: tuple[float, float] = (0.9, 0.999),
         epsilon: float = 1e-8,
         optim: str = "adamw_torch_fused",
+        loss_scale: float = 1.0,
     ):
+        """`loss_scale`: what `loss_scale.gathered` multiplies losses by at first; it gives their own gradients."""
         if not parameters:
             raise RunFailed(f"the {name} has no parameter to train")
         self.name, self.parameters, self.worker = name, parameters, worker
         self.max_grad_norm, self._base_rate = max_grad_norm, learning_rate
+        self.loss_scale, self.steps_at_scale = loss_scale, 0
         self.optimizer = _optimizer(optim, worker.device)(
             _groups(parameters, weight_decay), lr=learning_rate, betas=betas, eps=epsilon
         )
@@ -96,7 +99,8 @@ class Learner:
         return float(nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm))
 
     def state_dict(self) -> dict[str, Any]:
-        return {"optimizer": self.optimizer.state_dict(), "schedule": self.schedule.state_dict()}
+        state = {"optimizer": self.optimizer.state_dict(), "schedule": self.schedule.state_dict()}
+        return state | ({"loss_scale": [self.loss_scale, self.steps_at_scale]} if self.steps_at_scale else {})
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if len(state["optimizer"]["param_groups"]) != len(self.optimizer.param_groups):
@@ -106,6 +110,7 @@ class Learner:
             )
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
+        self.loss_scale, self.steps_at_scale = state.get("loss_scale", (self.loss_scale, 0))
         self.slow_down(1.0)
 
     def slow_down(self, factor: float) -> None:

@@ -20,6 +20,7 @@ from align.rollout.choose import sampler_of
 from align.rollout.sampler import Sampler
 from align.settings import AnyMethod, Lora, PpoSettings
 from align.stages.learner import Learner
+from align.stages.loss_scale import first_scale
 from align.stages.order import left_out
 from align.worker import Worker
 
@@ -146,6 +147,7 @@ def make_learners(roles: Roles, settings: PpoSettings, worker: Worker) -> dict[s
             weight_decay=ppo.weight_decay,
             epsilon=ppo.adam_epsilon,
             optim=ppo.optim,
+            loss_scale=first_scale(roles.policy),
         )
 
     return {

@@ -37,6 +37,7 @@ from align.rollout.rollouts import Rollouts, answers_of, rollouts_of, tokens_of
 from align.rollout.sampler import Seeds
 from align.settings import Ppo, PpoSettings
 from align.stages.learner import Learner
+from align.stages.loss_scale import gathered
 from align.stages.ppo_roles import SHORTER, PromptRow, Roles
 from align.stages.sums import Sums
 from align.worker import Worker
@@ -213,7 +214,7 @@ def improve(
         prompts = np.random.default_rng([settings.seed, 3, iteration, epoch]).permutation(count // group)
         order = (prompts[:, None] * group + np.arange(group)).ravel()  # a prompt's answers stay together
         for number, rows in enumerate(np.split(order, ppo.num_mini_batches)):
-            numbers = _minibatch(roles, experience, [int(i) for i in rows], settings, worker)
+            numbers = _minibatch(roles, experience, [int(i) for i in rows], learners, settings, worker)
             if epoch == number == 0:
                 _check_ratio(numbers, roles.policy, ppo)
             active = {name: learner for name, learner in learners.items() if name == "critic" or not is_warmup}
@@ -236,7 +237,12 @@ def improve(
 
 
 def _minibatch(
-    roles: Roles, experience: Experience, rows: list[int], settings: PpoSettings, worker: Worker
+    roles: Roles,
+    experience: Experience,
+    rows: list[int],
+    learners: dict[str, Learner],
+    settings: PpoSettings,
+    worker: Worker,
 ) -> dict[str, float]:
     """Gradients of one minibatch, gathered over this process's passes; figures over all processes."""
     ppo, rollouts = settings.ppo, experience.rollouts
@@ -247,8 +253,9 @@ def _minibatch(
         for role in trained:
             role.train()
 
-    def work(part: Part) -> tuple[dict[str, Tensor], float, float]:
-        summed, policy = _losses(roles, experience, part.trees, [mine[i] for i in part.rows], settings, num_tokens)
+    def work(part: Part, scale: float) -> tuple[dict[str, Tensor], float, float]:
+        divisor = max(num_tokens, 1) / scale
+        summed, policy = _losses(roles, experience, part.trees, [mine[i] for i in part.rows], settings, divisor)
         return summed, float(policy.ratio_max), float(policy.max_abs_logratio)
 
     def undo() -> None:  # gradients begin with the minibatch: a pass that failed in the middle has left some
@@ -262,9 +269,14 @@ def _minibatch(
         [rollouts.answers[row] for row in mine],
         is_flat=all(role.is_flat for role in trained),
     )
+    passes = gathered(
+        learners.values(),
+        worker,
+        lambda scale: in_passes(UPDATE, max_tokens, split, partial(work, scale=scale), undo=undo),
+    )
     sums = Sums(SUMMED, worker.device)
     ratio_max = logratio_max = 0.0
-    for _, (summed, ratio, logratio) in in_passes(UPDATE, max_tokens, split, work, undo=undo):
+    for _, (summed, ratio, logratio) in passes:
         sums.add(summed)
         ratio_max, logratio_max = max(ratio_max, ratio), max(logratio_max, logratio)
     for role in trained:
@@ -282,9 +294,10 @@ def _dealt(rows: list[int], num_generations: int, worker: Worker) -> list[int]:
 
 
 def _losses(
-    roles: Roles, experience: Experience, trees: list[Tree], rows: list[int], settings: PpoSettings, num_tokens: int
+    roles: Roles, experience: Experience, trees: list[Tree], rows: list[int], settings: PpoSettings, divisor: float
 ) -> tuple[dict[str, Tensor], PolicyLoss]:
-    """Forward and backward of one pass, the losses divided by the minibatch's token count; the pass's sums."""
+    """Forward and backward of one pass, the losses divided by the minibatch's token count, or what of it is left by
+    their scale; the pass's sums."""
     ppo, device = settings.ppo, roles.policy.device
     lengths = [len(experience.rollouts.answers[row]) for row in rows]
     old_logprobs, old_values, advantages, returns, weights = (  # (N,) each: the tokens of all rows, no padding
@@ -311,14 +324,14 @@ def _losses(
     )
     loss, valuer = policy.loss, roles.policy
     if roles.critic is not None:  # two graphs, one after the other, so that only one is in memory
-        (loss / max(num_tokens, 1)).backward()
+        (loss / divisor).backward()
         valuer = roles.critic
         layout = valuer.layout(trees)
         states, loss = valuer.states(layout, layout.before), torch.zeros_like(loss)
     value_loss, clipped = ppo_value_loss(
         valuer.scalar(states), old_values, returns, mask, cliprange_value=ppo.cliprange_value
     )
-    ((loss + value_loss * ppo.vf_coef) / max(num_tokens, 1)).backward()
+    ((loss + value_loss * ppo.vf_coef) / divisor).backward()
     summed = {
         "policy_loss": policy.loss,
         "clipfrac": policy.clipped,

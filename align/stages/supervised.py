@@ -26,6 +26,7 @@ from align.stages import checkpoint
 from align.stages.costs import Costs, adapter_bytes, kl_to_base
 from align.stages.course import Course
 from align.stages.learner import SHORTER, TRAINING, Learner, available
+from align.stages.loss_scale import first_scale, gathered
 from align.stages.order import SERIES, Order
 from align.stages.running import running
 from align.stages.sums import Sums
@@ -220,16 +221,14 @@ def _step(this: _Run[Any], step: int) -> tuple[dict[str, float], dict[str, Any]]
     learner = course.learners[task.name]
     this.costs.begin_step()
     role.train()
-    sums = _summed(
-        task,
-        role,
-        examples,
-        worker,
-        TRAINING,
-        this.max_tokens,
-        lambda loss: (loss / divisor).backward(),
-        undo=learner.clear,
-    )
+
+    def gather(scale: float) -> dict[str, float]:
+        def use(loss: Tensor) -> None:
+            (loss / (divisor / scale)).backward()
+
+        return _summed(task, role, examples, worker, TRAINING, this.max_tokens, use, undo=learner.clear)
+
+    sums = gathered([learner], worker, gather)
     role.eval()
     this.costs.tokens += sum(task.tree(examples[i]).num_tokens for i in worker.mine(len(examples)))
     rate, norm = learner.learning_rate, learner.step()
@@ -291,4 +290,5 @@ def _learner(name: str, role: Role, t: Training, num_steps: int, worker: Worker)
         betas=(t.adam_beta1, t.adam_beta2),
         epsilon=t.adam_epsilon,
         optim=t.optim,
+        loss_scale=first_scale(role),
     )
