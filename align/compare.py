@@ -393,7 +393,9 @@ def _gold(order: Order, launch: LaunchPlan, trials: list[Trial]) -> dict[str, fl
     if judge is None or order.stage.makes != "policy":
         return {}
     found: dict[str, float] = {}
-    trained_in = {t.method: read_manifest(t.settings.output)["recipe"]["model"]["load_in"] for t in trials}
+    trained_in = {
+        t.method: str(read_manifest(t.settings.output)["recipe"]["model"].get("load_in", "auto")) for t in trials
+    }
     for load_in in sorted(set(trained_in.values())):
         policies = {t.method: t.settings.output for t in trials if trained_in[t.method] == load_in}
         values = json.loads(judge.model_dump_json(by_alias=True)) | {

@@ -24,6 +24,7 @@ MEMORY_AND_SPEED = (  # keys of any section that change neither what is learnt n
     "max_batch_tokens",
     "sampling_batch_size",
     "batch_size",
+    "enforce_eager",
     "gradient_checkpointing",
     "save_steps",
     "logging_steps",

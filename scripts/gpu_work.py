@@ -32,7 +32,8 @@ SHAPES = {  # layers, hidden, inner, query heads, key-value heads, vocabulary
 }
 WORDS = ("red", "blue", "green", "golden", "silver", "bells", "books", "coats", "lamps", "bags", "bowls")
 EPOCHS = 2
-ALLOCATOR = {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}  # as `launch: gpu` has it
+STEPS = 4  # of SFT and reward models
+ALLOCATOR = {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}  # as `launch: gpu` has it, for what goes around that
 LIMITED = """
 import sys, torch
 total = torch.cuda.get_device_properties(0).total_memory
@@ -92,9 +93,6 @@ def make_model(shape: str, folder: Path) -> None:
         LlamaForCausalLM(config).save_pretrained(folder)
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         shutil.copy(TOKENIZER / name, folder)
-
-
-STEPS = 4  # of SFT and reward models
 
 
 def ppo(options: argparse.Namespace) -> dict[str, Any]:
@@ -178,7 +176,7 @@ def run_of(stage: str, recipe: dict[str, Any], options: argparse.Namespace, want
     if options.memory:
         command = [sys.executable, "-c", LIMITED, str(options.memory), str(path)]
     with (options.out / f"{name}.txt").open("w") as log:
-        child = subprocess.Popen(command, stdout=log, stderr=log, env=os.environ | ALLOCATOR)
+        child = subprocess.Popen(command, stdout=log, stderr=log, env=ALLOCATOR | os.environ)
         while child.poll() is None:  # figures are kept as they come: this may be cut off
             time.sleep(1)
             if metrics.is_file():

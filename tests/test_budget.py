@@ -35,7 +35,6 @@ def test_a_pass_takes_half_of_what_is_free(monkeypatch):
     Card(monkeypatch, 60 * GIB)
     assert training_tokens(Base(), None) == 4096
     assert reading_tokens(Base(), None) == 4 * 4096
-    assert training_tokens(Base(is_quantized=True), None) == 4096
     assert training_tokens(Base(is_activation_checkpointing=True), None) == 65_536
     assert training_tokens(Base(), 300) == reading_tokens(Base(), 300) == 300
 

@@ -25,7 +25,7 @@ CPU = torch.device("cpu")
 def as_on_a_gpu(monkeypatch):
     """What is chosen by the kind of device."""
     monkeypatch.setattr(slots, "STEPS", {"cpu": slots.STEPS["cuda"]})
-    monkeypatch.setattr(kv_slots, "BUCKETS", {"cpu": kv_slots.BUCKETS["cuda"]})
+    monkeypatch.setattr(kv_slots, "KEYS_AT_LEAST", {"cpu": kv_slots.KEYS_AT_LEAST["cuda"]})
     monkeypatch.setattr(draw, "BY_BLOCKS", set())
 
 

@@ -247,7 +247,7 @@ def test_gradients_are_those_of_one_row_at_a_time(flat, checkpointing, are_all_a
 @torch.no_grad()
 @pytest.mark.parametrize(("seed", "grow_by"), [(0, None), (1, None), (2, 1), (3, 16), (4, 64)])
 def test_slots_in_any_order_give_what_single_rows_give(flat, seed, grow_by, monkeypatch):
-    monkeypatch.setattr(kv_slots, "BUCKETS", {"cpu": grow_by} if grow_by else {})
+    monkeypatch.setattr(kv_slots, "KEYS_AT_LEAST", {"cpu": grow_by} if grow_by else {})
     rng, trunk = random.Random(seed), trunk_of(flat.role.causal)
     slots, rows = Slots(5, 40, device=CPU), list[list[int]]()
     seen = {"fill": 0, "step": 0, "release": 0}

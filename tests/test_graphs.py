@@ -1,5 +1,8 @@
 """Steps that are captured and replayed draw what steps draw that are launched one by one."""
 
+import warnings
+from functools import partial
+
 import pytest
 import torch
 
@@ -24,13 +27,12 @@ def folder(tmp_path_factory):
 def captured(monkeypatch) -> list[tuple[int, int]]:
     """A CPU that captures as a GPU does; the shapes that were captured."""
     shapes: list[tuple[int, int]] = []
-    monkeypatch.setattr(graphs, "CAPTURED", {"cpu"})
     monkeypatch.setattr(slots, "CAPTURED", {"cpu"})
     monkeypatch.setattr(slots, "STEPS", {"cpu": 4})
-    monkeypatch.setattr(kv_slots, "BUCKETS", {"cpu": 8})
-    monkeypatch.setattr(kv_slots, "FEWEST", 2)
+    monkeypatch.setattr(kv_slots, "KEYS_AT_LEAST", {"cpu": 8})
+    monkeypatch.setattr(kv_slots, "ROWS_AT_LEAST", 2)
     monkeypatch.setattr(graphs, "rehearse", recording.rehearse)
-    monkeypatch.setattr(graphs, "_said", set())
+    monkeypatch.setattr(graphs, "_reasons", [])
 
     def capture(step, pool):
         shapes.append(step.args)
@@ -92,36 +94,42 @@ def test_without_a_gpu_nothing_is_captured(folder, captured, monkeypatch):
     assert drawn(role, Sampling(max_new_tokens=9), 4)[0].answers == expected and not captured
 
 
-@pytest.mark.parametrize("fails", ["rehearsal", "capture"])
-def test_what_cannot_be_captured_runs_as_it_is(folder, captured, monkeypatch, capfd, fails):
+def failing(error):
+    def fail(*_):
+        raise error
+
+    return fail
+
+
+@pytest.mark.parametrize(
+    ("name", "instead", "why"),
+    [
+        ("rehearse", lambda step: step() or "it waits", "it waits"),
+        ("capture", failing(RuntimeError("it waits")), "it waits"),
+        ("capture", failing(torch.OutOfMemoryError("none is left")), "none is left"),
+    ],
+)
+def test_what_cannot_be_captured_runs_as_it_is(folder, captured, monkeypatch, capfd, name, instead, why):
+    """It is tried once a process."""
     role, sampling = role_of(folder, "lora"), Sampling(max_new_tokens=23)
-    expected = drawn(role, sampling, 4)[0].answers
-    if fails == "rehearsal":
-        monkeypatch.setattr(graphs, "rehearse", lambda step: step() or "it waits")
-    else:
-        monkeypatch.setattr(graphs, "capture", lambda step, pool: (_ for _ in ()).throw(RuntimeError("it waits")))
-    captured.clear()
+    expected, tried = drawn(role, sampling, 4)[0].answers, []
+    monkeypatch.setattr(graphs, name, lambda *given: tried.append(given) or instead(*given))
     for _ in range(2):
         assert drawn(role, sampling, 4)[0].answers == expected
-    assert not captured
-    assert capfd.readouterr().err.count("one by one, which is slower: it waits") == 1
+    assert len(tried) == 1
+    assert capfd.readouterr().err.count(f"one by one, which is slower: {why} (") == 1
 
 
-def test_a_capture_without_memory_halves_the_slots(folder, captured, monkeypatch, capfd):
-    role, sampling, sizes = role_of(folder, "lora"), Sampling(max_new_tokens=23), []
-    expected = drawn(role, sampling, 8)[0].answers
-    works = graphs.capture
-
-    def capture(step, pool):
-        sizes.append(step.args[0])
-        if step.args[0] > 4:
-            raise torch.OutOfMemoryError("none is left")
-        return works(step, pool)
-
-    monkeypatch.setattr(graphs, "capture", capture)
-    assert drawn(role, sampling, 8)[0].answers == expected
-    assert max(sizes) == 8 and 4 in sizes
-    assert "4 answers at a time, not 8" in capfd.readouterr().err
+def test_torchs_notice_of_its_own_mode_is_no_wait(monkeypatch):
+    """Which it gives once a process, where the mode is first set."""
+    notice = "Synchronization debug mode is a prototype feature and does not yet detect all synchronizing operations"
+    modes, say = [], partial(warnings.warn, stacklevel=1)
+    monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", lambda mode: modes.append(mode) or say(notice))
+    assert graphs.rehearse(lambda: None) == ""
+    waits = "called a synchronizing CUDA operation"
+    assert graphs.rehearse(lambda: say(f"{waits} (Triggered internally)")).startswith(waits)
+    assert modes == ["warn", 0] * 2
 
 
 def test_buckets_are_few_and_not_much_larger():

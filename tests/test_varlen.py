@@ -88,6 +88,40 @@ def test_torch_gives_it_as_we_call_it():
     assert meta.attend(heads, keys, keys, None).shape == (1, heads.shape[2], 4, 8)
 
 
-def test_what_it_takes():
-    on_cpu = torch.zeros(1, 2, 3, 8, dtype=torch.bfloat16)
-    assert not varlen.takes(on_cpu, on_cpu)
+class Heads:
+    """Stands for a tensor on a GPU."""
+
+    def __init__(self, size: int = 64, dtype: torch.dtype = torch.bfloat16, is_cuda: bool = True):
+        self.shape, self.dtype, self.is_cuda, self.device = (1, 2, 3, size), dtype, is_cuda, torch.device("cuda", 0)
+
+
+@pytest.mark.parametrize(
+    ("query", "value", "takes"),
+    [
+        (Heads(), Heads(), True),
+        (Heads(dtype=torch.float16), Heads(dtype=torch.float16), True),
+        (Heads(256), Heads(256), True),
+        (Heads(is_cuda=False), Heads(), False),
+        (Heads(dtype=torch.float32), Heads(dtype=torch.float32), False),
+        (Heads(60), Heads(60), False),
+        (Heads(224), Heads(224), False),
+        (Heads(264), Heads(264), False),
+        (Heads(64), Heads(128), False),
+    ],
+)
+def test_what_it_takes(query, value, takes, monkeypatch):
+    monkeypatch.setattr(varlen, "_has_it", lambda device: True)
+    assert varlen.takes(query, value) == takes
+
+
+@pytest.mark.parametrize(
+    ("capability", "is_built", "hip", "has"),
+    [((8, 0), True, None, True), ((9, 0), True, None, True), ((7, 5), True, None, False), ((8, 0), False, None, False),
+     ((9, 4), True, "6.2", False)],
+)  # fmt: skip
+def test_which_cards_have_it(capability, is_built, hip, has, monkeypatch):
+    monkeypatch.setattr(varlen, "varlen_attn", slowly)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: is_built)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert varlen._has_it.__wrapped__(torch.device("cuda", 0)) == has

@@ -1,8 +1,8 @@
 """Attention for flat passes, over trees in one row.
 
 Registered with transformers' attention interface, so that every architecture that uses it takes part. A pass hands an
-`attend` down to the layers; without one this is transformers' own SDPA, whichever other kernel a recipe names: a model
-that takes flat passes has few others. It is switched to them after a trial (`flat_trial`).
+`attend` down to the layers; without one (in transformers' `generate`) this is transformers' own SDPA, whichever other
+kernel a recipe names. A model is switched to it after a trial (`flat_trial`).
 """
 
 from collections.abc import Callable, Iterator, Sequence

@@ -49,6 +49,8 @@ def answers_at_a_time(model: PreTrainedModel, width: int, asked: int | None) -> 
 
 
 def _fitting(model: PreTrainedModel, numbers: int) -> int:
+    """In the dtype of activations. Over 4 bits, adapters that are no plain LoRA (dropout, DoRA, other methods) keep
+    more, in float32: there it may take a smaller pass than the first (`backoff`)."""
     a_token = numbers * model.config.get_text_config().hidden_size * model.dtype.itemsize
     if model.device.type != "cuda":
         return min(max(ACTIVATIONS // a_token, BOUNDS[0]), BOUNDS[1])

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from align.models.attention import Attend, Prefix, prefix_length, tree_attention
 from align.models.layout import Span
 
-BUCKETS = {"cuda": 64}  # keys, at least: where each new shape of a step is planned or captured anew
-FEWEST = 8  # rows of a step, there
+# a step is rounded up to so many keys, and to a power of two of rows, where each new shape is planned or captured anew
+KEYS_AT_LEAST = {"cuda": 64}
+ROWS_AT_LEAST = 8
 
 
 class Slots:
@@ -47,7 +48,9 @@ class Slots:
             for of_prefix, (store, new) in enumerate(((self.keys, key), (self.values, value))):
                 kept = self._of_layer(store, module, new)
                 for span, slots in taken:
-                    kept[slots, :, begin : begin + span.stop - span.start] = new[0, :, span.start : span.stop]
+                    stop = begin + span.stop - span.start
+                    kept[slots, :, begin:stop] = new[0, :, span.start : span.stop]
+                    kept[slots, :, stop:] = 0.0  # what is masked out must be finite, 0 x NaN is NaN
                     if self.prefix is not None:
                         kept[slots, :, :begin] = self.prefix[module.layer_idx][of_prefix].to(kept.dtype)
             return causal(module, query, key, value, scaling)
@@ -63,10 +66,11 @@ class Slots:
             self._refresh()
         self.lengths = [length + 1 for length in self.lengths]
         rows, width = len(self.lengths), max(self.lengths)
-        least = BUCKETS.get(self._at.device.type)
+        least = KEYS_AT_LEAST.get(self._at.device.type)
         if least is None:
             return rows, width
-        return min(max(FEWEST, 1 << (rows - 1).bit_length()), self.num_slots), min(_bucket(width, least), self.width)
+        rows = max(ROWS_AT_LEAST, 1 << (rows - 1).bit_length())
+        return min(rows, self.num_slots), min(_bucket(width, least), self.width)
 
     def step(self, rows: int, width: int) -> tuple[Tensor, Attend]:
         """Positions (1, rows) of one more token in each of the first slots, and the attention that keeps it there and
@@ -121,7 +125,7 @@ class Slots:
     def _of_layer(self, store: dict[int, Tensor], module: Any, like: Tensor) -> Tensor:
         if module.layer_idx not in store:
             shape = self.num_slots, like.shape[1], self.width, like.shape[-1]
-            store[module.layer_idx] = like.new_zeros(shape)  # what is masked out must be finite, 0 x NaN is NaN
+            store[module.layer_idx] = like.new_zeros(shape)  # free slots' too
         return store[module.layer_idx]
 
 

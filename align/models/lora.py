@@ -41,9 +41,8 @@ class _Product(torch.autograd.Function):
     def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor | None, None, None, Tensor, Tensor, None]:
         (slope,) = slopes  # (M, O)
         x, weight, a, b, inner = ctx.saved_tensors
-        through = product(slope, b.T).mul_(ctx.scale)  # (M, r)
+        through, of_a, of_b = _slopes(slope, x, b, inner, ctx.scale)
         into = product(slope, weight.T).addmm_(through, a) if ctx.needs_input_grad[0] else None
-        of_a, of_b = product(through.T, x.T), product(inner.T, slope.T).mul_(ctx.scale).T  # (r, I), (O, r)
         return into, None, None, of_a.to(ctx.dtypes[0]), of_b.to(ctx.dtypes[1]), None
 
 
@@ -63,10 +62,15 @@ class _Added(torch.autograd.Function):
     def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor, Tensor | None, Tensor, Tensor, None]:
         (slope,) = slopes  # (M, O)
         x, a, b, inner = ctx.saved_tensors
-        through = product(slope, b.T).mul_(ctx.scale)  # (M, r)
+        through, of_a, of_b = _slopes(slope, x, b, inner, ctx.scale)
         into = through @ a if ctx.needs_input_grad[1] else None
-        of_a, of_b = product(through.T, x.T), product(inner.T, slope.T).mul_(ctx.scale).T  # (r, I), (O, r)
         return slope, into, of_a.to(ctx.dtypes[0]), of_b.to(ctx.dtypes[1]), None
+
+
+def _slopes(slope: Tensor, x: Tensor, b: Tensor, inner: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Of s (x A^T) B^T, from the slope (M, O) of what it is added to: those of x A^T (M, r), A (r, I) and B (O, r)."""
+    through = product(slope, b.T).mul_(scale)
+    return through, product(through.T, x.T), product(inner.T, slope.T).mul_(scale).T
 
 
 class Fused(LoraLayer):
@@ -76,7 +80,7 @@ class Fused(LoraLayer):
 
     @property
     def dtype(self) -> torch.dtype | None:
-        """Of the products over a base that a plain layer may have; None: over any other."""
+        """What a plain layer over this base multiplies in; None: a base that a plain layer may not have."""
         raise NotImplementedError
 
     @property

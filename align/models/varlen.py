@@ -1,14 +1,15 @@
 """Attention over trees in one launch: torch's flash attention over rows of any lengths (`varlen_attn`).
 
-A branch's keys are its tree's prefix and its own, gathered beside those of the other branches. FlexAttention would need
-no copies, but compiles anew for each kind of pass, for seconds, and has no backward on a CPU to be tested by.
+A branch's keys are its tree's prefix and its own, gathered beside those of the other branches. Their gradients are
+added up by a GPU in any order, so that passes over branches repeat there to rounding alone. FlexAttention would need no
+copies, but compiles anew for each kind of pass, for seconds, and has no backward on a CPU to be tested by.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from inspect import signature
-from itertools import accumulate, chain, pairwise
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -24,26 +25,29 @@ except ImportError:  # torch before 2.10
 KNOWN = signature(torchs.varlen_attn).parameters if torchs else {}
 varlen_attn: Callable[..., Any] | None = torchs.varlen_attn if "window_size" in KNOWN else None  # from 2.11 on
 GROUPED = {"enable_gqa": True} if "enable_gqa" in KNOWN else {}  # 2.11 does it unasked
+SIZES = {*range(8, 193, 8), 256}  # of a head: between, not every card has the backward pass
 CAUSAL = (-1, 0)  # the last query sees all keys, the one before all but the last, ...
 
 
 def takes(query: Tensor, value: Tensor) -> bool:
     """Whether torch has it for such heads (..., D): in 16 bits, on CUDA of compute capability 8.0 or later."""
-    size = query.shape[-1]
     return (
-        varlen_attn is not None
-        and query.is_cuda
+        query.is_cuda
         and query.dtype in (torch.bfloat16, torch.float16)
-        and size % 8 == 0
-        and size <= 256
-        and size == value.shape[-1]
-        and _capability(query.device) >= (8, 0)
+        and query.shape[-1] in SIZES
+        and query.shape[-1] == value.shape[-1]
+        and _has_it(query.device)
     )
 
 
 @cache
-def _capability(device: torch.device) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(device)
+def _has_it(device: torch.device) -> bool:
+    is_built = varlen_attn is not None and torch.version.hip is None
+    return (
+        is_built
+        and torch.backends.cuda.is_flash_attention_available()
+        and torch.cuda.get_device_capability(device) >= (8, 0)
+    )
 
 
 @dataclass(frozen=True)
@@ -69,20 +73,20 @@ class Segments:
 
 def segments_of(spans: Sequence[Span], num_before: int, device: torch.device) -> Segments:
     """Of trees that stand in one row, after `num_before` keys that all of them see."""
-    queries, keys = [], []
+    queries, keys = [], []  # lengths, and which each sees
     for span in spans:
-        shared = range(num_before + span.start, num_before + span.prefix_stop)
         ends = (span.start, span.stop) if span.is_chain else (span.start, span.prefix_stop, *span.branch_stops)
         for start, stop in pairwise(ends):
             if start < stop:
-                own = range(num_before + start, num_before + stop)
-                seen = [range(num_before), *([shared] if start >= span.prefix_stop and not span.is_chain else []), own]
+                is_branch = start >= span.prefix_stop and not span.is_chain
+                shared = (span.start, span.prefix_stop) if is_branch else (start, start)
                 queries.append(stop - start)
-                keys.append(list(chain.from_iterable(seen)))
-    lengths = [len(seen) for seen in keys]
-    index = list(chain.from_iterable(keys))
+                seen = [torch.arange(*run) + num_before for run in (shared, (start, stop))]
+                keys.append(torch.cat([torch.arange(num_before), *seen]))
+    lengths = list(map(len, keys))
     query_stops, key_stops = (
         torch.tensor([0, *accumulate(each)], dtype=torch.int32, device=device) for each in (queries, lengths)
     )
-    gathered = None if index == list(range(len(index))) else torch.tensor(index, device=device)
+    as_they_stand = num_before == 0 and all(span.is_chain for span in spans)
+    gathered = None if as_they_stand else torch.cat(keys).to(device)
     return Segments(query_stops, key_stops, max(queries, default=0), max(lengths, default=0), gathered)

@@ -6,78 +6,69 @@ may not look at any. What waits for the device cannot be captured; such a step r
 
 import sys
 import warnings
+from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
 import torch
 
-from align.models.backoff import is_out_of_memory
 from align.wording import one_line
 
 Shape = tuple[int, int]
 Step = Callable[[], None]
-CAPTURED = {"cuda"}
+EAGER_FIRST = 2  # of a shape: they make what a capture cannot, and a capture takes about as long as one
+
+_reasons: list[str] = []  # why this process captures nothing any more
 
 
 class Replayed:
-    """`step(*shape)`, captured the second time that a shape is asked for: the first has made what a capture cannot.
-
-    Graphs and their memory go with this object.
-    """
+    """`step(*shape)`, captured when its shape has come a few times. Graphs and their memory go with this object."""
 
     def __init__(self, step: Callable[[int, int], None], *, is_captured: bool):
         self.step, self.is_captured = step, is_captured
-        self.seen: set[Shape] = set()
+        self.seen: Counter[Shape] = Counter()
         self.replays: dict[Shape, Step] = {}
         self.pool: Any = None  # of memory, the same for all: no two run at once
 
     def __call__(self, shape: Shape) -> None:
         if shape in self.replays:
             self.replays[shape]()
-        elif not self.is_captured:
+        elif not self.is_captured or _reasons:
             self.step(*shape)
-        elif not self.seen:
-            self.seen.add(shape)
-            self._give_up(rehearse(partial(self.step, *shape)))
-        elif shape not in self.seen:
-            self.seen.add(shape)
-            self.step(*shape)
-        else:
+        elif self.seen[shape] >= EAGER_FIRST:
             self._capture(shape)
+        elif not self.seen:
+            self.seen[shape] = 1
+            if waits := rehearse(partial(self.step, *shape)):
+                _give_up(waits)
+        else:
+            self.seen[shape] += 1
+            self.step(*shape)
 
     def _capture(self, shape: Shape) -> None:
         step = partial(self.step, *shape)
         try:
             self.replays[shape], self.pool = capture(step, self.pool)
-        except Exception as error:
-            if is_out_of_memory(error):
-                raise
-            self._give_up(one_line(str(error)))
+        except Exception as error:  # memory too: what has just run without a graph will run
+            cause = error.__context__ or error  # torch's own is that the capture could not be ended
+            _give_up(one_line(str(cause)))
             step()
-            return
-        self.replays[shape]()
-
-    def _give_up(self, why: str) -> None:
-        if why:
-            self.is_captured = False
-            _say(why)
+        else:
+            self.replays[shape]()
 
 
-_said: set[str] = set()
-
-
-def _say(why: str) -> None:
-    """Once a process."""
-    if not _said:
-        print(f"sampling launches its operations one by one, which is slower: {why}", file=sys.stderr, flush=True)
-    _said.add(why)
+def _give_up(why: str) -> None:
+    _reasons.append(why)
+    said = f"sampling launches its operations one by one, which is slower: {why}"
+    print(f"{said} (`sampling.enforce_eager: true` begins so)", file=sys.stderr, flush=True)
 
 
 def rehearse(step: Step) -> str:
     """Runs a step; returns what torch says of it if it waited for the device, else nothing.
 
-    A capture that fails leaves CUDA's random numbers unusable, so that what would make it fail is looked for before.
+    A capture that fails may leave CUDA's random numbers unusable, so that what would make it fail is looked for before.
     """
     before = torch.cuda.get_sync_debug_mode()
     with warnings.catch_warnings(record=True) as caught:
@@ -87,17 +78,20 @@ def rehearse(step: Step) -> str:
             step()
         finally:
             torch.cuda.set_sync_debug_mode(before)
-    waits = [str(each.message) for each in caught if "synchroniz" in str(each.message)]
-    return one_line(waits[0]) if waits else ""
+    said = [str(each.message) for each in caught]
+    return next((one_line(each) for each in said if "called a synchronizing" in each), "")
 
 
 def capture(step: Step, pool: Any) -> tuple[Step, Any]:
     """What runs the step again, and the memory pool that it takes from. Nothing of it is run here."""
     graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
     try:
-        with torch.cuda.graph(graph, pool=pool):
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
             step()
     except BaseException:
         torch.cuda.set_stream(stream)  # torch stays on the capture's where that cannot be ended
+        with suppress(RuntimeError):  # and its random numbers stay the capture's
+            generator = torch.cuda.default_generators[stream.device_index]
+            generator.graphsafe_set_state(generator.clone_state())
         raise
     return graph.replay, graph.pool()

@@ -23,13 +23,14 @@ from align.models.layout import Tree, flat_layout
 from align.models.merging import sampling_view
 from align.models.roles import Role
 from align.rollout.draw import check_finite, draw
-from align.rollout.graphs import CAPTURED, Replayed
+from align.rollout.graphs import Replayed
 from align.rollout.rollouts import Reading, cut_at_end, rollouts_of
 from align.rollout.sampler import Sampled, Sampler, Seeds
 from align.settings import Sampling
 
 PREPARING = Phase("while preparing the adapter for sampling")
 SLOWER = "it is used as it is trained, which is slower"
+CAPTURED = {"cuda"}  # where a step may be a graph
 STEPS = {"cuda": 16}  # between looks at what is done: each makes a GPU wait; a CPU would compute for what has ended
 
 
@@ -67,7 +68,9 @@ class SlotSampler(Sampler):
         def step(num_rows: int, num_keys: int) -> None:
             positions, attend = slots.step(num_rows, num_keys)
             first = slice(0, num_rows)
-            made.take(flat_states(trunk, made.last(first), positions, attend), first)
+            with role.rounding():
+                states = flat_states(trunk, made.last(first), positions, attend)
+            made.take(states, first)
 
         is_captured = role.device.type in CAPTURED and not sampling.enforce_eager
         replayed = Replayed(step, is_captured=is_captured)
@@ -78,7 +81,9 @@ class SlotSampler(Sampler):
                 groups = _admit(waiting, prompts, free, budget)
                 layout = flat_layout([Tree(prompts[rows[0]], [[]]) for rows in groups], role.device)
                 attend = slots.fill(layout.spans, [len(rows) for rows in groups])
-                states = flat_states(trunk, layout.ids, layout.positions + before, attend, layout.last)  # (groups, H)
+                with role.rounding():
+                    positions = layout.positions + before
+                    states = flat_states(trunk, layout.ids, positions, attend, layout.last)  # (groups, H)
                 repeats = torch.tensor([len(rows) for rows in groups], device=role.device)
                 new = made.begin([row for rows in groups for row in rows])
                 made.take(states.repeat_interleave(repeats, 0), new)

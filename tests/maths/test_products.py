@@ -167,7 +167,7 @@ def test_a_fused_layer_over_4_bits_is_as_exact_as_autocast():
         assert error <= 1.2 * allowed and error < 0.01
 
 
-def test_a_layer_over_4_bits_that_computes_in_float32_stays_pefts(monkeypatch):
+def test_a_layer_over_4_bits_that_computes_in_float32_stays_pefts():
     base = bitsandbytes.nn.Linear4bit(64, 64, compute_dtype=torch.float32, quant_type="nf4").to("cpu")
     plain = nn.Sequential(base.requires_grad_(False))
     plain.is_loaded_in_4bit = True
