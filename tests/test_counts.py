@@ -6,7 +6,7 @@ from torch import Tensor
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
 
-from align.models import base, kv_slots, varlen
+from align.models import base, kv_slots, roles, varlen
 from align.models.layout import Tree
 from align.models.merging import sampling_view
 from align.models.norms import FusedRMSNorm, fuse_norms
@@ -27,6 +27,7 @@ def as_on_a_gpu(monkeypatch):
     monkeypatch.setattr(slots, "STEPS", {"cpu": slots.STEPS["cuda"]})
     monkeypatch.setattr(kv_slots, "KEYS_AT_LEAST", {"cpu": kv_slots.KEYS_AT_LEAST["cuda"]})
     monkeypatch.setattr(draw, "BY_BLOCKS", set())
+    monkeypatch.setattr(roles, "wide_product", wide_kernel)
 
 
 def bases_of(load_in: str, tmp_path_factory: pytest.TempPathFactory) -> list[Bases]:
@@ -83,6 +84,12 @@ def test_a_tokens_step(bases, bases_in_4_bits, load_in, target_modules, a_layer)
     assert (three.num_launches - two.num_launches) / steps == a_layer
     assert 2 * a_layer + 28 < two.num_launches / steps <= 2 * a_layer + 30
     assert two.waits == three.waits == {"tolist": 1}  # in so many steps
+
+
+@torch.library.custom_op("align_tests::wide_product", mutates_args=())
+def wide_kernel(x: Tensor, weight: Tensor) -> Tensor:
+    """A GPU widens in the product itself."""
+    return x.float() @ weight.float().T
 
 
 @torch.library.custom_op("align_tests::attention", mutates_args=())

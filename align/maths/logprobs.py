@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from align.maths.products import product
+from align.maths.products import product, wide_product
 
 
 def token_logprobs(logits: Tensor, tokens: Tensor, *, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
@@ -72,7 +72,7 @@ class _FrozenHead(torch.autograd.Function):
         slopes = torch.empty_like(states) if needs_slope else None
         for at in range(0, states.shape[0], chunk):
             rows = slice(at, at + chunk)
-            logits = product(states[rows], weight).to(wide).div_(temperature)  # (chunk, V)
+            logits = wide_product(states[rows], weight).div_(temperature)  # (chunk, V)
             chosen = logits.gather(1, tokens[rows, None])
             peak = logits.amax(1, keepdim=True)
             p = logits.sub_(peak).exp_()

@@ -23,6 +23,15 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return _linear(x, weight, bias) if is_for_onednn(x, weight) else F.linear(x, weight, bias)
 
 
+def wide_product(x: Tensor, weight: Tensor) -> Tensor:
+    """`product` that rounds no sum of 16-bit products to 16 bits: in float32, or the wider dtype of x and weight."""
+    if x.dtype not in (torch.bfloat16, torch.float16):
+        return product(x, weight)
+    if x.is_cuda:  # which adds up in float32 anyway
+        return torch.mm(x, weight.T, torch.float32)
+    return product(x.float(), weight.float())
+
+
 def is_for_onednn(x: Tensor, weight: Tensor) -> bool:
     """Whether oneDNN is there, does such products, and is the faster one: x (..., I), weight (O, I)."""
     is_large = x.numel() * weight.shape[0] >= SMALL

@@ -23,6 +23,7 @@ from align.errors import BadInput
 from align.identity import base_of, fingerprint, has_adapter
 from align.manifest import MANIFEST, check_large, read_manifest
 from align.maths.logprobs import chunked_choices, chunked_logprobs, frozen_choices
+from align.maths.products import wide_product
 from align.models.attention import Prefix, flat_states, is_flat, prefix_length, tree_attention
 from align.models.base import Base, load_base, trunk_of
 from align.models.layout import Layout, Tree, flat_layout, padded_layout
@@ -133,9 +134,19 @@ class Role(nn.Module):
         return states if at is None else states[at]
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """(..., H) -> (..., V)."""
+        """(..., H) -> (..., V); without gradients in float32, as `choices` has them: rounded to bfloat16 a logit of 16
+        is off by up to 1/16."""
+        if hidden.dtype.itemsize == 2 and not torch.is_grad_enabled() and self._has_plain_output:
+            weight = self.causal.get_output_embeddings().weight
+            return wide_product(hidden.reshape(-1, hidden.shape[-1]), weight).view(*hidden.shape[:-1], -1)
         with self.rounding():
             return self.causal.get_output_embeddings()(hidden)
+
+    @property
+    def _has_plain_output(self) -> bool:
+        """Whether logits are states times a frozen weight."""
+        layer = self.causal.get_output_embeddings()
+        return type(layer) is PlainLinear and not layer.weight.requires_grad and layer.bias is None
 
     def logprobs(self, states: Tensor, tokens: Tensor, *, temperature: float) -> Tensor:
         """states (N, H), tokens (N,) -> log p(token) (N,) under softmax(logits / temperature), in float32."""
@@ -147,9 +158,9 @@ class Role(nn.Module):
 
     def choices(self, states: Tensor, tokens: Tensor, *, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
         """As `logprobs`, and whether each token is the likeliest: (N,) bool."""
-        layer = self.causal.get_output_embeddings()
-        if type(layer) is PlainLinear and not layer.weight.requires_grad and layer.bias is None:
-            return frozen_choices(states, layer.weight, tokens, temperature=temperature)
+        if self._has_plain_output:
+            weight = self.causal.get_output_embeddings().weight
+            return frozen_choices(states, weight, tokens, temperature=temperature)
         return chunked_choices(states, self.logits, tokens, temperature=temperature)
 
     def scalar(self, hidden: Tensor) -> Tensor:
