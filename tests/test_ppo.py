@@ -1,6 +1,7 @@
 """PPO end to end on the tiny base: exactness, invariances, budgets, rewards of every kind."""
 
 import json
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -15,7 +16,7 @@ from align.models.roles import Bases
 from align.settings import Model, Policy, Ppo
 from align.stages import ppo as stage
 from align.stages.costs import kl_to_base
-from align.stages.ppo_steps import end_penalty, importance_cap
+from align.stages.ppo_steps import _check_ratio, end_penalty, importance_cap
 from align.track import read_metrics
 from align.worker import Worker
 from tests import tiny
@@ -127,6 +128,26 @@ def test_the_pipeline_runs_in_bfloat16(base, data, tmp_path):
     last = read_metrics(tmp_path / "ppo")[-1]
     assert 0.9 < last["importance_weight"] < 1.1 and 0 <= last["importance_capped"] < 0.05  # 16 bits, read twice
     assert last["grad_norm_policy"] > 0 and last["entropy"] > 0.1  # read in a pass of its own: the draws' is another's
+
+
+@pytest.mark.parametrize(
+    ("dtype", "is_float32", "largest", "mean"),  # that may be
+    [
+        (torch.float32, True, 1e-3, math.inf),
+        (torch.float32, False, math.inf, 0.02),  # over 4 bits
+        (torch.float16, False, math.inf, 0.02),
+        (torch.bfloat16, False, math.inf, 0.1),
+    ],
+)
+def test_the_first_ratio_may_be_off_by_what_a_dtype_rounds(dtype, is_float32, largest, mean):
+    policy = SimpleNamespace(multiplies_in=dtype, is_float32=is_float32)
+    for by, ratio in (("logratio_max", largest), ("logratio_mean", mean)):
+        if math.isfinite(ratio):
+            numbers = {"logratio_max": 0.0, "logratio_mean": 0.0}
+            _check_ratio(numbers | {by: 0.99 * ratio}, policy, Ppo())
+            with pytest.raises(RunFailed, match=f"{by} is .*, over {ratio:g}: "):
+                _check_ratio(numbers | {by: 1.01 * ratio}, policy, Ppo())
+            _check_ratio(numbers | {by: 1.01 * ratio}, policy, Ppo(ratio_tolerance=2 * ratio))
 
 
 @pytest.mark.parametrize(
