@@ -114,64 +114,57 @@ def test_a_fused_layer_has_pefts_gradients_and_merges():
     torch.testing.assert_close(reading(numbers(90, 270)), results[1][0], rtol=0, atol=2e-4)
 
 
-def test_a_fused_layer_over_16_bits_is_as_exact_as_autocast():
-    """Weights in bfloat16, the adapter in float32; the right numbers are those of the same weights in float64."""
-    plain = nn.Sequential(nn.Linear(270, 260))
-    inject_adapter_in_model(LoraConfig(r=4, target_modules=["0"], init_lora_weights=False), plain)
-    plain[0].base_layer.bfloat16()
-    expected, autocast, fused = copy.deepcopy(plain).double(), copy.deepcopy(plain).float(), plain
-    fuse(fused)
-    assert isinstance(fused[0], FusedLinear) and fused[0].is_plain
-    start, slope = numbers(900, 270).bfloat16(), numbers(900, 260, seed=1).bfloat16()
+def check_as_exact_as_autocast(right: nn.Sequential, autocast: nn.Sequential, fused: nn.Sequential) -> None:
+    """Outputs in bfloat16 and gradients, against the same weights in float64."""
+    out_features, in_features = right[0].base_layer.weight.shape
+    start, slope = numbers(900, in_features).bfloat16(), numbers(900, out_features, seed=1).bfloat16()
     results = []
-    for model, dtype in ((expected, torch.float64), (autocast, torch.float32), (fused, torch.bfloat16)):
-        x = start.to(dtype).requires_grad_()
+    for model in (right.double(), autocast, fused):
+        x = start.to(torch.float64 if model is right else torch.bfloat16, copy=True).requires_grad_()
         with torch.autocast("cpu", torch.bfloat16, enabled=model is autocast):
             y = model(x)
         y.backward(slope.to(y.dtype))
         results.append([y.detach(), x.grad, *(p.grad for p in model.parameters() if p.requires_grad)])
     assert [found.dtype for found in results[2]] == [torch.bfloat16] * 2 + [torch.float32] * 2
-    for right, theirs, found in zip(*results, strict=True):
-        error, allowed = (float((each.double() - right).norm() / right.norm()) for each in (found, theirs))
+    for expected, theirs, found in zip(*results, strict=True):
+        error, allowed = (float((each.double() - expected).norm() / expected.norm()) for each in (found, theirs))
         assert error <= 1.2 * allowed and error < 0.01
+
+
+def with_lora(base: nn.Module, *, is_loaded_in_4bit: bool = False) -> nn.Sequential:
+    model = nn.Sequential(base.requires_grad_(False))
+    model.is_loaded_in_4bit = is_loaded_in_4bit  # which PEFT goes by
+    inject_adapter_in_model(LoraConfig(r=4, target_modules=["0"], init_lora_weights=False), model)
+    for p in model.parameters():
+        p.data = p.data.float() if p.requires_grad else p.data
+    return model
+
+
+def test_a_fused_layer_over_16_bits_is_as_exact_as_autocast():
+    fused = with_lora(nn.Linear(270, 260).bfloat16())
+    right, autocast = copy.deepcopy(fused), copy.deepcopy(fused).float()
+    fuse(fused)
+    assert isinstance(fused[0], FusedLinear) and fused[0].is_plain
+    check_as_exact_as_autocast(right, autocast, fused)
 
 
 def test_a_fused_layer_over_4_bits_is_as_exact_as_autocast():
-    """The right numbers are those of the weights that the 4 bits stand for, in float64."""
+    """The right numbers are those of the weights that the 4 bits stand for."""
     base = bitsandbytes.nn.Linear4bit(256, 192, compute_dtype=torch.bfloat16, quant_type="nf4").to("cpu")
-    base.requires_grad_(False)
-    plain = nn.Sequential(base)
-    plain.is_loaded_in_4bit = True  # which PEFT goes by
-    inject_adapter_in_model(LoraConfig(r=4, target_modules=["0"], init_lora_weights=False), plain)
-    for p in plain.parameters():
-        p.data = p.data.float() if p.requires_grad else p.data
-    autocast, fused = copy.deepcopy(plain), plain
+    fused = with_lora(base, is_loaded_in_4bit=True)
+    right, autocast = with_lora(nn.Linear(256, 192)), copy.deepcopy(fused)
+    right[0].base_layer.weight.data = dequantize_4bit(base.weight, base.weight.quant_state).float()
+    right[0].base_layer.bias.data = base.bias.data.float()
+    for name in ("lora_A", "lora_B"):
+        getattr(right[0], name)["default"].weight.data.copy_(getattr(fused[0], name)["default"].weight)
     fuse(fused)
     assert isinstance(fused[0], FusedLinear4bit) and fused[0].is_plain
-    a, b, scale = (x.detach().double() if isinstance(x, torch.Tensor) else x for x in fused[0].adapter)
-    weight = dequantize_4bit(base.weight, base.weight.quant_state).double()
-    start, slope = numbers(900, 256).bfloat16(), numbers(900, 192, seed=1).bfloat16()
-    x, a, b = start.double().requires_grad_(), a.requires_grad_(), b.requires_grad_()
-    y = x @ weight.T + base.bias.double() + scale * x @ a.T @ b.T
-    y.backward(slope.double())
-    results = [[y.detach(), x.grad, a.grad, b.grad]]
-    for model in (autocast, fused):
-        x = start.clone().requires_grad_()
-        with torch.autocast("cpu", torch.bfloat16, enabled=model is autocast):
-            y = model(x)
-        y.backward(slope.to(y.dtype))
-        results.append([y.detach(), x.grad, *(p.grad for p in model.parameters() if p.requires_grad)])
-    assert [found.dtype for found in results[2]] == [torch.bfloat16] * 2 + [torch.float32] * 2
-    for right, theirs, found in zip(*results, strict=True):
-        error, allowed = (float((each.double() - right).norm() / right.norm()) for each in (found, theirs))
-        assert error <= 1.2 * allowed and error < 0.01
+    check_as_exact_as_autocast(right, autocast, fused)
 
 
 def test_a_layer_over_4_bits_that_computes_in_float32_stays_pefts():
     base = bitsandbytes.nn.Linear4bit(64, 64, compute_dtype=torch.float32, quant_type="nf4").to("cpu")
-    plain = nn.Sequential(base.requires_grad_(False))
-    plain.is_loaded_in_4bit = True
-    inject_adapter_in_model(LoraConfig(r=4, target_modules=["0"], init_lora_weights=False), plain)
+    plain = with_lora(base, is_loaded_in_4bit=True)
     expected = plain(numbers(3, 64))
     fuse(plain)
     assert isinstance(plain[0], FusedLinear4bit) and not plain[0].is_plain
