@@ -252,7 +252,7 @@ def _check_method(settings: StageSettings, key: str, method: AnyMethod) -> None:
     if isinstance(method, Full) and load_in == "nf4":
         raise BadInput(
             f"`{key}.kind: full` cannot train a 4-bit base (`model.load_in: nf4`): use `kind: qlora`, or "
-            "leave `load_in` out"
+            "`load_in: float32` or 16 bits"
         )
     if is_copy(method) and load_in in ("bfloat16", "float16"):
         raise BadInput(

@@ -564,7 +564,7 @@ def test_one_process_of_two_may_have_less(base, data, runs, tmp_path):
     assert any("in the update" in line for line in said[1])
 
 
-def little_room(mib=64, begin=Tracker.__init__, curves=reward.reward_curves):
+def little_room(mib=96, begin=Tracker.__init__, curves=reward.reward_curves):
     """So many MiB of addresses once all is loaded, for what is trained and scored; not for the pictures of it."""
     np.linalg.inv(np.eye(300))  # OpenBLAS takes its room once, and what is loaded later would need some
     before = resource.getrlimit(resource.RLIMIT_AS)
