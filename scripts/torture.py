@@ -347,6 +347,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, help="a folder that is kept; else a temporary one")
     given = parser.parse_args()
     os.environ.update(ALONE | {"PYTHONPATH": str(ROOT)})
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background ignores it, as would what we start
     kinds = given.only.split(",")
     if unknown := set(kinds) - {*KINDS, *BY_NAME}:
         parser.error(f"--only: {', '.join(sorted(unknown))}: some of {names}")

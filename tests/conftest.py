@@ -6,11 +6,13 @@ test_methods.py tried are counted and held against the table in recipes/README.m
 
 import os
 import shutil
+import signal
 import tempfile
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", WANDB_MODE="offline")
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background ignores it, and so would what tests start
 
 import numpy as np
 import pytest
