@@ -12,13 +12,15 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", WANDB_MODE="offline")
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background ignores it, and so would what tests start
 
 import numpy as np
 import pytest
 
 from align.settings import METHODS
 from tests import tiny
+
+# a shell's background ignores it, and so would whatever tests start
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 TRIED = "ALIGN_COMBINATIONS"  # a folder with a file for each combination that was tried: "method stage precision"
 COLUMNS = [(stage, precision) for precision in ("float32", "nf4") for stage in tiny.TRAINED]
