@@ -104,7 +104,7 @@ def remarks_on_parents(settings: StageSettings) -> list[str]:
     for key, (folder, _) in settings.parents().items():
         if (Path(folder) / MANIFEST).is_file():
             trained_in = read_manifest(folder).get("recipe", {}).get("model", {}).get("load_in")
-            if trained_in not in (None, settings.model.load_in) and settings.model.load_in != "auto":
+            if trained_in not in (None, settings.model.load_in):
                 said.append(
                     f"warning: `{key}`: {folder} was trained over its base in {trained_in}, and stands here over "
                     f"{settings.model.load_in}: its figures differ a little from those it was trained to"

@@ -82,7 +82,7 @@ def test_a_tokens_step(bases, bases_in_4_bits, load_in, target_modules, a_layer)
     over = bases if load_in == "bfloat16" else bases_in_4_bits
     two, three = (of_steps(role_over(each, target_modules), steps) for each in over)
     assert (three.num_launches - two.num_launches) / steps == a_layer
-    assert 2 * a_layer + 28 < two.num_launches / steps <= 2 * a_layer + 30
+    assert 2 * a_layer + 28 < two.num_launches / steps <= 2 * a_layer + 29
     assert two.waits == three.waits == {"tolist": 1}  # in so many steps
 
 

@@ -308,6 +308,24 @@ def test_what_a_slot_held_before_is_not_seen(llama):
     torch.testing.assert_close(state[0], plain_states(llama.plain, [*short, 9])[-1], rtol=0, atol=1e-5)
 
 
+@torch.no_grad()
+def test_numbers_that_overflowed_in_a_slot_do_not_reach_its_next_answer(llama):
+    """Answers that have ended draw on until the host looks, and free slots too."""
+    trunk, rng = trunk_of(llama.role.causal), random.Random(0)
+    slots, long, short = Slots(2, 24, device=CPU), some(rng, 22), some(rng, 2)
+    for prompt, count in ((long, 2), (short, 1)):
+        layout = flat_layout([Tree(prompt, [[]])], CPU)
+        flat_states(trunk, layout.ids, layout.positions, slots.fill(layout.spans, [count]))
+        if prompt is long:
+            for kept in (*slots.keys.values(), *slots.values.values()):
+                kept[1, :, 1:] = torch.nan
+            slots.release([1])
+    positions, attend = slots.step(*slots.begin_step())  # sees as many keys as the long one has
+    states = flat_states(trunk, torch.tensor([[9, 9]]), positions, attend)
+    expected = torch.stack([plain_states(llama.plain, [*prompt, 9])[-1] for prompt in (long, short)])
+    torch.testing.assert_close(states, expected, rtol=0, atol=1e-5)
+
+
 def test_an_attend_is_not_given_what_it_cannot_do(llama):
     layer = llama.role.causal.base_model.layers[0].self_attn
     from transformers import AttentionInterface

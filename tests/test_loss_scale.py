@@ -66,6 +66,17 @@ def test_what_is_not_finite_at_any_scale_is_left_to_the_learner():
     assert tried[-1] == 1.0 and not learners[0].parameters[0].grad.isfinite().any()
 
 
+def test_it_grows_again_from_one(monkeypatch):
+    monkeypatch.setattr(loss_scale, "DOUBLED_AFTER", 2)
+    learners = learner_of(1, scale=2.0)
+    gather, tried = gatherer(learners, 1.0)
+    gathered(learners, Worker(), gather)
+    higher, tried_later = gatherer(learners, 4.0)
+    for _ in range(4):
+        gathered(learners, Worker(), higher)
+    assert tried == [2.0, 1.0] and tried_later == [1.0, 2.0, 2.0, 4.0]
+
+
 def test_other_dtypes_have_none(base):
     learners = learner_of(1, scale=1.0)
     gather, tried = gatherer(learners, 0.0)

@@ -28,9 +28,9 @@ def gathered(learners: Collection[Learner], worker: Worker, gather: Callable[[fl
     """What `gather(scale)` gives, which leaves the gradients of losses times `scale` with the learners' parameters, and
     none of an earlier call; they are those of the losses afterwards. All processes call it together."""
     scale = min(learner.loss_scale for learner in learners)
-    if scale == 1.0:
-        return gather(1.0)
     steps = min(learner.steps_at_scale for learner in learners) + 1
+    if scale == steps == 1:  # nor has it ever been another
+        return gather(1.0)
     if steps > DOUBLED_AFTER:
         scale, steps = min(2 * scale, FIRST), 1
     found = gather(scale)

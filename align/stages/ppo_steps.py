@@ -45,7 +45,8 @@ from align.worker import Worker
 RATIO_TOLERANCE = 1e-3  # max |log ratio| of the first minibatch in float32: merged weights and caches round otherwise
 IMPORTANCE_CAP = 2.0  # of Yao et al. 2025
 # And its mean in 16 bits, where one token of thousands may be off by rounding alone: three and five times what it was
-# for SmolLM2-135M's answers, 0.032 nats in bfloat16 between passes of other rows, 0.004 in float16 to what slots gave.
+# for SmolLM2-135M's answers on a CPU, by hand: 0.032 nats in bfloat16 between passes of other rows, 0.004 in float16 to
+# what slots gave.
 MEAN_RATIO_TOLERANCES = {torch.bfloat16: 0.1, torch.float16: 0.02}
 READING = Phase("while reading the answers' log-probabilities", "ppo.max_batch_tokens", SHORTER)
 UPDATE = Phase(
