@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -71,6 +72,14 @@ def seconds_of(work: Any, repeats: int = 10) -> float:
     return median([once() for _ in range(3 + repeats)][3:])
 
 
+def made(options: argparse.Namespace) -> Path:
+    """The shape's model; it is made by another process, whose dtype and memory are not this one's."""
+    model: Path = options.work / options.shape
+    if not model.is_dir():
+        subprocess.run([sys.executable, __file__, *common(options), "make", options.shape], check=True)
+    return model
+
+
 def make_model(shape: str, folder: Path) -> None:
     layers, hidden, inner, heads, kv_heads, vocabulary = SHAPES[shape]
     cuda = torch.cuda.is_available()
@@ -100,9 +109,13 @@ def ppo(options: argparse.Namespace) -> dict[str, Any]:
     count, (prompt, answer) = options.prompts, options.tokens
     rows = [{"prompt": words(prompt, seed)} for seed in range(count)]
     (options.work / "spread.py").write_text(REWARD)
+    rewards: list[dict[str, Any]] = [{"use": f"{options.work}/spread.py:spread"}]
+    if options.learned:
+        supervised("reward", options)
+        rewards = [{"use": "learned", "from": str(options.work / name_of("reward", options))}]
     recipe = {
         "policy": {"method": method(options)},
-        "rewards": [{"use": f"{options.work}/spread.py:spread"}],
+        "rewards": rewards,
         "prompts": {"train": written(options.work / "prompts.jsonl", rows)},
         "max_prompt_length": 4 * prompt,
         "sampling": {"max_new_tokens": answer},
@@ -124,13 +137,9 @@ def ppo(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def supervised(stage: str, options: argparse.Namespace) -> dict[str, Any]:
-    """Steps of SFT or of a reward model, each over a quarter of the rows: prompts and answers of so many words."""
+    """Steps of SFT or of a reward model, each over a quarter of the rows."""
     count, (prompt, answer) = options.prompts, options.tokens
-    answers = ("completion",) if stage == "sft" else ("chosen", "rejected")
-    rows = [
-        {"prompt": words(prompt, seed)} | {key: words(answer, seed + count * (1 + i)) for i, key in enumerate(answers)}
-        for seed in range(count)
-    ]
+    rows = supervised_rows(stage, options)
     recipe = {
         "method": method(options),
         "data": {"train": written(options.work / f"{stage}.jsonl", rows)},
@@ -143,6 +152,54 @@ def supervised(stage: str, options: argparse.Namespace) -> dict[str, Any]:
         },
     }
     return run_of(stage, recipe, options, ("loss", "grad_norm"))
+
+
+def supervised_rows(stage: str, options: argparse.Namespace) -> list[dict[str, str]]:
+    """Prompts and answers of so many words."""
+    count, (prompt, answer) = options.prompts, options.tokens
+    answers = ("completion",) if stage == "sft" else ("chosen", "rejected")
+    return [
+        {"prompt": words(prompt, seed)}
+        | {key: " " + words(answer, seed + count * (1 + i)) for i, key in enumerate(answers)}
+        for seed in range(count)
+    ]
+
+
+def peer(stage: str, options: argparse.Namespace) -> dict[str, Any]:
+    """TRL on the same work, as its users run it: in bfloat16, the rest by its defaults."""
+    from transformers import AutoTokenizer
+
+    model, (prompt, answer) = made(options), options.tokens
+    tokenizer, count = AutoTokenizer.from_pretrained(model), options.prompts
+
+    def ids(text: str) -> list[int]:
+        return list(tokenizer(text)["input_ids"])
+
+    work = {"model": str(model), "out": str(options.work / f"trl-{stage}"), "kind": stage, "dtype": "bfloat16"}
+    if stage == "ppo":
+        texts = [words(prompt, seed) for seed in range(count)]
+        work["prompts"] = [{"text": text, "ids": ids(text), "answers": [[0] * answer]} for text in texts]
+        work |= {"iterations": options.iterations, "are_foreseen": False}
+        size = max(1, count // 4)  # rows in a pass: TRL keeps the logits of all of them
+        work["peer"] = {"num_ppo_epochs": EPOCHS, "num_mini_batches": 1, "per_device_train_batch_size": size}
+        work["peer"]["gradient_accumulation_steps"] = count // size
+    else:
+        rows = supervised_rows(stage, options)
+        sides = {"completion": "input_ids"} if stage == "sft" else {"chosen": "chosen_ids", "rejected": "rejected_ids"}
+        work["rows"] = [{key: ids(row["prompt"] + row[side]) for side, key in sides.items()} for row in rows]
+        if stage == "sft":
+            for row, one in zip(rows, work["rows"], strict=True):
+                first = len(ids(row["prompt"]))
+                one["labels"] = [-100] * first + one["input_ids"][first:]
+        work["peer"] = {"max_steps": STEPS, "per_device_train_batch_size": max(1, count // STEPS)}
+    program, name = ("trl_ppo.py" if stage == "ppo" else "trl_supervised.py"), f"trl-{stage}-{options.shape}"
+    task, result = options.work / f"{name}.json", options.out / f"{name}.json"
+    task.write_text(json.dumps(work))
+    with (options.out / f"{name}.txt").open("w") as log:
+        command = [sys.executable, str(ROOT / "scripts" / "bench_peers" / program), str(task), str(result)]
+        code = subprocess.run(command, stdout=log, stderr=log, env=ALLOCATOR | os.environ).returncode
+    found = json.loads(result.read_text()) if result.is_file() else {"seconds": []}
+    return {"exit_code": code, "seconds": found["seconds"], "peak_mib": found.get("peak_mib")}
 
 
 def words(count: int, seed: int) -> str:
@@ -158,11 +215,13 @@ def method(options: argparse.Namespace) -> dict[str, Any]:
     return {"kind": "qlora" if options.load_in == "nf4" else "lora", "r": 16}
 
 
+def name_of(stage: str, options: argparse.Namespace) -> str:
+    return f"{stage}-{options.shape}-{options.load_in}"
+
+
 def run_of(stage: str, recipe: dict[str, Any], options: argparse.Namespace, wanted: tuple[str, ...]) -> dict[str, Any]:
     """Runs the stage over the shape's model; of its last logged figures those that are wanted, and what it cost."""
-    model, name = options.work / options.shape, f"{stage}-{options.shape}-{options.load_in}"
-    if not model.is_dir():
-        subprocess.run([sys.executable, __file__, *common(options), "make", options.shape], check=True)
+    model, name = made(options), name_of(stage, options)
     run, path = options.work / name, options.work / f"{name}.yaml"
     whole = {
         "stage": stage,
@@ -181,10 +240,11 @@ def run_of(stage: str, recipe: dict[str, Any], options: argparse.Namespace, want
             time.sleep(1)
             if metrics.is_file():
                 shutil.copy(metrics, kept)
-    if not metrics.is_file():
+    lines = metrics.read_text().splitlines() if metrics.is_file() else []
+    if not lines:
         return {"exit_code": child.returncode}
     shutil.copy(metrics, kept)
-    last = json.loads(kept.read_text().splitlines()[-1])
+    last = json.loads(lines[-1])
     cost = json.loads((run / "manifest.json").read_text()).get("cost", {})
     found = {key: value for key, value in last.items() if key.startswith(wanted)}
     found |= {key: cost[key] for key in ("seconds_per_step", "tokens_per_second", "peak_mib") if key in cost}
@@ -205,9 +265,7 @@ def trace(options: argparse.Namespace) -> dict[str, float]:
 
     count, (prompt, answer) = options.prompts, options.tokens
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = options.work / options.shape
-    if not model.is_dir():
-        make_model(options.shape, model)
+    model = made(options)
     role = Bases(Model(base=str(model), load_in=options.load_in), device).role(None, method=Lora(r=16), trainable=True)
     rng = random.Random(0)
     prompts = [[rng.randrange(3, 900) for _ in range(prompt)] for _ in range(count)]
@@ -265,7 +323,7 @@ def main() -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("rates")
     commands.add_parser("make").add_argument("shape", choices=SHAPES)
-    for name in ("ppo", "sft", "reward", "trace"):
+    for name in ("ppo", "sft", "reward", "trace", "trl-ppo", "trl-sft", "trl-reward"):
         of_model = commands.add_parser(name)
         of_model.add_argument("shape", choices=SHAPES)
         of_model.add_argument("--load-in", default="bfloat16", choices=("float32", "bfloat16", "nf4"))
@@ -273,6 +331,7 @@ def main() -> None:
         of_model.add_argument("--tokens", type=int, nargs=2, default=(256, 256), metavar=("PROMPT", "ANSWER"))
         of_model.add_argument("--iterations", type=int, default=2)
         of_model.add_argument("--gradient-checkpointing", action="store_true")
+        of_model.add_argument("--learned", action="store_true", help="a reward model over the same base")
         of_model.add_argument("--memory", type=float, metavar="GIB", help="that the stage may have of the card")
     options = parser.parse_args()
     if options.command == "make":
@@ -281,14 +340,15 @@ def main() -> None:
         options.shape, options.prompts, options.tokens = "small", 4, (8, 8)
         options.load_in = "float32" if options.load_in == "bfloat16" else options.load_in
         options.memory = options.memory if torch.cuda.is_available() else None
-    made = {
+    parts = {
         "rates": lambda: rates(options.small),
         "ppo": lambda: ppo(options),
         "sft": lambda: supervised("sft", options),
         "reward": lambda: supervised("reward", options),
         "trace": lambda: trace(options),
+        **{f"trl-{stage}": partial(peer, stage, options) for stage in ("ppo", "sft", "reward")},
     }
-    print(json.dumps(made[options.command]()))
+    print(json.dumps(parts[options.command]()))
     return None
 
 

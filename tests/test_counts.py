@@ -69,15 +69,29 @@ def of_steps(role: Role, count: int) -> Counts:
         how = {"end_ids": [NEVER], "pad_id": 0, "batch_size": 3}
         return counted(lambda: sample(role, [[2, 4, 9], [2, 4], [5, 6, 7]], numbers, sampling, **how))
 
+    of_length(2)  # tries once what layers are made of
     short, long = of_length(1 + count), of_length(1 + 2 * count)
     return Counts(long.launches - short.launches, long.waits - short.waits)
 
 
-@pytest.mark.parametrize("load_in", ["bfloat16", "nf4"])
-@pytest.mark.parametrize(("target_modules", "a_layer"), [(None, 28), ("all-linear", 42)])
-def test_a_tokens_step(bases, bases_in_4_bits, load_in, target_modules, a_layer):
-    """A layer: 2 norms of 2, 7 products (3 each with LoRA), 10 for rotary positions, 2 to keep keys and values,
-    attention, 2 in the MLP, 2 sums. Outside: embedding, mask, angles, norm, output layer, draw and what is kept of it."""
+@pytest.mark.parametrize(
+    ("load_in", "target_modules", "is_decoded", "a_layer"),
+    [
+        ("bfloat16", None, True, 14),
+        ("bfloat16", "all-linear", True, 18),
+        ("nf4", None, True, 19),
+        ("nf4", "all-linear", True, 27),
+        ("bfloat16", None, False, 28),
+        ("bfloat16", "all-linear", False, 42),
+        ("nf4", "all-linear", False, 42),
+    ],
+)
+def test_a_tokens_step(bases, bases_in_4_bits, monkeypatch, load_in, target_modules, is_decoded, a_layer):
+    """A layer: 2 norms, 4 products (with LoRA 2 each; over 4 bits 7, put side by side by 2, and 2 for each adapter), 1
+    for rotary positions, 2 to keep keys and values, attention, 2 in the MLP, 2 sums. By its own code: norms of 2, 7
+    products (3 each with LoRA), 10 for rotary positions. Outside: embedding, mask, angles, norm, output layer, draw and
+    what is kept of it."""
+    monkeypatch.setattr(slots, "DECODED", {"cpu"} if is_decoded else set())
     steps = slots.STEPS["cpu"]
     over = bases if load_in == "bfloat16" else bases_in_4_bits
     two, three = (of_steps(role_over(each, target_modules), steps) for each in over)

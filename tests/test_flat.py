@@ -60,7 +60,8 @@ class Case:
 
     def __init__(self, folder: Path, kind: str, attention: str, changes: dict[str, Any], device: torch.device = CPU):
         tiny.make_base(folder, kind=kind, hidden=32, seed=1, **changes)
-        self.bases = Bases(Model(base=str(folder), attn_implementation=attention), device)
+        model = Model(base=str(folder), load_in="float32", attn_implementation=attention)
+        self.bases = Bases(model, device)
         self.role = self.bases.role(None)
         own = "sdpa" if kind == "alibi" else "eager"  # Falcon's two kinds of attention scale alibi differently
         self.plain = AutoModelForCausalLM.from_pretrained(folder, attn_implementation=own).to(device).eval()

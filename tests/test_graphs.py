@@ -33,6 +33,7 @@ def captured(monkeypatch) -> list[tuple[int, int]]:
     monkeypatch.setattr(kv_slots, "ROWS_AT_LEAST", 2)
     monkeypatch.setattr(graphs, "rehearse", recording.rehearse)
     monkeypatch.setattr(graphs, "_reasons", [])
+    monkeypatch.setattr(graphs, "_said", set())
 
     def capture(step, pool):
         shapes.append(step.args)
@@ -64,7 +65,9 @@ def drawn(role: Role, sampling: Sampling, batch_size: int):
 
 @pytest.mark.parametrize("batch_size", [1, 3, 7, 10])
 @pytest.mark.parametrize("kind", ["base", "lora", "bfloat16", "prefix"])
-def test_captured_or_not_the_answers_are_the_same(folder, captured, kind, batch_size):
+@pytest.mark.parametrize("decoded", [set(), {"cpu"}])
+def test_captured_or_not_the_answers_are_the_same(folder, captured, monkeypatch, decoded, kind, batch_size):
+    monkeypatch.setattr(slots, "DECODED", decoded)
     role, sampling = role_of(folder, kind), Sampling(max_new_tokens=23, temperature=1.2)
     rollouts, reading = drawn(role, sampling, batch_size)
     assert len(captured) >= 2 and len(set(captured)) == len(captured)
@@ -102,21 +105,22 @@ def failing(error):
 
 
 @pytest.mark.parametrize(
-    ("name", "instead", "why"),
+    ("name", "instead", "why", "times"),
     [
-        ("rehearse", lambda step: step() or "it waits", "it waits"),
-        ("capture", failing(RuntimeError("it waits")), "it waits"),
-        ("capture", failing(torch.OutOfMemoryError("none is left")), "none is left"),
+        ("rehearse", lambda step: step() or "it waits", "it waits", 1),
+        ("capture", failing(RuntimeError("it waits")), "it waits", 1),
+        ("capture", failing(torch.OutOfMemoryError("none is left")), "none is left", 2),
     ],
 )
-def test_what_cannot_be_captured_runs_as_it_is(folder, captured, monkeypatch, capfd, name, instead, why):
-    """It is tried once a process."""
+def test_what_cannot_be_captured_runs_as_it_is(folder, captured, monkeypatch, capfd, name, instead, why, times):
+    """It is tried once a process, and once a sampling where memory was too small; it is said once."""
     role, sampling = role_of(folder, "lora"), Sampling(max_new_tokens=23)
     expected, tried = drawn(role, sampling, 4)[0].answers, []
+    slots._seen.clear()  # as in a process that has not sampled yet
     monkeypatch.setattr(graphs, name, lambda *given: tried.append(given) or instead(*given))
     for _ in range(2):
         assert drawn(role, sampling, 4)[0].answers == expected
-    assert len(tried) == 1
+    assert len(tried) == times
     assert capfd.readouterr().err.count(f"one by one, which is slower: {why} (") == 1
 
 

@@ -1,5 +1,7 @@
 """Draws tokens from softmax(logits / T) with random numbers that belong to rows, not to batches."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -66,9 +68,24 @@ def _invert(weights: Tensor, numbers: Tensor) -> Tensor:
 
     Sums are float64, so that small tails do not vanish.
     """
-    ends = weights.cumsum(-1, dtype=torch.float64)
+    with _although_deterministic():
+        ends = weights.cumsum(-1, dtype=torch.float64)
     found = torch.searchsorted(ends, (numbers * ends[:, -1])[:, None], right=True)
     return found.clamp(max=weights.shape[1] - 1)[:, 0]  # a token even where the weights are no numbers
+
+
+@contextmanager
+def _although_deterministic() -> Iterator[None]:
+    """torch refuses all sums along rows on CUDA where algorithms have to be deterministic, those that repeat too."""
+    is_asked, only_warns = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
+    torch.use_deterministic_algorithms(False)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(is_asked, warn_only=only_warns)
 
 
 def _invert_by_blocks(weights: Tensor, numbers: Tensor) -> Tensor:

@@ -14,21 +14,24 @@ from typing import Any
 
 import torch
 
+from align.models.backoff import is_out_of_memory
 from align.wording import one_line
 
 Shape = tuple[int, int]
 Step = Callable[[], None]
-EAGER_FIRST = 2  # of a shape: they make what a capture cannot, and a capture takes about as long as one
+EAGER_FIRST = 1  # of a shape, once a process: it makes what a capture cannot, and takes about as long as one
 
 _reasons: list[str] = []  # why this process captures nothing any more
+_said: set[str] = set()
 
 
 class Replayed:
-    """`step(*shape)`, captured when its shape has come a few times. Graphs and their memory go with this object."""
+    """`step(*shape)`, captured when its shape comes again. Graphs and their memory go with this object; `seen`, how
+    often which shape has come, may be that of others whose steps did the same."""
 
-    def __init__(self, step: Callable[[int, int], None], *, is_captured: bool):
+    def __init__(self, step: Callable[[int, int], None], *, is_captured: bool, seen: Counter[Shape] | None = None):
         self.step, self.is_captured = step, is_captured
-        self.seen: Counter[Shape] = Counter()
+        self.seen: Counter[Shape] = Counter() if seen is None else seen
         self.replays: dict[Shape, Step] = {}
         self.pool: Any = None  # of memory, the same for all: no two run at once
 
@@ -39,10 +42,11 @@ class Replayed:
             self.step(*shape)
         elif self.seen[shape] >= EAGER_FIRST:
             self._capture(shape)
-        elif not self.seen:
+        elif not self.seen.total():
             self.seen[shape] = 1
             if waits := rehearse(partial(self.step, *shape)):
-                _give_up(waits)
+                _reasons.append(waits)
+                _say(waits)
         else:
             self.seen[shape] += 1
             self.step(*shape)
@@ -51,16 +55,21 @@ class Replayed:
         step = partial(self.step, *shape)
         try:
             self.replays[shape], self.pool = capture(step, self.pool)
-        except Exception as error:  # memory too: what has just run without a graph will run
+        except Exception as error:
+            self.is_captured = False
             cause = error.__context__ or error  # torch's own is that the capture could not be ended
-            _give_up(one_line(str(cause)))
+            if not (is_out_of_memory(error) or is_out_of_memory(cause)):  # what has just run without a graph will run
+                _reasons.append(one_line(str(cause)))
+            _say(one_line(str(cause)))
             step()
         else:
             self.replays[shape]()
 
 
-def _give_up(why: str) -> None:
-    _reasons.append(why)
+def _say(why: str) -> None:
+    if why in _said:
+        return
+    _said.add(why)
     said = f"sampling launches its operations one by one, which is slower: {why}"
     print(f"{said} (`sampling.enforce_eager: true` begins so)", file=sys.stderr, flush=True)
 

@@ -6,18 +6,21 @@ and on CUDA a step is captured as a graph.
 Log-probabilities and values are taken from the states that the tokens are drawn from: no second pass is needed.
 """
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Sequence
+from functools import partial
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from align.maths.masking import length_mask
 from align.models.attention import flat_states, prefix_length
 from align.models.backoff import Phase, halving, or_else
 from align.models.base import trunk_of
 from align.models.budget import reading_tokens
+from align.models.decoder import Decoder, decoder_of
 from align.models.kv_slots import Slots
 from align.models.layout import Tree, flat_layout
 from align.models.merging import sampling_view
@@ -31,7 +34,10 @@ from align.settings import Sampling
 PREPARING = Phase("while preparing the adapter for sampling")
 SLOWER = "it is used as it is trained, which is slower"
 CAPTURED = {"cuda"}  # where a step may be a graph
+DECODED = {"cuda"}  # where launches are what a step costs: on a CPU merged adapters are faster
 STEPS = {"cuda": 16}  # between looks at what is done: each makes a GPU wait; a CPU would compute for what has ended
+
+_seen: WeakKeyDictionary[nn.Module, Counter[tuple[int, int]]] = WeakKeyDictionary()  # shapes of steps, by the model
 
 
 class SlotSampler(Sampler):
@@ -44,16 +50,31 @@ class SlotSampler(Sampler):
         numbers = seeds.uniforms(sampling.max_new_tokens)
 
         def attempt(size: int) -> _Made:
-            role = or_else(PREPARING, lambda: sampling_view(self.role), self.role, SLOWER)
-            return self._drawn(role, prompts, numbers, sampling, size)
+            as_it_is: tuple[Role, Decoder | None] = self.role, None
+            role, decoder = or_else(PREPARING, self._prepared, as_it_is, SLOWER)
+            return self._drawn(role, decoder, prompts, numbers, sampling, size)
 
         made = halving(self.phase, self.num_at_a_time(prompts, sampling), attempt)
         rollouts, reading = rollouts_of(prompts, made.answers, end_ids=self.end_ids), made.reading()
         return Sampled(rollouts, reading.logprobs, reading if self.role.is_float32 else None)
 
+    def _prepared(self) -> tuple[Role, Decoder | None]:
+        """The role as it samples, and what takes a token's step in few launches, if there is such a thing."""
+        is_decoded = self.role.device.type in DECODED
+        if is_decoded and self.role.computes_in is None and (decoder := decoder_of(self.role)) is not None:
+            return self.role, decoder
+        role = sampling_view(self.role)
+        return role, decoder_of(role) if is_decoded else None
+
     @torch.inference_mode()
     def _drawn(
-        self, role: Role, prompts: Sequence[Sequence[int]], numbers: Tensor, sampling: Sampling, batch_size: int
+        self,
+        role: Role,
+        decoder: Decoder | None,
+        prompts: Sequence[Sequence[int]],
+        numbers: Tensor,
+        sampling: Sampling,
+        batch_size: int,
     ) -> "_Made":
         """One answer to each of B prompts, in their order, at most `batch_size` of them in the making at a time.
 
@@ -64,16 +85,17 @@ class SlotSampler(Sampler):
         slots = Slots(min(batch_size, len(prompts)), width, role.prefix, device=role.device)
         made = _Made(role, sampling, numbers, self.end_ids, slots.num_slots)
         trunk, before = trunk_of(role.causal), prefix_length(role.prefix)
+        states_of = partial(flat_states, trunk) if decoder is None else decoder.states
 
         def step(num_rows: int, num_keys: int) -> None:
             positions, attend = slots.step(num_rows, num_keys)
             first = slice(0, num_rows)
             with role.rounding():
-                states = flat_states(trunk, made.last(first), positions, attend)
+                states = states_of(made.last(first), positions, attend)
             made.take(states, first)
 
         is_captured = role.device.type in CAPTURED and not sampling.enforce_eager
-        replayed = Replayed(step, is_captured=is_captured)
+        replayed = Replayed(step, is_captured=is_captured, seen=_seen.setdefault(self.role.causal, Counter()))
         budget, most = reading_tokens(self.role.causal, self.max_batch_tokens), STEPS.get(role.device.type, 1)
         while waiting or made.rows:
             free = slots.num_slots - len(made.rows)

@@ -73,17 +73,17 @@ def program(work: dict[str, Any]) -> dict[str, Any]:
         if tokenizer(prompt["text"])["input_ids"] != prompt["ids"]:
             raise RuntimeError("a prompt has other tokens here than on the other side")
     rows = [{"input_ids": p["ids"]} for p in prompts for _ in p["answers"]]
-    policy = AutoModelForCausalLM.from_pretrained(work["model"], dtype=torch.float32)
+    dtype = getattr(torch, work.get("dtype", "float32"))
+    policy = AutoModelForCausalLM.from_pretrained(work["model"], dtype=dtype)
     policy.generation_config.pad_token_id = tokenizer.pad_token_id
     reward_model, value_model = (
-        AutoModelForSequenceClassification.from_pretrained(work["model"], num_labels=1, dtype=torch.float32)
-        for _ in range(2)
+        AutoModelForSequenceClassification.from_pretrained(work["model"], num_labels=1, dtype=dtype) for _ in range(2)
     )
     clock = Clock()
     config = PPOConfig(
         output_dir=work["out"],
         use_cpu=not torch.cuda.is_available(),
-        bf16=False,
+        bf16=dtype == torch.bfloat16,
         report_to="none",
         disable_tqdm=True,
         save_strategy="no",
@@ -105,7 +105,8 @@ def program(work: dict[str, Any]) -> dict[str, Any]:
         peft_config=LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"),
         callbacks=[Ticks(clock)],
     )
-    force_answers(trainer.policy_model, Answers(prompts), tokenizer.eos_token_id)
+    if work.get("are_foreseen", True):
+        force_answers(trainer.policy_model, Answers(prompts), tokenizer.eos_token_id)
     if work["kind"] == "parity":
         seed_lora(trainer.policy_model)
         torch.nn.init.zeros_(value_model.score.weight)

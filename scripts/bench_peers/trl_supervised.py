@@ -20,7 +20,14 @@ def program(work: dict[str, Any]) -> dict[str, Any]:
     is_reward = work["kind"] == "reward"
     tokenizer = AutoTokenizer.from_pretrained(work["model"])
     use_free_pad(tokenizer, [ids for row in work["rows"] for ids in row.values()])
-    plain = {"bf16": False, "report_to": "none", "disable_tqdm": True, "save_strategy": "no", "logging_steps": 1}
+    dtype = getattr(torch, work.get("dtype", "float32"))
+    plain = {
+        "bf16": dtype == torch.bfloat16,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "save_strategy": "no",
+        "logging_steps": 1,
+    }
     settings = plain | {"output_dir": work["out"], "use_cpu": not torch.cuda.is_available()} | work["peer"]
     lora = LoraConfig(
         r=16, lora_alpha=32, target_modules="all-linear", task_type="SEQ_CLS" if is_reward else "CAUSAL_LM"
@@ -35,11 +42,11 @@ def program(work: dict[str, Any]) -> dict[str, Any]:
     trainer: Any
     if is_reward:
         kind = AutoModelForSequenceClassification
-        model = kind.from_pretrained(work["model"], num_labels=1, dtype=torch.float32)
+        model = kind.from_pretrained(work["model"], num_labels=1, dtype=dtype)
         seed_weight("score", model.score.weight)
         trainer = RewardTrainer(model=model, args=RewardConfig(**settings), **common)
     else:
-        model = AutoModelForCausalLM.from_pretrained(work["model"], dtype=torch.float32)
+        model = AutoModelForCausalLM.from_pretrained(work["model"], dtype=dtype)
         trainer = SFTTrainer(model=model, args=SFTConfig(**settings), **common)
     clock.start()
     trainer.train()
