@@ -60,7 +60,7 @@ def _run(settings: StageSettings, worker: Worker) -> None:
     from align.models.backoff import in_words
 
     try:
-        seed_everything(settings.seed)
+        seed_everything(settings.seed, full_determinism=settings.full_determinism)
         with in_words():
             runner(settings)(settings, worker)
     finally:

@@ -23,14 +23,18 @@ def keep_freed_memory() -> None:
         libc.mallopt(M_TOP_PAD, 2**26)
 
 
-def seed_everything(seed: int) -> None:
-    """Python's, NumPy's and torch's generators."""
+def seed_everything(seed: int, *, full_determinism: bool = False) -> None:
+    """Python's, NumPy's and torch's generators; and, if it is asked, none of torch's kernels but those that repeat bit
+    for bit (it raises where there is none)."""
     import numpy as np
     import torch
 
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
+    if full_determinism:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # which cuBLAS reads at its first product
+        torch.use_deterministic_algorithms(True)
 
 
 def quiet_libraries() -> None:

@@ -1,8 +1,8 @@
 """YAML + overrides -> validated settings, before anything heavy is imported.
 
 A recipe is one stage (`stage: ppo`, ...) or a pipeline (`stages: {sft: {...}, ppo: {...}}`), whose top-level keys
-`model`, `seed`, `launch` and `track` hold for every stage that does not give its own, and whose stages write to
-`<output>/<name>` unless they say otherwise.
+`model`, `seed`, `full_determinism`, `launch` and `track` hold for every stage that does not give its own, and whose
+stages write to `<output>/<name>` unless they say otherwise.
 """
 
 import os
@@ -22,7 +22,7 @@ from align.records import About, checked
 from align.settings import STAGES, Quality, StageSettings, Tuning
 from align.wording import brief, did_you_mean, one_line
 
-SHARED_KEYS = ("model", "seed", "launch", "track")
+SHARED_KEYS = ("model", "seed", "full_determinism", "launch", "track")
 PIPELINE_KEYS = (*SHARED_KEYS, "output", "stages")
 LONGEST_STAGE = 60
 

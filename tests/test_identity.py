@@ -249,6 +249,7 @@ def test_the_base_of_that_name_elsewhere_is_not_taken_for_a_runs_own(house, monk
 HARMLESS = {
     "passes": {"ppo.max_batch_tokens": 16},
     "slots": {"ppo.sampling_batch_size": 2},
+    "kernels that repeat": {"full_determinism": True},
     "steps without graphs": {"sampling.enforce_eager": True},
     "the precision as it began": {"model.load_in": "auto"},
     "saves": {"ppo.save_steps": 7},

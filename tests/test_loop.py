@@ -349,6 +349,12 @@ def test_a_round_s_critic_begins_as_its_reward_model_unless_the_recipe_says_othe
         assert critic.path == own.get("from") and critic.kind == own.get("kind", "adapter")
 
 
+def test_what_every_stage_has_is_the_loops(base, data, tmp_path):
+    loop = load_loop(recipe(base, data, tmp_path, full_determinism=True, launch="gpu"))
+    for stage in (loop.ppo(1, "policy"), loop.reward(1)):
+        assert (stage.full_determinism, stage.launch) == (True, "gpu")
+
+
 def test_round_0_is_peoples_alone_and_held_out_prompts_are_never_trained_on(finished):
     loop, _ = finished
     rows = [read_lines(loop.folder(number) / "pairs.jsonl") for number in range(2)]

@@ -342,6 +342,17 @@ def test_what_others_wrote_does_not_steer_the_terminal(base, data, tmp_path, cap
     assert "1 bad row" in shown and "\x1b" not in shown
 
 
+def test_a_run_that_must_repeat_asks_torch_for_it(base, data, tmp_path, monkeypatch):
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")  # as it was, afterwards
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
+    asked = []
+    monkeypatch.setattr(torch, "use_deterministic_algorithms", asked.append)
+    for name, is_asked in (("plain", False), ("same", True)):
+        tiny.run(tiny.settings("sft", base, data, tmp_path / name, full_determinism=is_asked))
+        assert asked == [True] * is_asked and ("CUBLAS_WORKSPACE_CONFIG" in os.environ) == is_asked
+    assert tiny.largest_difference(tmp_path / "plain", tmp_path / "same") == 0.0
+
+
 def test_check_shows_what_would_be_done(base, data, tmp_path, capsys):
     stages = {}
     for name in ("sft", "reward", "ppo"):

@@ -152,7 +152,7 @@ def run(stage_settings: Any) -> Any:
 
     quiet_libraries()
     worker = Worker()
-    seed_everything(stage_settings.seed)
+    seed_everything(stage_settings.seed, full_determinism=stage_settings.full_determinism)
     runner(stage_settings)(stage_settings, worker)
     return worker
 

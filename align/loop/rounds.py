@@ -185,6 +185,7 @@ class Loop:
         """A stage with what every stage has; each round draws with a seed of its own."""
         s = self.settings
         shared = {"model": self.model, "seed": s.seed + 1000 * round_, "launch": s.launch, "track": s.track}
+        shared |= {"full_determinism": s.full_determinism}
         return cls.model_validate({**values, **shared, "stage": cls.kind, "output": str(output)})
 
 

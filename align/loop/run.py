@@ -42,7 +42,8 @@ from align.settings.about import SCORERS
 from align.settings.loop import LoopSettings, Simulated
 from align.wording import brief, safe
 
-MAY_CHANGE = {"launch", "track", "num_rounds", "stop", "store"}  # while a loop stands still; a store has its mark
+# while a loop stands still; a store has its mark
+MAY_CHANGE = {"full_determinism", "launch", "track", "num_rounds", "stop", "store"}
 
 
 def run_loop(loop: Loop, start_stage: Start | None = None) -> int:

@@ -111,6 +111,7 @@ class LoopSettings(Settings):
     output: Folder
     model: Model
     seed: Seed = 0
+    full_determinism: bool = False
     launch: Location | None = None
     track: Track = Track()
     store: Location | None = None  # a database URL; None: SQLite, in <output>/store.db

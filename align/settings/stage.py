@@ -51,6 +51,7 @@ class StageSettings(Settings):
     output: Folder
     model: Model
     seed: Seed = 0
+    full_determinism: bool = False  # on CUDA: kernels that repeat bit for bit, which are slower; a CPU's do anyway
     launch: Location | None = None
     track: Track = Track()
 

@@ -33,7 +33,7 @@ def _train_members(settings: EnsembleSettings, worker: Worker) -> None:
         if worker.is_main:
             print(f"member {number} of {len(members)}:", flush=True)
         worker.release_signals()  # of the member before: while models and data load there is nothing to save
-        seed_everything(own.seed)
+        seed_everything(own.seed, full_determinism=own.full_determinism)
         reward.run(own, worker)
     if worker.is_main:
         found = [read_manifest(own.output)["metrics"] for own in members]

@@ -26,6 +26,7 @@ class Clock:
 
     def tick(self) -> None:
         self.marks.append(time.perf_counter())
+        print(f"step {len(self.seconds)}: {self.seconds[-1]:.3f} s", flush=True)  # a run may be cut off
 
     @property
     def seconds(self) -> list[float]:
