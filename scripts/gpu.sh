@@ -51,7 +51,7 @@ for part in $parts; do
         8b) said=$(gpu_work 240 ppo 8b --prompts 64 --tokens 256 256) ;;
         nf4) said=$(gpu_work 240 ppo 8b --load-in nf4 --prompts 8 --tokens 512 512 --iterations 1 --memory 16 --gradient-checkpointing) ;;
         sft | reward) said=$(gpu_work 120 "$part" 8b --prompts 64 --tokens 256 256 --gradient-checkpointing) ;;
-        *) echo "no part is called $part: tests, rates, trace, 8b, nf4, 1b, sft, reward, trl-ppo, trl-sft, trl-reward, quickstart" >\&2; exit 2 ;;
+        *) echo "no part is called $part: tests, rates, trace, 8b, nf4, 1b, sft, reward, trl-ppo, trl-sft, trl-reward, quickstart" >&2; exit 2 ;;
     esac
     tell "$part: $said"
 done

@@ -195,6 +195,7 @@ def peer(stage: str, options: argparse.Namespace) -> dict[str, Any]:
     program, name = ("trl_ppo.py" if stage == "ppo" else "trl_supervised.py"), f"trl-{stage}-{options.shape}"
     task, result = options.work / f"{name}.json", options.out / f"{name}.json"
     task.write_text(json.dumps(work))
+    result.unlink(missing_ok=True)  # an earlier run's
     with (options.out / f"{name}.txt").open("w") as log:
         command = [sys.executable, str(ROOT / "scripts" / "bench_peers" / program), str(task), str(result)]
         code = subprocess.run(command, stdout=log, stderr=log, env=ALLOCATOR | os.environ).returncode

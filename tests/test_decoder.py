@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from align.models import base as base_module
 from align.models import decoder
 from align.models.attention import flat_states
 from align.models.base import trunk_of
@@ -14,7 +15,7 @@ from align.models.kv_slots import Slots
 from align.models.layout import Tree, flat_layout
 from align.models.roles import Bases, Role
 from align.rollout import slots
-from align.settings import Full, Ia3, Lora, Model, Prefix, Sampling
+from align.settings import Adapter, Freeze, Full, Ia3, Lora, Model, Prefix, Sampling
 from tests import tiny
 from tests.drawing import sample, uniforms
 
@@ -30,6 +31,9 @@ METHODS = {
     "other scales": Lora(r=4),
     "dropout": Lora(r=4, lora_dropout=0.5),
     "dora": Lora(r=4, use_dora=True),
+    "bottlenecks": Adapter(kind="adapter"),
+    "bottlenecks at queries": Adapter(kind="adapter", target_modules=["q_proj", "down_proj"]),
+    "freeze": Freeze(kind="freeze", num_layers=1),
     "ia3": Ia3(kind="ia3", target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"]),
 }
 
@@ -107,16 +111,32 @@ def test_in_16_bits_it_is_as_near_as_rounding(base, method):
     assert float(off) < 2.0 * float(as_far) < 0.2
 
 
-def test_over_4_bits(llama):
-    role = moved(bases_of(llama, "nf4").role(None, method=Lora(r=4), trainable=True))
-    expected, found = both(role)
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+@pytest.mark.parametrize("method", ["none", "all", "some", "other ranks", "other scales"])
+def test_over_4_bits(llama, monkeypatch, method):
+    monkeypatch.setattr(base_module, "compute_dtype", lambda settings, device: torch.bfloat16)  # a GPU's
+    role = role_of(bases_of(llama, "nf4"), method)
+    own, found = both(role)
+    assert float((found - own).float().norm() / own.float().norm()) < 0.05
+    layer = decoder._Layer(trunk_of(role.causal).layers[0])
+    assert isinstance(layer.into, decoder._In4Bits) == (method != "other scales")
 
 
 @pytest.mark.parametrize(
-    ("kind", "changes"), [("gpt2", {}), ("own attention", {}), ("own scale", {"residual_multiplier": 0.5})]
+    ("kind", "changes"),
+    [
+        ("gpt2", {}),
+        ("own attention", {}),
+        ("own scale", {"residual_multiplier": 0.5}),
+        (
+            "clips",
+            {"clip_qkv": 8.0},
+        ),  # both are Llama's by their modules' names, and differ where a trial does not see it
+        ("grows with positions", {}),
+    ],
 )
-def test_other_builds_are_left_to_their_own_code(tmp_path, kind, changes):
+def test_other_builds_are_left_to_their_own_code(tmp_path, monkeypatch, kind, changes):
+    monkeypatch.setitem(tiny.KINDS, "clips", ("olmo", {}))
+    monkeypatch.setitem(tiny.KINDS, "grows with positions", ("ministral3", {"sliding_window": None}))
     folder = tiny.make_base(tmp_path, kind=kind, hidden=64, **changes)
     assert decoder_of(bases_of(folder).role(None)) is None
 
@@ -127,6 +147,10 @@ def test_what_is_put_around_a_layer_is_not_passed_over(llama):
     assert decoder_of(role) is not None
     with layer.mlp.register_forward_hook(lambda *_: None):
         assert decoder_of(role) is None
+    for module in (layer.self_attn.q_proj, layer.mlp.down_proj, layer.input_layernorm):
+        with module.register_forward_hook(lambda _, given, output: 2 * output):
+            expected, found = both(role)
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     assert decoder_of(bases_of(llama).role(None, method=Prefix(kind="prefix", num_virtual_tokens=2))) is None
 
 

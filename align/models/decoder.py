@@ -1,9 +1,9 @@
 """A token's step through layers of Llama's build in fewer launches than their own code takes.
 
 Layers that read the same states are one product: their weights stand one below the other in memory, and below them the
-first factors of their LoRA adapters. Queries and keys are turned by a matrix a row, made once a step. What a layer is
-made of is asked of its modules, and whether this gives what its own code gives is tried once: a layer that does
-anything else is left to its own code. Prompts and training passes go through that as well.
+first factors of their LoRA adapters. Queries and keys are turned by a matrix a row, made once a step. It is for
+architectures that are known to compute nothing but that (`BUILDS`), whose settings may still ask for more: whether it
+gives what their own code gives is tried once. Prompts, training passes and all other architectures go through that.
 """
 
 from collections.abc import Callable, Sequence
@@ -25,24 +25,26 @@ from align.models.lora import Fused
 from align.models.norms import FusedRMSNorm
 from align.models.roles import Role
 
+BUILDS = {"llama", "mistral", "qwen2", "qwen3", "granite"}  # transformers' modules
 TRUNK = {"embed_tokens", "layers", "norm", "rotary_emb"}
 LAYER = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
-ATTENTION, NORMS = {"q_proj", "k_proj", "v_proj", "o_proj"}, {"q_norm", "k_norm"}
+ATTENTION, NORMS = {"q_proj", "k_proj", "v_proj", "o_proj"}, ("q_norm", "k_norm")
 MLP = {"gate_proj", "up_proj", "down_proj", "act_fn"}
-RANKS = 64  # adapters' ranks come in multiples: matrix products of other shapes are slower
+RANKS = 16  # adapters' ranks come in multiples: products whose sizes are no multiples of 8 are slower
 TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 0.05, torch.float16: 0.01}
 
 Product = Callable[[Tensor], Tensor]
 Adapter = tuple[nn.Parameter, nn.Parameter, float]  # A (r, I), B (O, r), s
-_verdicts: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()  # by the base's embedding
+_verdicts: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()  # by the role's model
 _pieces: WeakKeyDictionary[nn.Module, Tensor] = WeakKeyDictionary()  # by the first of the layers in it
 
 
 class Decoder:
-    """The trunk of a role, for one token of each of some rows; adapters are as they are when it is made."""
+    """The trunk of a role, for one token of each of some rows. Adapters are as they are when it is made, and it holds
+    until another is made over the same base, whose adapters stand in the same place."""
 
     def __init__(self, trunk: Any):
-        self.embedding, self.rotary, self.norm = trunk.embed_tokens, trunk.rotary_emb, trunk.norm
+        self.embedding, self.rotary, self.norm = trunk.embed_tokens, trunk.rotary_emb, _norm(trunk.norm)
         self.layers = [_Layer(layer) for layer in trunk.layers]
         size = trunk.layers[0].self_attn.head_dim
         self.one = torch.eye(size, dtype=self.embedding.weight.dtype, device=self.embedding.weight.device)
@@ -56,45 +58,47 @@ class Decoder:
         turns = torch.addcmul(self.one * cos[0, :, None], self.swap, sin[0, :, None])
         for layer in self.layers:
             states = layer(states, turns, attend)
-        return _normed(self.norm, states)
+        return self.norm(states)
 
 
 class _Layer:
     def __init__(self, layer: Any):
-        self.attention, mlp = layer.self_attn, layer.mlp
-        self.before_attention, self.before_mlp = layer.input_layernorm, layer.post_attention_layernorm
+        self.attention, mlp, config = layer.self_attn, layer.mlp, layer.self_attn.config
+        self.before_attention, self.before_mlp = _norm(layer.input_layernorm), _norm(layer.post_attention_layernorm)
+        self.norms = tuple(_norm(getattr(self.attention, name)) for name in NORMS if hasattr(self.attention, name))
+        self.heads = config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads
         of = self.attention
-        self.to_attention, self.of_attention = joined(of.q_proj, of.k_proj, of.v_proj), joined(of.o_proj)
-        self.into, self.activation, self.out_of = joined(mlp.gate_proj, mlp.up_proj), mlp.act_fn, joined(mlp.down_proj)
-        sizes = [projection.out_features // of.head_dim for projection in (of.q_proj, of.k_proj, of.v_proj)]
-        self.num_queries, self.num_turned, self.num_heads = sizes[0], sizes[0] + sizes[1], sum(sizes)
+        self.to_attention, self.of_attention = _joined(of.q_proj, of.k_proj, of.v_proj), _joined(of.o_proj)
+        self.into, self.activation, self.out_of = (
+            _joined(mlp.gate_proj, mlp.up_proj),
+            mlp.act_fn,
+            _joined(mlp.down_proj),
+        )
 
     def __call__(self, states: Tensor, turns: Tensor, attend: Attend) -> Tensor:
-        states = states + self.of_attention(self._attended(_normed(self.before_attention, states), turns, attend))
-        gate, up = self.into(_normed(self.before_mlp, states)).chunk(2, -1)
+        states = states + self.of_attention(self._attended(self.before_attention(states), turns, attend))
+        gate, up = self.into(self.before_mlp(states)).chunk(2, -1)
         return states.add_(self.out_of(self.activation(gate) * up))
 
     def _attended(self, states: Tensor, turns: Tensor, attend: Attend) -> Tensor:
-        heads = self.to_attention(states).unflatten(-1, (self.num_heads, -1))  # (T, heads, D): queries, keys, values
-        turned = heads[:, : self.num_turned]
-        if hasattr(self.attention, "q_norm"):
-            queries, keys = turned[:, : self.num_queries], turned[:, self.num_queries :]
-            turned = torch.cat([_normed(self.attention.q_norm, queries), _normed(self.attention.k_norm, keys)], 1)
-        turned = turned @ turns
-        query, key, value = (
-            each.transpose(0, 1)[None]  # (1, heads, T, D)
-            for each in (turned[:, : self.num_queries], turned[:, self.num_queries :], heads[:, self.num_turned :])
-        )
+        heads = self.to_attention(states).unflatten(-1, (sum(self.heads), -1))  # (T, heads, D): queries, keys, values
+        turned, value = heads.split((sum(self.heads[:2]), self.heads[2]), 1)
+        if self.norms:
+            parts = zip(self.norms, turned.split(self.heads[:2], 1), strict=True)
+            turned = torch.cat([norm(part) for norm, part in parts], 1)
+        query, key = (turned @ turns).split(self.heads[:2], 1)
+        query, key, value = (each.transpose(0, 1)[None] for each in (query, key, value))  # (1, heads, T, D)
         return attend(self.attention, query, key, value, self.attention.scaling)[0].flatten(1)
 
 
-def _normed(norm: nn.Module, states: Tensor) -> Tensor:
-    if type(norm) is FusedRMSNorm:  # one launch: rounded once, where training rounds before the weight as well
-        return F.rms_norm(states, states.shape[-1:], norm.weight, norm.variance_epsilon)
-    return cast(Tensor, norm(states))
+def _norm(norm: nn.Module) -> Product:
+    if type(norm) is not FusedRMSNorm or not _is_bare(norm):
+        return norm
+    # one launch: rounded once, where training rounds before the weight as well
+    return lambda states: F.rms_norm(states, states.shape[-1:], norm.weight, norm.variance_epsilon)
 
 
-def joined(*layers: nn.Module) -> Product:
+def _joined(*layers: nn.Module) -> Product:
     """What gives the outputs of linear layers over the same states side by side: (T, I) -> (T, O_1 + ... + O_n)."""
     parts = [_parts(layer) for layer in layers]
     bases, adapters = [part[0] for part in parts if part], [part[1] for part in parts if part]
@@ -108,10 +112,17 @@ def joined(*layers: nn.Module) -> Product:
 
 def _parts(layer: nn.Module) -> tuple[nn.Linear, Adapter | None] | None:
     """A frozen linear layer and the plain LoRA on it; None where it is anything else."""
+    if not all(_is_bare(each) for each in layer.modules()):
+        return None
     if isinstance(layer, Fused):
         return (cast(nn.Linear, layer.base_layer), layer.adapter) if layer.is_plain else None
     is_known = type(layer) in (PlainLinear, Base4bit) and not any(p.requires_grad for p in layer.parameters())
     return (cast(nn.Linear, layer), None) if is_known else None
+
+
+def _is_bare(module: nn.Module) -> bool:
+    """Whether it is its class's code that is called, and no other before or after."""
+    return not (module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
 
 
 class _SideBySide:
@@ -127,9 +138,9 @@ class _InOnePiece:
     """x W^T + bias + s (x A^T) B^T in two launches, of which the first multiplies with W and A."""
 
     def __init__(self, bases: list[nn.Linear], adapters: list[Adapter | None], scale: float = 0.0):
-        first, self.second = factors(bases, adapters, bases[0].weight)
+        first, self.second = _factors(bases, adapters, bases[0].weight)
         self.num_outputs, self.scale = len(self.second), scale
-        self.weight = in_one_piece(bases, len(first))
+        self.weight = _in_one_piece(bases, len(first))
         self.weight[self.num_outputs :] = first
         self.bias = None
         if any(base.bias is not None for base in bases):
@@ -146,7 +157,7 @@ class _In4Bits(_SideBySide):
 
     def __init__(self, bases: list[nn.Linear], adapters: list[Adapter | None], scale: float = 0.0):
         super().__init__(bases)
-        self.first, self.second = factors(bases, adapters, torch.empty(0, dtype=cast(Any, bases[0]).compute_dtype))
+        self.first, self.second = _factors(bases, adapters, torch.empty(0, dtype=cast(Any, bases[0]).compute_dtype))
         self.scale = scale
 
     def __call__(self, states: Tensor) -> Tensor:
@@ -156,7 +167,7 @@ class _In4Bits(_SideBySide):
         return outputs.addmm_(F.linear(states, self.first), self.second.T, alpha=self.scale)
 
 
-def factors(bases: list[nn.Linear], adapters: list[Adapter | None], like: Tensor) -> tuple[Tensor, Tensor]:
+def _factors(bases: list[nn.Linear], adapters: list[Adapter | None], like: Tensor) -> tuple[Tensor, Tensor]:
     """A (R, I), the adapters' first factors one below the other, and B (O_1 + ... + O_n, R), their second ones where
     each meets its own; rounded as a training pass rounds them. R is rounded up, with zeros."""
     given = [adapter for adapter in adapters if adapter]
@@ -175,7 +186,7 @@ def factors(bases: list[nn.Linear], adapters: list[Adapter | None], like: Tensor
     return first, second
 
 
-def in_one_piece(layers: Sequence[nn.Linear], num_spare: int) -> Tensor:
+def _in_one_piece(layers: Sequence[nn.Linear], num_spare: int) -> Tensor:
     """(O_1 + ... + O_n + spare, I): the frozen weights of the layers, one below the other, and zeros. The layers' own
     are moved there, so that all roles over them go on sharing them."""
     num_rows = sum(layer.out_features for layer in layers)
@@ -206,22 +217,26 @@ def decoder_of(role: Role) -> Decoder | None:
     if role.prefix is not None or not _is_known(trunk):
         return None
     decoder = Decoder(trunk)
-    if trunk.embed_tokens not in _verdicts:
-        _verdicts[trunk.embed_tokens] = _gives_the_same(trunk, decoder, role.causal)
-    return decoder if _verdicts[trunk.embed_tokens] else None
+    if role.causal not in _verdicts:
+        _verdicts[role.causal] = _gives_the_same(trunk, decoder, role.causal)
+    return decoder if _verdicts[role.causal] else None
 
 
 def _is_known(trunk: Any) -> bool:
-    def is_made_of(module: nn.Module, names: set[str], others: frozenset[str] = frozenset()) -> bool:
+    def is_made_of(module: nn.Module, *known: set[str]) -> bool:
         found = {name for name, _ in module.named_children()}
-        own = [name for name, _ in module.named_parameters(recurse=False)]
-        return found - others == names and not own and not (module._forward_hooks or module._forward_pre_hooks)
+        return _is_bare(module) and found in known and not [*module.named_parameters(recurse=False)]
 
-    return is_made_of(trunk, TRUNK) and all(
-        is_made_of(layer, LAYER)
-        and is_made_of(layer.self_attn, ATTENTION, frozenset(NORMS))
-        and is_made_of(layer.mlp, MLP)
-        for layer in trunk.layers
+    builds = {f"transformers.models.{build}.modeling_{build}" for build in BUILDS}
+    return (
+        type(trunk).__module__ in builds
+        and is_made_of(trunk, TRUNK)
+        and all(
+            is_made_of(layer, LAYER)
+            and is_made_of(layer.self_attn, ATTENTION, ATTENTION | {*NORMS})
+            and is_made_of(layer.mlp, MLP)
+            for layer in trunk.layers
+        )
     )
 
 

@@ -68,15 +68,17 @@ def _invert(weights: Tensor, numbers: Tensor) -> Tensor:
 
     Sums are float64, so that small tails do not vanish.
     """
+    several = weights if len(weights) > 1 else weights.expand(2, -1)
     with _although_deterministic():
-        ends = weights.cumsum(-1, dtype=torch.float64)
+        ends = several.cumsum(-1, dtype=torch.float64)[: len(weights)]
     found = torch.searchsorted(ends, (numbers * ends[:, -1])[:, None], right=True)
     return found.clamp(max=weights.shape[1] - 1)[:, 0]  # a token even where the weights are no numbers
 
 
 @contextmanager
 def _although_deterministic() -> Iterator[None]:
-    """torch refuses all sums along rows on CUDA where algorithms have to be deterministic, those that repeat too."""
+    """Sums along several rows repeat on CUDA (along a single one they may not), but torch before 2.13 refuses both
+    where algorithms have to be deterministic."""
     is_asked, only_warns = (
         torch.are_deterministic_algorithms_enabled(),
         torch.is_deterministic_algorithms_warn_only_enabled(),

@@ -19,7 +19,7 @@ from align.wording import one_line
 
 Shape = tuple[int, int]
 Step = Callable[[], None]
-EAGER_FIRST = 1  # of a shape, once a process: it makes what a capture cannot, and takes about as long as one
+EAGER_FIRST = 1  # of a shape: it makes what a capture cannot, and a capture takes as long as one or two
 
 _reasons: list[str] = []  # why this process captures nothing any more
 _said: set[str] = set()
@@ -58,12 +58,11 @@ class Replayed:
         except Exception as error:
             self.is_captured = False
             cause = error.__context__ or error  # torch's own is that the capture could not be ended
-            if not (is_out_of_memory(error) or is_out_of_memory(cause)):  # what has just run without a graph will run
+            if not (is_out_of_memory(error) or is_out_of_memory(cause)):  # there may be room another time
                 _reasons.append(one_line(str(cause)))
             _say(one_line(str(cause)))
-            step()
-        else:
-            self.replays[shape]()
+        # the error is gone by now, and with it what its frames held; what has just run without a graph will run again
+        self.replays.get(shape, step)()
 
 
 def _say(why: str) -> None:

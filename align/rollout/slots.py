@@ -32,12 +32,14 @@ from align.rollout.sampler import Sampled, Sampler, Seeds
 from align.settings import Sampling
 
 PREPARING = Phase("while preparing the adapter for sampling")
+JOINING = Phase("while putting weights side by side for sampling")
 SLOWER = "it is used as it is trained, which is slower"
 CAPTURED = {"cuda"}  # where a step may be a graph
 DECODED = {"cuda"}  # where launches are what a step costs: on a CPU merged adapters are faster
 STEPS = {"cuda": 16}  # between looks at what is done: each makes a GPU wait; a CPU would compute for what has ended
 
-_seen: WeakKeyDictionary[nn.Module, Counter[tuple[int, int]]] = WeakKeyDictionary()  # shapes of steps, by the model
+# how often steps of which shape have come, by the model and by what else a step depends on
+_seen: WeakKeyDictionary[nn.Module, dict[tuple[bool, Sampling], Counter[tuple[int, int]]]] = WeakKeyDictionary()
 
 
 class SlotSampler(Sampler):
@@ -50,8 +52,7 @@ class SlotSampler(Sampler):
         numbers = seeds.uniforms(sampling.max_new_tokens)
 
         def attempt(size: int) -> _Made:
-            as_it_is: tuple[Role, Decoder | None] = self.role, None
-            role, decoder = or_else(PREPARING, self._prepared, as_it_is, SLOWER)
+            role, decoder = self._prepared()
             return self._drawn(role, decoder, prompts, numbers, sampling, size)
 
         made = halving(self.phase, self.num_at_a_time(prompts, sampling), attempt)
@@ -60,11 +61,15 @@ class SlotSampler(Sampler):
 
     def _prepared(self) -> tuple[Role, Decoder | None]:
         """The role as it samples, and what takes a token's step in few launches, if there is such a thing."""
-        is_decoded = self.role.device.type in DECODED
-        if is_decoded and self.role.computes_in is None and (decoder := decoder_of(self.role)) is not None:
+        is_decoded, is_plain = self.role.device.type in DECODED, self.role.computes_in is None
+        if is_decoded and is_plain and (decoder := self._decoder(self.role)) is not None:
             return self.role, decoder
-        role = sampling_view(self.role)
-        return role, decoder_of(role) if is_decoded else None
+        role = or_else(PREPARING, lambda: sampling_view(self.role), self.role, SLOWER)
+        return role, self._decoder(role) if is_decoded and not is_plain and role is not self.role else None
+
+    @staticmethod
+    def _decoder(role: Role) -> Decoder | None:
+        return or_else(JOINING, lambda: decoder_of(role), None, "each is multiplied with by itself, which is slower")
 
     @torch.inference_mode()
     def _drawn(
@@ -95,7 +100,8 @@ class SlotSampler(Sampler):
             made.take(states, first)
 
         is_captured = role.device.type in CAPTURED and not sampling.enforce_eager
-        replayed = Replayed(step, is_captured=is_captured, seen=_seen.setdefault(self.role.causal, Counter()))
+        seen = _seen.setdefault(self.role.causal, {}).setdefault((decoder is None, sampling), Counter())
+        replayed = Replayed(step, is_captured=is_captured, seen=seen)
         budget, most = reading_tokens(self.role.causal, self.max_batch_tokens), STEPS.get(role.device.type, 1)
         while waiting or made.rows:
             free = slots.num_slots - len(made.rows)
