@@ -63,17 +63,14 @@ class Decoder:
 
 class _Layer:
     def __init__(self, layer: Any):
-        self.attention, mlp, config = layer.self_attn, layer.mlp, layer.self_attn.config
+        of, mlp = layer.self_attn, layer.mlp
         self.before_attention, self.before_mlp = _norm(layer.input_layernorm), _norm(layer.post_attention_layernorm)
-        self.norms = tuple(_norm(getattr(self.attention, name)) for name in NORMS if hasattr(self.attention, name))
-        self.heads = config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads
-        of = self.attention
+        self.attention = of
+        self.heads = of.config.num_attention_heads, of.config.num_key_value_heads, of.config.num_key_value_heads
+        self.norms = tuple(_norm(getattr(of, name)) for name in NORMS if hasattr(of, name))
         self.to_attention, self.of_attention = _joined(of.q_proj, of.k_proj, of.v_proj), _joined(of.o_proj)
-        self.into, self.activation, self.out_of = (
-            _joined(mlp.gate_proj, mlp.up_proj),
-            mlp.act_fn,
-            _joined(mlp.down_proj),
-        )
+        self.into, self.out_of = _joined(mlp.gate_proj, mlp.up_proj), _joined(mlp.down_proj)
+        self.activation = mlp.act_fn
 
     def __call__(self, states: Tensor, turns: Tensor, attend: Attend) -> Tensor:
         states = states + self.of_attention(self._attended(self.before_attention(states), turns, attend))
