@@ -1,4 +1,4 @@
-"""Rewards along a response, and generalised advantage estimation."""
+"""Rewards along a response, and what each token did better than expected: by a critic, or by the other answers."""
 
 import torch
 from torch import Tensor
@@ -34,3 +34,39 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, *, gamma: float, lam: flo
         next_value = values[:, t]
     advantages = advantages.masked_fill(~mask, 0.0)
     return advantages, advantages + values
+
+
+def rloo(returns: Tensor, group: int) -> Tensor:
+    """R_i - mean of the other answers' R to the same prompt: (B,) -> (B,)   (Kool et al. 2019; Ahmadian et al. 2024).
+
+    Answers to a prompt stand side by side, `group` >= 2 of them.
+    """
+    grouped = returns.reshape(-1, group)
+    others = (grouped.sum(1, keepdim=True) - grouped) / (group - 1)
+    return (grouped - others).reshape(-1)
+
+
+def grpo(returns: Tensor, group: int, *, scale: str, epsilon: float = 1e-4) -> Tensor:
+    """(R_i - mean of the group) / (deviation + epsilon): (B,) -> (B,)   (Shao et al. 2024, section 4.1.2).
+
+    The deviation is that of the `group` or of the whole `batch`; with `none` nothing is divided (Liu et al. 2025, "Dr.
+    GRPO"). Deviations are over n - 1, as in TRL, whose epsilon it is too.
+    """
+    grouped = returns.reshape(-1, group)
+    centred = grouped - grouped.mean(1, keepdim=True)
+    if scale == "group":
+        centred = centred / (grouped.std(1, keepdim=True) + epsilon)
+    elif scale == "batch":
+        centred = centred / (returns.std() + epsilon)
+    return centred.reshape(-1)
+
+
+def rewards_to_go(rewards: Tensor, mask: Tensor, *, gamma: float) -> Tensor:
+    """sum over i >= t of gamma^(i - t) r_i: (B, R), zero outside the mask (REINFORCE; in REINFORCE++, Hu 2025, whitened
+    over the batch)."""
+    rewards = rewards.masked_fill(~mask, 0.0)
+    returns, following = torch.zeros_like(rewards), rewards.new_zeros(len(rewards))
+    for t in reversed(range(rewards.shape[1])):
+        following = rewards[:, t] + gamma * following
+        returns[:, t] = following
+    return returns.masked_fill(~mask, 0.0)

@@ -97,9 +97,10 @@ class Reference(Settings):
 
 
 class Critic(Settings):
-    """The value function: a head on the policy's trunk, or an adapter of its own, as which `from` can only mean."""
+    """The value function: a head on the policy's trunk, or an adapter of its own, as which `from` can only mean; none
+    where answers are judged by the others to the same prompt (`ppo.advantage`)."""
 
-    kind: Literal["trunk", "adapter"] = "trunk"
+    kind: Literal["trunk", "adapter", "none"] = "trunk"
     path: Location | None = Field(default=None, alias="from")  # a reward run to start from; None: the policy's start
     learning_rate: Positive | None = None  # None: the policy's
     warmup_iterations: Interval = 0  # iterations in which only the critic learns
@@ -129,6 +130,11 @@ class Ppo(Settings):
     weight_decay: NonNegative = 0.0
     max_grad_norm: Positive = 1.0
     gradient_checkpointing: bool = False
+    # gae needs a critic, the others none: rloo and grpo compare the answers to a prompt, reinforce++ all of a batch
+    advantage: Literal["gae", "rloo", "grpo", "reinforce++"] = "gae"
+    scale_rewards: Literal["group", "batch", "none"] = "group"  # whose deviation grpo divides by (none: Dr. GRPO)
+    # what a token's policy loss counts: all alike, each answer alike (GRPO), or by `max_new_tokens` (Dr. GRPO)
+    loss_norm: Literal["token", "sequence", "constant"] = "token"
     gamma: Fraction = 1.0
     lam: Fraction = 0.95
     cliprange: Positive = 0.2
@@ -139,7 +145,7 @@ class Ppo(Settings):
     cliprange_value: Positive = 0.2
     vf_coef: NonNegative = 0.1
     whiten_rewards: bool = False
-    whiten_advantages: bool = True
+    whiten_advantages: bool = True  # with rloo and grpo never: they have a scale of their own
     kl_coef: NonNegative = 0.05
     kl_estimator: Literal["k1", "k2", "k3"] = "k1"
     kl_target: Positive | None = None  # adaptive coefficient towards this sequence KL (nats); None: fixed
@@ -220,13 +226,40 @@ class PpoSettings(SamplingSettings):
 
     @model_validator(mode="after")
     def _every_key_is_used(self) -> "PpoSettings":
-        if self.critic.kind == "trunk" and self.critic.path is not None:
-            raise ValueError("`critic.from` has no meaning with `critic.kind: trunk`: that head starts at zero")
+        if self.critic.kind != "adapter" and self.critic.path is not None:
+            why = "that head starts at zero" if self.critic.kind == "trunk" else "there is none"
+            raise ValueError(f"`critic.from` has no meaning with `critic.kind: {self.critic.kind}`: {why}")
+        self._advantage_and_critic_agree()
         if self.critic.warmup_iterations >= self.ppo.num_iterations:
             raise ValueError(
                 "`critic.warmup_iterations` must be fewer than `ppo.num_iterations`: the policy would not move"
             )
         return self
+
+    def _advantage_and_critic_agree(self) -> None:
+        ppo, has_critic, others = self.ppo, self.critic.kind != "none", ("rloo", "grpo")
+        if ppo.advantage == "gae" and not has_critic:
+            raise ValueError(
+                "`critic.kind: none`: `ppo.advantage: gae` is a critic's; take rloo, grpo or reinforce++, or a critic"
+            )
+        if ppo.advantage != "gae" and has_critic:
+            raise ValueError(
+                f"`ppo.advantage: {ppo.advantage}` asks no critic: say so (`critic: {{kind: none}}`), or take gae"
+            )
+        if not has_critic and self.critic.warmup_iterations:
+            raise ValueError("`critic.warmup_iterations` has no meaning with `critic.kind: none`: there is none")
+        if ppo.advantage in others and ppo.num_generations < 2:
+            raise ValueError(
+                f"`ppo.advantage: {ppo.advantage}` compares the answers to a prompt; set `ppo.num_generations` to 2 or "
+                "more, or take reinforce++"
+            )
+        if ppo.advantage in others and ppo.whiten_advantages and "whiten_advantages" in ppo.model_fields_set:
+            raise ValueError(
+                f"`ppo.whiten_advantages: true` has no meaning with `ppo.advantage: {ppo.advantage}`, which has a "
+                "scale of its own"
+            )
+        if ppo.advantage != "grpo" and "scale_rewards" in ppo.model_fields_set:
+            raise ValueError(f"`ppo.scale_rewards` has no meaning with `ppo.advantage: {ppo.advantage}`; it is grpo's")
 
     def parents(self) -> Parents:
         found: Parents = {}

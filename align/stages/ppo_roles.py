@@ -37,13 +37,18 @@ class Roles:
     tokenizer: PreTrainedTokenizerBase  # that the policy was trained with
     policy: Role
     reference: Role
-    critic: Role | None  # None: the policy's own head says the values
+    critic: Role | None  # None: the policy's own head says the values, if it has one
     rewards: RewardMix
     sampler: Sampler  # over the policy
 
     @property
     def end_ids(self) -> Sequence[int]:
         return self.sampler.end_ids
+
+    @property
+    def valuer(self) -> Role | None:
+        """What says the values; None: nothing does."""
+        return self.critic or (self.policy if self.policy.head is not None else None)
 
     @property
     def trained(self) -> dict[str, Role]:
@@ -73,8 +78,8 @@ def load_roles(settings: PpoSettings, worker: Worker) -> Roles:
     base = bases.base_of(start)
     tokenizer = bases.tokenizer(start)
     policy = bases.role(start, method=method, trainable=True)
-    critic = None if settings.critic.kind == "trunk" else _critic(bases, settings, method)
-    if critic is None:
+    critic = _critic(bases, settings, method) if settings.critic.kind == "adapter" else None
+    if settings.critic.kind == "trunk":
         policy.head = new_head(policy.hidden_size, worker.device, bias=True)
     rewards = build_rewards(settings.rewards, bases)
     reference = bases.role(start if settings.reference is None else settings.reference.path)
@@ -127,7 +132,7 @@ def prompt_rows(roles: Roles, prompts: Any, max_length: int) -> tuple[list[Promp
 
 
 def make_learners(roles: Roles, settings: PpoSettings, worker: Worker) -> dict[str, Learner]:
-    """An optimiser for the policy and one for the critic (its head alone, when it sits on the policy's trunk)."""
+    """An optimiser for the policy and one for a critic (its head alone, when it sits on the policy's trunk)."""
     ppo = settings.ppo
     head = [p for name, p in roles.policy.trained() if name.startswith("head.")]
     body = [p for name, p in roles.policy.trained() if not name.startswith("head.")]
@@ -150,7 +155,8 @@ def make_learners(roles: Roles, settings: PpoSettings, worker: Worker) -> dict[s
             loss_scale=first_scale(roles.policy),
         )
 
-    return {
-        "policy": learner("policy", body, ppo.learning_rate, ppo.num_iterations - warmup),
-        "critic": learner("critic", critic, settings.critic.learning_rate or ppo.learning_rate, ppo.num_iterations),
-    }
+    learners = {"policy": learner("policy", body, ppo.learning_rate, ppo.num_iterations - warmup)}
+    if roles.valuer is not None:
+        rate = settings.critic.learning_rate or ppo.learning_rate
+        learners["critic"] = learner("critic", critic, rate, ppo.num_iterations)
+    return learners

@@ -6,6 +6,7 @@ whole batch: advantages, whitening and all figures are plain maths on it, the sa
 
 import math
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from align.data import decode_completion
 from align.errors import Diverged, RunFailed
-from align.maths.advantages import gae, token_rewards
+from align.maths.advantages import gae, grpo, rewards_to_go, rloo, token_rewards
 from align.maths.kl import kl_estimate
 from align.maths.losses import (
     PolicyLoss,
@@ -54,7 +55,8 @@ UPDATE = Phase(
     "ppo.max_batch_tokens",
     f"start the same command again with `ppo.gradient_checkpointing: true`, if it is not yet; else {SHORTER}",
 )
-SUMMED = "policy_loss", "clipfrac", "approx_kl", "ratio_mean", "logratio_mean", "value_loss", "clipfrac_value"
+SUMMED = "policy_loss", "clipfrac", "approx_kl", "ratio_mean", "logratio_mean"
+OF_CRITIC = "value_loss", "clipfrac_value"
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,7 @@ class Scored:
     sampler_logprobs: Tensor  # (B, R) as its sampler saw it
     reference_logprobs: Tensor  # (B, R)
     entropies: Tensor  # (B, R)
-    values: Tensor  # (B, R)
+    values: Tensor | None  # (B, R); None: there is no critic
     scores: Tensor  # (B,) weighted sum of the rewards
     parts: dict[str, list[float]]  # each reward's own scores
     logged: dict[str, float]  # figures that reward functions log: means over their calls
@@ -83,7 +85,7 @@ class Experience:
     group: int  # answers to each prompt, side by side
     rollouts: Rollouts
     logprobs: Tensor
-    values: Tensor
+    values: Tensor | None
     advantages: Tensor
     returns: Tensor
     kl: Tensor  # per token: one tensor for the penalty and for the log
@@ -115,7 +117,7 @@ def sample_and_score(
         reader = partial(
             read_all, temperature=sampling.temperature, max_batch_tokens=ppo.max_batch_tokens, phase=READING
         )
-        policy = sampled.reading or reader(roles.policy, rollouts, entropies=True, values=roles.critic is None)
+        policy = sampled.reading or reader(roles.policy, rollouts, entropies=True, values=roles.valuer is roles.policy)
         reference = reader(roles.reference, rollouts)
         critic = policy if roles.critic is None else reader(roles.critic, rollouts, logprobs=False, values=True)
         texts = [decode_completion(roles.tokenizer, ids, roles.end_ids) for ids in rollouts.answers]
@@ -147,7 +149,7 @@ def sample_and_score(
         sampler_logprobs,
         reference_logprobs,
         entropies,
-        values,
+        None if roles.valuer is None else values,
         scores[:, 0].float(),
         {name: scores[:, k].tolist() for k, name in enumerate(told.parts, 1)},
         means_of(worker.gather_objects(told.logged)),
@@ -163,15 +165,26 @@ def assess(scored: Scored, kl_coef: float, ppo: Ppo, importance_cap: float | Non
     rewards = token_rewards(scores, kl, mask, kl_coef=kl_coef)
     if ppo.whiten_rewards:
         rewards = whiten(rewards, mask, shift_mean=False)
-    advantages, returns = gae(rewards, scored.values, mask, gamma=ppo.gamma, lam=ppo.lam)
-    if ppo.whiten_advantages:
-        advantages = whiten(advantages, mask)
+    advantages, returns = _advantages(rewards, scored, mask, ppo)
     weights = mask.float()
     if importance_cap is not None:
         weights *= importance_weights(scored.logprobs, scored.sampler_logprobs, cap=importance_cap)
     return Experience(
         scored.group, scored.rollouts, scored.logprobs, scored.values, advantages, returns, kl, scores, weights
     )
+
+
+def _advantages(rewards: Tensor, scored: Scored, mask: Tensor, ppo: Ppo) -> tuple[Tensor, Tensor]:
+    """Advantages and returns (B, R) of rewards (B, R); without a critic a return is what comes from there on."""
+    returns = rewards_to_go(rewards, mask, gamma=ppo.gamma)
+    if ppo.advantage in ("rloo", "grpo"):  # of whole answers: the same for each token
+        whole, group = rewards.sum(1), scored.group
+        of_rows = rloo(whole, group) if ppo.advantage == "rloo" else grpo(whole, group, scale=ppo.scale_rewards)
+        return of_rows[:, None].expand_as(mask).masked_fill(~mask, 0.0), returns
+    advantages = returns
+    if scored.values is not None:
+        advantages, returns = gae(rewards, scored.values, mask, gamma=ppo.gamma, lam=ppo.lam)
+    return whiten(advantages, mask) if ppo.whiten_advantages else advantages, returns
 
 
 def importance_cap(policy: Role, settings: PpoSettings) -> float | None:
@@ -256,9 +269,16 @@ def _minibatch(
         for role in trained:
             role.train()
 
+    def of_a_token(length: int) -> float:
+        """What the policy loss of each token of such an answer counts, of the minibatch's `num_tokens`."""
+        if ppo.loss_norm == "token":
+            return 1.0
+        of_an_answer = length if ppo.loss_norm == "sequence" else settings.sampling.max_new_tokens
+        return num_tokens / (len(rows) * of_an_answer)
+
     def work(part: Part, scale: float) -> tuple[dict[str, Tensor], float, float]:
-        divisor = max(num_tokens, 1) / scale
-        summed, policy = _losses(roles, experience, part.trees, [mine[i] for i in part.rows], settings, divisor)
+        divisor, of_part = max(num_tokens, 1) / scale, [mine[i] for i in part.rows]
+        summed, policy = _losses(roles, experience, part.trees, of_part, settings, divisor, of_a_token)
         return summed, float(policy.ratio_max), float(policy.max_abs_logratio)
 
     def undo() -> None:  # gradients begin with the minibatch: a pass that failed in the middle has left some
@@ -277,7 +297,7 @@ def _minibatch(
         worker,
         lambda scale: in_passes(UPDATE, max_tokens, split, partial(work, scale=scale), undo=undo),
     )
-    sums = Sums(SUMMED, worker.device)
+    sums = Sums(SUMMED + (OF_CRITIC if roles.valuer is not None else ()), worker.device)
     ratio_max = logratio_max = 0.0
     for _, (summed, ratio, logratio) in passes:
         sums.add(summed)
@@ -297,34 +317,40 @@ def _dealt(rows: list[int], num_generations: int, worker: Worker) -> list[int]:
 
 
 def _losses(
-    roles: Roles, experience: Experience, trees: list[Tree], rows: list[int], settings: PpoSettings, divisor: float
+    roles: Roles,
+    experience: Experience,
+    trees: list[Tree],
+    rows: list[int],
+    settings: PpoSettings,
+    divisor: float,
+    of_a_token: Callable[[int], float],
 ) -> tuple[dict[str, Tensor], PolicyLoss]:
     """Forward and backward of one pass, the losses divided by the minibatch's token count, or what of it is left by
-    their scale; the pass's sums."""
+    their scale; the pass's sums. A token's policy loss counts `of_a_token(length of its answer)`."""
     ppo, device = settings.ppo, roles.policy.device
     lengths = [len(experience.rollouts.answers[row]) for row in rows]
-    old_logprobs, old_values, advantages, returns, weights = (  # (N,) each: the tokens of all rows, no padding
-        torch.cat([tensor[row, :n] for row, n in zip(rows, lengths, strict=True)]).to(device)
-        for tensor in (
-            experience.logprobs,
-            experience.values,
-            experience.advantages,
-            experience.returns,
-            experience.weights,
-        )
-    )
-    mask = torch.ones_like(returns, dtype=torch.bool)
+
+    def of_tokens(tensor: Tensor) -> Tensor:
+        """(N,): the tokens of all rows, no padding."""
+        return torch.cat([tensor[row, :n] for row, n in zip(rows, lengths, strict=True)]).to(device)
+
+    advantages = of_tokens(experience.advantages)
+    counted = torch.tensor([of_a_token(n) for n in lengths for _ in range(n)], device=device)
+    mask = torch.ones_like(advantages, dtype=torch.bool)
     layout = roles.policy.layout(trees)
     states = roles.policy.states(layout, layout.before)  # (N, H)
     policy = ppo_policy_loss(
         roles.policy.logprobs(states, layout.tokens, temperature=settings.sampling.temperature),
-        old_logprobs,
+        of_tokens(experience.logprobs),
         advantages,
         mask,
         cliprange=ppo.cliprange,
         dual_clip=ppo.dual_clip,
-        weights=weights,
+        weights=of_tokens(experience.weights) * counted,
     )
+    if experience.values is None:
+        (policy.loss / divisor).backward()
+        return _summed(policy), policy
     loss, valuer = policy.loss, roles.policy
     if roles.critic is not None:  # two graphs, one after the other, so that only one is in memory
         (loss / divisor).backward()
@@ -332,19 +358,19 @@ def _losses(
         layout = valuer.layout(trees)
         states, loss = valuer.states(layout, layout.before), torch.zeros_like(loss)
     value_loss, clipped = ppo_value_loss(
-        valuer.scalar(states), old_values, returns, mask, cliprange_value=ppo.cliprange_value
+        valuer.scalar(states),
+        of_tokens(experience.values),
+        of_tokens(experience.returns),
+        mask,
+        cliprange_value=ppo.cliprange_value,
     )
     ((loss + value_loss * ppo.vf_coef) / divisor).backward()
-    summed = {
-        "policy_loss": policy.loss,
-        "clipfrac": policy.clipped,
-        "approx_kl": policy.approx_kl,
-        "ratio_mean": policy.ratio,
-        "logratio_mean": policy.abs_logratio,
-        "value_loss": value_loss,
-        "clipfrac_value": clipped,
-    }
-    return {name: figure.detach() for name, figure in summed.items()}, policy
+    return _summed(policy) | {"value_loss": value_loss.detach(), "clipfrac_value": clipped}, policy
+
+
+def _summed(policy: PolicyLoss) -> dict[str, Tensor]:
+    sums = policy.loss.detach(), policy.clipped, policy.approx_kl, policy.ratio, policy.abs_logratio
+    return dict(zip(SUMMED, sums, strict=True))
 
 
 def _check_ratio(numbers: dict[str, float], policy: Role, ppo: Ppo) -> None:
@@ -373,6 +399,10 @@ def figures(scored: Scored, experience: Experience, kl_coef: float, importance_c
         weighed["importance_weight"] = float(masked_mean(experience.weights, mask))
         is_capped = scored.logprobs - scored.sampler_logprobs > math.log(importance_cap)
         weighed["importance_capped"] = float(masked_mean(is_capped.float(), mask))
+    of_critic = {}
+    if experience.values is not None:
+        of_critic["explained_variance"] = float(explained_variance(experience.values, experience.returns, mask))
+        of_critic["value_mean"] = float(masked_mean(experience.values, mask))
     applied = {name: [score for score in part if not math.isnan(score)] for name, part in scored.parts.items()}
     return {
         "score": float(scored.scores.mean()),
@@ -383,9 +413,8 @@ def figures(scored: Scored, experience: Experience, kl_coef: float, importance_c
         "sampler_kl": float(masked_mean(sampler_kl, mask)),
         **weighed,
         "entropy": float(masked_mean(scored.entropies, mask)),
-        "explained_variance": float(explained_variance(experience.values, experience.returns, mask)),
         "return_mean": float(masked_mean(experience.returns, mask)),
-        "value_mean": float(masked_mean(experience.values, mask)),
+        **of_critic,
         "response_length": float(scored.rollouts.lengths.float().mean()),
         "eos_share": float(scored.rollouts.ended.float().mean()),
         "empty_share": sum(not text.strip() for text in scored.texts) / len(scored.texts),
