@@ -96,8 +96,9 @@ def test_batch_sizes_change_nothing_but_memory(base, data, runs, finished, tmp_p
         {"ppo": {"kl_estimator": "k3", "kl_target": 0.5, "whiten_rewards": True, "dual_clip": 3.0}},
         {"ppo": {"gradient_checkpointing": True}},
         {"policy": {}, "critic": {}},
+        {"critic": {"kind": "none"}, "ppo": {"advantage": "grpo", "loss_norm": "sequence"}},
     ],
-    ids=["trunk", "critic from the policy", "k3, adaptive", "gradient checkpointing", "policy from the base"],
+    ids=["trunk", "critic from the policy", "k3, adaptive", "gradient checkpointing", "policy from the base", "grpo"],
 )
 def test_options_train(base, data, runs, tmp_path, change):
     chosen = settings(base, data, runs, tmp_path / "ppo", **change)

@@ -56,13 +56,22 @@ def finish(path):
 
 
 @pytest.mark.parametrize(
-    ("stage", "killed", "when"), [("sft", in_save, 1), ("reward", at_log, 3), ("ppo", in_save, 2), ("ppo", at_log, 3)]
+    ("stage", "killed", "when", "critic"),
+    [
+        ("sft", in_save, 1, None),
+        ("reward", at_log, 3, None),
+        ("ppo", in_save, 2, None),
+        ("ppo", at_log, 3, None),
+        ("ppo", in_save, 3, {"kind": "none"}),
+    ],
 )
-def test_kill_9_in_the_middle_changes_nothing(stage, killed, when, base, data, runs, tmp_path):
+def test_kill_9_in_the_middle_changes_nothing(stage, killed, when, critic, base, data, runs, tmp_path):
     (tmp_path / "whole").mkdir()
     (tmp_path / "cut").mkdir()
     lora = {"kind": "lora", "r": 4, "lora_dropout": 0.2}  # dropout: the generators' state matters
     changes = {} if stage == "ppo" else {"method": lora}
+    if critic is not None:
+        changes = {"critic": critic, "ppo": tiny.recipe("ppo", base, data, tmp_path)["ppo"] | {"advantage": "rloo"}}
     whole = finish(write_recipe(stage, base, data, runs, tmp_path / "whole", **changes))
     path = write_recipe(stage, base, data, runs, tmp_path / "cut", **changes)
     run_apart(values_of(path), tmp_path, partial(killed, when), processes=1, code=-signal.SIGKILL)
@@ -162,6 +171,19 @@ def test_two_processes_train_the_other_stages(stage, base, data, runs, tmp_path)
     path = write_recipe(stage, base, data, runs, tmp_path / "two", train=half)
     run_apart(values_of(path), tmp_path)
     assert tiny.largest_difference(one, tmp_path / "two" / stage) <= 1e-5
+
+
+def test_two_processes_compare_the_same_answers(base, data, runs, tmp_path):
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+    ppo = tiny.recipe("ppo", base, data, tmp_path)["ppo"] | {"advantage": "rloo", "loss_norm": "sequence"}
+    one, two = (
+        write_recipe("ppo", base, data, runs, tmp_path / name, critic={"kind": "none"}, ppo=ppo)
+        for name in ("one", "two")
+    )
+    finish(one)
+    run_apart(values_of(two), tmp_path)
+    assert tiny.largest_difference(tmp_path / "one" / "ppo", tmp_path / "two" / "ppo") <= 1e-5
 
 
 def test_a_failing_stage_gives_its_code_and_line(base, data, tmp_path):

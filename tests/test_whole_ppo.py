@@ -228,12 +228,18 @@ class ByHand:
             "entropy": slowly.moments([row.entropies for row in rows])[0],
             "return_mean": gain,
             **({"value_mean": value, "explained_variance": explained} if self.has_critic else {}),
+            **self.of_groups([row.score for row in rows]),
             "response_length": sum(len(each) for each in answers) / len(rows),
             **self.weighed(answers),
             "eos_share": sum(each[-1] == END for each in answers) / len(rows),
             "empty_share": sum(each == (END,) for each in answers) / len(rows),
             "same_share": max(answers.count(each) for each in answers) / len(rows),
         }
+
+    def of_groups(self, scores: list[float]) -> dict[str, float]:
+        size = self.ppo.num_generations
+        groups = [scores[first : first + size] for first in range(0, len(scores), size)]
+        return {"frac_reward_zero_std": sum(len(set(each)) == 1 for each in groups) / len(groups)} if size > 1 else {}
 
     def weighed(self, answers: list[tuple[int, ...]]) -> dict[str, float]:
         tokens = [token for each in answers for token in each]

@@ -16,6 +16,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from align.artifact import finish
 from align.data import ending_message, load, unread
 from align.errors import BadInput, Diverged
@@ -35,7 +37,7 @@ from align.stages.learner import available
 from align.stages.order import row_order
 from align.stages.ppo_costs import cost_of_run, speeds
 from align.stages.ppo_roles import PromptRow, Roles, load_roles, make_learners, prompt_rows
-from align.stages.ppo_steps import Experience, Scored, assess, figures, importance_cap, improve, sample_and_score
+from align.stages.ppo_steps import Scored, assess, figures, importance_cap, improve, penalties, sample_and_score
 from align.stages.running import running
 from align.stages.unseen import Seen, seen_prompts
 from align.track import Tracker
@@ -186,7 +188,7 @@ def _iterate(this: _Run, iteration: int) -> dict[str, Any]:
     )
     progress["step"] = iteration
     if ppo.eval_steps and not this.held_out and (iteration % ppo.eval_steps == 0 or iteration == ppo.num_iterations):
-        _show_samples(this, scored, experience, iteration)
+        _show_samples(this, scored, experience.kl, iteration)
     return with_logged(found | update | speeds(scored, phases, ppo), scored.logged)
 
 
@@ -204,10 +206,10 @@ def _evaluate(this: _Run, iteration: int) -> dict[str, float]:
         stream=EVALUATE,
         step=0,
     )
-    experience = assess(scored, this.progress["kl_coef"], settings.ppo, None)
-    _show_samples(this, scored, experience, iteration)
-    score = float(experience.scores.mean())  # with the penalty for no end
-    kl, error = mean_and_error([moments(experience.kl.sum(1))])
+    penalised, divergences = penalties(scored, settings.ppo)
+    _show_samples(this, scored, divergences, iteration)
+    score = float(penalised.mean())
+    kl, error = mean_and_error([moments(divergences.sum(1))])
     if settings.ppo.kl_budget is not None:
         best_policy.keep(
             settings,
@@ -231,7 +233,7 @@ def _evaluate(this: _Run, iteration: int) -> dict[str, float]:
     return with_logged(found, {f"eval_{name}": value for name, value in scored.logged.items()})
 
 
-def _show_samples(this: _Run, scored: Scored, experience: Experience, iteration: int) -> None:
+def _show_samples(this: _Run, scored: Scored, kl: Tensor, iteration: int) -> None:
     count = this.settings.ppo.num_sample_rows
     if not this.worker.is_main or not count:
         return
@@ -241,7 +243,7 @@ def _show_samples(this: _Run, scored: Scored, experience: Experience, iteration:
             "prompt": scored.prompts[i].prompt.prompt,
             "response": scored.texts[i],
             "score": float(scored.scores[i]),
-            "kl": float(experience.kl[i].sum()),
+            "kl": float(kl[i].sum()),
         }
         | scored.extra[i]
         for i in range(min(count, len(scored.texts)))

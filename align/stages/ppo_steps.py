@@ -157,11 +157,16 @@ def sample_and_score(
     )
 
 
+def penalties(scored: Scored, ppo: Ppo) -> tuple[Tensor, Tensor]:
+    """Scores (B,) after the penalty for a missing end token, and each token's KL to the reference (B, R)."""
+    kl = kl_estimate(scored.logprobs, scored.reference_logprobs, estimator=ppo.kl_estimator)
+    return end_penalty(scored.scores, scored.rollouts.ended, ppo), kl.masked_fill(~scored.rollouts.response_mask, 0.0)
+
+
 def assess(scored: Scored, kl_coef: float, ppo: Ppo, importance_cap: float | None) -> Experience:
     """Rewards, advantages, returns and weights: pure maths on the whole batch."""
     mask = scored.rollouts.response_mask
-    kl = kl_estimate(scored.logprobs, scored.reference_logprobs, estimator=ppo.kl_estimator).masked_fill(~mask, 0.0)
-    scores = end_penalty(scored.scores, scored.rollouts.ended, ppo)
+    scores, kl = penalties(scored, ppo)
     rewards = token_rewards(scores, kl, mask, kl_coef=kl_coef)
     if ppo.whiten_rewards:
         rewards = whiten(rewards, mask, shift_mean=False)
@@ -399,10 +404,13 @@ def figures(scored: Scored, experience: Experience, kl_coef: float, importance_c
         weighed["importance_weight"] = float(masked_mean(experience.weights, mask))
         is_capped = scored.logprobs - scored.sampler_logprobs > math.log(importance_cap)
         weighed["importance_capped"] = float(masked_mean(is_capped.float(), mask))
-    of_critic = {}
+    of_critic, of_groups = {}, {}
     if experience.values is not None:
         of_critic["explained_variance"] = float(explained_variance(experience.values, experience.returns, mask))
         of_critic["value_mean"] = float(masked_mean(experience.values, mask))
+    if scored.group > 1:  # such a group says nothing of which answer is better; TRL's name
+        groups = scored.scores.reshape(-1, scored.group)
+        of_groups = {"frac_reward_zero_std": float((groups == groups[:, :1]).all(1).float().mean())}
     applied = {name: [score for score in part if not math.isnan(score)] for name, part in scored.parts.items()}
     return {
         "score": float(scored.scores.mean()),
@@ -415,6 +423,7 @@ def figures(scored: Scored, experience: Experience, kl_coef: float, importance_c
         "entropy": float(masked_mean(scored.entropies, mask)),
         "return_mean": float(masked_mean(experience.returns, mask)),
         **of_critic,
+        **of_groups,
         "response_length": float(scored.rollouts.lengths.float().mean()),
         "eos_share": float(scored.rollouts.ended.float().mean()),
         "empty_share": sum(not text.strip() for text in scored.texts) / len(scored.texts),

@@ -1,11 +1,13 @@
 """Rewards along a response and generalised advantage estimation."""
 
 import math
+import random
+from functools import partial
 
 import pytest
 import torch
 
-from align.maths.advantages import gae, token_rewards
+from align.maths.advantages import gae, grpo, rewards_to_go, rloo, token_rewards
 from align.maths.masking import length_mask, whiten
 from tests import oracles
 
@@ -157,3 +159,57 @@ def test_padding_columns_and_the_order_of_rows_change_nothing(seed):
     for a, b, c in zip(expected, wide, mixed, strict=True):
         assert torch.equal(a, b[:, :width]) and (b[:, width:] == 0).all()
         assert torch.equal(a[order], c)
+
+
+# ---- without a critic
+
+
+def test_answers_to_a_prompt_by_hand():
+    # two prompts of three answers each: the others' means are 5/2, 3/2, 2 and thrice 4, the deviations 1 and 0
+    returns = tensor([1.0, 3.0, 2.0, 4.0, 4.0, 4.0])
+    close(rloo(returns, 3), [1 - 2.5, 3 - 1.5, 2 - 2.0, 0.0, 0.0, 0.0])
+    close(grpo(returns, 3, scale="group"), [-1 / 1.0001, 1 / 1.0001, 0.0, 0.0, 0.0, 0.0])
+    close(grpo(returns, 3, scale="none"), [-1.0, 1.0, 0.0, 0.0, 0.0, 0.0])
+    deviation = math.sqrt((4 + 0 + 1 + 1 + 1 + 1) / 5)  # of 1, 3, 2, 4, 4, 4 around 3
+    close(grpo(returns, 3, scale="batch"), [-1 / (deviation + 1e-4), 1 / (deviation + 1e-4), 0.0, 0.0, 0.0, 0.0])
+
+
+COMPARED = {
+    "rloo": rloo,
+    **{f"grpo, {scale}": partial(grpo, scale=scale) for scale in ("group", "batch", "none")},
+}
+
+
+@pytest.mark.parametrize("name", COMPARED)
+@pytest.mark.parametrize("seed", SEEDS)
+def test_what_all_answers_to_a_prompt_have_in_common_says_nothing(seed, name):
+    rng, compare = random.Random(seed), COMPARED[name]
+    group = rng.randint(2, 5)
+    returns = tensor([rng.gauss(0.0, 1.0) for _ in range(3 * group)])
+    found = compare(returns, group)
+    close(found.reshape(3, group).sum(1), [0.0] * 3)
+    if name != "grpo, batch":
+        shift = tensor([rng.gauss(0.0, 5.0) for _ in range(3)]).repeat_interleave(group)
+        torch.testing.assert_close(compare(returns + shift, group), found, rtol=1e-9, atol=1e-9)
+    order = torch.tensor(rng.sample(range(group), group))
+    moved = returns.reshape(3, group)[:, order].reshape(-1)
+    torch.testing.assert_close(compare(moved, group), found.reshape(3, group)[:, order].reshape(-1))
+    prompts = torch.tensor(rng.sample(range(3), 3))
+    moved = returns.reshape(3, group)[prompts].reshape(-1)
+    torch.testing.assert_close(compare(moved, group), found.reshape(3, group)[prompts].reshape(-1))
+
+
+@pytest.mark.parametrize("group", [2, 4])
+def test_rloo_is_grpos_without_a_scale_but_for_a_factor(group):
+    returns = torch.randn(3 * group, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    close(rloo(returns, group), (grpo(returns, group, scale="none") * group / (group - 1)).tolist())
+
+
+@pytest.mark.parametrize("gamma", [1.0, 0.9])
+@pytest.mark.parametrize("seed", SEEDS)
+def test_rewards_to_go_are_the_returns_of_a_critic_that_says_nothing(seed, gamma):
+    _, rewards, _, lengths, mask = ragged(seed)
+    given = tensor(oracles.put_outside(rewards, lengths, GARBAGE))
+    nothing = [[0.0] * mask.shape[1] for _ in lengths]
+    expected, _ = oracles.gae(rewards, nothing, lengths, gamma, 1.0)
+    close(rewards_to_go(given, mask, gamma=gamma), expected)
