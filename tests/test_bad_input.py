@@ -360,7 +360,6 @@ MODELS = [
     ppo("gae without a critic", {"critic": {"kind": "none"}}, "`critic.kind: none`", "rloo, grpo or reinforce++"),
     ppo("rloo with a critic", {"ppo": {"advantage": "rloo", "num_generations": 2}}, "`ppo.advantage: rloo`", "critic: {kind: none}"),
     ppo("grpo of one answer", {"critic": {"kind": "none"}, "ppo": {"advantage": "grpo"}}, "`ppo.num_generations`", "2 or more"),
-    ppo("rloo, whitened", {"critic": {"kind": "none"}, "ppo": {"advantage": "rloo", "num_generations": 2, "whiten_advantages": True}}, "`ppo.whiten_advantages: true`", "of its own"),
     ppo("a scale of another", {"critic": {"kind": "none"}, "ppo": {"advantage": "reinforce++", "scale_rewards": "none"}}, "`ppo.scale_rewards`", "grpo's"),
     ppo("a warm-up of nothing", {"critic": {"kind": "none", "warmup_iterations": 1}, "ppo": {"advantage": "reinforce++"}}, "`critic.warmup_iterations`", "there is none"),
     ppo("a warm-up of the whole run", {"critic.warmup_iterations": 100000}, "`critic.warmup_iterations`", "num_iterations"),

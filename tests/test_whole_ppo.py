@@ -206,7 +206,7 @@ class ByHand:
                 if self.ppo.advantage == "rloo":
                     found.append(mine - sum(others) / len(others))
                     continue
-                spread = {"group": group, "batch": totals}.get(self.ppo.scale_rewards)
+                spread = {"group": group, "batch": totals}.get(self.ppo.scale_rewards or "group")
                 over = 1.0 if spread is None else statistics.stdev(spread) + 1e-4
                 found.append((mine - sum(group) / size) / over)
         return found

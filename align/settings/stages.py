@@ -132,7 +132,8 @@ class Ppo(Settings):
     gradient_checkpointing: bool = False
     # gae needs a critic, the others none: rloo and grpo compare the answers to a prompt, reinforce++ all of a batch
     advantage: Literal["gae", "rloo", "grpo", "reinforce++"] = "gae"
-    scale_rewards: Literal["group", "batch", "none"] = "group"  # whose deviation grpo divides by (none: Dr. GRPO)
+    # whose deviation grpo divides by (none: Dr. GRPO); null: the group's
+    scale_rewards: Literal["group", "batch", "none"] | None = None
     # what a token's policy loss counts: all alike, each answer alike (GRPO), or by `max_new_tokens` (Dr. GRPO)
     loss_norm: Literal["token", "sequence", "constant"] = "token"
     gamma: Fraction = 1.0
@@ -253,12 +254,7 @@ class PpoSettings(SamplingSettings):
                 f"`ppo.advantage: {ppo.advantage}` compares the answers to a prompt; set `ppo.num_generations` to 2 or "
                 "more, or take reinforce++"
             )
-        if ppo.advantage in others and ppo.whiten_advantages and "whiten_advantages" in ppo.model_fields_set:
-            raise ValueError(
-                f"`ppo.whiten_advantages: true` has no meaning with `ppo.advantage: {ppo.advantage}`, which has a "
-                "scale of its own"
-            )
-        if ppo.advantage != "grpo" and "scale_rewards" in ppo.model_fields_set:
+        if ppo.advantage != "grpo" and ppo.scale_rewards is not None:
             raise ValueError(f"`ppo.scale_rewards` has no meaning with `ppo.advantage: {ppo.advantage}`; it is grpo's")
 
     def parents(self) -> Parents:

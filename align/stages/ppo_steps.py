@@ -184,7 +184,9 @@ def _advantages(rewards: Tensor, scored: Scored, mask: Tensor, ppo: Ppo) -> tupl
     returns = rewards_to_go(rewards, mask, gamma=ppo.gamma)
     if ppo.advantage in ("rloo", "grpo"):  # of whole answers: the same for each token
         whole, group = rewards.sum(1), scored.group
-        of_rows = rloo(whole, group) if ppo.advantage == "rloo" else grpo(whole, group, scale=ppo.scale_rewards)
+        of_rows = (
+            rloo(whole, group) if ppo.advantage == "rloo" else grpo(whole, group, scale=ppo.scale_rewards or "group")
+        )
         return of_rows[:, None].expand_as(mask).masked_fill(~mask, 0.0), returns
     advantages = returns
     if scored.values is not None:
