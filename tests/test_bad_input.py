@@ -179,6 +179,9 @@ def edit(values: Any, path: list[str], value: Any) -> None:
         values[last] = value
 
 
+WITHOUT = {"critic": {"kind": "none"}}
+
+
 def sft(name: str, edits: dict[str, Any], *says: str, **more: Any) -> Case:
     return Case(name, "sft", edits, says, **more)
 
@@ -356,12 +359,17 @@ MODELS = [
     sft("template", {"model.chat_template": "chat.jinja"}, "`model.chat_template`: chat.jinja is not there", "Jinja"),
     sft("qlora without 4 bits", {"method": {"kind": "qlora"}}, "`method.kind: qlora`", "`model.load_in: nf4`", "auto"),
     ppo("a start for a head", {"critic": {"kind": "trunk", "from": "runs/reward"}}, "`critic.from`", "trunk"),
-    ppo("a start for no critic", {"critic": {"kind": "none", "from": "runs/reward"}}, "`critic.from`", "there is none"),
-    ppo("gae without a critic", {"critic": {"kind": "none"}}, "`critic.kind: none`", "rloo, grpo or reinforce++"),
+    ppo("gae without a critic", {"critic": {"kind": "none"}}, "`ppo.advantage: gae`", "rloo, grpo or reinforce++"),
     ppo("rloo with a critic", {"ppo": {"advantage": "rloo", "num_generations": 2}}, "`ppo.advantage: rloo`", "critic: {kind: none}"),
-    ppo("grpo of one answer", {"critic": {"kind": "none"}, "ppo": {"advantage": "grpo"}}, "`ppo.num_generations`", "2 or more"),
-    ppo("a scale of another", {"critic": {"kind": "none"}, "ppo": {"advantage": "reinforce++", "scale_rewards": "none"}}, "`ppo.scale_rewards`", "grpo's"),
-    ppo("a warm-up of nothing", {"critic": {"kind": "none", "warmup_iterations": 1}, "ppo": {"advantage": "reinforce++"}}, "`critic.warmup_iterations`", "there is none"),
+    ppo("grpo of one answer", WITHOUT | {"ppo": {"advantage": "grpo"}}, "`ppo.num_generations` is 1", "2 or more"),
+    *(
+        ppo(f"{key} without a critic", {"critic": {"kind": "none", key: value}, "ppo": {"advantage": "reinforce++"}}, f"`critic.{key}: {value}`", "leave it out")
+        for key, value in (("from", "runs/reward"), ("learning_rate", 0.001), ("warmup_iterations", 1))
+    ),
+    *(
+        ppo(f"{key} of another", WITHOUT | {"ppo": {"advantage": "rloo", "num_generations": 2, key: value}}, f"`ppo.{key}: {str(value).lower()}`", "leave it out")
+        for key, value in (("scale_rewards", "none"), ("whiten_rewards", True), ("gamma", 0.9))
+    ),
     ppo("a warm-up of the whole run", {"critic.warmup_iterations": 100000}, "`critic.warmup_iterations`", "num_iterations"),
     sft("freeze in float16", {"method": {"kind": "freeze"}, "model.load_in": "float16"}, "`method.kind: freeze`", "float32", "in float16"),
     sft("freeze in 16 bits", {"method": {"kind": "freeze"}, "model.load_in": "bfloat16"}, "`method.kind: freeze`", "float32", "lora"),

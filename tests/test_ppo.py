@@ -4,6 +4,7 @@ import json
 import math
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from peft import PeftModel
@@ -109,6 +110,18 @@ def test_options_train(base, data, runs, tmp_path, change):
     assert rows[-1]["grad_norm_policy"] > 0 and all(row["first_logratio"] < 1e-4 for row in rows[1:])
     if chosen.ppo.kl_target:
         assert rows[-1]["kl_coef"] != rows[1]["kl_coef"]
+
+
+def test_a_minibatch_that_says_nothing_ends_no_run(base, data, runs, tmp_path):
+    """All answers of all prompts but the last one score the same, and there is no KL to tell them apart."""
+    (tmp_path / "own.py").write_text("def last(completions, **_): return [0.0] * (len(completions) - 1) + [1.0]\n")
+    ppo = {"num_iterations": 1, "num_mini_batches": 4, "num_ppo_epochs": 1, "advantage": "grpo", "kl_coef": 0.0}
+    rewards, order = [{"use": f"{tmp_path}/own.py:last"}], np.random.default_rng([0, 3, 1, 0]).permutation(4)
+    assert order[0] != 3
+    changes = {"critic": {"kind": "none"}, "rewards": rewards, "ppo": ppo | {"missing_eos_penalty": None}}
+    tiny.run(settings(base, data, runs, tmp_path / "ppo", **changes))
+    row = read_metrics(tmp_path / "ppo")[1]
+    assert row["frac_reward_zero_std"] == 0.75 and row["grad_norm_policy"] > 0 and "value_loss" not in row
 
 
 def test_gradient_checkpointing_changes_nothing_and_no_adapter_drops(base, data, runs, finished, tmp_path):

@@ -189,26 +189,28 @@ class ByHand:
             )
             row.returns = [a + v for a, v in zip(row.advantages, row.values, strict=True)]
         if self.ppo.advantage in ("rloo", "grpo"):
-            for row, compared in zip(rows, self.compared([sum(own) for own in rewards]), strict=True):
+            for row, compared in zip(rows, self.compared(rows), strict=True):
                 row.advantages = [compared for _ in row.ids]
         elif self.ppo.whiten_advantages:
             for row, white in zip(rows, slowly.whitened([row.advantages for row in rows]), strict=True):
                 row.advantages = white
         return self.figures(rows)
 
-    def compared(self, totals: list[float]) -> list[float]:
+    def compared(self, rows: list[Answer]) -> list[float]:
         """What each answer got beyond the others to its prompt, which stand beside it."""
+        scores = [self.penalised(row) for row in rows]
+        costs = [-self.kl_coef * sum(row.divergences) for row in rows]
         size, found = self.ppo.num_generations, []
-        for first in range(0, len(totals), size):
-            group = totals[first : first + size]
-            for i, mine in enumerate(group):
-                others = [each for k, each in enumerate(group) if k != i]
-                if self.ppo.advantage == "rloo":
-                    found.append(mine - sum(others) / len(others))
-                    continue
-                spread = {"group": group, "batch": totals}.get(self.ppo.scale_rewards or "group")
-                over = 1.0 if spread is None else statistics.stdev(spread) + 1e-4
-                found.append((mine - sum(group) / size) / over)
+        for i in range(len(rows)):
+            group = [k for k in range(len(rows)) if k // size == i // size]
+            others = [scores[k] + costs[k] for k in group if k != i]
+            if self.ppo.advantage == "rloo":
+                found.append(scores[i] + costs[i] - sum(others) / len(others))
+                continue
+            spread = {"group": [scores[k] for k in group], "batch": scores}.get(self.ppo.scale_rewards)
+            over = 1.0 if spread is None else statistics.stdev(spread) + 1e-4
+            ahead, cheaper = (each[i] - sum(each[k] for k in group) / size for each in (scores, costs))
+            found.append(ahead / over + cheaper)
         return found
 
     def figures(self, rows: list[Answer]) -> dict[str, float]:
@@ -228,7 +230,7 @@ class ByHand:
             "entropy": slowly.moments([row.entropies for row in rows])[0],
             "return_mean": gain,
             **({"value_mean": value, "explained_variance": explained} if self.has_critic else {}),
-            **self.of_groups([row.score for row in rows]),
+            **self.of_groups([self.penalised(row) for row in rows]),
             "response_length": sum(len(each) for each in answers) / len(rows),
             **self.weighed(answers),
             "eos_share": sum(each[-1] == END for each in answers) / len(rows),
@@ -377,10 +379,10 @@ CASES: dict[str, dict[str, Any]] = {
         "sampling": {"temperature": 0.7},
         "ppo": {"num_mini_batches": 3, "num_ppo_epochs": 1, "whiten_rewards": True, "missing_eos_penalty": 0.0},
     },
-    "rloo": {"critic": NO_CRITIC, "ppo": {"advantage": "rloo", "num_generations": 3, "prompts_per_iteration": 2}},
-    "grpo": {"critic": NO_CRITIC, "ppo": {"advantage": "grpo", "loss_norm": "sequence", "num_generations": 3, "prompts_per_iteration": 2}},
+    "rloo": {"critic": NO_CRITIC, "ppo": {"advantage": "rloo", "gamma": 1.0, "num_generations": 3, "prompts_per_iteration": 2}},
+    "grpo": {"critic": NO_CRITIC, "ppo": {"advantage": "grpo", "gamma": 1.0, "loss_norm": "sequence", "num_generations": 3, "prompts_per_iteration": 2}},
     "grpo over the batch": {"critic": NO_CRITIC, "ppo": {"advantage": "grpo", "scale_rewards": "batch", "gamma": 1.0, "dual_clip": 1.1}},
-    "dr. grpo": {"critic": NO_CRITIC, "ppo": {"advantage": "grpo", "scale_rewards": "none", "loss_norm": "constant"}},
+    "dr. grpo": {"critic": NO_CRITIC, "sampling": {"sampler": "shifted.py:Shifted"}, "ppo": {"advantage": "grpo", "gamma": 1.0, "scale_rewards": "none", "loss_norm": "constant"}},
     "reinforce++": {"critic": NO_CRITIC, "ppo": {"advantage": "reinforce++", "num_generations": 1, "prompts_per_iteration": 6, "cliprange": 0.03}},
     "reinforce": {"critic": NO_CRITIC, "ppo": {"advantage": "reinforce++", "whiten_advantages": False, "whiten_rewards": True}},
     "another sampler": {"sampling": {"sampler": "shifted.py:Shifted"}, "ppo": {"importance_cap": 1.5, "dual_clip": 1.2}},

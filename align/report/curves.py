@@ -94,7 +94,8 @@ def ppo_curves(folder: Path) -> None:
     if evaluated:
         axes[1].plot(*_series(evaluated, "eval_score"), color=ACCENT, marker="o", markersize=3.5, linewidth=1.2)
     axes[2].plot(*_series(trained, "policy_loss"), color=INK, linewidth=1.2, label="policy")
-    axes[2].plot(*_series(trained, "value_loss"), color=ACCENT, linewidth=1.2, label="value")
+    if any("value_loss" in row for row in trained):
+        axes[2].plot(*_series(trained, "value_loss"), color=ACCENT, linewidth=1.2, label="value")
     axes[2].set_title("losses", loc="left", fontsize=10, color=INK)
     axes[2].set_xlabel("iteration", fontsize=8)
     axes[2].legend(frameon=False, fontsize=8)

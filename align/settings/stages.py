@@ -98,7 +98,7 @@ class Reference(Settings):
 
 class Critic(Settings):
     """The value function: a head on the policy's trunk, or an adapter of its own, as which `from` can only mean; none
-    where answers are judged by the others to the same prompt (`ppo.advantage`)."""
+    where answers are judged by others (`ppo.advantage`)."""
 
     kind: Literal["trunk", "adapter", "none"] = "trunk"
     path: Location | None = Field(default=None, alias="from")  # a reward run to start from; None: the policy's start
@@ -111,6 +111,9 @@ class Critic(Settings):
         if isinstance(values, dict) and "from" in values and "kind" not in values:
             return {"kind": "adapter", **values}
         return values
+
+
+COMPARED = ("rloo", "grpo")  # advantages that compare the answers to a prompt
 
 
 class Ppo(Settings):
@@ -132,18 +135,17 @@ class Ppo(Settings):
     gradient_checkpointing: bool = False
     # gae needs a critic, the others none: rloo and grpo compare the answers to a prompt, reinforce++ all of a batch
     advantage: Literal["gae", "rloo", "grpo", "reinforce++"] = "gae"
-    # whose deviation grpo divides by (none: Dr. GRPO); null: the group's
-    scale_rewards: Literal["group", "batch", "none"] | None = None
+    scale_rewards: Literal["group", "batch", "none"] = "group"  # whose deviation grpo divides by (none: Dr. GRPO)
     # what a token's policy loss counts: all alike, each answer alike (GRPO), or by `max_new_tokens` (Dr. GRPO)
     loss_norm: Literal["token", "sequence", "constant"] = "token"
     gamma: Fraction = 1.0
-    lam: Fraction = 0.95
+    lam: Fraction = 0.95  # gae's alone
     cliprange: Positive = 0.2
     dual_clip: Annotated[float, Field(gt=1.0)] | None = None
     # most that a token's probability under the policy over that under what drew it weighs its loss with; auto: 2 where
     # the two may differ (16 bits, 4 bits, a sampler of one's own), else, and with null, nothing is weighed
     importance_cap: Literal["auto"] | Annotated[float, Field(ge=1.0)] | None = "auto"
-    cliprange_value: Positive = 0.2
+    cliprange_value: Positive = 0.2  # a critic's, as the next
     vf_coef: NonNegative = 0.1
     whiten_rewards: bool = False
     whiten_advantages: bool = True  # with rloo and grpo never: they have a scale of their own
@@ -208,6 +210,7 @@ class PpoSettings(SamplingSettings):
         Curve("tokens an answer", "iteration", ("response_length", "eval_response_length")),
         Curve("losses", "iteration", ("policy_loss", "value_loss")),
         Curve("share of the ratio that was clipped", "iteration", ("clipfrac",)),
+        Curve("share of prompts whose answers all score the same", "iteration", ("frac_reward_zero_std",)),
     )
     policy: Policy = Policy()
     reference: Reference | None = None  # None: where the policy starts
@@ -227,9 +230,8 @@ class PpoSettings(SamplingSettings):
 
     @model_validator(mode="after")
     def _every_key_is_used(self) -> "PpoSettings":
-        if self.critic.kind != "adapter" and self.critic.path is not None:
-            why = "that head starts at zero" if self.critic.kind == "trunk" else "there is none"
-            raise ValueError(f"`critic.from` has no meaning with `critic.kind: {self.critic.kind}`: {why}")
+        if self.critic.kind == "trunk" and self.critic.path is not None:
+            raise ValueError("`critic.from` has no meaning with `critic.kind: trunk`: that head starts at zero")
         self._advantage_and_critic_agree()
         if self.critic.warmup_iterations >= self.ppo.num_iterations:
             raise ValueError(
@@ -238,24 +240,27 @@ class PpoSettings(SamplingSettings):
         return self
 
     def _advantage_and_critic_agree(self) -> None:
-        ppo, has_critic, others = self.ppo, self.critic.kind != "none", ("rloo", "grpo")
-        if ppo.advantage == "gae" and not has_critic:
+        critic, ppo, of = self.critic, self.ppo, f"`ppo.advantage: {self.ppo.advantage}`"
+        if (ppo.advantage == "gae") == (critic.kind == "none"):
+            with_critic = "is a critic's; take rloo, grpo or reinforce++, or leave `critic.kind: none` out"
+            without = "has no critic; write `critic: {kind: none}`, or leave it out for gae"
+            raise ValueError(f"{of} {with_critic if critic.kind == 'none' else without}")
+        useless = {
+            "critic.from": critic.kind == "none" and critic.path,
+            "critic.learning_rate": critic.kind == "none" and critic.learning_rate,
+            "critic.warmup_iterations": critic.kind == "none" and critic.warmup_iterations,
+            "ppo.scale_rewards": ppo.advantage != "grpo" and ppo.scale_rewards != "group" and ppo.scale_rewards,
+            "ppo.whiten_rewards": ppo.advantage in COMPARED and ppo.whiten_rewards,  # would pay for length
+            "ppo.gamma": ppo.advantage in COMPARED and ppo.gamma != 1.0 and ppo.gamma,
+        }
+        for key, value in useless.items():
+            if value:
+                raise ValueError(f"`{key}: {str(value).lower()}` has no meaning with {of}; leave it out")
+        if ppo.advantage in COMPARED and ppo.num_generations < 2:
             raise ValueError(
-                "`critic.kind: none`: `ppo.advantage: gae` is a critic's; take rloo, grpo or reinforce++, or a critic"
+                f"{of} compares the answers to a prompt, and `ppo.num_generations` is 1; set it to 2 or more, or take "
+                "reinforce++"
             )
-        if ppo.advantage != "gae" and has_critic:
-            raise ValueError(
-                f"`ppo.advantage: {ppo.advantage}` asks no critic: say so (`critic: {{kind: none}}`), or take gae"
-            )
-        if not has_critic and self.critic.warmup_iterations:
-            raise ValueError("`critic.warmup_iterations` has no meaning with `critic.kind: none`: there is none")
-        if ppo.advantage in others and ppo.num_generations < 2:
-            raise ValueError(
-                f"`ppo.advantage: {ppo.advantage}` compares the answers to a prompt; set `ppo.num_generations` to 2 or "
-                "more, or take reinforce++"
-            )
-        if ppo.advantage != "grpo" and ppo.scale_rewards is not None:
-            raise ValueError(f"`ppo.scale_rewards` has no meaning with `ppo.advantage: {ppo.advantage}`; it is grpo's")
 
     def parents(self) -> Parents:
         found: Parents = {}

@@ -41,7 +41,7 @@ class Guard(Settings):
     patience: Count = 3  # steps in a row; weights that explode are trouble at once
     max_weights: Annotated[float, Field(gt=1.0)] = 10.0  # norm of what is trained, in medians of the last 20 steps
     max_gradient: Annotated[float, Field(gt=1.0)] = 100.0  # the gradient's norm, likewise
-    max_loss: Annotated[float, Field(gt=1.0)] = 10.0  # the loss (PPO: the critic's), likewise
+    max_loss: Annotated[float, Field(gt=1.0)] = 10.0  # the loss (PPO: the critic's, if any), likewise
 
 
 class PpoGuard(Guard):

@@ -48,7 +48,9 @@ class Roles:
     @property
     def valuer(self) -> Role | None:
         """What says the values; None: nothing does."""
-        return self.critic or (self.policy if self.policy.head is not None else None)
+        if self.critic is not None:
+            return self.critic
+        return self.policy if self.policy.head is not None else None
 
     @property
     def trained(self) -> dict[str, Role]:

@@ -37,6 +37,7 @@ from align.rollout.reading import read_all
 from align.rollout.rollouts import Rollouts, answers_of, rollouts_of, tokens_of
 from align.rollout.sampler import Seeds
 from align.settings import Ppo, PpoSettings
+from align.settings.stages import COMPARED
 from align.stages.learner import Learner
 from align.stages.loss_scale import gathered
 from align.stages.ppo_roles import SHORTER, PromptRow, Roles
@@ -170,7 +171,7 @@ def assess(scored: Scored, kl_coef: float, ppo: Ppo, importance_cap: float | Non
     rewards = token_rewards(scores, kl, mask, kl_coef=kl_coef)
     if ppo.whiten_rewards:
         rewards = whiten(rewards, mask, shift_mean=False)
-    advantages, returns = _advantages(rewards, scored, mask, ppo)
+    advantages, returns = _advantages(scored, scores, kl, rewards, kl_coef, ppo)
     weights = mask.float()
     if importance_cap is not None:
         weights *= importance_weights(scored.logprobs, scored.sampler_logprobs, cap=importance_cap)
@@ -179,19 +180,24 @@ def assess(scored: Scored, kl_coef: float, ppo: Ppo, importance_cap: float | Non
     )
 
 
-def _advantages(rewards: Tensor, scored: Scored, mask: Tensor, ppo: Ppo) -> tuple[Tensor, Tensor]:
-    """Advantages and returns (B, R) of rewards (B, R); without a critic a return is what comes from there on."""
-    returns = rewards_to_go(rewards, mask, gamma=ppo.gamma)
-    if ppo.advantage in ("rloo", "grpo"):  # of whole answers: the same for each token
-        whole, group = rewards.sum(1), scored.group
-        of_rows = (
-            rloo(whole, group) if ppo.advantage == "rloo" else grpo(whole, group, scale=ppo.scale_rewards or "group")
-        )
-        return of_rows[:, None].expand_as(mask).masked_fill(~mask, 0.0), returns
-    advantages = returns
+def _advantages(
+    scored: Scored, scores: Tensor, kl: Tensor, rewards: Tensor, kl_coef: float, ppo: Ppo
+) -> tuple[Tensor, Tensor]:
+    """Advantages and returns (B, R), of scores (B,), and KL and rewards (B, R). Without a critic a return is what comes
+    from a token on; where answers are compared, all tokens of an answer have the same advantage."""
+    mask = scored.rollouts.response_mask
     if scored.values is not None:
         advantages, returns = gae(rewards, scored.values, mask, gamma=ppo.gamma, lam=ppo.lam)
-    return whiten(advantages, mask) if ppo.whiten_advantages else advantages, returns
+    else:
+        advantages = returns = rewards_to_go(rewards, mask, gamma=ppo.gamma)
+    if ppo.advantage not in COMPARED:
+        return whiten(advantages, mask) if ppo.whiten_advantages else advantages, returns
+    penalty = -kl_coef * kl.sum(1)
+    if ppo.advantage == "rloo":
+        compared = rloo(scores + penalty, scored.group)
+    else:  # the KL is not divided: where all answers score the same it would become as large as a score
+        compared = grpo(scores, scored.group, scale=ppo.scale_rewards) + grpo(penalty, scored.group, scale="none")
+    return compared[:, None].expand_as(mask).masked_fill(~mask, 0.0), returns
 
 
 def importance_cap(policy: Role, settings: PpoSettings) -> float | None:
@@ -247,7 +253,7 @@ def improve(
                     continue
                 numbers[f"learning_rate_{name}"] = learner.learning_rate
                 norm = numbers[f"grad_norm_{name}"] = learner.step()
-                if is_first and epoch == number == 0 and norm == 0.0 and bool((experience.advantages != 0).any()):
+                if is_first and epoch == number == 0 and norm == 0.0 and bool(experience.advantages[rows].any()):
                     raise RunFailed(
                         f"the {name}'s gradient is zero at the first step: nothing would be learnt; "
                         "check that its method leaves something to train"
@@ -276,16 +282,16 @@ def _minibatch(
         for role in trained:
             role.train()
 
-    def of_a_token(length: int) -> float:
+    def token_weight(length: int) -> float:
         """What the policy loss of each token of such an answer counts, of the minibatch's `num_tokens`."""
         if ppo.loss_norm == "token":
             return 1.0
-        of_an_answer = length if ppo.loss_norm == "sequence" else settings.sampling.max_new_tokens
-        return num_tokens / (len(rows) * of_an_answer)
+        per_answer = length if ppo.loss_norm == "sequence" else settings.sampling.max_new_tokens
+        return num_tokens / (len(rows) * per_answer)
 
     def work(part: Part, scale: float) -> tuple[dict[str, Tensor], float, float]:
-        divisor, of_part = max(num_tokens, 1) / scale, [mine[i] for i in part.rows]
-        summed, policy = _losses(roles, experience, part.trees, of_part, settings, divisor, of_a_token)
+        divisor, in_part = max(num_tokens, 1) / scale, [mine[i] for i in part.rows]
+        summed, policy = _losses(roles, experience, part.trees, in_part, settings, divisor, token_weight)
         return summed, float(policy.ratio_max), float(policy.max_abs_logratio)
 
     def undo() -> None:  # gradients begin with the minibatch: a pass that failed in the middle has left some
@@ -330,10 +336,10 @@ def _losses(
     rows: list[int],
     settings: PpoSettings,
     divisor: float,
-    of_a_token: Callable[[int], float],
+    token_weight: Callable[[int], float],
 ) -> tuple[dict[str, Tensor], PolicyLoss]:
     """Forward and backward of one pass, the losses divided by the minibatch's token count, or what of it is left by
-    their scale; the pass's sums. A token's policy loss counts `of_a_token(length of its answer)`."""
+    their scale; the pass's sums. A token's policy loss counts `token_weight(length of its answer)`."""
     ppo, device = settings.ppo, roles.policy.device
     lengths = [len(experience.rollouts.answers[row]) for row in rows]
 
@@ -342,7 +348,7 @@ def _losses(
         return torch.cat([tensor[row, :n] for row, n in zip(rows, lengths, strict=True)]).to(device)
 
     advantages = of_tokens(experience.advantages)
-    counted = torch.tensor([of_a_token(n) for n in lengths for _ in range(n)], device=device)
+    token_weights = torch.tensor([token_weight(n) for n in lengths for _ in range(n)], device=device)
     mask = torch.ones_like(advantages, dtype=torch.bool)
     layout = roles.policy.layout(trees)
     states = roles.policy.states(layout, layout.before)  # (N, H)
@@ -353,7 +359,7 @@ def _losses(
         mask,
         cliprange=ppo.cliprange,
         dual_clip=ppo.dual_clip,
-        weights=of_tokens(experience.weights) * counted,
+        weights=of_tokens(experience.weights) * token_weights,
     )
     if experience.values is None:
         (policy.loss / divisor).backward()
@@ -410,8 +416,8 @@ def figures(scored: Scored, experience: Experience, kl_coef: float, importance_c
     if experience.values is not None:
         of_critic["explained_variance"] = float(explained_variance(experience.values, experience.returns, mask))
         of_critic["value_mean"] = float(masked_mean(experience.values, mask))
-    if scored.group > 1:  # such a group says nothing of which answer is better; TRL's name
-        groups = scored.scores.reshape(-1, scored.group)
+    if scored.group > 1:  # their scores do not say which answer is better; TRL's name
+        groups = experience.scores.reshape(-1, scored.group)
         of_groups = {"frac_reward_zero_std": float((groups == groups[:, :1]).all(1).float().mean())}
     applied = {name: [score for score in part if not math.isnan(score)] for name, part in scored.parts.items()}
     return {
