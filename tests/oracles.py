@@ -152,23 +152,23 @@ def clip(x: float, low: float, high: float) -> float:
 
 
 def policy_token_loss(
-    new: float, old: float, advantage: float, cliprange: float, dual_clip: float | None = None
+    new: float, old: float, advantage: float, cliprange: float, dual_clip: float | None, high: float
 ) -> float:
     """-min(rho A, clip(rho) A), and for A < 0 the objective is at least c A   (Schulman 2017 eq. 7; Ye 2020 eq. 5)."""
     ratio = math.exp(new - old)
-    objective = min(ratio * advantage, clip(ratio, 1.0 - cliprange, 1.0 + cliprange) * advantage)
+    objective = min(ratio * advantage, clip(ratio, 1.0 - cliprange, 1.0 + high) * advantage)
     if dual_clip is not None and advantage < 0.0:
         objective = max(objective, dual_clip * advantage)
     return -objective
 
 
 def policy_token_gradient(
-    new: float, old: float, advantage: float, cliprange: float, dual_clip: float | None = None
+    new: float, old: float, advantage: float, cliprange: float, dual_clip: float | None, high: float
 ) -> float:
     """d loss / d new, by cases: -A rho where the plain term is the smaller objective, else 0."""
     ratio = math.exp(new - old)
     if advantage > 0.0:
-        return -advantage * ratio if ratio < 1.0 + cliprange else 0.0
+        return -advantage * ratio if ratio < 1.0 + high else 0.0
     if ratio <= 1.0 - cliprange:
         return 0.0
     if dual_clip is not None and ratio > dual_clip:
@@ -182,16 +182,17 @@ def ppo_policy(
     advantages: Rows,
     lengths: list[int],
     cliprange: float,
-    dual_clip: float | None = None,
+    dual_clip: float | None,
+    high: float,
 ) -> dict[str, float]:
     n, o, a = real(new, lengths), real(old, lengths), real(advantages, lengths)
     log_ratios = [x - y for x, y in zip(n, o, strict=True)]
     ratios = [math.exp(x) for x in log_ratios]
     return {
-        "loss": math.fsum(policy_token_loss(*x, cliprange, dual_clip) for x in zip(n, o, a, strict=True)),
+        "loss": math.fsum(policy_token_loss(*x, cliprange, dual_clip, high) for x in zip(n, o, a, strict=True)),
         # as the N+ code counts them: where the clipped term is the larger loss, not wherever the ratio is out of range
         "clipped": float(
-            sum(1 for r, x in zip(ratios, a, strict=True) if -x * clip(r, 1.0 - cliprange, 1.0 + cliprange) > -x * r)
+            sum(1 for r, x in zip(ratios, a, strict=True) if -x * clip(r, 1.0 - cliprange, 1.0 + high) > -x * r)
         ),
         # KL(behaviour || new) at tokens drawn from the behaviour policy
         "approx_kl": math.fsum(kl_estimate(y, x, "k3") for x, y in zip(n, o, strict=True)),

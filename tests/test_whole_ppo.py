@@ -260,7 +260,10 @@ class ByHand:
         now, values = slowly.logprobs(self.policy, row.prompt, row.ids, self.temperature), self.values(row)
         for t, a in enumerate(row.advantages):
             ratio = torch.exp(now[t] - row.behaviour[t])
-            free, held = -a * ratio, -a * torch.clamp(ratio, 1 - ppo.cliprange, 1 + ppo.cliprange)
+            free, held = (
+                -a * ratio,
+                -a * torch.clamp(ratio, 1 - ppo.cliprange, 1 + (ppo.cliprange_high or ppo.cliprange)),
+            )
             loss = torch.maximum(free, held)
             if ppo.dual_clip is not None and a < 0:
                 loss = torch.minimum(loss, zero - a * ppo.dual_clip)
@@ -383,7 +386,7 @@ CASES: dict[str, dict[str, Any]] = {
     "grpo": {"critic": NO_CRITIC, "ppo": {"advantage": "grpo", "gamma": 1.0, "loss_norm": "sequence", "num_generations": 3, "prompts_per_iteration": 2}},
     "grpo over the batch": {"critic": NO_CRITIC, "ppo": {"advantage": "grpo", "scale_rewards": "batch", "gamma": 1.0, "dual_clip": 1.1}},
     "dr. grpo": {"critic": NO_CRITIC, "sampling": {"sampler": "shifted.py:Shifted"}, "ppo": {"advantage": "grpo", "gamma": 1.0, "scale_rewards": "none", "loss_norm": "constant"}},
-    "reinforce++": {"critic": NO_CRITIC, "ppo": {"advantage": "reinforce++", "num_generations": 1, "prompts_per_iteration": 6, "cliprange": 0.03}},
+    "reinforce++": {"critic": NO_CRITIC, "ppo": {"advantage": "reinforce++", "num_generations": 1, "prompts_per_iteration": 6, "cliprange": 0.15, "cliprange_high": 0.5}},
     "reinforce": {"critic": NO_CRITIC, "ppo": {"advantage": "reinforce++", "whiten_advantages": False, "whiten_rewards": True}},
     "another sampler": {"sampling": {"sampler": "shifted.py:Shifted"}, "ppo": {"importance_cap": 1.5, "dual_clip": 1.2}},
     "our sampler, weighed": {"ppo": {"importance_cap": 1.0}},

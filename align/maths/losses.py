@@ -33,20 +33,23 @@ def ppo_policy_loss(
     mask: Tensor,
     *,
     cliprange: float,
+    cliprange_high: float | None = None,
     dual_clip: float | None = None,
     weights: Tensor | None = None,
 ) -> PolicyLoss:
     """Sum over the mask of w max(-A rho, -A clip(rho, 1 - eps, 1 + eps))   (Schulman et al. 2017, equation 7).
 
-    rho = exp(log p_new - log p_behaviour); all arguments (B, R). With `dual_clip` = c > 1 the loss of a token with
-    A < 0 is at most -A c (Ye et al. 2020). The weights w are `importance_weights`, without them 1. `approx_kl` sums k3
-    of behaviour to new, `clipped` counts the tokens where the clip raised the loss, so that they have no gradient.
-    Log-ratios are held within +-20: far outside the clip already, and exp() of more would overflow.
+    rho = exp(log p_new - log p_behaviour); all arguments (B, R). `cliprange_high` is the eps above 1, where that is
+    another (clip-higher: Yu et al. 2025, DAPO). With `dual_clip` = c > 1 the loss of a token with A < 0 is at most -A c
+    (Ye et al. 2020). The weights w are `importance_weights`, without them 1. `approx_kl` sums k3 of behaviour to new,
+    `clipped` counts the tokens where the clip raised the loss, so that they have no gradient. Log-ratios are held
+    within +-20: far outside the clip already, and exp() of more would overflow.
     """
     logratio = (logprobs - behaviour_logprobs).masked_fill(~mask, 0.0).clamp(-20.0, 20.0)
     advantages = advantages.masked_fill(~mask, 0.0)
     ratio = torch.exp(logratio)
-    plain, bounded = -advantages * ratio, -advantages * ratio.clamp(1.0 - cliprange, 1.0 + cliprange)
+    highest = 1.0 + (cliprange if cliprange_high is None else cliprange_high)
+    plain, bounded = -advantages * ratio, -advantages * ratio.clamp(1.0 - cliprange, highest)
     losses = torch.maximum(plain, bounded)
     if dual_clip is not None:
         losses = torch.where(advantages < 0, torch.minimum(losses, -advantages * dual_clip), losses)

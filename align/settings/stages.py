@@ -141,6 +141,7 @@ class Ppo(Settings):
     gamma: Fraction = 1.0
     lam: Fraction = 0.95  # gae's alone
     cliprange: Positive = 0.2
+    cliprange_high: Positive | None = None  # above 1, where it is another (DAPO's clip-higher: 0.28)
     dual_clip: Annotated[float, Field(gt=1.0)] | None = None
     # most that a token's probability under the policy over that under what drew it weighs its loss with; auto: 2 where
     # the two may differ (16 bits, 4 bits, a sampler of one's own), else, and with null, nothing is weighed

@@ -358,6 +358,7 @@ def _losses(
         advantages,
         mask,
         cliprange=ppo.cliprange,
+        cliprange_high=ppo.cliprange_high,
         dual_clip=ppo.dual_clip,
         weights=of_tokens(experience.weights) * token_weights,
     )

@@ -17,7 +17,7 @@ from tests import oracles
 
 SEEDS = range(10)
 GARBAGE = [math.nan, math.inf, -math.inf, 1e30]
-CLIPS = [(0.2, None), (0.2, 3.0), (0.05, 1.2)]
+CLIPS = [(0.2, None, None), (0.2, 3.0, None), (0.05, 1.2, None), (0.2, None, 0.5), (0.3, 2.0, 0.1)]
 
 
 def tensor(values) -> torch.Tensor:
@@ -118,14 +118,13 @@ def test_dual_clip_by_hand():
     close(plain.detach(), 2.0 + 3.5 + 5.0 - 1.2)
 
 
-@pytest.mark.parametrize("cliprange, dual_clip", CLIPS)
+@pytest.mark.parametrize("cliprange, dual_clip, high", CLIPS)
 @pytest.mark.parametrize("seed", SEEDS)
-def test_policy_loss_matches_the_oracle(seed, cliprange, dual_clip):
+def test_policy_loss_matches_the_oracle(seed, cliprange, dual_clip, high):
     new, old, advantages, lengths, mask = ragged(seed)
-    result = ppo_policy_loss(
-        tensor(new), tensor(old), tensor(advantages), mask, cliprange=cliprange, dual_clip=dual_clip
-    )
-    expected = oracles.ppo_policy(new, old, advantages, lengths, cliprange, dual_clip)
+    clips = {"cliprange": cliprange, "cliprange_high": high, "dual_clip": dual_clip}
+    result = ppo_policy_loss(tensor(new), tensor(old), tensor(advantages), mask, **clips)
+    expected = oracles.ppo_policy(new, old, advantages, lengths, cliprange, dual_clip, high or cliprange)
     assert numbers(result) == pytest.approx(expected, rel=1e-10, abs=1e-10)
 
 
@@ -139,15 +138,14 @@ def test_the_random_batches_meet_every_branch():
     assert len(seen) == 8
 
 
-@pytest.mark.parametrize("cliprange, dual_clip", CLIPS)
+@pytest.mark.parametrize("cliprange, dual_clip, high", CLIPS)
 @pytest.mark.parametrize("seed", SEEDS)
-def test_policy_gradient_matches_the_cases_and_finite_differences(seed, cliprange, dual_clip):
+def test_policy_gradient_matches_the_cases_and_finite_differences(seed, cliprange, dual_clip, high):
     new, old, advantages, lengths, mask = ragged(seed)
 
     def loss(logprobs):
-        return ppo_policy_loss(
-            logprobs, tensor(old), tensor(advantages), mask, cliprange=cliprange, dual_clip=dual_clip
-        ).loss
+        clips = {"cliprange": cliprange, "cliprange_high": high, "dual_clip": dual_clip}
+        return ppo_policy_loss(logprobs, tensor(old), tensor(advantages), mask, **clips).loss
 
     _, gradient = gradient_of(loss, new)
     for b, length in enumerate(lengths):
@@ -156,7 +154,7 @@ def test_policy_gradient_matches_the_cases_and_finite_differences(seed, cliprang
             if t >= length:
                 assert actual == 0.0
                 continue
-            token = old[b][t], advantages[b][t], cliprange, dual_clip
+            token = old[b][t], advantages[b][t], cliprange, dual_clip, high or cliprange
             assert actual == pytest.approx(oracles.policy_token_gradient(new[b][t], *token), rel=1e-10, abs=1e-10)
             step = 1e-6
             up = oracles.policy_token_loss(new[b][t] + step, *token)
