@@ -496,7 +496,7 @@ def test_runs_with_samples_and_parents(runs, base, data, tmp_path):
     assert_inert(page)
     assert {row["key"] for row in page.tables["Parents"]} == {"policy.from", "critic.from", "rewards[0].from"}
     assert len(page.tables["Iteration 4"]) == len(page.tables["Iteration 0"]) > 1
-    assert sum(tag == "svg" for tag, _ in page.tags) == 6
+    assert sum(tag == "svg" for tag, _ in page.tags) == 7
 
 
 def test_a_run_of_any_kind_with_hostile_words(tmp_path):
