@@ -367,8 +367,8 @@ MODELS = [
         for key, value in (("from", "runs/reward"), ("learning_rate", 0.001), ("warmup_iterations", 1))
     ),
     *(
-        ppo(f"{key} of another", WITHOUT | {"ppo": {"advantage": "rloo", "num_generations": 2, key: value}}, f"`ppo.{key}: {str(value).lower()}`", "leave it out")
-        for key, value in (("scale_rewards", "none"), ("whiten_rewards", True), ("gamma", 0.9))
+        ppo(f"{key} {value} of another", WITHOUT | {"ppo": {"advantage": "rloo", "num_generations": 2, key: value}}, f"`ppo.{key}: {str(value).lower()}`", "leave it out")
+        for key, value in (("scale_rewards", "none"), ("whiten_rewards", True), ("gamma", 0.9), ("gamma", 0.0))
     ),
     ppo("a warm-up of the whole run", {"critic.warmup_iterations": 100000}, "`critic.warmup_iterations`", "num_iterations"),
     sft("freeze in float16", {"method": {"kind": "freeze"}, "model.load_in": "float16"}, "`method.kind: freeze`", "float32", "in float16"),

@@ -246,16 +246,16 @@ class PpoSettings(SamplingSettings):
             with_critic = "is a critic's; take rloo, grpo or reinforce++, or leave `critic.kind: none` out"
             without = "has no critic; write `critic: {kind: none}`, or leave it out for gae"
             raise ValueError(f"{of} {with_critic if critic.kind == 'none' else without}")
-        useless = {
-            "critic.from": critic.kind == "none" and critic.path,
-            "critic.learning_rate": critic.kind == "none" and critic.learning_rate,
-            "critic.warmup_iterations": critic.kind == "none" and critic.warmup_iterations,
-            "ppo.scale_rewards": ppo.advantage != "grpo" and ppo.scale_rewards != "group" and ppo.scale_rewards,
-            "ppo.whiten_rewards": ppo.advantage in COMPARED and ppo.whiten_rewards,  # would pay for length
-            "ppo.gamma": ppo.advantage in COMPARED and ppo.gamma != 1.0 and ppo.gamma,
-        }
-        for key, value in useless.items():
-            if value:
+        has_none, is_compared = critic.kind == "none", ppo.advantage in COMPARED
+        for key, value, is_useless in (
+            ("critic.from", critic.path, has_none and critic.path is not None),
+            ("critic.learning_rate", critic.learning_rate, has_none and critic.learning_rate is not None),
+            ("critic.warmup_iterations", critic.warmup_iterations, has_none and critic.warmup_iterations > 0),
+            ("ppo.scale_rewards", ppo.scale_rewards, ppo.advantage != "grpo" and ppo.scale_rewards != "group"),
+            ("ppo.whiten_rewards", ppo.whiten_rewards, is_compared and ppo.whiten_rewards),  # would pay for length
+            ("ppo.gamma", ppo.gamma, is_compared and ppo.gamma != 1.0),
+        ):
+            if is_useless:
                 raise ValueError(f"`{key}: {str(value).lower()}` has no meaning with {of}; leave it out")
         if ppo.advantage in COMPARED and ppo.num_generations < 2:
             raise ValueError(
