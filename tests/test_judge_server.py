@@ -1,5 +1,6 @@
 """A judge behind a server, over a real socket: what it says, and all that it may do wrong."""
 
+import http.client
 import json
 import math
 import os
@@ -350,7 +351,7 @@ def speaking(speak):
 
     def serve(connection):
         with connection, suppress(OSError):
-            connection.recv(65536)
+            _read_whole_request(connection)
             speak(connection)
 
     def accept():
@@ -368,6 +369,13 @@ def speaking(speak):
         listener.close()
         for thread in (accepting, *threads):
             thread.join()
+
+
+def _read_whole_request(connection):
+    """What is left unread when a connection is closed resets it, and what was said before is lost."""
+    with connection.makefile("rb") as file:
+        headers = http.client.parse_headers(file) if file.readline() else {}
+        file.read(int(headers.get("Content-Length", 0)))
 
 
 def drips(start, piece=b"x"):
