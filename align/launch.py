@@ -4,7 +4,7 @@
 
 Every launched process carries the id of its launch in its environment. The chain of a signal is
 
-    SIGTERM -> run_stage -> launcher (a session of its own) -> worker or workers, each told once
+    SIGTERM -> run_stage -> launcher (a session of its own; the worker itself, where it is one) -> workers, each once
 
 and each of them asks the kernel for SIGTERM when its parent dies, so that kill -9 travels the same way.
 Only one machine is started here; for several, start this once on each with a config file for each.
@@ -15,6 +15,7 @@ import json
 import logging
 import math
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -235,9 +236,11 @@ def _plan_from_file(path: Path, num_processes: int | None = None) -> LaunchPlan:
             f"{path}: {kind} with {num_processes} processes starts only one; "
             f"use MULTI_GPU (on a CPU with use_cpu: true, as recipes/accelerate/ddp_cpu.yaml)"
         )
-    elif device == "cpu":
-        arguments.append("--cpu")  # accelerate overwrites ACCELERATE_USE_CPU here
     environment = {"ACCELERATE_USE_CPU": str(device == "cpu").lower()}
+    if kind != "MULTI_GPU" and device == "cpu":
+        arguments.append("--cpu")  # accelerate overwrites ACCELERATE_USE_CPU here
+        # what accelerate gives a single process, said before that process loads torch (see _become)
+        environment |= {"KMP_AFFINITY": "granularity=fine,compact,1,0", "KMP_BLOCKTIME": "1"}
     if "OMP_NUM_THREADS" not in os.environ:  # accelerate's own choice is often 1
         environment["OMP_NUM_THREADS"] = str(max(1, _num_cores() // here))
     if device == "cuda" and not ALLOCATOR & os.environ.keys():
@@ -385,41 +388,42 @@ def _wait(launcher: subprocess.Popen[bytes], launch_id: str, received: list[int]
         time.sleep(_LOOK_EVERY)
 
 
-class _Stopped(BaseException):
-    """A signal reached the launcher while it had no worker, or the one worker of its process group."""
-
-    def __init__(self, number: int) -> None:
-        super().__init__(number)
-        self.number = number
-
-
 def _launcher() -> None:
-    """Accelerate's launcher as run_stage starts it: outlives its workers, and is silent where they have spoken.
+    """Accelerate's launcher as run_stage starts it. A single worker is this process; several it outlives, silently.
 
-    On its own, a launcher of one process dies at SIGTERM and leaves its worker behind, and both kinds bury the
-    worker's last line under tracebacks of their own and turn its exit code into 1.
+    On its own it starts a second process for a single worker too, which loads torch again and is left behind when the
+    first dies; and both kinds bury the worker's last line under tracebacks and turn its exit code into 1.
     """
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        raise _Stopped(number)
-
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    die_with_parent(signal.SIGTERM, parent=int(os.environ[PARENT_PID]))
-    os.environ[PARENT_PID] = str(os.getpid())  # for the worker's own die_with_parent
+    parent = os.environ[PARENT_PID]
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_DFL)  # to end at once, until torch's launcher or the worker takes them
+    die_with_parent(signal.SIGTERM, parent=int(parent))
+    os.environ[PARENT_PID] = str(os.getpid())  # for the workers' own die_with_parent
     logging.disable(logging.ERROR)  # torch's own lines about a failed worker; in this process only
-    from accelerate.commands.launch import main  # seconds, in which a signal ends us at once: there is no worker yet
+    from accelerate.commands import launch  # seconds
+    from accelerate.utils.launch import prepare_simple_launcher_cmd_env
 
-    try:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, stop)  # torch's launcher puts its own in place when it starts workers
-        code = _accelerate(main)
-    except _Stopped as stopped:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, signal.SIG_IGN)
-        os.killpg(0, stopped.number)
-        _reap_children()
-        code = 128 + stopped.number
+    single: list[tuple[list[str], dict[str, str]]] = []
+    launch.simple_launcher = lambda arguments: single.append(prepare_simple_launcher_cmd_env(arguments))
+    code = _accelerate(launch.main)
+    if single:
+        logging.disable(logging.NOTSET)
+        command, environment = single[0]
+        _become(command, environment | {PARENT_PID: parent})
     sys.exit(code)
+
+
+def _become(command: list[str], environment: dict[str, str]) -> None:
+    """Goes on as `command`, which is [python, -m, module, arguments ...], in `environment`.
+
+    With what is loaded already, unless a variable has changed which torch reads as it is loaded.
+    """
+    changed = {name for name, value in environment.items() if os.environ.get(name) != value}
+    if not all(name.startswith("ACCELERATE_") or name == PARENT_PID for name in changed):
+        os.execve(command[0], command, environment)
+    os.environ.update(environment)
+    sys.argv = command[2:]
+    runpy.run_module(command[2], run_name="__main__", alter_sys=True)
 
 
 def _accelerate(main: Callable[[], None]) -> int:
@@ -433,10 +437,9 @@ def _accelerate(main: Callable[[], None]) -> int:
         return 0
     except SignalException as error:  # torch's launcher has passed it on and waited
         return 128 + int(error.sigval)
-    except subprocess.CalledProcessError as error:
-        code = error.returncode
     except ChildFailedError as error:
         code = _first_code(error)
+        return code if code >= 0 else 128 - code
     except ValueError as error:
         write_status(status_file, 2, f"accelerate refuses the config file of `launch`: {one_line(error)}")
         return 2
@@ -444,19 +447,9 @@ def _accelerate(main: Callable[[], None]) -> int:
         ending = ending_of(error)
         write_status(status_file, ending.code, f"accelerate's launcher failed: {ending.line}")
         return ending.code
-    return code if code >= 0 else 128 - code
 
 
 def _first_code(error: "ChildFailedError") -> int:
     """The exit code of the worker that failed first; of several at once, of one that was killed: the others lost it."""
     codes = [failure.exitcode for failure in error.failures.values()]
     return next((code for code in codes if code < 0), error.get_first_failure()[1].exitcode)
-
-
-def _reap_children() -> None:
-    """Wait until this process has no child left."""
-    while True:
-        try:
-            os.wait()
-        except ChildProcessError:
-            return

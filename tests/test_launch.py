@@ -61,7 +61,8 @@ def started(tmp_path: Path) -> Iterator[Any]:
         launch_id = launch_ids.pop()
         found = processes_of(launch_id)
         # the launcher and its workers: what "nothing is left" below is measured with does see them
-        assert len(found) == num_ranks + 1 and {fact["pid"] for fact in facts} < set(found)
+        workers = {fact["pid"] for fact in facts}
+        assert len(workers) == num_ranks and workers <= set(found) and len(found) == num_ranks + (num_ranks > 1)
         return process, launch_id
 
     yield start
@@ -188,14 +189,26 @@ def test_killing_us_takes_the_worker_down(started: Any, tmp_path: Path, name: st
     assert len(list(tmp_path.glob("*.saved"))) == num_ranks
 
 
-def test_killing_the_launcher_takes_the_worker_down(started: Any, tmp_path: Path) -> None:
-    process, launch_id = started("cpu", "save")
-    worker = until(tmp_path / "0.json")["pid"]
-    (launcher,) = set(processes_of(launch_id)) - {worker}
+def test_killing_the_launcher_takes_the_workers_down(started: Any, tmp_path: Path) -> None:
+    process, launch_id = started(str(CONFIGS / "ddp_cpu.yaml"), "save", num_ranks=2)
+    workers = {until(tmp_path / f"{rank}.json")["pid"] for rank in range(2)}
+    (launcher,) = set(processes_of(launch_id)) - workers
     os.kill(launcher, signal.SIGKILL)
     assert process.wait(timeout=30) == 1
-    assert (tmp_path / "0.saved").exists()
+    assert all((tmp_path / f"{rank}.saved").exists() for rank in range(2))
     assert processes_of(launch_id) == []
+
+
+@pytest.mark.parametrize("gpu_ids, loads_again", [("all", False), ("1", True)])
+def test_a_single_worker_is_the_launcher_itself(tmp_path: Path, gpu_ids: str, loads_again: bool) -> None:
+    """It loads its libraries a second time only where a variable says something else than as they were loaded."""
+    path = tmp_path / "config.yaml"
+    path.write_text(f"{{distributed_type: 'NO', use_cpu: true, num_processes: 1, gpu_ids: '{gpu_ids}'}}")
+    assert run_stage(plan(str(path)), ["group", str(tmp_path)], tmp_path / "status", module=WORKER) == Status(0, "")
+    facts = until(tmp_path / "0.json")
+    assert facts["came_with_torch"] is not loads_again and facts["pid"] == facts["session"]
+    assert facts["accelerate"] == "no" and facts["gpus"] == (gpu_ids if loads_again else None)
+    assert (facts["logging"], facts["handler"], facts["parent"]) == (0, signal.SIG_DFL, os.getpid())
 
 
 REFUSED = {

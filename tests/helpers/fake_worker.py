@@ -4,6 +4,7 @@ Each writes FOLDER/<rank>.json when it is ready, so that a test knows when to se
 """
 
 import json
+import logging
 import os
 import signal
 import sys
@@ -14,6 +15,7 @@ from typing import Any
 
 from align.processes import LAUNCH_ID, PARENT_PID, die_with_parent, write_status
 
+CAME_WITH_TORCH = "torch" in sys.modules
 RANK = int(os.environ.get("RANK", "0"))
 
 
@@ -41,6 +43,13 @@ def group(folder: Path) -> None:
         ranks=ranks,
         expected=[os.environ.get("ALIGN_EXPECTED_PROCESSES"), os.environ.get("ALIGN_EXPECTED_DEVICE")],
         threads=torch.get_num_threads(),
+        came_with_torch=CAME_WITH_TORCH,
+        session=os.getsid(0),
+        accelerate=os.environ.get("ACCELERATE_MIXED_PRECISION"),
+        gpus=os.environ.get("CUDA_VISIBLE_DEVICES"),
+        logging=logging.root.manager.disable,
+        handler=signal.getsignal(signal.SIGTERM),
+        parent=int(os.environ.get(PARENT_PID, "0")),
     )
     write_status(Path(os.environ["ALIGN_STATUS_FILE"]), 0, "") if "ALIGN_STATUS_FILE" in os.environ else None
     accelerator.end_training()
