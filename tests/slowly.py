@@ -221,6 +221,14 @@ def divergence(logratio: float, estimator: str) -> float:
     return {"k1": logratio, "k2": 0.5 * logratio**2, "k3": math.exp(-logratio) - 1 + logratio}[estimator]
 
 
+def divergence_loss(now: Tensor, behaviour: float, usual: float, estimator: str) -> Tensor:
+    """Of one token that `behaviour` drew: what has the gradient of the KL to `usual` in the mean."""
+    ratio, logratio = torch.exp(now - behaviour), now - usual
+    if estimator == "k2":
+        return ratio.detach() * 0.5 * logratio**2
+    return ratio * (logratio if estimator == "k1" else torch.exp(-logratio) - 1 + logratio)
+
+
 def moments(rows: Sequence[Sequence[float]]) -> tuple[float, float]:
     """Mean and variance over all tokens of all rows."""
     every = [x for row in rows for x in row]

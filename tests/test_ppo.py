@@ -124,6 +124,22 @@ def test_a_minibatch_that_says_nothing_ends_no_run(base, data, runs, tmp_path):
     assert row["frac_reward_zero_std"] == 0.75 and row["grad_norm_policy"] > 0 and "value_loss" not in row
 
 
+def test_answers_that_are_all_cut_off_teach_nothing_and_end_no_run(base, data, runs, tmp_path):
+    ppo = {"missing_eos": "mask", "num_iterations": 1, "weight_decay": 0.1}
+    tiny.run(settings(base, data, runs, tmp_path / "ppo", ppo=ppo, sampling={"max_new_tokens": 1}))
+    row = read_metrics(tmp_path / "ppo")[1]
+    assert (row["eos_share"], row["update_share"]) == (0.0, 0.0) and "policy_loss" not in row
+    assert tiny.largest_difference(runs / "sft", tmp_path / "ppo") == 0.0
+
+
+def test_a_step_that_is_not_taken_moves_the_rate_on(base, data, runs, tmp_path):
+    ppo = {"target_kl": 1e-6, "num_ppo_epochs": 4, "num_mini_batches": 1, "num_iterations": 2}
+    tiny.run(settings(base, data, runs, tmp_path / "ppo", ppo=ppo))
+    rows = read_metrics(tmp_path / "ppo")[1:]
+    assert [row["update_share"] for row in rows] == [0.25, 0.25]
+    assert [row[f"learning_rate_{name}"] for row in rows for name in ("policy", "critic")] == [1e-3, 1e-3, 5e-4, 5e-4]
+
+
 def test_gradient_checkpointing_changes_nothing_and_no_adapter_drops(base, data, runs, finished, tmp_path):
     tiny.run(settings(base, data, runs, tmp_path / "ppo", ppo={"gradient_checkpointing": True}))
     assert tiny.largest_difference(finished, tmp_path / "ppo") <= TOLERANCE
@@ -308,6 +324,7 @@ def test_end_penalties():
     assert end_penalty(scores, ended, Ppo()).tolist() == [2.0, -1.0]
     assert end_penalty(scores, ended, Ppo(missing_eos="subtract", missing_eos_penalty=0.5)).tolist() == [2.0, 1.5]
     assert end_penalty(scores, ended, Ppo(missing_eos_penalty=None)).tolist() == [2.0, 2.0]
+    assert end_penalty(scores, ended, Ppo(missing_eos="mask")).tolist() == [2.0, 2.0]
 
 
 @pytest.mark.parametrize("score", [-3.0, -1.0, -0.5, 0.0, 2.0])

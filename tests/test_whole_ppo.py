@@ -57,6 +57,7 @@ class Answer:
     learned: float = 0.0
     score: float = 0.0
     behaviour: list[float] = field(default_factory=list)  # log-probabilities
+    usual: list[float] = field(default_factory=list)  # the reference's
     entropies: list[float] = field(default_factory=list)
     divergences: list[float] = field(default_factory=list)
     values: list[float] = field(default_factory=list)
@@ -83,7 +84,8 @@ class ByHand:
         self.judge = [*(slowly.trained(self.critic) if self.critic is not self.policy else []), *self.head]
         rules = {"epsilon": self.ppo.adam_epsilon, "decay": self.ppo.weight_decay}
         self.adams = slowly.Adam(self.actor, **rules), slowly.Adam(self.judge, **rules)
-        self.kl_coef, self.iterations = self.ppo.kl_coef, 0
+        self.kl_coef, self.iterations, self.taken = self.ppo.kl_coef, 0, {"policy": 0, "critic": 0}
+        self.in_reward = self.ppo.kl_in == "reward"
 
     def parted(self, given: list[slowly.Given]) -> tuple[list[slowly.Given], list[slowly.Given]]:
         """The policy's steps and the critic's, which ends in a head of one row and one bias."""
@@ -142,9 +144,12 @@ class ByHand:
     def penalised(self, row: Answer) -> float:
         """After an answer without an end, the score or minus the penalty, whichever is less; or their difference."""
         penalty = self.ppo.missing_eos_penalty
-        if penalty is None or row.ids[-1] == END:
+        if penalty is None or row.ids[-1] == END or self.ppo.missing_eos == "mask":
             return row.score
         return min(row.score, -penalty) if self.ppo.missing_eos == "replace" else row.score - penalty
+
+    def teaches(self, row: Answer) -> bool:
+        return self.ppo.missing_eos != "mask" or row.ids[-1] == END
 
     @property
     def cap(self) -> float | None:
@@ -163,12 +168,12 @@ class ByHand:
 
     def read(self, row: Answer) -> None:
         whole = slowly.distributions(self.policy, row.prompt, row.ids, self.temperature)
-        usual = slowly.logprobs(self.reference, row.prompt, row.ids, self.temperature)
+        row.usual = [float(x) for x in slowly.logprobs(self.reference, row.prompt, row.ids, self.temperature)]
         row.behaviour = [float(each[token]) for each, token in zip(whole, row.ids, strict=True)]
         row.entropies = [float(-(each.exp() * each).sum()) for each in whole]
         row.divergences = [
-            slowly.divergence(mine - float(theirs), self.ppo.kl_estimator)
-            for mine, theirs in zip(row.behaviour, usual, strict=True)
+            slowly.divergence(mine - theirs, self.ppo.kl_estimator)
+            for mine, theirs in zip(row.behaviour, row.usual, strict=True)
         ]
         row.values = [float(each) for each in self.values(row)]
 
@@ -179,10 +184,12 @@ class ByHand:
         for row in rows:
             self.scored(row)
             self.read(row)
-            rewards.append([-self.kl_coef * each for each in row.divergences])
+            rewards.append([-self.kl_coef * each * self.in_reward for each in row.divergences])
             rewards[-1][-1] += self.penalised(row)
+        taught = [i for i, row in enumerate(rows) if self.teaches(row)]
         if self.ppo.whiten_rewards:  # in scale alone: what an answer is worth stays above or below nothing
-            rewards = slowly.whitened(rewards, keep_mean=True)
+            for i, white in zip(taught, slowly.whitened([rewards[i] for i in taught], keep_mean=True), strict=True):
+                rewards[i] = white
         for row, own in zip(rows, rewards, strict=True):
             row.advantages = slowly.advantages(
                 own, row.values, self.ppo.gamma, self.ppo.lam if self.has_critic else 1.0
@@ -192,14 +199,14 @@ class ByHand:
             for row, compared in zip(rows, self.compared(rows), strict=True):
                 row.advantages = [compared for _ in row.ids]
         elif self.ppo.whiten_advantages:
-            for row, white in zip(rows, slowly.whitened([row.advantages for row in rows]), strict=True):
-                row.advantages = white
+            for i, white in zip(taught, slowly.whitened([rows[i].advantages for i in taught]), strict=True):
+                rows[i].advantages = white
         return self.figures(rows)
 
     def compared(self, rows: list[Answer]) -> list[float]:
         """What each answer got beyond the others to its prompt, which stand beside it."""
         scores = [self.penalised(row) for row in rows]
-        costs = [-self.kl_coef * sum(row.divergences) for row in rows]
+        costs = [-self.kl_coef * sum(row.divergences) * self.in_reward for row in rows]
         size, found = self.ppo.num_generations, []
         for i in range(len(rows)):
             group = [k for k in range(len(rows)) if k // size == i // size]
@@ -215,9 +222,12 @@ class ByHand:
 
     def figures(self, rows: list[Answer]) -> dict[str, float]:
         score, spread = slowly.moments([[row.score] for row in rows])
-        value, _ = slowly.moments([row.values for row in rows])
-        gain, variance = slowly.moments([row.returns for row in rows])
-        _, unexplained = slowly.moments([[r - v for r, v in zip(row.returns, row.values, strict=True)] for row in rows])
+        taught = [row for row in rows if self.teaches(row)]
+        value, _ = slowly.moments([row.values for row in taught])
+        gain, variance = slowly.moments([row.returns for row in taught])
+        _, unexplained = slowly.moments(
+            [[r - v for r, v in zip(row.returns, row.values, strict=True)] for row in taught]
+        )
         explained = 1 - unexplained / variance if any(any(row.values) for row in rows) else 0.0
         answers = [tuple(row.ids) for row in rows]
         return {
@@ -257,7 +267,10 @@ class ByHand:
         ppo, zero = self.ppo, torch.zeros((), dtype=torch.double)
         names = ("ratio", "approx_kl", "clipfrac", *(["clipfrac_value"] if self.has_critic else []))
         policy, value, seen = zero, zero, {name: [] for name in names}
-        now, values = slowly.logprobs(self.policy, row.prompt, row.ids, self.temperature), self.values(row)
+        if not self.teaches(row):
+            return zero * sum(each.sum() for each in self.actor), zero, seen
+        whole, values = slowly.distributions(self.policy, row.prompt, row.ids, self.temperature), self.values(row)
+        now = [each[token] for each, token in zip(whole, row.ids, strict=True)]
         for t, a in enumerate(row.advantages):
             ratio = torch.exp(now[t] - row.behaviour[t])
             free, held = (
@@ -267,7 +280,14 @@ class ByHand:
             loss = torch.maximum(free, held)
             if ppo.dual_clip is not None and a < 0:
                 loss = torch.minimum(loss, zero - a * ppo.dual_clip)
+            if not self.in_reward:
+                loss = loss + self.kl_coef * slowly.divergence_loss(
+                    now[t], row.behaviour[t], row.usual[t], ppo.kl_estimator
+                )
             loss = loss * self.weight(row.ids[t])
+            if ppo.entropy_coef:
+                assert ppo.loss_norm == "token"
+                loss = loss + ppo.entropy_coef * (whole[t].exp() * whole[t]).sum()
             near = row.values[t] + torch.clamp(values[t] - row.values[t], -ppo.cliprange_value, ppo.cliprange_value)
             plain, bounded = (values[t] - row.returns[t]) ** 2, (near - row.returns[t]) ** 2
             policy, value = policy + loss, value + 0.5 * torch.maximum(plain, bounded)
@@ -283,9 +303,10 @@ class ByHand:
             left = set(range(len(rows)))
             for _ in range(self.ppo.num_mini_batches):
                 number = len(steps) + self.iterations * self.ppo.num_ppo_epochs * self.ppo.num_mini_batches
-                chosen, figure = self.step(rows, number, size, left)
+                chosen, figure = self.step(rows, number, size, left) if all(steps) else ((), {})
                 left -= set(chosen)
                 steps.append(figure)
+        every, steps = len(steps), [step for step in steps if step]
         sequence_kl = sum(sum(row.divergences) for row in rows) / len(rows)
         if self.ppo.kl_target is not None:  # Ziegler et al. 2019
             error = max(-0.2, min(0.2, sequence_kl / self.ppo.kl_target - 1))
@@ -293,21 +314,27 @@ class ByHand:
         self.iterations += 1
         names = {name: [step[name] for step in steps if name in step] for step in steps for name in step}
         said = {name: max(x) if name == "ratio_max" else sum(x) / len(x) for name, x in names.items()}
-        return said | {"weight_norm": slowly.norm([*self.actor, *self.judge])}
+        return said | {"update_share": len(steps) / every, "weight_norm": slowly.norm([*self.actor, *self.judge])}
 
     def step(
         self, rows: list[Answer], number: int, size: int, left: set[int]
     ) -> tuple[tuple[int, ...], dict[str, float]]:
         found = [self.losses(row) for row in rows]
-        lengths, most = [len(row.ids) for row in rows], self.settings.sampling.max_new_tokens
+        lengths = [len(row.ids) if self.teaches(row) else 0 for row in rows]
+        most = self.settings.sampling.max_new_tokens
         counts = {"token": lengths, "sequence": [1] * len(rows), "constant": [most] * len(rows)}[self.ppo.loss_norm]
-        losses = [p / n if self.ppo.loss_norm == "sequence" else p for (p, _, _), n in zip(found, lengths, strict=True)]
+        by_answer = self.ppo.loss_norm == "sequence"
+        losses = [p / n if by_answer and n else p for (p, _, _), n in zip(found, lengths, strict=True)]
         sums = [
             slowly.gradients_of(p + self.ppo.vf_coef * v, [*self.actor, *self.judge])
             for p, (_, v, _) in zip(losses, found, strict=True)
         ]
+        if self.ppo.target_kl is not None and size == len(rows):
+            seen = [x for _, _, each in found for x in each["approx_kl"]]
+            if sum(seen) / len(seen) > 1.5 * self.ppo.target_kl:
+                return (), {}
         candidates = itertools.combinations(sorted(left), size)
-        chosen = slowly.rows_of(candidates, counts, self.ppo.max_grad_norm, *self.seen_by_optimisers(sums, number))
+        chosen = slowly.rows_of(candidates, counts, self.ppo.max_grad_norm, *self.seen_by_optimisers(sums))
         tokens, count = sum(lengths[i] for i in chosen), sum(counts[i] for i in chosen)
         seen = {name: [x for i in chosen for x in found[i][2][name]] for name in found[0][2]}
         figure = {name: sum(each) / tokens for name, each in seen.items() if name != "ratio"}
@@ -319,20 +346,20 @@ class ByHand:
         for name, part, adam, rate in self.sides(mean, number):
             figure |= {f"learning_rate_{name}": rate, f"grad_norm_{name}": slowly.norm(part)}
             adam.step(slowly.clipped(part, self.ppo.max_grad_norm), rate)
+            self.taken[name] += 1
         return chosen, figure
 
-    def seen_by_optimisers(self, sums: list[list[Tensor]], number: int) -> Any:
+    def seen_by_optimisers(self, sums: list[list[Tensor]]) -> Any:
         """The gradient that each was given at a step, and the rows' own for it; the policy's waits for the warm-up."""
-        each, idle = self.ppo.num_ppo_epochs * self.ppo.num_mini_batches, self.settings.critic.warmup_iterations
         if self.has_critic:
-            yield self.steps_of_judge[number].gradients, [own[len(self.actor) :] for own in sums]
-        if self.iterations >= idle:
-            yield self.steps_of_actor[number - idle * each].gradients, [own[: len(self.actor)] for own in sums]
+            yield self.steps_of_judge[self.taken["critic"]].gradients, [own[len(self.actor) :] for own in sums]
+        if self.iterations >= self.settings.critic.warmup_iterations:
+            yield self.steps_of_actor[self.taken["policy"]].gradients, [own[: len(self.actor)] for own in sums]
 
     def sides(self, gradients: list[Tensor], number: int) -> Any:
         """Who steps, with which gradients and at which rate: the critic alone while it warms up.
 
-        Each rate falls to nothing over the steps of its own optimiser.
+        Each rate rises over its share of the steps of its own optimiser, and then falls to nothing.
         """
         each, waits = self.ppo.num_ppo_epochs * self.ppo.num_mini_batches, self.settings.critic.warmup_iterations
         parts = {"policy": (gradients[: len(self.actor)], waits), "critic": (gradients[len(self.actor) :], 0)}
@@ -342,8 +369,10 @@ class ByHand:
         }
         for (name, (part, idle)), adam in zip(parts.items(), self.adams, strict=True):
             if self.iterations >= idle and part:
-                gone = (number - idle * each) / ((self.ppo.num_iterations - idle) * each)
-                yield name, part, adam, rates[name] * (1 - gone if self.ppo.lr_scheduler_type == "linear" else 1)
+                steps, at = (self.ppo.num_iterations - idle) * each, number - idle * each
+                rises = math.ceil(self.ppo.warmup_ratio * steps)
+                share = (steps - at) / (steps - rises) if self.ppo.lr_scheduler_type == "linear" else 1
+                yield name, part, adam, rates[name] * (at / rises if at < rises else share)
 
 
 @pytest.fixture(scope="module")
@@ -388,6 +417,13 @@ CASES: dict[str, dict[str, Any]] = {
     "dr. grpo": {"critic": NO_CRITIC, "sampling": {"sampler": "shifted.py:Shifted"}, "ppo": {"advantage": "grpo", "gamma": 1.0, "scale_rewards": "none", "loss_norm": "constant"}},
     "reinforce++": {"critic": NO_CRITIC, "ppo": {"advantage": "reinforce++", "num_generations": 1, "prompts_per_iteration": 6, "cliprange": 0.15, "cliprange_high": 0.5}},
     "reinforce": {"critic": NO_CRITIC, "ppo": {"advantage": "reinforce++", "whiten_advantages": False, "whiten_rewards": True}},
+    "the KL in the loss": {"ppo": {"kl_in": "loss", "kl_coef": 0.3, "warmup_ratio": 0.5, "learning_rate": 2e-2}},
+    "a held KL in the loss": {"ppo": {"kl_in": "loss", "kl_estimator": "k2", "kl_coef": 0.3, "entropy_coef": 0.1, "warmup_ratio": 0.3, "lr_scheduler_type": "constant"}},
+    "grpo, the KL in the loss": {"critic": NO_CRITIC, "sampling": {"sampler": "shifted.py:Shifted"},
+                                 "ppo": {"advantage": "grpo", "gamma": 1.0, "kl_in": "loss", "kl_estimator": "k3", "kl_coef": 0.3, "loss_norm": "sequence", "missing_eos": "mask", "num_mini_batches": 1}},
+    "what is cut off teaches nothing": {"ppo": {"missing_eos": "mask", "whiten_rewards": True, "entropy_coef": 0.02, "num_mini_batches": 1}},
+    "no further than": {"critic": {"kind": "adapter"},
+                        "ppo": {"target_kl": 0.01, "num_ppo_epochs": 4, "num_mini_batches": 1, "num_iterations": 3, "learning_rate": 2e-2}},
     "another sampler": {"sampling": {"sampler": "shifted.py:Shifted"}, "ppo": {"importance_cap": 1.5, "dual_clip": 1.2}},
     "our sampler, weighed": {"ppo": {"importance_cap": 1.0}},
     "another sampler as it comes": {"sampling": {"sampler": "shifted.py:Shifted"}},
@@ -443,6 +479,8 @@ def test_iterations_are_those_done_by_hand(case, parents, tmp_path, monkeypatch)
         slowly.same(line, hand.assess(rows))
         slowly.same(line, hand.improve(rows))
         assert 0 <= line["first_logratio"] < 1e-4
+        assert settings.ppo.missing_eos != "mask" or {row.ids[-1] == END for row in rows} == {True, False}
+    assert settings.ppo.target_kl is None or min(line["update_share"] for line in lines) < 1
     saved = slowly.causal(parents / "base", settings.output)
     assert slowly.distance(hand.actor, slowly.trained(saved)) < 2e-5
 

@@ -10,20 +10,32 @@ from torch.utils.checkpoint import checkpoint
 from align.maths.products import product, wide_product
 
 
-def token_logprobs(logits: Tensor, tokens: Tensor, *, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+def token_logprobs(
+    logits: Tensor, tokens: Tensor, *, temperature: float = 1.0, with_slope: bool = False
+) -> tuple[Tensor, Tensor]:
     """log p(token) and the entropy of p, where p = softmax(logits / temperature), in float32 or wider.
 
-    logits (..., V), tokens (...) -> two tensors (...); entropies in nats, without gradient.
+    logits (..., V), tokens (...) -> two tensors (...); entropies in nats, without gradient but `with_slope`.
     """
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
     logprobs = logits.log_softmax(-1)
-    with torch.no_grad():
-        entropy = torch.special.entr(logprobs.exp()).sum(-1)  # -p log p, 0 at p = 0
+    if with_slope:
+        finite = logprobs.clamp(min=torch.finfo(logprobs.dtype).min)  # of a token that cannot be drawn: 0, not NaN
+        entropy = -(finite.exp() * finite).sum(-1)
+    else:
+        with torch.no_grad():
+            entropy = torch.special.entr(logprobs.exp()).sum(-1)  # -p log p, 0 at p = 0
     return logprobs.gather(-1, tokens[..., None]).squeeze(-1), entropy
 
 
 def chunked_logprobs(
-    hidden: Tensor, head: Callable[[Tensor], Tensor], tokens: Tensor, *, temperature: float = 1.0, chunk: int = 1024
+    hidden: Tensor,
+    head: Callable[[Tensor], Tensor],
+    tokens: Tensor,
+    *,
+    temperature: float = 1.0,
+    chunk: int = 1024,
+    with_slope: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """As `token_logprobs` of `head(hidden)`, `chunk` positions at a time.
 
@@ -32,7 +44,7 @@ def chunked_logprobs(
     """
 
     def one(part: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
-        return token_logprobs(head(part), ids, temperature=temperature)
+        return token_logprobs(head(part), ids, temperature=temperature, with_slope=with_slope)
 
     return _in_chunks(one, hidden, tokens, chunk)
 

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from align.maths.kl import kl_estimate
 from align.maths.masking import masked_var
 
 
@@ -67,6 +68,31 @@ def ppo_policy_loss(
             abs_logratio=logratio.abs().sum(),
             max_abs_logratio=logratio.abs().max() if inside.numel() else inside.new_zeros(()),
         )
+
+
+def kl_loss(
+    logprobs: Tensor,
+    behaviour_logprobs: Tensor,
+    reference_logprobs: Tensor,
+    mask: Tensor,
+    *,
+    estimator: str,
+    weights: Tensor | None = None,
+) -> Tensor:
+    """Sum over the mask of w rho k, a loss whose gradient is that of KL(policy || reference): scalar, arguments (B, R).
+
+    rho = p_new / p_behaviour; k as in `kl_estimate`. A sample's k by itself has another gradient than the KL: that of
+    k1 is zero in the mean, and that of k3, which GRPO takes, is another divergence's (Tang & Munos 2025, "On a few
+    pitfalls in KL divergence gradient estimation for RL"). Weighed by rho, the means of k1 and k3 are the KL of the new
+    policy, so their gradients are its own (DeepSeek-AI 2025, "DeepSeek-V3.2"). The mean of k2 is not, but with rho held
+    its gradient, rho k1 grad log p, is. All of the KL of a token given those before it: what a token does to the KL of
+    later ones, as in a reward, is left out.
+    """
+    logprobs, reference_logprobs = logprobs.masked_fill(~mask, 0.0), reference_logprobs.masked_fill(~mask, 0.0)
+    logratio = (logprobs - behaviour_logprobs.masked_fill(~mask, 0.0)).clamp(-20.0, 20.0)
+    ratio = torch.exp(logratio.detach() if estimator == "k2" else logratio)
+    losses = ratio * kl_estimate(logprobs, reference_logprobs, estimator=estimator)
+    return (losses if weights is None else losses * weights.masked_fill(~mask, 0.0)).sum()
 
 
 def importance_weights(logprobs: Tensor, sampler_logprobs: Tensor, *, cap: float) -> Tensor:

@@ -152,9 +152,11 @@ class Role(nn.Module):
         """states (N, H), tokens (N,) -> log p(token) (N,) under softmax(logits / temperature), in float32."""
         return self.choices(states, tokens, temperature=temperature)[0]
 
-    def logprobs_and_entropies(self, states: Tensor, tokens: Tensor, *, temperature: float) -> tuple[Tensor, Tensor]:
-        """As `logprobs`, and the softmax's entropies in nats: (N,) each."""
-        return chunked_logprobs(states, self.logits, tokens, temperature=temperature, chunk=256)
+    def logprobs_and_entropies(
+        self, states: Tensor, tokens: Tensor, *, temperature: float, with_slope: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """As `logprobs`, and the softmax's entropies in nats, without gradient but `with_slope`: (N,) each."""
+        return chunked_logprobs(states, self.logits, tokens, temperature=temperature, chunk=256, with_slope=with_slope)
 
     def choices(self, states: Tensor, tokens: Tensor, *, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
         """As `logprobs`, and whether each token is the likeliest: (N,) bool."""

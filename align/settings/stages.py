@@ -129,6 +129,7 @@ class Ppo(Settings):
     learning_rate: Positive = 3e-5
     optim: Optimizer = "adamw_torch_fused"
     lr_scheduler_type: Literal["linear", "constant"] = "linear"
+    warmup_ratio: Fraction = 0.0  # of the steps, in which the rate rises
     adam_epsilon: Positive = 1e-5
     weight_decay: NonNegative = 0.0
     max_grad_norm: Positive = 1.0
@@ -143,6 +144,8 @@ class Ppo(Settings):
     cliprange: Positive = 0.2
     cliprange_high: Positive | None = None  # above 1, where it is another (DAPO's clip-higher: 0.28)
     dual_clip: Annotated[float, Field(gt=1.0)] | None = None
+    target_kl: Positive | None = None  # an iteration's updates end where `approx_kl` of a minibatch is 1.5 times this
+    entropy_coef: NonNegative = 0.0  # of the bonus for entropy (nats a token) in the policy's loss
     # most that a token's probability under the policy over that under what drew it weighs its loss with; auto: 2 where
     # the two may differ (16 bits, 4 bits, a sampler of one's own), else, and with null, nothing is weighed
     importance_cap: Literal["auto"] | Annotated[float, Field(ge=1.0)] | None = "auto"
@@ -151,12 +154,14 @@ class Ppo(Settings):
     whiten_rewards: bool = False
     whiten_advantages: bool = True  # with rloo and grpo never: they have a scale of their own
     kl_coef: NonNegative = 0.05
+    kl_in: Literal["reward", "loss"] = "reward"  # in the loss its gradient is that of the KL itself (maths/losses.py)
     kl_estimator: Literal["k1", "k2", "k3"] = "k1"
     kl_target: Positive | None = None  # adaptive coefficient towards this sequence KL (nats); None: fixed
     kl_horizon: Count = 10_000  # sequences
     kl_budget: Positive | None = None  # stop past this sequence KL, keep the best checkpoint under it
     missing_eos_penalty: float | None = 1.0  # None: no penalty
-    missing_eos: Literal["replace", "subtract"] = "replace"  # the score becomes -penalty at the most, or loses it
+    # an answer that was cut off: its score becomes -penalty at the most, or loses it; or nothing is learnt from it
+    missing_eos: Literal["replace", "subtract", "mask"] = "replace"
     ratio_tolerance: Positive | None = None  # of the first minibatch: max |log ratio|, in 16 bits its mean
     save_steps: Interval = 10
     eval_steps: Interval = 10

@@ -6,6 +6,7 @@ applied. Losses are divided beforehand by counts of the whole minibatch, so that
 """
 
 import math
+import warnings
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
@@ -81,6 +82,13 @@ class Learner:
         self.schedule.step()
         self.optimizer.zero_grad(set_to_none=True)
         return norm
+
+    def skip(self) -> None:
+        """A step that is not taken: the rate moves on as if it were."""
+        self.clear()
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step", UserWarning)  # the first one
+            self.schedule.step()
 
     def clear(self) -> None:
         """Drops the gradients gathered so far."""

@@ -1,5 +1,6 @@
 """The roles of a PPO run over one base, the prompts as they read them, and what trains them."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -150,6 +151,7 @@ def make_learners(roles: Roles, settings: PpoSettings, worker: Worker) -> dict[s
             learning_rate=rate,
             schedule=ppo.lr_scheduler_type,
             num_steps=max(1, iterations * steps),
+            num_warmup_steps=math.ceil(ppo.warmup_ratio * iterations * steps),
             max_grad_norm=ppo.max_grad_norm,
             weight_decay=ppo.weight_decay,
             epsilon=ppo.adam_epsilon,

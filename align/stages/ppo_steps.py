@@ -7,7 +7,7 @@ whole batch: advantages, whitening and all figures are plain maths on it, the sa
 import math
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -23,6 +23,7 @@ from align.maths.losses import (
     PolicyLoss,
     explained_variance,
     importance_weights,
+    kl_loss,
     ppo_policy_loss,
     ppo_value_loss,
 )
@@ -44,6 +45,7 @@ from align.stages.ppo_roles import SHORTER, PromptRow, Roles
 from align.stages.sums import Sums
 from align.worker import Worker
 
+TARGET_KL_MARGIN = 1.5  # as in OpenAI's Spinning Up, whose rule it is
 RATIO_TOLERANCE = 1e-3  # max |log ratio| of the first minibatch in float32: merged weights and caches round otherwise
 IMPORTANCE_CAP = 2.0  # of Yao et al. 2025
 # And its mean in 16 bits, where one token of thousands may be off by rounding alone: three and five times what it was
@@ -86,12 +88,15 @@ class Experience:
     group: int  # answers to each prompt, side by side
     rollouts: Rollouts
     logprobs: Tensor
+    reference_logprobs: Tensor
+    loss_kl_coef: float  # of the KL in the policy's loss; 0: it is in the rewards
     values: Tensor | None
     advantages: Tensor
     returns: Tensor
     kl: Tensor  # per token: one tensor for the penalty and for the log
     scores: Tensor  # (B,) after the penalty for a missing end token
     weights: Tensor  # of each token's policy loss: 1 where the policy itself has drawn
+    is_learnt: Tensor  # (B,) whether anything is learnt from the answer
 
 
 def sample_and_score(
@@ -168,36 +173,52 @@ def assess(scored: Scored, kl_coef: float, ppo: Ppo, importance_cap: float | Non
     """Rewards, advantages, returns and weights: pure maths on the whole batch."""
     mask = scored.rollouts.response_mask
     scores, kl = penalties(scored, ppo)
-    rewards = token_rewards(scores, kl, mask, kl_coef=kl_coef)
+    is_learnt = scored.rollouts.ended if ppo.missing_eos == "mask" else torch.ones_like(scored.rollouts.ended)
+    in_reward, in_loss = (kl_coef, 0.0) if ppo.kl_in == "reward" else (0.0, kl_coef)
+    rewards = token_rewards(scores, kl, mask, kl_coef=in_reward)
     if ppo.whiten_rewards:
-        rewards = whiten(rewards, mask, shift_mean=False)
-    advantages, returns = _advantages(scored, scores, kl, rewards, kl_coef, ppo)
+        rewards = whiten(rewards, mask & is_learnt[:, None], shift_mean=False)
+    advantages, returns = _advantages(scored, is_learnt, scores, kl, rewards, in_reward, ppo)
     weights = mask.float()
     if importance_cap is not None:
         weights *= importance_weights(scored.logprobs, scored.sampler_logprobs, cap=importance_cap)
     return Experience(
-        scored.group, scored.rollouts, scored.logprobs, scored.values, advantages, returns, kl, scores, weights
+        scored.group,
+        scored.rollouts,
+        scored.logprobs,
+        scored.reference_logprobs,
+        in_loss,
+        scored.values,
+        advantages,
+        returns,
+        kl,
+        scores,
+        weights,
+        is_learnt,
     )
 
 
 def _advantages(
-    scored: Scored, scores: Tensor, kl: Tensor, rewards: Tensor, kl_coef: float, ppo: Ppo
+    scored: Scored, is_learnt: Tensor, scores: Tensor, kl: Tensor, rewards: Tensor, kl_coef: float, ppo: Ppo
 ) -> tuple[Tensor, Tensor]:
     """Advantages and returns (B, R), of scores (B,), and KL and rewards (B, R). Without a critic a return is what comes
-    from a token on; where answers are compared, all tokens of an answer have the same advantage."""
+    from a token on; where answers are compared, all tokens of an answer have the same advantage. An answer that is not
+    learnt from has none, and counts among those that others are compared with."""
     mask = scored.rollouts.response_mask
+    learnt = mask & is_learnt[:, None]
     if scored.values is not None:
         advantages, returns = gae(rewards, scored.values, mask, gamma=ppo.gamma, lam=ppo.lam)
     else:
         advantages = returns = rewards_to_go(rewards, mask, gamma=ppo.gamma)
     if ppo.advantage not in COMPARED:
-        return whiten(advantages, mask) if ppo.whiten_advantages else advantages, returns
+        advantages = whiten(advantages, learnt) if ppo.whiten_advantages else advantages
+        return advantages.masked_fill(~learnt, 0.0), returns
     penalty = -kl_coef * kl.sum(1)
     if ppo.advantage == "rloo":
         compared = rloo(scores + penalty, scored.group)
     else:  # the KL is not divided: where all answers score the same it would become as large as a score
         compared = grpo(scores, scored.group, scale=ppo.scale_rewards) + grpo(penalty, scored.group, scale="none")
-    return compared[:, None].expand_as(mask).masked_fill(~mask, 0.0), returns
+    return compared[:, None].expand_as(mask).masked_fill(~learnt, 0.0), returns
 
 
 def importance_cap(policy: Role, settings: PpoSettings) -> float | None:
@@ -214,7 +235,7 @@ def end_penalty(scores: Tensor, ended: Tensor, ppo: Ppo) -> Tensor:
     `replace`: the score becomes min(score, -penalty). Stiennon et al. (2020) set it to -1, by which an answer that
     scores less would gain by never ending.
     """
-    if ppo.missing_eos_penalty is None:
+    if ppo.missing_eos_penalty is None or ppo.missing_eos == "mask":
         return scores
     penalised = scores - ppo.missing_eos_penalty
     if ppo.missing_eos == "replace":
@@ -233,36 +254,50 @@ def improve(
     is_warmup: bool,
     is_first: bool,
 ) -> dict[str, float]:
-    """PPO epochs over the batch; returns the means over all minibatches.
+    """PPO epochs over the batch; returns the means over the minibatches that were learnt from.
 
-    In warm-up only the critic learns. `is_first` checks that every role has a gradient.
+    In warm-up only the critic learns. `is_first` checks that every role has a gradient. Once the policy has moved too
+    far from what sampled (`target_kl`), no further step is taken.
     """
-    ppo, history = settings.ppo, []
+    ppo, has_ended = settings.ppo, False
+    history: list[dict[str, float]] = []
     count, group = len(experience.scores), experience.group
     for epoch in range(ppo.num_ppo_epochs):
         prompts = np.random.default_rng([settings.seed, 3, iteration, epoch]).permutation(count // group)
         order = (prompts[:, None] * group + np.arange(group)).ravel()  # a prompt's answers stay together
-        for number, rows in enumerate(np.split(order, ppo.num_mini_batches)):
-            numbers = _minibatch(roles, experience, [int(i) for i in rows], learners, settings, worker)
-            if epoch == number == 0:
-                _check_ratio(numbers, roles.policy, ppo)
-            active = {name: learner for name, learner in learners.items() if name == "critic" or not is_warmup}
+        for rows in np.split(order, ppo.num_mini_batches):
+            numbers: dict[str, float] = {}
+            if not has_ended and bool(experience.is_learnt[rows].any()):
+                numbers = _minibatch(roles, experience, [int(i) for i in rows], learners, settings, worker)
+                if not history:
+                    _check_ratio(numbers, roles.policy, ppo)
+                elif ppo.target_kl is not None and numbers["approx_kl"] > TARGET_KL_MARGIN * ppo.target_kl:
+                    numbers, has_ended = {}, True
             for name, learner in learners.items():
-                if name not in active:
+                if is_warmup and name != "critic":
                     learner.clear()
-                    continue
-                numbers[f"learning_rate_{name}"] = learner.learning_rate
-                norm = numbers[f"grad_norm_{name}"] = learner.step()
-                if is_first and epoch == number == 0 and norm == 0.0 and bool(experience.advantages[rows].any()):
-                    raise RunFailed(
-                        f"the {name}'s gradient is zero at the first step: nothing would be learnt; "
-                        "check that its method leaves something to train"
-                    )
-            history.append(numbers)
+                elif not numbers:
+                    learner.skip()
+                else:
+                    numbers[f"learning_rate_{name}"] = learner.learning_rate
+                    norm = numbers[f"grad_norm_{name}"] = learner.step()
+                    if is_first and not history and norm == 0.0 and bool(experience.advantages[rows].any()):
+                        raise RunFailed(
+                            f"the {name}'s gradient is zero at the first step: nothing would be learnt; "
+                            "check that its method leaves something to train"
+                        )
+            history += [numbers] if numbers else []
+    return _means(history) | {"update_share": len(history) / (ppo.num_ppo_epochs * ppo.num_mini_batches)}
+
+
+def _means(history: list[dict[str, float]]) -> dict[str, float]:
+    """The figures of an iteration's steps, if it took any."""
+    if not history:
+        return {}
     merged = {key: float(np.mean([numbers[key] for numbers in history])) for key in history[-1]}
-    first_logratio = history[0]["logratio_max"]
     del merged["logratio_max"], merged["logratio_mean"]
-    return merged | {"ratio_max": max(n["ratio_max"] for n in history), "first_logratio": first_logratio}
+    ratio_max = max(numbers["ratio_max"] for numbers in history)
+    return merged | {"ratio_max": ratio_max, "first_logratio": history[0]["logratio_max"]}
 
 
 def _minibatch(
@@ -275,8 +310,8 @@ def _minibatch(
 ) -> dict[str, float]:
     """Gradients of one minibatch, gathered over this process's passes; figures over all processes."""
     ppo, rollouts = settings.ppo, experience.rollouts
-    num_tokens = sum(len(rollouts.answers[row]) for row in rows)
-    mine = _dealt(rows, experience.group, worker)
+    num_tokens = sum(len(rollouts.answers[row]) for row in rows if experience.is_learnt[row])
+    mine = [row for row in _dealt(rows, experience.group, worker) if experience.is_learnt[row]]
     trained = roles.trained.values()
     if ppo.gradient_checkpointing:
         for role in trained:
@@ -352,16 +387,30 @@ def _losses(
     mask = torch.ones_like(advantages, dtype=torch.bool)
     layout = roles.policy.layout(trees)
     states = roles.policy.states(layout, layout.before)  # (N, H)
+    behaviour, weights = of_tokens(experience.logprobs), of_tokens(experience.weights) * token_weights
+    temperature, entropies = settings.sampling.temperature, None
+    if ppo.entropy_coef:
+        logprobs, entropies = roles.policy.logprobs_and_entropies(
+            states, layout.tokens, temperature=temperature, with_slope=True
+        )
+    else:
+        logprobs = roles.policy.logprobs(states, layout.tokens, temperature=temperature)
     policy = ppo_policy_loss(
-        roles.policy.logprobs(states, layout.tokens, temperature=settings.sampling.temperature),
-        of_tokens(experience.logprobs),
+        logprobs,
+        behaviour,
         advantages,
         mask,
         cliprange=ppo.cliprange,
         cliprange_high=ppo.cliprange_high,
         dual_clip=ppo.dual_clip,
-        weights=of_tokens(experience.weights) * token_weights,
+        weights=weights,
     )
+    if experience.loss_kl_coef:
+        reference = of_tokens(experience.reference_logprobs)
+        kl = kl_loss(logprobs, behaviour, reference, mask, estimator=ppo.kl_estimator, weights=weights)
+        policy = replace(policy, loss=policy.loss + experience.loss_kl_coef * kl)
+    if entropies is not None:
+        policy = replace(policy, loss=policy.loss - ppo.entropy_coef * entropies.sum())
     if experience.values is None:
         (policy.loss / divisor).backward()
         return _summed(policy), policy
@@ -405,6 +454,7 @@ def _check_ratio(numbers: dict[str, float], policy: Role, ppo: Ppo) -> None:
 def figures(scored: Scored, experience: Experience, kl_coef: float, importance_cap: float | None) -> dict[str, float]:
     """What an iteration is logged with, from the whole batch."""
     mask = scored.rollouts.response_mask
+    learnt = mask & experience.is_learnt[:, None]
     spread, alike = scored.scores.std(correction=0), Counter(scored.texts)
     is_one_prompt = len({tuple(row.ids) for row in scored.prompts}) == 1  # whose answers may well be the same
     sampler_kl = kl_estimate(scored.sampler_logprobs, scored.logprobs, estimator="k3")  # nats a token
@@ -415,8 +465,8 @@ def figures(scored: Scored, experience: Experience, kl_coef: float, importance_c
         weighed["importance_capped"] = float(masked_mean(is_capped.float(), mask))
     of_critic, of_groups = {}, {}
     if experience.values is not None:
-        of_critic["explained_variance"] = float(explained_variance(experience.values, experience.returns, mask))
-        of_critic["value_mean"] = float(masked_mean(experience.values, mask))
+        of_critic["explained_variance"] = float(explained_variance(experience.values, experience.returns, learnt))
+        of_critic["value_mean"] = float(masked_mean(experience.values, learnt))
     if scored.group > 1:  # their scores do not say which answer is better; TRL's name
         groups = experience.scores.reshape(-1, scored.group)
         of_groups = {"frac_reward_zero_std": float((groups == groups[:, :1]).all(1).float().mean())}
@@ -430,7 +480,7 @@ def figures(scored: Scored, experience: Experience, kl_coef: float, importance_c
         "sampler_kl": float(masked_mean(sampler_kl, mask)),
         **weighed,
         "entropy": float(masked_mean(scored.entropies, mask)),
-        "return_mean": float(masked_mean(experience.returns, mask)),
+        "return_mean": float(masked_mean(experience.returns, learnt)),
         **of_critic,
         **of_groups,
         "response_length": float(scored.rollouts.lengths.float().mean()),

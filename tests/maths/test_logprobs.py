@@ -301,3 +301,30 @@ def test_a_frozen_head_without_positions_has_an_empty_gradient():
     assert logprobs.shape == (0,)
     logprobs.sum().backward()
     assert torch.equal(states.grad, torch.zeros(4, 3))
+
+
+@pytest.mark.parametrize("chunk", [2, 100])
+@pytest.mark.parametrize("temperature", TEMPERATURES)
+def test_the_slope_of_an_entropy_is_that_of_its_sum(temperature, chunk):
+    generator = torch.Generator().manual_seed(3)
+    states, weight = torch.randn(5, 4, generator=generator).double(), torch.randn(7, 4, generator=generator).double()
+    states.requires_grad_()
+    tokens = torch.arange(5)
+    _, entropies = chunked_logprobs(
+        states, lambda part: part @ weight.T, tokens, temperature=temperature, chunk=chunk, with_slope=True
+    )
+    (found,) = torch.autograd.grad(entropies.sum(), states)
+    p = (states @ weight.T / temperature).softmax(-1)
+    expected = sum(-p[i, v] * torch.log(p[i, v]) for i in range(5) for v in range(7))
+    torch.testing.assert_close(entropies.sum(), expected)
+    torch.testing.assert_close(found, torch.autograd.grad(expected, states)[0])
+
+
+@pytest.mark.parametrize("lowest", [-math.inf, -1e4])
+def test_a_token_that_cannot_be_drawn_adds_nothing_to_an_entropy_or_its_slope(lowest):
+    logits = torch.tensor([[1.0, -0.5, lowest]]).requires_grad_()
+    _, entropy = token_logprobs(logits, torch.tensor([0]), with_slope=True)
+    _, alone = token_logprobs(rest := logits.detach()[:, :2].requires_grad_(), torch.tensor([0]), with_slope=True)
+    torch.testing.assert_close(entropy, alone)
+    found, expected = torch.autograd.grad(entropy, logits)[0], torch.autograd.grad(alone, rest)[0]
+    torch.testing.assert_close(found, torch.cat([expected, torch.zeros(1, 1)], 1))

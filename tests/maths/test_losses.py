@@ -8,6 +8,7 @@ import torch
 from align.maths.losses import (
     explained_variance,
     importance_weights,
+    kl_loss,
     pair_loss,
     ppo_policy_loss,
     ppo_value_loss,
@@ -103,6 +104,39 @@ def test_a_weighted_loss_is_what_the_policy_would_have_drawn(seed):
 
     close(expected(q, importance_weights(p, q, cap=1e9)), float(expected(p, torch.ones_like(p))))
     assert bool((importance_weights(p, q, cap=2.0) <= 2.0).all())
+
+
+@pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
+@pytest.mark.parametrize("seed", SEEDS)
+def test_the_gradient_of_a_kl_in_the_loss_is_that_of_the_kl(seed, estimator):
+    """Summed over every token that might have been drawn, each as often as the policy before the update draws it."""
+    generator = torch.Generator().manual_seed(seed)
+    new, old, usual = torch.randn(3, 4, 5, dtype=torch.float64, generator=generator)  # (states, vocabulary) each
+    new.requires_grad_()
+    after, before, reference = (each.log_softmax(-1) for each in (new, old, usual))
+    drawn = before.exp()  # a token's share of the draws, as its weight
+    loss = kl_loss(after, before, reference, torch.ones_like(new, dtype=torch.bool), estimator=estimator, weights=drawn)
+    (gradient,) = torch.autograd.grad(loss, new, retain_graph=True)
+    kl = (after.exp() * (after - reference)).sum()
+    torch.testing.assert_close(gradient, torch.autograd.grad(kl, new)[0])
+    assert estimator == "k2" or float(loss.detach()) == pytest.approx(float(kl.detach()))
+
+
+@pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
+@pytest.mark.parametrize("seed", SEEDS)
+def test_a_kl_in_the_loss_matches_the_oracle(seed, estimator):
+    behaviour, now, _, lengths, mask = ragged(seed)
+    usual = [[x - 0.3 * (t - 1) for t, x in enumerate(row)] for row in behaviour]
+    expected = 0.0
+    for row, length in enumerate(lengths):
+        for t in range(length):
+            k1, ratio = now[row][t] - usual[row][t], math.exp(now[row][t] - behaviour[row][t])
+            expected += ratio * {"k1": k1, "k2": k1 * k1 / 2, "k3": math.exp(-k1) - 1 + k1}[estimator]
+    close(kl_loss(tensor(now), tensor(behaviour), tensor(usual), mask, estimator=estimator), expected)
+    spoilt = [tensor(each).masked_fill(~mask, math.nan).requires_grad_() for each in (now, behaviour, usual)]
+    loss = kl_loss(*spoilt, mask, estimator=estimator)
+    close(loss, expected)
+    assert bool(torch.autograd.grad(loss, spoilt[0])[0].isfinite().all())
 
 
 def test_dual_clip_by_hand():
