@@ -53,7 +53,7 @@ ALSO = {  # test files that run a package whole, beside those that name what was
     "rewards": ["test_rewards", "test_reward_functions", "test_judge", "test_judge_server", "test_classifiers"],
     "rollout": ["test_rollout", "test_flat", "test_samplers", "test_draw"],
     "models": ["test_methods", "test_flat", "test_memory", "test_quantised", "test_identity", "test_parents"],
-    "data": ["data/test_formats", "data/test_encode", "data/test_templates", "data/test_any_row", "data/test_mixtures"],
+    "data": [f"data/{path.stem}" for path in sorted((ROOT / "tests" / "data").glob("test_*.py"))],
     "loop": ["test_whole_labels", "test_loop", "test_labels_kept", "test_people"],
 }
 FILES = 10  # test files a mutant, at most

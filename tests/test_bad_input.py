@@ -280,7 +280,7 @@ VALUES = [
 ]  # fmt: skip
 
 MISSING_KEYS = [
-    sft("stage", {"stage": GONE}, "`stage` is missing in recipe.yaml", "sft, reward, ppo, evaluate"),
+    sft("stage", {"stage": GONE}, "`stage` is missing in recipe.yaml", "sft, reward, dpo, ppo, evaluate"),
     sft("model", {"model": GONE}, "`model` is missing in recipe.yaml", "add"),
     sft("model.base", {"model": {"load_in": "nf4"}}, "`model.base` is missing in recipe.yaml"),
     sft("output", {"output": GONE}, "`output` is missing in recipe.yaml"),
@@ -297,8 +297,8 @@ MISSING_KEYS = [
 
 STAGES = [
     sft("near one", {"stage": "stf"}, "`stage: stf` in recipe.yaml", "did you mean `sft`?"),
-    sft("near none", {"stage": "dpo"}, "`stage: dpo`", "sft, reward, ppo, evaluate"),
-    sft("a list", {"stage": ["sft"]}, "`stage", "recipe.yaml", "sft, reward, ppo, evaluate"),
+    sft("near none", {"stage": "kto"}, "`stage: kto`", "sft, reward, dpo, ppo, evaluate"),
+    sft("a list", {"stage": ["sft"]}, "`stage", "recipe.yaml", "sft, reward, dpo, ppo, evaluate"),
     sft("of a file that is not there", {"stage": "fnss.py:Mine"}, "`stage: fnss.py:Mine` in recipe.yaml", "did you mean `fns.py`?"),
     sft("of a class that is not there", {"stage": "fns.py:NoStagge"}, "`stage: fns.py:NoStagge`", "did you mean `NoStage`?"),
     sft("of a class that is no stage", {"stage": "fns.py:NoStage"}, "`stage: fns.py:NoStage`", "StageSettings"),
@@ -438,7 +438,7 @@ PARENTS = [
     ppo("like none", {"policy.from": "nothing/at/all"}, "`policy.from`: nothing/at/all is not there", "run the stage that makes it"),
     ppo("no run", {"policy.from": "photos"}, "`policy.from`: photos is not a run's folder", "manifest.json"),
     ppo("damaged", {"policy.from": "runs/damaged"}, "`policy.from`: runs/damaged/manifest.json is damaged", "delete"),
-    ppo("of another kind", {"policy.from": "runs/reward"}, "`policy.from`: runs/reward", "kind `reward`", "`sft` or `ppo`"),
+    ppo("of another kind", {"policy.from": "runs/reward"}, "`policy.from`: runs/reward", "kind `reward`", "`sft` or `dpo` or `ppo`"),
     ppo("unfinished", {"policy.from": "runs/half"}, "`policy.from`", "runs/half is not finished", "start it again"),
     ppo("over another base", {"policy.from": "runs/elsewhere"}, "`policy.from`: runs/elsewhere", "other_model", "`model.base` is model"),
     ppo("with a second method", {"policy.method": {"r": 4}}, "`policy.method`: runs/sft holds an adapter", "align merge"),
@@ -447,7 +447,7 @@ PARENTS = [
     ppo("a learned reward without a folder", {"rewards.0.from": "nowhere"}, "`rewards[0].from`: nowhere is not there"),
     ppo("a learned reward of another kind", {"rewards.0.from": "runs/sft"}, "`rewards[0].from`: runs/sft", "kind `sft`", "`reward`"),
     evaluate("of a policy", {"policies.tuned": "runs/reward"}, "`policies.tuned`: runs/reward", "kind `reward`"),
-    pipeline("of another kind in a pipeline", {"stages.ppo.policy.from": "out/reward"}, "stage `ppo`: `policy.from`: out/reward", "kind `reward`", "`sft` or `ppo`"),
+    pipeline("of another kind in a pipeline", {"stages.ppo.policy.from": "out/reward"}, "stage `ppo`: `policy.from`: out/reward", "kind `reward`", "`sft` or `dpo` or `ppo`"),
     pipeline("over another base in a pipeline", {"stages.sft.model": {"base": "other_model"}}, "stage `ppo`: `policy.from`: out/sft", "other_model"),
     pipeline("with a second method in a pipeline", {"stages.ppo.policy.method": {"r": 4}}, "stage `ppo`: `policy.method`: out/sft", "adapter"),
     Case("made later", "pipeline", {"stages": {name: SOUND["pipeline"]["stages"][name] for name in ("ppo", "sft", "reward")}}, ("stage `ppo`: `policy.from`: out/sft", "stage `sft`", "before")),
@@ -559,7 +559,7 @@ BY_HAND: dict[str, Case] = {
     "an unknown key": sft("", {"pakcing": True}, "`pakcing` is unknown in recipe.yaml", "`packing`?"),
     "a bad row": rows("", '{"prompt": "a"}\n', "data/bad.jsonl:1", "`completion` is missing"),
     "a function": ppo("", {"rewards.1.use": "fns.py:brevty"}, "`rewards[1]`: fns.py has no `brevty`"),
-    "a run's kind": ppo("", {"policy.from": "runs/reward"}, "`policy.from`: runs/reward", "`sft` or `ppo`"),
+    "a run's kind": ppo("", {"policy.from": "runs/reward"}, "`policy.from`: runs/reward", "`sft` or `dpo` or `ppo`"),
     "an override": sft("", {}, "`train.max_steps` in the override", overrides=("train.max_steps=ten",)),
 }
 

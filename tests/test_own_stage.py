@@ -88,7 +88,7 @@ def test_other_stages_of_a_pipeline_may_start_from_it(base, data, tmp_path):
     with pytest.raises(BadInput, match="`policy.method`: .*/dpo holds an adapter already"):
         check_recipe(load_recipe(written(tmp_path / "all.yaml", **stages)))
     stages["ppo"]["policy"] = {"from": str(tmp_path / "judge")}
-    with pytest.raises(BadInput, match="/judge will be a run of kind `evaluate`; name one of kind `sft` or `ppo`"):
+    with pytest.raises(BadInput, match="/judge will be a run of kind `evaluate`; name one of kind `sft` or `dpo` or `ppo`"):
         check_recipe(load_recipe(written(tmp_path / "all.yaml", **stages)))
 
 
@@ -141,7 +141,7 @@ def test_its_report_has_its_figures_and_its_curves(dpo):
     page = (dpo / "report.html").read_text()
     (dpo / "report.html").unlink()
     accuracy = read_manifest(dpo)["metrics"]["eval_accuracy"]
-    assert "a run of the stage dpo" in page and f"held-out pair accuracy {100 * accuracy:.1f} %" in page
+    assert "a run of the stage toy" in page and f"held-out pair accuracy {100 * accuracy:.1f} %" in page
     assert "pairs told rightly" in page and page.count("<svg") == 1
     assert "accuracy, held out from" in page
 
@@ -191,7 +191,7 @@ def test_what_made_no_policy_is_none(base, data, dpo, tmp_path):
     check_parent(str(dpo), ("policy",), "here")
     assert manifest.pop("about") and (dpo / MANIFEST).is_file()
     write_manifest(tmp_path, manifest)  # of a stage of one's own that has not said what it makes
-    with pytest.raises(BadInput, match="here: .* is a run of kind `dpo`; name one of kind `sft` or `ppo`"):
+    with pytest.raises(BadInput, match="here: .* is a run of kind `toy`; name one of kind `sft` or `dpo` or `ppo`"):
         check_parent(str(tmp_path), ("policy", "*"), "here")
 
 

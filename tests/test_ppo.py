@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, modeling_utils
 
 from align.artifact import checkpoints
 from align.errors import RunFailed
@@ -140,9 +140,13 @@ def test_a_step_that_is_not_taken_moves_the_rate_on(base, data, runs, tmp_path):
     assert [row[f"learning_rate_{name}"] for row in rows for name in ("policy", "critic")] == [1e-3, 1e-3, 5e-4, 5e-4]
 
 
-def test_gradient_checkpointing_changes_nothing_and_no_adapter_drops(base, data, runs, finished, tmp_path):
+def test_gradient_checkpointing_changes_nothing_and_no_adapter_drops(base, data, runs, finished, tmp_path, monkeypatch):
+    recomputed, checkpoint = [], modeling_utils.checkpoint
+    monkeypatch.setattr(
+        modeling_utils, "checkpoint", lambda *given, **named: (recomputed.append(1), checkpoint(*given, **named))[1]
+    )
     tiny.run(settings(base, data, runs, tmp_path / "ppo", ppo={"gradient_checkpointing": True}))
-    assert tiny.largest_difference(finished, tmp_path / "ppo") <= TOLERANCE
+    assert recomputed and tiny.largest_difference(finished, tmp_path / "ppo") <= TOLERANCE
     dropping = {"kind": "lora", "r": 4, "lora_dropout": 0.5}
     for name in ("sft", "reward"):
         tiny.run(tiny.settings(name, base, data, tmp_path / name, method=dropping))
@@ -265,6 +269,7 @@ def test_what_a_reward_is_told_and_logs_is_kept(base, data, runs, tmp_path, caps
     (tmp_path / "own.py").write_text(
         "async def f(completions, trainer_state, log_metric, log_extra, **kw):\n"
         "    log_metric('done', trainer_state.global_step)\n    log_metric('rows', len(completions))\n"
+        "    log_metric('epoch', trainer_state.epoch)\n"
         "    log_extra('words', [len(c[0]['content'].split()) for c in completions])\n"
         "    assert trainer_state.max_steps == 2\n    return [1.0] * len(completions)\n"
         "def never(completions, **kw):\n    return [None] * len(completions)\n"
@@ -274,6 +279,7 @@ def test_what_a_reward_is_told_and_logs_is_kept(base, data, runs, tmp_path, caps
     rows = read_metrics(tmp_path / "ppo")
     assert [row.get("done") for row in rows] == [None, 0.0, 1.0] and rows[1]["rows"] == 8.0
     assert [row["eval_done"] for row in (rows[0], rows[2])] == [0.0, 2.0]
+    assert [row.get("epoch") for row in rows] == [None, 0.0, 4 / 32]  # 4 prompts an iteration, of 32
     assert rows[1]["reward_f"] == 1.0 and rows[1].get("reward_never") is None  # never NaN
     samples = [json.loads(line) for line in (tmp_path / "ppo" / "samples.jsonl").read_text().splitlines()]
     assert all(row["words"] == len(row["response"].split()) for row in samples)

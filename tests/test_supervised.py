@@ -143,7 +143,7 @@ def test_what_is_logged_since_the_last_log_survives_a_kill(stage, base, data, tm
         settings = tiny.settings(stage, base, data, tmp_path / name, train=train)
         if name == "cut":
             with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
-                patch.setattr("align.stages.supervised._step", _dying_at(5))
+                patch.setattr("align.stages.supervised._step", dying_at(5))
                 tiny.run(settings)
         tiny.run(settings)
     rows = [read_metrics(tmp_path / name) for name in ("whole", "cut")]
@@ -174,7 +174,7 @@ def test_a_checkpoint_from_before_figures_had_names_goes_on(base, data, tmp_path
         settings = tiny.settings("sft", base, data, tmp_path / name, train=train)
         if name == "cut":
             with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
-                patch.setattr("align.stages.supervised._step", _dying_at(5))
+                patch.setattr("align.stages.supervised._step", dying_at(5))
                 tiny.run(settings)
             resume = Course._resume
 
@@ -196,7 +196,7 @@ def test_a_figure_that_is_no_number_survives_a_kill(base, data, tmp_path, monkey
     train = STEPS | {"max_steps": 5, "per_device_train_batch_size": 4, "logging_steps": 4, "save_steps": 3}
     settings = tiny.settings("sft", base, data, tmp_path / "sft", train=train)
     with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
-        patch.setattr("align.stages.supervised._step", _dying_at(4))
+        patch.setattr("align.stages.supervised._step", dying_at(4))
         tiny.run(settings)
     tiny.run(settings)
     assert [row["step"] for row in read_metrics(tmp_path / "sft")] == [1, 4, 5]
@@ -249,7 +249,7 @@ def test_a_pair_counts_by_its_weight_over_that_of_an_average_pair(base, data, tm
     assert set(shares) == {0.5, 1.5}
 
 
-def _dying_at(number):
+def dying_at(number):
     from align.stages import supervised
 
     own = supervised._step
@@ -267,7 +267,7 @@ def test_a_stage_on_pairs_of_ones_own_is_one_short_file(base, data, tmp_path, mo
         check_recipe(load_recipe(str(path)))
         if name == "cut":
             with monkeypatch.context() as patch, pytest.raises(RunFailed, match="ZeroDivisionError"):
-                patch.setattr("align.stages.supervised._step", _dying_at(4))
+                patch.setattr("align.stages.supervised._step", dying_at(4))
                 _run_here(path)
         _run_here(path)
     rows = [read_metrics(tmp_path / name) for name in ("whole", "cut")]

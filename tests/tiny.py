@@ -117,6 +117,14 @@ def recipe(stage: str, base: Path, data: Path, output: Path, **changes: Any) -> 
             "max_length": 64,
             "train": train | {"max_steps": 4},
         }
+    if stage == "dpo":
+        values |= {
+            "policy": {"from": str(runs / "sft")},
+            "data": {"train": str(data / "pairs.jsonl"), "validation_split": 0.2},
+            "max_length": 64,
+            "sampling": {"max_new_tokens": 8},
+            "train": train | {"max_steps": 4},
+        }
     if stage == "ppo":
         values |= {
             "policy": {"from": str(runs / "sft")},

@@ -52,7 +52,7 @@ def by_answer(role: Role, trees: Sequence[Tree]) -> Tensor:
 class ToyDpo(SupervisedSettings):
     """`stage: toy_dpo.py:ToyDpo`."""
 
-    kind = "dpo"
+    kind = "toy"
     makes = "policy"
     reads = ("data", "preferences")
     quality = Quality("eval_accuracy", lower_is_better=False, beside=("eval_loss",), is_share=True)

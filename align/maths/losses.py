@@ -134,6 +134,63 @@ def pair_loss(
     return (weight * (losses + centring * (chosen + rejected) ** 2)).sum()
 
 
+def preference_loss(
+    logprobs: Tensor,
+    reference_logprobs: Tensor | None,
+    lengths: Tensor,
+    *,
+    loss_type: str,
+    beta: float,
+    probability: Tensor,
+    weight: Tensor,
+    margin: Tensor,
+    label_smoothing: float = 0.0,
+    sft_weight: float = 0.0,
+    gamma: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """Weighted sum over pairs of a loss of their log-probabilities, a scalar, and what each answer is held to be worth.
+
+    logprobs, reference_logprobs and lengths (B, 2), of the whole chosen and rejected answers, in nats and tokens;
+    probability (that the chosen is better), weight and margin (B,). With s what an answer is worth (B, 2), without
+    gradient, and d = s_chosen - s_rejected - margin:
+
+    sigmoid  s = beta log(p / p_ref); -log sigma(d)   (Rafailov et al. 2023, equation 7)
+    ipo      s = log(p / p_ref) / length; (d - 1 / (2 beta))^2   (Azar et al. 2023, equation 17; lengths as in TRL)
+    simpo    s = beta log p / length; -log sigma(d - gamma)   (Meng et al. 2024, equation 6)
+    orpo     s = log odds of p^(1 / length); -beta log sigma(d) - log p_chosen / length   (Hong et al. 2024, equation 6)
+
+    A label that is right with `probability` is turned round for the rest (cDPO, Mitchell 2023), and once more for
+    `label_smoothing`. `sft_weight` adds that times the better answer's cross-entropy a token (Pang et al. 2024, RPO).
+    """
+    lengths = lengths.to(logprobs.dtype).clamp(min=1)
+    ratios = logprobs if reference_logprobs is None else logprobs - reference_logprobs
+    per_token = logprobs / lengths
+    if loss_type == "sigmoid":
+        worth = beta * ratios
+    elif loss_type == "ipo":
+        worth = ratios / lengths
+    elif loss_type == "simpo":
+        worth, margin = beta * per_token, margin + gamma
+    elif loss_type == "orpo":
+        held = per_token.clamp(max=-1e-6)  # at a probability of 1 the odds have no end
+        worth, sft_weight = held - torch.log(-torch.expm1(held)), 1.0
+    else:
+        raise ValueError(f"unknown loss_type {loss_type!r}")
+    smooth = probability * (1.0 - label_smoothing) + (1.0 - probability) * label_smoothing
+    if loss_type == "ipo":
+        difference, wanted = worth[:, 0] - worth[:, 1] - margin, 1.0 / (2.0 * beta)
+        losses = smooth * (difference - wanted) ** 2 + (1.0 - smooth) * (difference + wanted) ** 2
+        loss = (weight * losses).sum()
+    else:
+        loss = pair_loss(worth[:, 0], worth[:, 1], probability=smooth, weight=weight, margin=margin)
+    if loss_type == "orpo":
+        loss = beta * loss
+    if sft_weight:
+        better = torch.stack([probability, 1.0 - probability], dim=1)
+        loss = loss - sft_weight * (weight[:, None] * better * per_token).sum()
+    return loss, worth.detach()
+
+
 def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
     """1 - Var(returns - values) / Var(returns) over the mask; 0 when the returns do not vary."""
     inside = returns[mask]

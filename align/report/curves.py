@@ -60,6 +60,19 @@ def reward_curves(folder: Path) -> None:
     _save(figure, folder)
 
 
+def dpo_curves(folder: Path) -> None:
+    """Loss, pair accuracy and implicit rewards over steps."""
+    rows = read_metrics(folder)
+    figure, axes = new_figure(3)
+    _line(axes[0], rows, "loss", "loss", x="step", held_out="eval_loss")
+    _line(axes[1], rows, "accuracy", "pairs told rightly", x="step", held_out="eval_accuracy")
+    _line(axes[2], rows, "rewards_chosen", "implicit rewards", x="step")
+    axes[2].lines[0].set_label("chosen")
+    axes[2].plot(*_series(rows, "rewards_rejected"), color=ACCENT, linewidth=1.4, label="rejected")
+    axes[2].legend(frameon=False, fontsize=8)
+    _save(figure, folder)
+
+
 def ppo_curves(folder: Path) -> None:
     """Score against KL, and score, KL and losses over iterations."""
     from matplotlib.colors import LinearSegmentedColormap

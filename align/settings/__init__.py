@@ -25,7 +25,10 @@ from align.settings.sampling import Sampling
 from align.settings.stage import Model, StageSettings, Track
 from align.settings.stages import (
     Critic,
+    Dpo,
+    DpoSettings,
     EvaluateSettings,
+    LearningSettings,
     PairCheck,
     Policy,
     Ppo,
@@ -42,6 +45,7 @@ STAGES: dict[str, type[StageSettings]] = {
     for cls in (
         SftSettings,
         RewardSettings,
+        DpoSettings,
         PpoSettings,
         EvaluateSettings,
         EnsembleSettings,
@@ -61,6 +65,8 @@ __all__ = [
     "Critic",
     "Curve",
     "Data",
+    "Dpo",
+    "DpoSettings",
     "EnsembleReward",
     "EnsembleSettings",
     "EvaluateSettings",
@@ -70,6 +76,7 @@ __all__ = [
     "Ia3",
     "JudgeSettings",
     "LearnedReward",
+    "LearningSettings",
     "Lora",
     "Match",
     "Method",

@@ -28,12 +28,9 @@ from align.settings.training import Guard, Optimizer, PpoGuard, Training
 from align.wording import did_you_mean
 
 
-class SupervisedSettings(StageSettings):
+class LearningSettings(StageSettings):
     """What every stage has that learns from demonstrations or pairs."""
 
-    tuning = Tuning(method="method", learning_rate="train.learning_rate", steps="train.max_steps")
-    quality: ClassVar[Quality | None] = Quality("eval_loss", lower_is_better=True)
-    method: MethodOrLora = Lora()
     data: Data
     max_length: Annotated[int, Field(ge=8, le=MOST)] = 1024
     train: Training = Training()
@@ -41,6 +38,14 @@ class SupervisedSettings(StageSettings):
 
     def lengths(self) -> dict[str, int]:
         return {"`max_length`": self.max_length}
+
+
+class SupervisedSettings(LearningSettings):
+    """And starts at the base."""
+
+    tuning = Tuning(method="method", learning_rate="train.learning_rate", steps="train.max_steps")
+    quality: ClassVar[Quality | None] = Quality("eval_loss", lower_is_better=True)
+    method: MethodOrLora = Lora()
 
 
 class SftSettings(SupervisedSettings):
@@ -91,9 +96,36 @@ class Policy(Settings):
 
 
 class Reference(Settings):
-    """The policy that PPO's KL is measured to."""
+    """The policy that KL is measured to."""
 
     path: Location = Field(alias="from")
+
+
+class PolicySettings(StageSettings):
+    """What every stage has that trains a policy from where another run left it."""
+
+    makes = "policy"
+    starts_at = "policy.from"
+    policy: Policy = Policy()
+    reference: Reference | None = None  # None: where the policy starts
+
+    def parents(self) -> Parents:
+        found: Parents = {}
+        if self.policy.path is not None:
+            found["policy.from"] = (self.policy.path, POLICIES)
+        if self.reference is not None:
+            found["reference.from"] = (self.reference.path, POLICIES)
+        return found
+
+    def tuned_by(self) -> AnyMethod | None:
+        return self.policy.method or (Lora() if self.policy.path is None else None)
+
+    def must_match(self, key: str) -> Match | None:
+        """The critic reads what the policy writes, and the reference's probabilities of it are compared with its."""
+        if key not in ("reference.from", "critic.from"):
+            return None
+        who = f"the policy's {self.policy.path or self.model.base}"
+        return Match(self.policy.path, who, "; name one with the same", has_template=True)
 
 
 class Critic(Settings):
@@ -201,13 +233,11 @@ class SamplingSettings(StageSettings):
         return self.sampling
 
 
-class PpoSettings(SamplingSettings):
+class PpoSettings(SamplingSettings, PolicySettings):
     """Proximal policy optimisation of a policy tuned by any method."""
 
     kind = "ppo"
-    makes = "policy"
     tuning = Tuning(method="policy.method", learning_rate="ppo.learning_rate", steps="ppo.num_iterations")
-    starts_at = "policy.from"
     quality = Quality("eval_score", lower_is_better=False, beside=("eval_kl",))
     curves = (
         Curve("score", "iteration", ("score", "eval_score")),
@@ -218,8 +248,6 @@ class PpoSettings(SamplingSettings):
         Curve("share of the ratio that was clipped", "iteration", ("clipfrac",)),
         Curve("share of prompts whose answers all score the same", "iteration", ("frac_reward_zero_std",)),
     )
-    policy: Policy = Policy()
-    reference: Reference | None = None  # None: where the policy starts
     critic: Critic = Critic()
     rewards: Annotated[tuple[Reward, ...], Field(min_length=1)]
     ppo: Ppo = Ppo()
@@ -269,17 +297,8 @@ class PpoSettings(SamplingSettings):
             )
 
     def parents(self) -> Parents:
-        found: Parents = {}
-        if self.policy.path is not None:
-            found["policy.from"] = (self.policy.path, POLICIES)
-        if self.reference is not None:
-            found["reference.from"] = (self.reference.path, POLICIES)
-        if self.critic.path is not None:
-            found["critic.from"] = (self.critic.path, SCORERS)
-        return found | learned_parents(self.terms())
-
-    def tuned_by(self) -> AnyMethod | None:
-        return self.policy.method or (Lora() if self.policy.path is None else None)
+        critic: Parents = {} if self.critic.path is None else {"critic.from": (self.critic.path, SCORERS)}
+        return super().parents() | critic | learned_parents(self.terms())
 
     def why_not_compared(self) -> str | None:
         if self.policy.path is None and not self.ppo.eval_steps:
@@ -289,12 +308,66 @@ class PpoSettings(SamplingSettings):
     def terms(self) -> dict[str, Reward]:
         return {f"rewards[{index}]": reward for index, reward in enumerate(self.rewards)}
 
-    def must_match(self, key: str) -> Match | None:
-        """The critic reads what the policy writes, and the reference's probabilities of it are compared with its."""
-        if key not in ("reference.from", "critic.from"):
-            return None
-        who = f"the policy's {self.policy.path or self.model.base}"
-        return Match(self.policy.path, who, "; name one with the same", has_template=True)
+
+WITHOUT_REFERENCE = ("simpo", "orpo")
+
+
+class Dpo(Settings):
+    """The loss on a pair, by the names of TRL's DPOConfig and CPOConfig."""
+
+    # on what the policy and the reference say of both answers, or (simpo, orpo) without a reference
+    loss_type: Literal["sigmoid", "ipo", "simpo", "orpo"] = "sigmoid"
+    beta: Positive | None = None  # None: 0.1, of simpo 2
+    label_smoothing: Annotated[float, Field(ge=0.0, lt=0.5)] = 0.0  # share of labels that are wrong (cDPO)
+    rpo_alpha: NonNegative = 0.0  # of the better answer's cross-entropy (a mean over its tokens), added to the loss
+    simpo_gamma: NonNegative = 1.0  # simpo's margin
+    max_eval_prompts: Interval = 64  # of the pairs held out, answered at an evaluation to see KL and length
+
+    @model_validator(mode="after")
+    def _every_key_is_used(self) -> "Dpo":
+        of = f"`dpo.loss_type: {self.loss_type}`"
+        if self.loss_type == "orpo" and self.rpo_alpha:
+            raise ValueError(
+                f"`dpo.rpo_alpha` has no meaning with {of}, which has that term with weight 1; leave it out"
+            )
+        if self.loss_type != "simpo" and self.simpo_gamma != 1.0:
+            raise ValueError(f"`dpo.simpo_gamma` has no meaning with {of}; leave it out")
+        return self
+
+
+class DpoSettings(LearningSettings, PolicySettings):
+    """A policy from preference pairs, without a reward model: direct preference optimisation and its kin."""
+
+    kind = "dpo"
+    reads = ("data", "preferences")
+    tuning = Tuning(method="policy.method", learning_rate="train.learning_rate", steps="train.max_steps")
+    quality = Quality("eval_accuracy", lower_is_better=False, beside=("eval_kl", "eval_loss"), is_share=True)
+    curves = (
+        Curve("loss", "step", ("loss", "eval_loss")),
+        Curve("pairs told rightly", "step", ("accuracy", "eval_accuracy")),
+        Curve("implicit rewards", "step", ("rewards_chosen", "rewards_rejected")),
+        Curve("sequence KL to the reference (nats)", "step", ("eval_kl",)),
+        Curve("tokens an answer", "step", ("eval_response_length",)),
+    )
+    train: Training = Training(learning_rate=2e-5)
+    dpo: Dpo = Dpo()
+    sampling: Sampling = Sampling()  # of the answers at an evaluation
+
+    @model_validator(mode="after")
+    def _reference_is_read(self) -> "DpoSettings":
+        if self.reference is not None and self.dpo.loss_type in WITHOUT_REFERENCE and not self.dpo.max_eval_prompts:
+            raise ValueError(
+                f"`reference` has no meaning with `dpo.loss_type: {self.dpo.loss_type}` and `dpo.max_eval_prompts: 0`; "
+                "leave it out"
+            )
+        return self
+
+    def lengths(self) -> dict[str, int]:
+        longest = {"`max_length` and `sampling.max_new_tokens`": self.max_length + self.sampling.max_new_tokens}
+        return super().lengths() | (longest if self.dpo.max_eval_prompts else {})
+
+    def draws(self) -> Sampling | None:
+        return self.sampling if self.dpo.max_eval_prompts else None
 
 
 class PairCheck(Settings):

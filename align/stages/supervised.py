@@ -21,7 +21,7 @@ from align.models.budget import training_tokens
 from align.models.layout import Tree, passes_of
 from align.models.roles import Bases, Role
 from align.models.saving import save_role, save_tokenizer
-from align.settings import SupervisedSettings, Training
+from align.settings import LearningSettings, Training
 from align.stages import checkpoint
 from align.stages.costs import Costs, adapter_bytes, kl_to_base
 from align.stages.course import Course
@@ -80,7 +80,7 @@ class Task(ABC, Generic[Example]):
 class _Run(Generic[Example]):
     """A run under way."""
 
-    settings: SupervisedSettings
+    settings: LearningSettings
     worker: Worker
     task: Task[Example]
     role: Role
@@ -96,7 +96,7 @@ class _Run(Generic[Example]):
 
 
 def train(
-    settings: SupervisedSettings,
+    settings: LearningSettings,
     worker: Worker,
     bases: Bases,
     role: Role,
@@ -125,7 +125,8 @@ def train(
     rows_a_step = t.per_device_train_batch_size * t.gradient_accumulation_steps * worker.num_processes
     num_steps = order.num_steps(len(rows), rows_a_step, t.num_train_epochs, t.max_steps)
     learner = _learner(task.name, role, t, num_steps, worker)
-    with running(settings, worker, bases.main.fingerprint) as track:
+    base = bases.base_of(settings.start())
+    with running(settings, worker, base.fingerprint, base=base.name) as track:
         course = Course(
             settings.output,
             settings.seed,
@@ -155,16 +156,17 @@ def train(
             tracker.say(ending(metrics, cost))
 
 
-def save(settings: SupervisedSettings, bases: Bases, role: Role) -> Path:
+def save(settings: LearningSettings, bases: Bases, role: Role) -> Path:
     """Writes the role and its tokenizer into the run's folder, which is not finished by that."""
-    folder = Path(settings.output)
-    save_role(role, folder, base_name=settings.model.base, revision=bases.main.revision)
-    save_tokenizer(bases.main.tokenizer, folder)
+    folder, start = Path(settings.output), settings.start()
+    base = bases.base_of(start)
+    save_role(role, folder, base_name=base.name, revision=base.revision)
+    save_tokenizer(bases.tokenizer(start), folder)
     return folder
 
 
 def end(
-    settings: SupervisedSettings,
+    settings: LearningSettings,
     bases: Bases,
     role: Role,
     metrics: dict[str, float],
@@ -172,7 +174,7 @@ def end(
     **others: Any,
 ) -> None:
     """Finishes a run that is saved: its manifest has figures, costs and `others`; its checkpoints go."""
-    cost |= {"kl_to_base": kl_to_base(role, bases), "adapter_bytes": adapter_bytes(settings.output)}
+    cost |= {"kl_to_base": kl_to_base(role, bases, settings.start()), "adapter_bytes": adapter_bytes(settings.output)}
     finish(settings.output, metrics=metrics, cost=cost, **others)
     checkpoint.clear(settings.output)
 

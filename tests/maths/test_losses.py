@@ -12,6 +12,7 @@ from align.maths.losses import (
     pair_loss,
     ppo_policy_loss,
     ppo_value_loss,
+    preference_loss,
 )
 from align.maths.masking import length_mask
 from tests import oracles
@@ -417,6 +418,89 @@ def test_pair_loss_is_finite_far_out():
 
 
 # ---- explained variance
+
+
+KINDS = ["sigmoid", "ipo", "simpo", "orpo"]
+
+
+def pairs_drawn(seed: int, size: int = 5):
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(1, 9, (size, 2), generator=generator)
+    own, usual = -lengths * (0.05 + torch.rand(2, size, 2, dtype=torch.float64, generator=generator) * 2)
+    probability, weight, margin = torch.rand(3, size, dtype=torch.float64, generator=generator)
+    return own, usual, lengths, {"probability": probability, "weight": weight * 3, "margin": margin - 0.3}
+
+
+def preference_slowly(kind, own, usual, lengths, said, *, beta, smoothing, share, gamma):
+    """One pair after another, as each paper writes its loss."""
+    total = torch.zeros((), dtype=torch.float64)
+    for i in range(len(own)):
+        (c, r), (m, n) = own[i], lengths[i]
+        p, weight, margin = (said[name][i] for name in ("probability", "weight", "margin"))
+        odds_c, odds_r = (torch.exp(x / k) / (1 - torch.exp(x / k)) for x, k in ((c, m), (r, n)))
+        lead = {
+            "sigmoid": beta * (c - usual[i, 0]) - beta * (r - usual[i, 1]),
+            "ipo": (c - usual[i, 0]) / m - (r - usual[i, 1]) / n,
+            "simpo": beta / m * c - beta / n * r - gamma,
+            "orpo": torch.log(odds_c / odds_r),
+        }[kind] - margin
+        q = p * (1 - smoothing) + (1 - p) * smoothing
+        if kind == "ipo":
+            loss = q * (lead - 1 / (2 * beta)) ** 2 + (1 - q) * (lead + 1 / (2 * beta)) ** 2
+        else:
+            scale = beta if kind == "orpo" else 1.0
+            loss = scale * (-q * torch.log(torch.sigmoid(lead)) - (1 - q) * torch.log(torch.sigmoid(-lead)))
+        loss = loss + (1.0 if kind == "orpo" else share) * (p * -c / m + (1 - p) * -r / n)
+        total = total + weight * loss
+    return total
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("seed", SEEDS)
+def test_preference_loss_and_gradient_match_the_oracle(seed, kind):
+    own, usual, lengths, said = pairs_drawn(seed)
+    own.requires_grad_()
+    smoothing, share, gamma = 0.1 * (seed % 3), 0.4 * (seed % 2), 0.5
+    found, worth = preference_loss(
+        own, usual, lengths, loss_type=kind, beta=0.3, label_smoothing=smoothing, sft_weight=share, gamma=gamma, **said
+    )
+    expected = preference_slowly(
+        kind, own, usual, lengths, said, beta=0.3, smoothing=smoothing, share=share, gamma=gamma
+    )
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(*(torch.autograd.grad(each, own)[0] for each in (found, expected)))
+    assert worth.shape == (5, 2) and not worth.requires_grad
+    halves = [
+        preference_loss(
+            own[rows], usual[rows], lengths[rows], loss_type=kind, beta=0.3, label_smoothing=smoothing, sft_weight=share,
+            gamma=gamma, **{name: each[rows] for name, each in said.items()},
+        )[0]
+        for rows in ([3, 1], [0, 4, 2])
+    ]  # fmt: skip
+    torch.testing.assert_close(sum(halves), found)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_preference_turned_round_is_the_same(kind):
+    own, usual, lengths, said = pairs_drawn(3)
+    said |= {"margin": torch.zeros(5, dtype=torch.float64)}
+    turned = said | {"probability": 1 - said["probability"]}
+    one, _ = preference_loss(own, usual, lengths, loss_type=kind, beta=0.2, sft_weight=0.3, **said)
+    other, _ = preference_loss(
+        own.flip(1), usual.flip(1), lengths.flip(1), loss_type=kind, beta=0.2, sft_weight=0.3, **turned
+    )
+    torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_preferences_far_out_are_finite(kind):
+    said = {name: torch.ones(2) for name in ("probability", "weight")} | {"margin": torch.zeros(2)}
+    own = torch.tensor([[0.0, -2000.0], [-2000.0, -1e-9]]).requires_grad_()
+    loss, worth = preference_loss(
+        own, torch.zeros(2, 2), torch.tensor([[3, 9], [1, 1]]), loss_type=kind, beta=0.1, **said
+    )
+    assert bool(loss.isfinite()) and bool(worth.isfinite().all())
+    assert bool(torch.autograd.grad(loss, own)[0].isfinite().all())
 
 
 def test_explained_variance_by_hand():

@@ -1,0 +1,190 @@
+"""The DPO stage: a policy from preference pairs, by what it holds of both answers beside what its start holds of them.
+
+The reference is the policy's start as a second view over the same base: no second model, and nothing is kept on disk.
+A prompt is computed once for both of its answers. At an evaluation the policy answers prompts that were held out, so
+that its KL to the reference and the length of what it says are seen, which pairs alone do not show.
+"""
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from align.data import end_token_ids, ending_message, load, unread
+from align.errors import BadInput
+from align.identity import has_adapter
+from align.maths.calibration import pair_outcomes
+from align.maths.kl import mean_and_error, moments
+from align.maths.losses import preference_loss
+from align.models.backoff import Phase
+from align.models.base import stop_ids
+from align.models.layout import Tree
+from align.models.roles import Bases, Role
+from align.report.curves import dpo_curves
+from align.rollout.choose import sampler_of
+from align.rollout.reading import read_all
+from align.rollout.sampler import Sampler, Seeds
+from align.settings import DpoSettings, Lora, Sampling
+from align.settings.stages import WITHOUT_REFERENCE
+from align.stages.learner import SHORTER
+from align.stages.order import TRAINERS
+from align.stages.reward import Pair, encode_pairs
+from align.stages.supervised import Task, end, save, train
+from align.worker import Worker
+
+ANSWERING = Phase("while answering held-out prompts", "train.max_batch_tokens", SHORTER)
+
+
+class Preferences(Task[Pair]):
+    """A loss of pairs, divided by what so many weigh on average over the data, as the reward stage's is."""
+
+    name = "dpo"
+    figures: ClassVar = ("accuracy", "margin", "rewards_chosen", "rewards_rejected")
+    shown: ClassVar = ("accuracy", "eval_accuracy", "eval_kl")
+    nothing_to_learn = "chosen and rejected answers are the same to the policy; check the data and max_length"
+
+    def __init__(self, settings: DpoSettings, pairs: Sequence[Pair], reference: Role, speaker: "Speaker | None"):
+        self.options, self.reference, self.speaker = settings.dpo, reference, speaker
+        self.mean_weight = sum(pair.preference.weight for pair in pairs) / len(pairs)
+        self.is_weighed = True
+
+    def tree(self, example: Pair) -> Tree:
+        return example.tree
+
+    def count(self, example: Pair) -> int:
+        return 1
+
+    def loss(self, role: Role, examples: Sequence[Pair]) -> tuple[Tensor, dict[str, Tensor]]:
+        options, trees = self.options, [pair.tree for pair in examples]
+        has_reference = options.loss_type not in WITHOUT_REFERENCE
+        with torch.no_grad():
+            reference = _of_answers(self.reference, trees) if has_reference else None
+        said = [(p.preference.probability, p.preference.weight, p.preference.margin) for p in examples]
+        probability, weight, margin = torch.tensor(said, device=role.device).T
+        if not self.is_weighed:
+            weight, margin = torch.ones_like(weight), torch.zeros_like(margin)
+        loss, worth = preference_loss(
+            _of_answers(role, trees),
+            reference,
+            torch.tensor([[len(ids) for ids in tree.branches] for tree in trees], device=role.device),
+            loss_type=options.loss_type,
+            beta=options.beta or (2.0 if options.loss_type == "simpo" else 0.1),
+            probability=probability,
+            weight=weight,
+            margin=margin,
+            label_smoothing=options.label_smoothing if self.is_weighed else 0.0,
+            sft_weight=options.rpo_alpha,
+            gamma=options.simpo_gamma,
+        )
+        right, towards = pair_outcomes(worth[:, 0] - worth[:, 1], probability)
+        chosen, rejected = worth.sum(0)
+        figures = {"accuracy": right.sum(), "margin": towards.sum()}
+        return loss, figures | {"rewards_chosen": chosen, "rewards_rejected": rejected}
+
+    def evaluate(
+        self, role: Role, examples: Sequence[Pair], worker: Worker, max_batch_tokens: int | None
+    ) -> dict[str, float]:
+        as_they_are = copy.copy(self)  # without weights, margins and smoothing
+        as_they_are.mean_weight, as_they_are.is_weighed = 1.0, False
+        found = super(Preferences, as_they_are).evaluate(role, examples, worker, max_batch_tokens)
+        return found | ({} if self.speaker is None else self.speaker.figures(role, self.reference, examples, worker))
+
+
+def _of_answers(role: Role, trees: Sequence[Tree]) -> Tensor:
+    """(pairs, 2) log-probabilities of whole answers."""
+    layout = role.layout(trees)
+    logprobs = role.logprobs(role.states(layout, layout.before), layout.tokens, temperature=1.0)
+    lengths = [len(ids) for tree in trees for ids in tree.branches]
+    return torch.stack([part.sum() for part in logprobs.split(lengths)]).reshape(-1, 2)
+
+
+@dataclass(frozen=True)
+class Speaker:
+    """Has the policy answer held-out prompts, always with the same random numbers."""
+
+    sampler: Sampler
+    sampling: Sampling
+    seed: int
+    most: int
+    max_batch_tokens: int | None
+
+    def figures(self, policy: Role, reference: Role, pairs: Sequence[Pair], worker: Worker) -> dict[str, float]:
+        """Sequence KL to the reference (nats), length in tokens and the share that ended. All processes call it."""
+        prompts = [list(ids) for ids in dict.fromkeys(tuple(pair.tokens.prompt_ids) for pair in pairs)][: self.most]
+        mine = list(worker.mine(len(prompts)))
+        seeds = Seeds(self.seed, 1, 0, mine)
+        sampled = worker.agreed(lambda: self.sampler.sample([prompts[i] for i in mine], self.sampling, seeds))
+        rollouts, temperature, budget = sampled.rollouts, self.sampling.temperature, self.max_batch_tokens
+        own, usual = (
+            read_all(role, rollouts, temperature=temperature, max_batch_tokens=budget, phase=ANSWERING).logprobs
+            for role in (policy, reference)
+        )
+        gap = (own - usual).masked_fill(~rollouts.response_mask, 0.0).sum(1)
+        kl, lengths, ended = worker.gather_rows(
+            mine, len(prompts), gap, rollouts.lengths.float(), rollouts.ended.float()
+        )
+        mean, error = mean_and_error([moments(kl)])
+        return {
+            "eval_kl": mean,
+            **({"eval_kl_error": error} if len(prompts) > 1 else {}),
+            "eval_response_length": float(lengths.mean()),
+            "eval_eos_share": float(ended.mean()),
+        }
+
+
+def run(settings: DpoSettings, worker: Worker) -> None:
+    """Trains and saves a policy, or goes on from the newest checkpoint."""
+    bases, start = Bases(settings.model, worker.device), settings.policy.path
+    method = settings.policy.method
+    if method is None and (start is None or not has_adapter(start)):
+        method = Lora()
+    tokenizer = bases.tokenizer(start)
+    loaded = load(settings.data, "preferences")
+    pairs, said = encode_pairs(tokenizer, loaded.train, settings.max_length)
+    held_out, _ = encode_pairs(tokenizer, loaded.validation, settings.max_length)
+    if not pairs:
+        raise BadInput(f"`data`: no pair is left to train on; {said}")
+    policy = bases.role(start, method=method, trainable=True)
+    reference = bases.role(start if settings.reference is None else settings.reference.path)
+    train(
+        settings,
+        worker,
+        bases,
+        policy,
+        Preferences(settings, pairs, reference, _speaker(settings, bases, policy, tokenizer)),
+        [[pair] for pair in pairs],
+        held_out,
+        order=TRAINERS,
+        words=(*loaded.messages, *unread(tokenizer, loaded.train), said, ending_message(tokenizer)),
+        ending=partial(_ending, settings, bases, policy),
+    )
+
+
+def _speaker(settings: DpoSettings, bases: Bases, policy: Role, tokenizer: Any) -> Speaker | None:
+    if not settings.dpo.max_eval_prompts:
+        return None
+    sampler = sampler_of(
+        policy,
+        settings.sampling,
+        end_ids=end_token_ids(tokenizer, stop_ids(policy.causal)),
+        pad_id=tokenizer.pad_token_id,
+        batch_size=None,
+        max_batch_tokens=settings.train.max_batch_tokens,
+        phase=ANSWERING,
+    )
+    budget = settings.train.max_batch_tokens
+    return Speaker(sampler, settings.sampling, settings.seed, settings.dpo.max_eval_prompts, budget)
+
+
+def _ending(
+    settings: DpoSettings, bases: Bases, policy: Role, metrics: dict[str, float], cost: dict[str, float]
+) -> str:
+    dpo_curves(save(settings, bases, policy))
+    end(settings, bases, policy, metrics, cost)
+    figures = {"accuracy": "eval_accuracy", "KL": "eval_kl"}
+    shown = [f"{word} {metrics[name]:.3f}" for word, name in figures.items() if name in metrics]
+    return ", ".join([f"policy in {settings.output}", *shown])
