@@ -88,7 +88,9 @@ def test_other_stages_of_a_pipeline_may_start_from_it(base, data, tmp_path):
     with pytest.raises(BadInput, match="`policy.method`: .*/dpo holds an adapter already"):
         check_recipe(load_recipe(written(tmp_path / "all.yaml", **stages)))
     stages["ppo"]["policy"] = {"from": str(tmp_path / "judge")}
-    with pytest.raises(BadInput, match="/judge will be a run of kind `evaluate`; name one of kind `sft` or `dpo` or `ppo`"):
+    with pytest.raises(
+        BadInput, match="/judge will be a run of kind `evaluate`; name one of kind `sft` or `dpo` or `ppo`"
+    ):
         check_recipe(load_recipe(written(tmp_path / "all.yaml", **stages)))
 
 
