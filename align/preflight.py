@@ -118,7 +118,7 @@ def _check_stage(
     if state != "finished":
         check_writable(settings.output)
         for key, (kind, data) in settings.data_sections().items():
-            loaded = _check_data(key, kind, data)
+            loaded = None if _will_be_made(data, made) else _check_data(key, kind, data)
             if kind == "prompts" and loaded is not None:
                 check_columns(settings, (*loaded.train, *loaded.validation))
     return state
@@ -272,6 +272,12 @@ def _check_method(settings: StageSettings, key: str, method: AnyMethod) -> None:
         from align.models.methods import check_method
 
         check_method(method, key)
+
+
+def _will_be_made(data: Data, made: dict[str, StageSettings]) -> bool:
+    """Whether some of it is a file that an earlier stage of the pipeline has still to write."""
+    paths = [Path(source.path) for source in (*data.train, *data.validation)]
+    return any(not path.exists() and resolved(str(path.parent)) in made for path in paths)
 
 
 def _check_data(key: str, kind: str, data: Data) -> Loaded[Any] | None:

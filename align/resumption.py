@@ -34,7 +34,8 @@ MEMORY_AND_SPEED = (  # keys of any section that change neither what is learnt n
 
 CHANGEABLE = re.compile(  # keys of a run under way that may become others where its user says so
     r"seed|guard(\.\w+)?|critic\.learning_rate|rewards\[\d+\]\.weight"
-    r"|(train|ppo)\.(learning_rate|max_grad_norm|ratio_tolerance|kl_coef|kl_target|cliprange|cliprange_high|cliprange_value|vf_coef|importance_cap)"
+    r"|(train|ppo)\.(learning_rate|max_grad_norm|ratio_tolerance|kl_coef|kl_target|cliprange|cliprange_high|cliprange_value|vf_coef|entropy_coef|target_kl"
+    r"|importance_cap)"
 )
 FUNCTIONS = re.compile(r"(rewards|judge|beside)\b.*")  # whose arguments are theirs, whatever their names
 

@@ -55,7 +55,7 @@ def checkpoints_of(run):
 
 def look(stage, path):
     """What is said of a checkpoint."""
-    names = {"sft": ("sft",), "reward": ("reward",), "ppo": ("policy", "critic")}[stage]
+    names = {"ppo": ("policy", "critic")}.get(stage, (stage,))
     needed = ("progress.json", "generators.json", "optimizers.pt", *(f"{name}.safetensors" for name in names))
     return checkpoint.damage(path, needed, lambda: "sealed" in json.loads((path / "progress.json").read_text()))
 

@@ -208,8 +208,8 @@ class World:
         (folder / "prompts.jsonl").write_text("".join(few), encoding="utf-8")
 
     def settings(self, stage: str, output: Path, **changes):
-        values = tiny.recipe(stage if stage in ("sft", "reward", "ppo") else "reward", self.base, self.data, output)
-        if stage not in ("sft", "reward", "ppo"):
+        values = tiny.recipe(stage if stage in tiny.TRAINED else "reward", self.base, self.data, output)
+        if stage not in tiny.TRAINED:
             values = {"stage": stage, "model": {"base": str(self.base)}, "output": str(output), "launch": "cpu"}
         for key in ("policy", "critic"):
             if key in values:
@@ -245,7 +245,7 @@ class World:
             tiny.run(self.settings(stage, self.folder / stage))
         tiny.run(self.settings("sft", self.folder / "sft-full", **FULLY))
         (self.folder / "sft" / "error.log").write_text("Traceback\n  of a run that failed before\n", encoding="utf-8")
-        for stage, step in (("sft", 3), ("reward", 3), ("ppo", 2), ("ensemble", 3)):
+        for stage, step in (("sft", 3), ("reward", 3), ("dpo", 3), ("ppo", 2), ("ensemble", 3)):
             with killed_at(step):
                 tiny.run(self.settings(stage, self.folder / f"{stage}-killed"))
 

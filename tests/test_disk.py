@@ -77,6 +77,8 @@ def _settings(stage, base, data, runs, output):
         values = tiny.recipe("ppo", base, data, runs / "ppo")
         changes = {"ppo": values["ppo"] | {"num_iterations": 2, "eval_steps": 1}}
         changes |= {key: values[key] for key in ("policy", "critic", "rewards")}
+    if stage == "dpo":
+        changes = {"policy": {"from": str(runs / "sft")}}
     return tiny.settings(stage, base, data, output, **changes)
 
 

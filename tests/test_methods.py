@@ -171,7 +171,11 @@ def values_of(name, stage, load, base, data, output):
         }
         return tiny.recipe(stage, base, data, output, **changes)
     train = {"max_steps": NUM_STEPS, "learning_rate": RATE[name], "save_steps": 0, "warmup_ratio": 0.0}
-    values = tiny.recipe(stage, base, data, output, method=method_of(name), **changes)
+    if stage == "dpo":
+        changes |= {"policy": {"method": method_of(name)}, "dpo": {"max_eval_prompts": 0}}
+    else:
+        changes["method"] = method_of(name)
+    values = tiny.recipe(stage, base, data, output, **changes)
     return values | {"train": values["train"] | train | {"per_device_train_batch_size": 8}}
 
 
@@ -258,8 +262,7 @@ def refusal(values, folder):
 def test_it_is_refused_at_the_door(name, stage, load, base, data, tmp_path):
     why, cures = REFUSED[name, load]
     line = refusal(values_of(name, stage, load, base, data, tmp_path / "out"), tmp_path)
-    key = "policy.method.kind" if stage == "ppo" else "method.kind"
-    assert f"`{key}: {name}`" in line
+    assert f"`{SETTINGS[stage].tuning.method}.kind: {name}`" in line
     for cure in cures:
         assert cure in line
     record(name, stage, load, f"no: {why}")

@@ -279,7 +279,7 @@ def test_what_a_reward_is_told_and_logs_is_kept(base, data, runs, tmp_path, caps
     rows = read_metrics(tmp_path / "ppo")
     assert [row.get("done") for row in rows] == [None, 0.0, 1.0] and rows[1]["rows"] == 8.0
     assert [row["eval_done"] for row in (rows[0], rows[2])] == [0.0, 2.0]
-    assert [row.get("epoch") for row in rows] == [None, 0.0, 4 / 32]  # 4 prompts an iteration, of 32
+    assert [row.get("epoch") for row in rows] == [None, 0.0, 4 / 35]  # 4 prompts an iteration, of 35
     assert rows[1]["reward_f"] == 1.0 and rows[1].get("reward_never") is None  # never NaN
     samples = [json.loads(line) for line in (tmp_path / "ppo" / "samples.jsonl").read_text().splitlines()]
     assert all(row["words"] == len(row["response"].split()) for row in samples)

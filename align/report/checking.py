@@ -61,13 +61,16 @@ def show(
 
 
 def _is_far(data: Data) -> bool:
-    return any(looks_like_hub_id(source.path) for source in (*data.train, *data.validation))
+    """Whether it cannot be looked at: it is on the Hub, or an earlier stage has still to make it."""
+    paths = [source.path for source in (*data.train, *data.validation)]
+    return any(looks_like_hub_id(path) or not Path(path).exists() for path in paths)
 
 
 def _counts(kind: str, data: Data) -> str:
     names = ", ".join(source.path for source in data.train)
     if _is_far(data):
-        return f"{kind} from the Hub: {names}"
+        is_on_hub = any(looks_like_hub_id(source.path) for source in (*data.train, *data.validation))
+        return f"{kind} from {'the Hub' if is_on_hub else 'an earlier stage'}: {names}"
     counts = load(data, kind).counts  # type: ignore[call-overload]
     return f"{counts.num_train} {kind}, {counts.num_validation} held out: {names}"
 

@@ -19,4 +19,16 @@ class Answers:
     tokenizer: Any = None  # by which the ids were made; None: that of the recipe's base
 
 
+def some_of(answers: Answers, rows: Sequence[int]) -> Answers:
+    """The answers at these places."""
+    return Answers(
+        [answers.prompts[i] for i in rows],
+        [answers.prompt_ids[i] for i in rows],
+        [answers.texts[i] for i in rows],
+        [answers.ids[i] for i in rows],
+        [answers.ended[i] for i in rows] if answers.ended else (),
+        answers.tokenizer,
+    )
+
+
 Scorer = Callable[[Answers], list[float]]  # NaN, of a function only: does not apply

@@ -2,7 +2,7 @@
 
 from align.settings.about import Curve, Match, Quality, Tuning
 from align.settings.data import Data, Source
-from align.settings.feedback import CollectSettings, EnsembleSettings, ScoreSettings
+from align.settings.feedback import CollectSettings, EnsembleSettings, ScoreSettings, SelectSettings
 from align.settings.fields import Settings
 from align.settings.judge import JudgeSettings
 from align.settings.methods import (
@@ -50,6 +50,7 @@ STAGES: dict[str, type[StageSettings]] = {
         EvaluateSettings,
         EnsembleSettings,
         CollectSettings,
+        SelectSettings,
         ScoreSettings,
     )
 }
@@ -95,6 +96,7 @@ __all__ = [
     "Sampling",
     "SamplingSettings",
     "ScoreSettings",
+    "SelectSettings",
     "Settings",
     "SftSettings",
     "Source",

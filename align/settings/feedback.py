@@ -1,4 +1,4 @@
-"""Stages of a round of the feedback loop: collect, score, and an ensemble of reward models."""
+"""Stages on collected answers and of a round of the feedback loop: collect, select, score, ensemble."""
 
 import json
 from pathlib import Path
@@ -7,8 +7,9 @@ from typing import Annotated
 from pydantic import Field
 
 from align.settings.about import POLICIES, Parents
-from align.settings.fields import Count, Interval, Location, Positive
+from align.settings.fields import Count, Interval, Location, NonNegative, Positive
 from align.settings.judge import JudgeSettings
+from align.settings.rewards import Reward, learned_parents
 from align.settings.stage import StageSettings
 from align.settings.stages import RewardSettings, SamplingSettings
 
@@ -47,6 +48,24 @@ class CollectSettings(SamplingSettings):
 
     def speaker(self) -> str | None:
         return next(iter(self.policies.values()))
+
+
+class SelectSettings(StageSettings):
+    """The best of several answers to each prompt, by any rewards, as data for the next stage."""
+
+    kind = "select"
+    makes = "data"
+    candidates: Location  # a collect run
+    rewards: Annotated[tuple[Reward, ...], Field(min_length=1)]
+    min_score: float | None = None  # of the best answer, to be a demonstration
+    min_margin: NonNegative = 0.0  # of the best answer's score over the worst's, to be a pair: more than this
+    max_batch_tokens: Count | None = None
+
+    def parents(self) -> Parents:
+        return {"candidates": (self.candidates, ("candidates",))} | learned_parents(self.terms())
+
+    def terms(self) -> dict[str, Reward]:
+        return {f"rewards[{index}]": reward for index, reward in enumerate(self.rewards)}
 
 
 class ScoreSettings(StageSettings):

@@ -41,7 +41,8 @@ class StageSettings(Settings):
     """
 
     kind: ClassVar[str] = "custom"
-    makes: ClassVar[str | None] = None  # policy | reward | ensemble | candidates | results: what its runs are taken for
+    # what its runs are taken for: policy | reward | ensemble | candidates | data | results
+    makes: ClassVar[str | None] = None
     reads: ClassVar[tuple[str, str] | None] = None  # key of its `Data`, and what rows it has (`data_sections`)
     tuning: ClassVar[Tuning | None] = None  # None: it trains nothing
     starts_at: ClassVar[str | None] = None  # which key of `parents` has the run whose training it goes on with

@@ -23,7 +23,7 @@ from align.models.budget import reading_tokens
 from align.models.layout import Part, parts_of
 from align.models.roles import Bases, Role
 from align.rewards import check_columns
-from align.rewards.answers import Answers
+from align.rewards.answers import Answers, some_of
 from align.rewards.judge import Question, build_judge
 from align.rewards.learned import ensemble_members
 from align.settings import ScoreSettings
@@ -105,17 +105,23 @@ def _member_scores(settings: ScoreSettings, answers: Answers, bases: Bases, work
         settings.ensemble, bases, normalize=False, max_batch_tokens=settings.max_batch_tokens, phase=SCORING
     )
     mine = list(worker.mine(len(answers.texts)))
-    own = Answers(
-        [answers.prompts[i] for i in mine],
-        [answers.prompt_ids[i] for i in mine],
-        [answers.texts[i] for i in mine],
-        [answers.ids[i] for i in mine],
-        [answers.ended[i] for i in mine],
-    )
+    own = some_of(answers, mine)
     found = torch.zeros(len(mine), len(members), dtype=torch.float64)
     for k, member in enumerate(members):
         found[:, k] = torch.tensor(member(own), dtype=torch.float64)
     return worker.gather_rows(mine, len(answers.texts), found)[0]
+
+
+def by_prompt(rows: Sequence[dict[str, Any]]) -> list[list[int]]:
+    """Lines of the candidates to each prompt."""
+    groups: dict[str, list[int]] = {}
+    for number, row in enumerate(rows):
+        groups.setdefault(_key(row), []).append(number)
+    return list(groups.values())
+
+
+def _key(row: dict[str, Any]) -> str:
+    return json.dumps(row["prompt"], sort_keys=True)
 
 
 def draw_pairs(
@@ -123,12 +129,9 @@ def draw_pairs(
 ) -> list[tuple[int, int, str]]:
     """Pairs of candidates of one prompt, by line: the best with the worst, and others by chance; never two answers of
     the same words, never an empty one (which no data format holds), never a pair twice."""
-    groups: dict[str, list[int]] = {}
-    for number, row in enumerate(rows):
-        groups.setdefault(json.dumps(row["prompt"], sort_keys=True), []).append(number)
     pairs = []
-    for key, group in groups.items():
-        rng = random.Random(f"pairs {settings.seed} {key}")
+    for group in by_prompt(rows):
+        rng = random.Random(f"pairs {settings.seed} {_key(rows[group[0]])}")
         first_of = {rows[i]["text"]: i for i in reversed(group) if rows[i]["text"].strip()}
         distinct = sorted(first_of.values())
         others = [(a, b) for at, a in enumerate(distinct) for b in distinct[at + 1 :]]
