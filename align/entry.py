@@ -15,7 +15,7 @@ from pathlib import Path
 from align.artifact import tidy
 from align.endings import FAILED, Ending, ending_of, open_streams, tell
 from align.errors import BadInput
-from align.libraries import quiet_libraries, seed_everything
+from align.libraries import loading, quiet_libraries, seed_everything
 from align.locks import at_work_in, beside, clear_locks
 from align.preflight import check_stage
 from align.processes import PARENT_PID, die_with_parent, read_status, write_status
@@ -30,7 +30,9 @@ def run_stage(settings: StageSettings) -> None:
     """Runs one validated stage in this process, from a new, a running or (nothing to do) a finished folder."""
     if _is_finished(settings):
         return
-    quiet_libraries()
+    with loading():
+        quiet_libraries()
+        runner(settings)  # imports the stage
     with ExitStack() as stack:
         if _is_first():
             stack.enter_context(at_work_in(settings.output))

@@ -33,6 +33,7 @@ from align.endings import ending_of
 from align.errors import BadInput
 from align.files import clear_temporaries, write_text
 from align.hub import WORDS, named
+from align.libraries import loading
 from align.locks import clear_locks
 from align.processes import (
     LAUNCH_ID,
@@ -400,8 +401,9 @@ def _launcher() -> None:
     die_with_parent(signal.SIGTERM, parent=int(parent))
     os.environ[PARENT_PID] = str(os.getpid())  # for the workers' own die_with_parent
     logging.disable(logging.ERROR)  # torch's own lines about a failed worker; in this process only
-    from accelerate.commands import launch  # seconds
-    from accelerate.utils.launch import prepare_simple_launcher_cmd_env
+    with loading():
+        from accelerate.commands import launch  # seconds
+        from accelerate.utils.launch import prepare_simple_launcher_cmd_env
 
     single: list[tuple[list[str], dict[str, str]]] = []
     launch.simple_launcher = lambda arguments: single.append(prepare_simple_launcher_cmd_env(arguments))

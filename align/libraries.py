@@ -1,10 +1,15 @@
 """What is set of the libraries and of this process before a stage runs: silence, seeds, and memory that is kept."""
 
 import ctypes
+import gc
 import os
 import random
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache, partial, wraps
 from importlib.util import find_spec
+from typing import Any
 
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # of <malloc.h>
 
@@ -37,6 +42,18 @@ def seed_everything(seed: int, *, full_determinism: bool = False) -> None:
         torch.use_deterministic_algorithms(True)
 
 
+@contextmanager
+def loading() -> Iterator[None]:
+    """Around the import of large libraries: garbage is not looked for meanwhile, which takes a seventh of the time, nor
+    among what they have made ever after."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
+
+
 def quiet_libraries() -> None:
     """Progress bars and advice of the libraries do not belong between our lines, nor is anybody told what runs here
     (TRL tells the Hub what of it is used). Before they are imported."""
@@ -54,19 +71,34 @@ def quiet_libraries() -> None:
 
     constants.HF_HUB_DISABLE_TELEMETRY = True
     transformers.utils.logging.disable_progress_bar()
-    _no_kernels_of_the_hub()
+    _import_bitsandbytes()
 
 
-def _no_kernels_of_the_hub() -> None:
-    """Where the package `kernels` is installed, bitsandbytes fetches code from the Hub and runs it as it is imported,
-    which no recipe has named: while it is imported, there is no such package."""
-    if find_spec("kernels") is None or "bitsandbytes" in sys.modules:
+def _import_bitsandbytes() -> None:
+    """Without what it does beside. Where the package `kernels` is installed, it fetches code from the Hub and runs it,
+    which no recipe has named: meanwhile there is no such package. And it has functions of its optimisers compiled,
+    for which torch's compiler is loaded (half a second): that comes when one is first called."""
+    if "bitsandbytes" in sys.modules or find_spec("bitsandbytes") is None:
         return
-    before = sys.modules.pop("kernels", None)
+    import torch
+
+    before, compiler = sys.modules.pop("kernels", None), torch.compile
     sys.modules["kernels"] = None  # type: ignore[assignment]
+    torch.compile = partial(_compiled_when_called, compiler)  # type: ignore[assignment]
     try:
         import bitsandbytes  # noqa: F401
     finally:
+        torch.compile = compiler
         del sys.modules["kernels"]
         if before is not None:
             sys.modules["kernels"] = before
+
+
+def _compiled_when_called(
+    compiler: Callable[..., Any], function: Callable[..., Any] | None = None, **how: Any
+) -> Callable[..., Any]:
+    """As `torch.compile`, a decorator with settings or without."""
+    if function is None:
+        return partial(_compiled_when_called, compiler, **how)
+    compiled = cache(partial(compiler, function, **how))
+    return wraps(function)(lambda *given, **named: compiled()(*given, **named))

@@ -4,6 +4,7 @@ At the end of a session that was to run them all, the combinations of tuning met
 test_methods.py tried are counted and held against the table in recipes/README.md.
 """
 
+import gc
 import os
 import shutil
 import signal
@@ -19,6 +20,7 @@ import pytest
 from align.settings import METHODS
 from tests import tiny
 
+gc.disable()  # while tests are collected and what they test is imported: a fifth of that time
 # a shell's background ignores it, and so would whatever tests start
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -106,6 +108,11 @@ def pytest_configure(config):
     config.made_for_combinations = None
     if TRIED not in os.environ:  # the processes of xdist have it from the one that started them
         config.made_for_combinations = os.environ[TRIED] = tempfile.mkdtemp(prefix="combinations-")
+
+
+def pytest_collection_finish():
+    gc.freeze()
+    gc.enable()
 
 
 def pytest_sessionfinish(session):

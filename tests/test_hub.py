@@ -16,19 +16,7 @@ TOKEN = "Bearer hf_secret"
 THE_USERS = ("missing", "secret", "gated", "forbidden", "unauthorised")
 
 
-@pytest.fixture(scope="module")
-def cases(base, data, tmp_path_factory):
-    work = tmp_path_factory.mktemp("hub")
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "TRANSFORMERS_"))}
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.helpers.hub_that_fails", str(base), str(data), str(work)],
-        capture_output=True, text=True, cwd=ROOT, env=environment | {"PYTHONPATH": str(ROOT)}, timeout=280,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-
-
-def test_a_hub_that_is_well_gives_all_with_its_token_and_to_nobody_else(cases):
+def a_hub_that_is_well_gives_all_with_its_token_and_to_nobody_else(cases):
     well = {case["what"]: case for case in cases if case.get("fault", "") is None and not case["error"]}
     assert {what: case["found"] for what, case in well.items() if what in ("model", "adapter", "data")} == {
         "model": "Base",
@@ -41,7 +29,7 @@ def test_a_hub_that_is_well_gives_all_with_its_token_and_to_nobody_else(cases):
     assert elsewhere["tokens"] and set(elsewhere["tokens"]) == {None}  # where the Hub sends for a large file
 
 
-def test_what_the_user_gave_is_bad_input(cases):
+def what_the_user_gave_is_bad_input(cases):
     found = [case for case in cases if case.get("fault") in THE_USERS]
     assert len(found) == 5 * len(THE_USERS)
     for case in found:
@@ -49,7 +37,7 @@ def test_what_the_user_gave_is_bad_input(cases):
         assert any(word in case["line"] for word in ("log in", "ask for access")), case
 
 
-def test_what_the_hub_did_is_a_run_to_start_again(cases):
+def what_the_hub_did_is_a_run_to_start_again(cases):
     found = [case for case in cases if case.get("fault") and case["fault"] not in THE_USERS and not case["is_kept"]]
     assert len(found) == 5 * 2 + 3 + 4
     for case in found:
@@ -61,16 +49,31 @@ def test_what_the_hub_did_is_a_run_to_start_again(cases):
         assert case["seconds"] < 15, case
 
 
-def test_a_cache_that_is_full_is_a_run_to_start_again(cases):
+def a_cache_that_is_full_is_a_run_to_start_again(cases):
     (full,) = (case for case in cases if case.get("fault", "") is None and case["error"])
     assert full["error"] == "RunFailed" and "cannot be kept in the Hub's cache" in full["line"], full
     assert "File too large; raise the limit" in full["line"]
 
 
-def test_what_is_cached_is_taken_where_the_hub_fails(cases):
+def what_is_cached_is_taken_where_the_hub_fails(cases):
     kept = [case for case in cases if case.get("is_kept") and case["what"] != "check"]
     assert len(kept) == 4
     assert all(case["error"] == "" and case["asked"] <= 2 for case in kept), kept
+
+
+def test_a_hub_that_is_well_or_fails_or_is_not_there(base, data, tmp_path):
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "TRANSFORMERS_"))}
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.helpers.hub_that_fails", str(base), str(data), str(tmp_path)],
+        capture_output=True, text=True, cwd=ROOT, env=environment | {"PYTHONPATH": str(ROOT)}, timeout=280,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    cases = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    a_hub_that_is_well_gives_all_with_its_token_and_to_nobody_else(cases)
+    what_the_user_gave_is_bad_input(cases)
+    what_the_hub_did_is_a_run_to_start_again(cases)
+    a_cache_that_is_full_is_a_run_to_start_again(cases)
+    what_is_cached_is_taken_where_the_hub_fails(cases)
 
 
 KERNELS = """
