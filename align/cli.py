@@ -18,7 +18,7 @@ app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    help="SFT, reward model and PPO over one base model, from recipes, under accelerate.",
+    help="SFT, reward model, DPO and PPO over one base model, from recipes, under accelerate.",
 )
 
 feedback = typer.Typer(no_args_is_help=True, help="Bring labels into a loop's store, and out of it.")
@@ -139,7 +139,7 @@ def loop(recipe: RecipeName, overrides: Overrides = None, changes: Changes = Non
 
 @app.command()
 def merge(
-    run: Annotated[str, typer.Argument(metavar="RUN", callback=_at_home, help="Folder of an sft or ppo run.")],
+    run: Annotated[str, typer.Argument(metavar="RUN", callback=_at_home, help="Folder of an sft, dpo or ppo run.")],
     out: Annotated[str, typer.Argument(metavar="OUT", callback=_at_home, help="A new folder.")],
 ) -> None:
     """Merge a run's adapter into its base: a plain transformers folder."""

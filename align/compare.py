@@ -155,11 +155,11 @@ def _rates(text: str) -> tuple[str, tuple[float, ...]]:
 
 
 def scaled_rates(method: str, settings: StageSettings) -> tuple[float, ...]:
-    """The sources' rates for `method`. If the recipe names a rate for its own method, all are scaled as that one is to
-    its sources': a tiny model that wants LoRA at twenty times the usual rate wants the others there too."""
-    own, rate = _own_method(settings), _own_rate(settings)
-    usual = RATES.get(own["kind"], RATES["lora"])[1]
-    scale = rate / usual if rate is not None else 1.0
+    """The sources' rates for `method`, all scaled as the recipe's rate is to the sources' for its own method: a tiny
+    model that wants LoRA at twenty times the usual rate wants the others there too. A rate that the recipe leaves to
+    the stage is meant for LoRA."""
+    own, rate = _own_method(settings)["kind"] if _names_rate(settings) else "lora", _rate(settings)
+    scale = rate / RATES.get(own, RATES["lora"])[1]
     kind = _method_of(method)["kind"]
     return tuple(float(f"{scale * each:.3g}") for each in RATES.get(kind, RATES["lora"]))
 
@@ -178,14 +178,18 @@ def _own_method(settings: StageSettings) -> dict[str, Any]:
     return {"kind": "lora"} if method is None else method.model_dump(mode="json")
 
 
-def _own_rate(settings: StageSettings) -> float | None:
-    """The learning rate that the recipe gives; None where it leaves the default."""
+def _rate(settings: StageSettings) -> float:
+    return float(settings.value(_tuning(settings).learning_rate))
+
+
+def _names_rate(settings: StageSettings) -> bool:
+    """Whether the recipe gives a learning rate, or leaves it to the stage."""
     section: Any = settings
     for name in _tuning(settings).learning_rate.split("."):
         if name not in section.model_fields_set:
-            return None
+            return False
         section = getattr(section, name)
-    return float(section)
+    return True
 
 
 def _tuning(settings: StageSettings) -> Tuning:

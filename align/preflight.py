@@ -32,6 +32,7 @@ from align.settings import (
     OtherPeft,
     OwnMethod,
     Prefix,
+    Source,
     StageSettings,
 )
 from align.settings.methods import is_copy
@@ -56,10 +57,21 @@ def check_recipe(recipe: Recipe, changes: Sequence[str] = ()) -> dict[str, str]:
                 maker = makers.get(resolved(folder), name)
                 if maker != name and resolved(folder) not in made:
                     raise BadInput(f"`{key}`: {folder} is made by stage `{maker}`, which comes later; put it before")
+            _check_order(settings, makers, made)
             states[name] = _check_stage(settings, made, recipe.names(name, changes))
             _hub_remarks(settings)
         made[resolved(settings.output)] = settings
     return states
+
+
+def _check_order(settings: StageSettings, makers: dict[str, str], made: dict[str, StageSettings]) -> None:
+    for key, (_, data) in settings.data_sections().items():
+        for source in (*data.train, *data.validation):
+            folder = resolved(str(Path(source.path).parent))
+            if folder in makers and folder not in made and not Path(source.path).exists():
+                raise BadInput(
+                    f"`{key}`: {source.path} is written by stage `{makers[folder]}`, which comes later; put it before"
+                )
 
 
 def remarks(recipe: Recipe) -> list[str]:
@@ -118,7 +130,8 @@ def _check_stage(
     if state != "finished":
         check_writable(settings.output)
         for key, (kind, data) in settings.data_sections().items():
-            loaded = None if _will_be_made(data, made) else _check_data(key, kind, data)
+            there = _that_is_there(key, kind, data, made)
+            loaded = _check_data(key, kind, there) if there is not None else None
             if kind == "prompts" and loaded is not None:
                 check_columns(settings, (*loaded.train, *loaded.validation))
     return state
@@ -274,10 +287,30 @@ def _check_method(settings: StageSettings, key: str, method: AnyMethod) -> None:
         check_method(method, key)
 
 
-def _will_be_made(data: Data, made: dict[str, StageSettings]) -> bool:
-    """Whether some of it is a file that an earlier stage of the pipeline has still to write."""
-    paths = [Path(source.path) for source in (*data.train, *data.validation)]
-    return any(not path.exists() and resolved(str(path.parent)) in made for path in paths)
+def _that_is_there(key: str, kind: str, data: Data, made: dict[str, StageSettings]) -> Data | None:
+    """The data without the files that an earlier stage of the pipeline has still to write; None: no source is left.
+
+    Raises:
+        BadInput: that stage will write no such file, or one with other rows.
+    """
+
+    def is_there(source: Source) -> bool:
+        path = Path(source.path)
+        maker = None if path.exists() else made.get(resolved(str(path.parent)))
+        if maker is None:
+            return True
+        rows = maker.writes.get(path.name)
+        if rows != kind:
+            named = [name for name, each in maker.writes.items() if each == kind]
+            cure = f"; name its {' or '.join(named)}" if named else "; name a file that is there"
+            what = "will write no such file" if rows is None else f"will hold {rows}, and {kind} are needed"
+            raise BadInput(f"`{key}`: {path} {what}{cure}")
+        return False
+
+    train, validation = ([each for each in part if is_there(each)] for part in (data.train, data.validation))
+    if not train:
+        return None
+    return data.model_copy(update={"train": tuple(train), "validation": tuple(validation)})
 
 
 def _check_data(key: str, kind: str, data: Data) -> Loaded[Any] | None:

@@ -57,8 +57,8 @@ def run(recipe: str | Path, overrides: Mapping[str, Any] | None = None) -> dict[
 def open_policy(
     folder: str | Path, device: "torch.device | str" = "cpu"
 ) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
-    """The model of a finished SFT or PPO run, or of a stage of one's own that makes policies, adapter included, and the
-    tokenizer that it was trained with, template included: for transformers' `generate`.
+    """The model of a finished SFT, DPO or PPO run, or of a stage of one's own that makes policies, adapter included,
+    and the tokenizer that it was trained with, template included: for transformers' `generate`.
 
     Raises:
         BadInput: the folder holds no such run, or its base is not there any more.

@@ -4,12 +4,14 @@ in turn (A B A B ...), each run in a process of its own.
     python scripts/bench.py ppo    --model DIR [--case fixed|mixed|shared] [--critic trunk|adapter] [--peer trl|sft]
     python scripts/bench.py ppo    --model DIR [--model LARGER] --scaling
     python scripts/bench.py reward --model DIR --data pairs.jsonl [--steps 4] [--peer trl]
+    python scripts/bench.py dpo    --model DIR --data pairs.jsonl [--steps 4] [--peer trl]
     python scripts/bench.py sft    --model DIR --data demonstrations.jsonl [--peer trl [--peer-settings plain ...]]
     python scripts/bench.py parity --model DIR
 
 `scripts/bench_peers.sh` installs TRL; ALIGN_PEERS says where. Prompts and answers of `ppo` are made of words of one
 token each, and the answers are forced on both sides: both work on the very same tokens. Rows of `reward` and `sft` are
-given to TRL as our token ids and labels, with a pad that is not the end token (else TRL reads scores a token early).
+given to TRL as our token ids and labels, with a pad that is not the end token (else TRL reads scores a token early);
+those of `dpo` as they are written, since TRL renders them as we do.
 
 Seconds are from step to step; the first step is a warm-up and left out, but for `sft`, which counts its one epoch
 whole. Peak memory is the process's high-water mark on a CPU, the allocator's on a GPU. Useful FLOPs are 2 x the weights
@@ -158,6 +160,40 @@ def reward_work(model: str, data: str, steps: int) -> Values:
     values = recipe("reward", model, data=section, method=LORA, train=train, center_rewards_coefficient=0.0)
     peer = {"max_steps": steps, "train_sampling_strategy": "sequential"}
     return {"kind": "reward", "rows": rows, "recipe": values, "peer": peer}
+
+
+def dpo_work(folder: Path, model: str, data: str, steps: int) -> Values:
+    """The same pairs, of those that are not cut, in the order of transformers' trainer."""
+    tokenizer, section = load_tokenizer(Model(base=model)), Data.model_validate({"train": data})
+    kept = []
+    for pair in load(section, "preferences").train:
+        tokens = encode_pair(tokenizer, pair, MAX_LENGTH)
+        longest = 0 if tokens is None else max(len(tokens.chosen_ids), len(tokens.rejected_ids))
+        if tokens is not None and len(tokens.prompt_ids) + longest <= MAX_LENGTH:
+            prompt = [dict(turn) for turn in pair.prompt] if not isinstance(pair.prompt, str) else pair.prompt
+            sides = {name: getattr(pair, name) for name in ("chosen", "rejected")}
+            kept.append({"prompt": prompt} | {name: _turns(answer, prompt) for name, answer in sides.items()})
+        if len(kept) == BATCH * steps:
+            break
+    train = {"max_steps": steps, "per_device_train_batch_size": BATCH, "logging_steps": 1, "save_steps": 0}
+    values = recipe(
+        "dpo",
+        model,
+        data={"train": write_rows(folder / "pairs.jsonl", kept)},
+        policy={"method": LORA | {"lora_alpha": 32, "target_modules": "all-linear"}},
+        train=train | {"learning_rate": 1e-5, "lr_scheduler_type": "constant", "warmup_ratio": 0.0},
+        dpo={"max_eval_prompts": 0},
+        max_length=MAX_LENGTH,
+    )
+    peer = {"max_steps": steps, "seed": 0, "data_seed": 0, "max_length": MAX_LENGTH, "learning_rate": 1e-5}
+    peer |= {"lr_scheduler_type": "constant", "per_device_train_batch_size": BATCH, "gradient_checkpointing": False}
+    return {"kind": "dpo", "rows": kept, "recipe": values, "peer": peer}
+
+
+def _turns(answer: Any, prompt: Any) -> Any:
+    if isinstance(prompt, str):
+        return answer
+    return [{"role": "assistant", "content": answer}] if isinstance(answer, str) else [dict(turn) for turn in answer]
 
 
 def sft_work(model: str, data: str, limit: int) -> Values:
@@ -409,6 +445,21 @@ def bench_reward(options: Options, folder: Path) -> Values:
     return {"sides": found, "loss_difference": difference, "agrees": difference <= 1e-5}
 
 
+def bench_dpo(options: Options, folder: Path) -> Values:
+    """Pairs a second, and the losses of the first two steps, which both sides must give alike."""
+    work = dpo_work(folder, options.model[0], options.data, options.steps)
+    sides = {"ours": ("ours.py", work)} | ({"TRL 1.16": ("trl_supervised.py", work)} if options.peer else {})
+    runs = in_turn(sides, options.repeats)
+    found = summary(runs, "pairs/s", lambda run: BATCH / mean(step_seconds(run)))
+    show_sides(f"dpo: {options.steps} steps of {BATCH} pairs", found, "pairs/s")
+    if not options.peer:
+        return {"sides": found}
+    losses = {name: [row["loss"] for row in each[0]["metrics"] if "loss" in row][:2] for name, each in runs.items()}
+    difference = max(abs(a - b) for a, b in zip(*losses.values(), strict=True))
+    console.print(f"same pairs, same adapter: the losses of two steps differ by {difference:.1g} (at most 1e-5)")
+    return {"sides": found, "losses": losses, "loss_difference": difference, "agrees": difference <= 1e-5}
+
+
 def bench_sft(options: Options, folder: Path) -> Values:
     """Tokens a second over one epoch: all real input tokens, no padding, the same count for every side."""
     work = sft_work(options.model[0], options.data, options.rows)
@@ -486,21 +537,23 @@ def parsed(arguments: Sequence[str] | None) -> Options:
     parser = argparse.ArgumentParser(description="Our stages beside their peers: speed, memory, parity.")
     parser.set_defaults(critic="adapter", iterations=1, peer_micro_batch=16, peer=None, scaling=False)  # parity's
     commands = parser.add_subparsers(dest="command", required=True)
-    ppo, reward, sft, _ = each = [commands.add_parser(name) for name in ("ppo", "reward", "sft", "parity")]
+    names = ("ppo", "reward", "dpo", "sft", "parity")
+    ppo, reward, dpo, sft, _ = each = [commands.add_parser(name) for name in names]
     for one in each:
         one.add_argument("--model", action="append", required=True, metavar="DIR", help="a transformers folder")
         one.add_argument("--json", metavar="FILE", help="write all figures there")
-    for one in (ppo, reward, sft):
+    for one in (ppo, reward, dpo, sft):
         one.add_argument("--repeats", type=count, default=3, help="runs of each side (3)")
         one.add_argument("--peer", choices=["trl", "sft"] if one is ppo else ["trl"])
-    for one in (reward, sft):
+    for one in (reward, dpo, sft):
         one.add_argument("--data", required=True, metavar="FILE", help="rows in TRL's format")
     ppo.add_argument("--case", action="append", choices=list(CASES), help="all, if none is named")
     ppo.add_argument("--critic", choices=["default", "trunk", "adapter"], default="default")
     ppo.add_argument("--iterations", type=count, default=4, help="of a run, the first a warm-up (4)")
     ppo.add_argument("--scaling", action="store_true", help="ours alone, as sizes double")
     ppo.add_argument("--peer-micro-batch", type=count, default=16, help="TRL's per_device_train_batch_size (16)")
-    reward.add_argument("--steps", type=count, default=4, help="of 8 pairs, the first a warm-up (4)")
+    for one in (reward, dpo):
+        one.add_argument("--steps", type=count, default=4, help="of 8 pairs, the first a warm-up (4)")
     sft.add_argument("--rows", type=count, default=64)
     sft.add_argument("--peer-settings", nargs="+", choices=list(PEER_SFT), default=["defaults", "grouped"])
     return parser.parse_args(arguments)
@@ -509,7 +562,13 @@ def parsed(arguments: Sequence[str] | None) -> Options:
 def main(arguments: Sequence[str] | None = None) -> int:
     """The exit code: 0, 1 (a run failed, or the sides do not agree), 2 (bad input, one line)."""
     options = parsed(arguments)
-    command = {"ppo": bench_ppo, "reward": bench_reward, "sft": bench_sft, "parity": bench_parity}[options.command]
+    command = {
+        "ppo": bench_ppo,
+        "reward": bench_reward,
+        "dpo": bench_dpo,
+        "sft": bench_sft,
+        "parity": bench_parity,
+    }[options.command]
     try:
         for model in options.model:
             if not (Path(model) / "config.json").is_file():

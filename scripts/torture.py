@@ -128,6 +128,7 @@ class World:
         made: dict[str, Callable[[], Command]] = {
             "sft": lambda: self.stage("sft", folder, method={"kind": "lora", "r": 4, "lora_dropout": 0.2}),
             "reward": lambda: self.stage("reward", folder, method={"kind": "lora", "r": 4, "lora_dropout": 0.2}),
+            "dpo": lambda: self.stage("dpo", folder),
             "ppo": lambda: self.stage("ppo", folder),
             "two": lambda: self.stage("ppo", folder, launch="ddp"),
             "pipeline": lambda: self.pipeline(folder),
@@ -137,7 +138,7 @@ class World:
         return made[what]()
 
 
-KINDS = ("sft", "reward", "ppo", "two", "pipeline", "loop", "page")
+KINDS = ("sft", "reward", "dpo", "ppo", "two", "pipeline", "loop", "page")
 BY_NAME = ("database",)  # takes minutes each, and PostgreSQL
 
 

@@ -3,6 +3,7 @@
 
 import importlib.util
 import json
+import math
 import os
 import subprocess
 import sys
@@ -130,6 +131,12 @@ def test_reward_runs_in_a_process_of_its_own(base, data, tmp_path):
     subprocess.run([*command, *options], check=True, cwd=ROOT, capture_output=True, env=_environment())
     found = json.loads(file.read_text(encoding="utf-8"))["sides"]["ours"]
     assert found["pairs/s"] > 0 and found["peak_mib"] > 100 and abs(found["first_loss"] - 0.69) < 0.2
+
+
+def test_dpo_runs_on_pairs_from_an_adapter_that_is_not_at_zero(bench, base, data, tmp_path):
+    words = ["dpo", "--model", base, "--data", data / "pairs.jsonl", "--steps", 2]
+    found = report_of(bench, tmp_path, *words)["sides"]["ours"]
+    assert found["pairs/s"] > 0 and found["first_loss"] not in (0.0, pytest.approx(math.log(2), abs=1e-4))
 
 
 def test_ppo_agrees_with_trl(base, tmp_path):

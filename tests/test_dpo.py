@@ -51,6 +51,7 @@ def test_losses_and_weights_are_those_of_trls_trainer(dpo, theirs, base, data, t
         "policy": {"method": {"kind": "full"}},
         "train": steps | {"per_device_train_batch_size": size},
         "dpo": dpo,
+        "sampling": {},
     }
     chosen = DpoSettings(**ours)
     tiny.run(chosen)
@@ -163,12 +164,19 @@ def test_it_stands_between_the_other_stages(finished, base, data, runs, tmp_path
     assert read_manifest(tmp_path / "evaluate")["status"] == "finished"
 
 
+def test_an_adapter_that_drops_in_training_does_not_here(base, data, tmp_path):
+    dropping = {"kind": "lora", "r": 4, "lora_dropout": 0.5}
+    tiny.run(tiny.settings("sft", base, data, tmp_path / "sft", method=dropping))
+    tiny.run(tiny.settings("dpo", base, data, tmp_path / "dpo", dpo=NO_ANSWERS, sampling={}, train={"max_steps": 1}))
+    assert read_metrics(tmp_path / "dpo")[0]["rewards_chosen"] == 0.0
+
+
 def test_a_fully_tuned_policy_is_the_base_of_what_goes_on_from_it(base, data, tmp_path):
     for name, start in (("first", None), ("second", str(tmp_path / "first"))):
         policy = {"method": {"kind": "full"} if start is None else {"kind": "lora", "r": 2}, "from": start}
         tiny.run(
             tiny.settings(
-                "dpo", base, data, tmp_path / name, policy=policy, train={"max_steps": 1, "warmup_ratio": 0.0}, dpo=NO_ANSWERS
+                "dpo", base, data, tmp_path / name, policy=policy, train={"max_steps": 1, "warmup_ratio": 0.0}, dpo=NO_ANSWERS, sampling={}
             )
         )  # fmt: skip
     assert read_manifest(tmp_path / "second")["base"] == str(tmp_path / "first")
@@ -181,11 +189,15 @@ def test_a_fully_tuned_policy_is_the_base_of_what_goes_on_from_it(base, data, tm
     [
         ({"dpo": {"loss_type": "orpo", "rpo_alpha": 1.0}}, "`dpo.rpo_alpha` has no meaning with `dpo.loss_type: orpo`"),
         ({"dpo": {"simpo_gamma": 0.5}}, "`dpo.simpo_gamma` has no meaning with `dpo.loss_type: sigmoid`"),
-        ({"dpo": {"loss_type": "simpo"} | NO_ANSWERS, "reference": {"from": "runs/sft"}}, "`reference` has no meaning"),
+        (
+            {"dpo": {"loss_type": "simpo"} | NO_ANSWERS, "reference": {"from": "runs/sft"}, "sampling": {}},
+            "`reference` has no",
+        ),
+        ({"dpo": NO_ANSWERS}, "`sampling` has no meaning where no held-out prompt is answered"),
         ({"dpo": {"loss_type": "dpo"}}, "`dpo.loss_type`"),
         ({"dpo": {"beta": 0.0}}, "`dpo.beta`"),
         ({"method": {"kind": "lora"}}, "`method`"),
-        ({"data": {"train": "prompts.jsonl"}}, "prompts.jsonl"),
+        ({"data": {"train": "prompts.jsonl"}, "sampling": {}}, "prompts.jsonl"),
     ],
 )
 def test_what_is_wrong_is_one_line(changes, line, base, data, tmp_path, monkeypatch):

@@ -172,7 +172,7 @@ def values_of(name, stage, load, base, data, output):
         return tiny.recipe(stage, base, data, output, **changes)
     train = {"max_steps": NUM_STEPS, "learning_rate": RATE[name], "save_steps": 0, "warmup_ratio": 0.0}
     if stage == "dpo":
-        changes |= {"policy": {"method": method_of(name)}, "dpo": {"max_eval_prompts": 0}}
+        changes |= {"policy": {"method": method_of(name)}, "dpo": {"max_eval_prompts": 0}, "sampling": {}}
     else:
         changes["method"] = method_of(name)
     values = tiny.recipe(stage, base, data, output, **changes)

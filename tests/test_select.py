@@ -15,7 +15,7 @@ from align.preflight import check_recipe
 from align.recipe import load_recipe
 from align.report.checking import show
 from align.settings import Data, SelectSettings
-from align.stages.select import DEMONSTRATIONS, PREFERENCES, chosen
+from align.stages.select import DEMONSTRATIONS, PREFERENCES, _demonstration, chosen
 from tests import tiny
 from tests.apart import run_apart
 
@@ -66,7 +66,7 @@ def pipeline(base, data, runs, folder, **changes):
         "select": {"stage": "select", "candidates": str(out / "collect"), "rewards": rewards} | changes,
         "raft": {"stage": "sft", "data": {"train": str(out / "select" / DEMONSTRATIONS)}, "max_length": 64, "train": train},
         "dpo": {"stage": "dpo", "policy": {"from": str(runs / "sft")}, "max_length": 64, "train": train,
-                "data": {"train": str(out / "select" / PREFERENCES)}, "dpo": {"max_eval_prompts": 0}},
+                "data": {"train": str(out / "select" / PREFERENCES)}, "dpo": {"rpo_alpha": 0.1}},
     }  # fmt: skip
     values = {"model": {"base": str(base)}, "output": str(out), "launch": "cpu", "stages": stages}
     path = folder / "pipeline.yaml"
@@ -79,7 +79,7 @@ def test_the_next_stages_learn_from_what_was_selected(base, data, runs, tmp_path
     recipe = load_recipe(str(path))
     states = check_recipe(recipe)  # nothing of it is there yet
     show(recipe, states)
-    assert "demonstrations from an earlier stage" in capsys.readouterr().out
+    assert "demonstrations that are not there now" in capsys.readouterr().out
     for name, stage in recipe.stages.items():
         tiny.run(stage)
         assert check_recipe(recipe)[name] == "finished"
@@ -117,12 +117,32 @@ def test_what_cannot_be_is_one_line(base, data, runs, tmp_path):
     tiny.run(recipe.stages["collect"])
     with pytest.raises(BadInput, match="nothing is left to select"):
         tiny.run(recipe.stages["select"])
-    text = path.read_text().replace(f"select/{DEMONSTRATIONS}", "nowhere.jsonl")
-    path.write_text(text)
-    with pytest.raises(BadInput, match=re.escape(f"{out}/nowhere.jsonl: no such file")):
-        check_recipe(load_recipe(str(path)))
+    text = path.read_text()
+    for name, line in (
+        ("nowhere.jsonl", f"{out}/nowhere.jsonl: no such file"),
+        (f"select/{PREFERENCES}", f"{PREFERENCES} will hold preferences, and demonstrations are needed; name its {DEMONSTRATIONS}"),
+        ("select/preference.jsonl", f"preference.jsonl will write no such file; name its {DEMONSTRATIONS}"),
+        ("collect/candidates.json", "candidates.json will write no such file; name a file that is there"),
+    ):  # fmt: skip
+        path.write_text(text.replace(f"select/{DEMONSTRATIONS}", name))
+        with pytest.raises(BadInput, match=re.escape(line)):
+            check_recipe(load_recipe(str(path)))
     stages = yaml.safe_load(text)
+    stages["stages"]["raft"]["data"]["train"] = [str(out / "select" / DEMONSTRATIONS), str(tmp_path / "typo.jsonl")]
+    path.write_text(yaml.safe_dump(stages, sort_keys=False))
+    with pytest.raises(BadInput, match=r"typo\.jsonl"):
+        check_recipe(load_recipe(str(path)))
     stages["stages"] = dict(reversed(stages["stages"].items()))
     path.write_text(yaml.safe_dump(stages, sort_keys=False))
-    with pytest.raises(BadInput, match="no such file"):
+    with pytest.raises(BadInput, match=r"is written by stage `select`, which comes later; put it before"):
         check_recipe(load_recipe(str(path)))
+
+
+def test_a_prompts_template_and_columns_tell_it_apart_and_travel(tmp_path):
+    rows, scores = candidates(("a", "one", 1.0, True), ("a", "two", 2.0, True), ("a", "three", 0.0, True))
+    rows[2] |= {"template": {"date": "today", "tools": []}}
+    assert chosen(rows, scores, settings(tmp_path)) == ([1, 2], [(1, 0)])
+    rows[2]["prompt"] = [{"role": "user", "content": "a"}]
+    (tmp_path / "rows.jsonl").write_text(json.dumps(_demonstration(rows[2], 0.0)), encoding="utf-8")
+    (row,) = load(Data(train=str(tmp_path / "rows.jsonl")), "demonstrations").train
+    assert row.template == {"date": "today", "tools": []}

@@ -76,9 +76,8 @@ class ByHand:
             lead = lead - pair.margin
             probability += self.dpo.label_smoothing * (1 - 2 * probability)
         kind = self.dpo.loss_type
-        if kind == "simpo":
-            lead = lead - self.dpo.simpo_gamma
-        for_it, against_it = softplus(-lead), softplus(lead)
+        ahead = self.dpo.simpo_gamma if kind == "simpo" else 0.0
+        for_it, against_it = softplus(ahead - lead), softplus(ahead + lead)
         if kind == "ipo":
             for_it, against_it = ((each - 1 / (2 * self.beta)) ** 2 for each in (lead, -lead))
         loss = probability * for_it + (1 - probability) * against_it

@@ -286,7 +286,6 @@ class ByHand:
                 )
             loss = loss * self.weight(row.ids[t])
             if ppo.entropy_coef:
-                assert ppo.loss_norm == "token"
                 loss = loss + ppo.entropy_coef * (whole[t].exp() * whole[t]).sum()
             near = row.values[t] + torch.clamp(values[t] - row.values[t], -ppo.cliprange_value, ppo.cliprange_value)
             plain, bounded = (values[t] - row.returns[t]) ** 2, (near - row.returns[t]) ** 2
@@ -414,7 +413,7 @@ CASES: dict[str, dict[str, Any]] = {
     "rloo": {"critic": NO_CRITIC, "ppo": {"advantage": "rloo", "gamma": 1.0, "num_generations": 3, "prompts_per_iteration": 2}},
     "grpo": {"critic": NO_CRITIC, "ppo": {"advantage": "grpo", "gamma": 1.0, "loss_norm": "sequence", "num_generations": 3, "prompts_per_iteration": 2}},
     "grpo over the batch": {"critic": NO_CRITIC, "ppo": {"advantage": "grpo", "scale_rewards": "batch", "gamma": 1.0, "dual_clip": 1.1}},
-    "dr. grpo": {"critic": NO_CRITIC, "sampling": {"sampler": "shifted.py:Shifted"}, "ppo": {"advantage": "grpo", "gamma": 1.0, "scale_rewards": "none", "loss_norm": "constant"}},
+    "dr. grpo": {"critic": NO_CRITIC, "sampling": {"sampler": "shifted.py:Shifted"}, "ppo": {"advantage": "grpo", "gamma": 1.0, "scale_rewards": "none", "loss_norm": "constant", "entropy_coef": 0.05}},
     "reinforce++": {"critic": NO_CRITIC, "ppo": {"advantage": "reinforce++", "num_generations": 1, "prompts_per_iteration": 6, "cliprange": 0.15, "cliprange_high": 0.5}},
     "reinforce": {"critic": NO_CRITIC, "ppo": {"advantage": "reinforce++", "whiten_advantages": False, "whiten_rewards": True}},
     "the KL in the loss": {"ppo": {"kl_in": "loss", "kl_coef": 0.3, "warmup_ratio": 0.5, "learning_rate": 2e-2}},

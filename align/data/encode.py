@@ -5,7 +5,8 @@ the same ids here as `encode_prompt` gives the sampler. Where an assistant turn 
 rendered up to that turn with its generation prompt, ends. A template that renders a turn differently once
 more turns follow may still be cut by its own `{% generation %}` marks; one with neither is refused.
 
-What a policy learns of a turn goes up to and with its end token. What a reward model reads is the rendering whole.
+What SFT learns of a turn goes up to and with its end token. What a reward model reads, and DPO learns, is the rendering
+whole.
 """
 
 from __future__ import annotations

@@ -10,32 +10,20 @@ from torch.utils.checkpoint import checkpoint
 from align.maths.products import product, wide_product
 
 
-def token_logprobs(
-    logits: Tensor, tokens: Tensor, *, temperature: float = 1.0, with_slope: bool = False
-) -> tuple[Tensor, Tensor]:
+def token_logprobs(logits: Tensor, tokens: Tensor, *, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
     """log p(token) and the entropy of p, where p = softmax(logits / temperature), in float32 or wider.
 
-    logits (..., V), tokens (...) -> two tensors (...); entropies in nats, without gradient but `with_slope`.
+    logits (..., V), tokens (...) -> two tensors (...); entropies in nats, without gradient.
     """
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
     logprobs = logits.log_softmax(-1)
-    if with_slope:
-        finite = logprobs.clamp(min=torch.finfo(logprobs.dtype).min)  # of a token that cannot be drawn: 0, not NaN
-        entropy = -(finite.exp() * finite).sum(-1)
-    else:
-        with torch.no_grad():
-            entropy = torch.special.entr(logprobs.exp()).sum(-1)  # -p log p, 0 at p = 0
+    with torch.no_grad():
+        entropy = torch.special.entr(logprobs.exp()).sum(-1)  # -p log p, 0 at p = 0
     return logprobs.gather(-1, tokens[..., None]).squeeze(-1), entropy
 
 
 def chunked_logprobs(
-    hidden: Tensor,
-    head: Callable[[Tensor], Tensor],
-    tokens: Tensor,
-    *,
-    temperature: float = 1.0,
-    chunk: int = 1024,
-    with_slope: bool = False,
+    hidden: Tensor, head: Callable[[Tensor], Tensor], tokens: Tensor, *, temperature: float = 1.0, chunk: int = 1024
 ) -> tuple[Tensor, Tensor]:
     """As `token_logprobs` of `head(hidden)`, `chunk` positions at a time.
 
@@ -44,9 +32,29 @@ def chunked_logprobs(
     """
 
     def one(part: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
-        return token_logprobs(head(part), ids, temperature=temperature, with_slope=with_slope)
+        return token_logprobs(head(part), ids, temperature=temperature)
 
     return _in_chunks(one, hidden, tokens, chunk)
+
+
+def entropies(logits: Tensor, *, temperature: float = 1.0) -> Tensor:
+    """Of softmax(logits / temperature), in nats and float32 or wider, with their gradient: (..., V) -> (...)."""
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
+    logprobs = logits.log_softmax(-1)
+    finite = logprobs.clamp(min=torch.finfo(logprobs.dtype).min)  # of a token that cannot be drawn: 0, not NaN
+    return -(finite.exp() * finite).sum(-1)
+
+
+def chunked_entropies(
+    hidden: Tensor, head: Callable[[Tensor], Tensor], *, temperature: float = 1.0, chunk: int = 1024
+) -> Tensor:
+    """As `entropies` of `head(hidden)`, `chunk` positions at a time: hidden (N, H) -> (N,)."""
+
+    def one(part: Tensor, _: Tensor) -> tuple[Tensor, Tensor]:
+        found = entropies(head(part), temperature=temperature)
+        return found, found.detach()
+
+    return _in_chunks(one, hidden, hidden.new_zeros(len(hidden)), chunk)[0]
 
 
 def _in_chunks(

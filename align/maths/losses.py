@@ -156,7 +156,7 @@ def preference_loss(
 
     sigmoid  s = beta log(p / p_ref); -log sigma(d)   (Rafailov et al. 2023, equation 7)
     ipo      s = log(p / p_ref) / length; (d - 1 / (2 beta))^2   (Azar et al. 2023, equation 17; lengths as in TRL)
-    simpo    s = beta log p / length; -log sigma(d - gamma)   (Meng et al. 2024, equation 6)
+    simpo    s = beta log p / length; -log sigma(d - gamma), turned round too   (Meng et al. 2024, equation 6)
     orpo     s = log odds of p^(1 / length); -beta log sigma(d) - log p_chosen / length   (Hong et al. 2024, equation 6)
 
     A label that is right with `probability` is turned round for the rest (cDPO, Mitchell 2023), and once more for
@@ -170,7 +170,7 @@ def preference_loss(
     elif loss_type == "ipo":
         worth = ratios / lengths
     elif loss_type == "simpo":
-        worth, margin = beta * per_token, margin + gamma
+        worth = beta * per_token
     elif loss_type == "orpo":
         held = per_token.clamp(max=-1e-6)  # at a probability of 1 the odds have no end
         worth, sft_weight = held - torch.log(-torch.expm1(held)), 1.0
@@ -180,6 +180,10 @@ def preference_loss(
     if loss_type == "ipo":
         difference, wanted = worth[:, 0] - worth[:, 1] - margin, 1.0 / (2.0 * beta)
         losses = smooth * (difference - wanted) ** 2 + (1.0 - smooth) * (difference + wanted) ** 2
+        loss = (weight * losses).sum()
+    elif loss_type == "simpo":  # what is wanted is gamma ahead, whichever of the two it is
+        difference = worth[:, 0] - worth[:, 1] - margin
+        losses = -smooth * F.logsigmoid(difference - gamma) - (1.0 - smooth) * F.logsigmoid(-difference - gamma)
         loss = (weight * losses).sum()
     else:
         loss = pair_loss(worth[:, 0], worth[:, 1], probability=smooth, weight=weight, margin=margin)

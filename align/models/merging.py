@@ -98,7 +98,7 @@ def merge(run: str, out: str) -> float:
     if "model" not in manifest.get("recipe", {}):
         raise BadInput(f"{folder / MANIFEST} is damaged (it names no model); run its stage again")
     if about(manifest).makes == "reward":
-        raise BadInput(f"{run} is a reward model; `align merge` merges policies (sft, ppo)")
+        raise BadInput(f"{run} is a reward model; `align merge` merges policies (sft, dpo, ppo)")
     if manifest.get("status") != "finished":
         raise BadInput(f"the run in {run} is not finished; start it again to go on with it")
     _check_new(target)

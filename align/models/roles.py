@@ -22,7 +22,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from align.errors import BadInput
 from align.identity import base_of, fingerprint, has_adapter
 from align.manifest import MANIFEST, check_large, read_manifest
-from align.maths.logprobs import chunked_choices, chunked_logprobs, frozen_choices
+from align.maths.logprobs import chunked_choices, chunked_entropies, chunked_logprobs, frozen_choices
 from align.maths.products import wide_product
 from align.models.attention import Prefix, flat_states, is_flat, prefix_length, tree_attention
 from align.models.base import Base, load_base, trunk_of
@@ -152,11 +152,13 @@ class Role(nn.Module):
         """states (N, H), tokens (N,) -> log p(token) (N,) under softmax(logits / temperature), in float32."""
         return self.choices(states, tokens, temperature=temperature)[0]
 
-    def logprobs_and_entropies(
-        self, states: Tensor, tokens: Tensor, *, temperature: float, with_slope: bool = False
-    ) -> tuple[Tensor, Tensor]:
-        """As `logprobs`, and the softmax's entropies in nats, without gradient but `with_slope`: (N,) each."""
-        return chunked_logprobs(states, self.logits, tokens, temperature=temperature, chunk=256, with_slope=with_slope)
+    def logprobs_and_entropies(self, states: Tensor, tokens: Tensor, *, temperature: float) -> tuple[Tensor, Tensor]:
+        """As `logprobs`, and the softmax's entropies in nats: (N,) each."""
+        return chunked_logprobs(states, self.logits, tokens, temperature=temperature, chunk=256)
+
+    def entropies(self, states: Tensor, *, temperature: float) -> Tensor:
+        """Entropies of the softmax in nats, with their gradient: (N, H) -> (N,)."""
+        return chunked_entropies(states, self.logits, temperature=temperature, chunk=256)
 
     def choices(self, states: Tensor, tokens: Tensor, *, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
         """As `logprobs`, and whether each token is the likeliest: (N,) bool."""

@@ -61,7 +61,7 @@ def show(
 
 
 def _is_far(data: Data) -> bool:
-    """Whether it cannot be looked at: it is on the Hub, or an earlier stage has still to make it."""
+    """Whether it cannot be looked at: it is on the Hub, or not there, be it not yet or no more."""
     paths = [source.path for source in (*data.train, *data.validation)]
     return any(looks_like_hub_id(path) or not Path(path).exists() for path in paths)
 
@@ -70,7 +70,7 @@ def _counts(kind: str, data: Data) -> str:
     names = ", ".join(source.path for source in data.train)
     if _is_far(data):
         is_on_hub = any(looks_like_hub_id(source.path) for source in (*data.train, *data.validation))
-        return f"{kind} from {'the Hub' if is_on_hub else 'an earlier stage'}: {names}"
+        return f"{kind} from the Hub: {names}" if is_on_hub else f"{kind} that are not there now: {names}"
     counts = load(data, kind).counts  # type: ignore[call-overload]
     return f"{counts.num_train} {kind}, {counts.num_validation} held out: {names}"
 
@@ -118,7 +118,7 @@ def _show_sample(console: Console, settings: StageSettings) -> None:
     speaker = settings.speaker()  # whose folder has no template before it is made
     tokenizer = tokenizer_of(settings.model, speaker if speaker is not None and has_tokenizer(speaker) else None)
     row = load(data, kind).train[0]  # type: ignore[call-overload]
-    for name, tokens in _parts(tokenizer, row, max(settings.lengths().values(), default=MOST)):
+    for name, tokens in _parts(tokenizer, row, min(settings.lengths().values(), default=MOST)):
         text = Text(name)
         for piece, is_marked in _pieces(tokenizer, tokens):
             shown = plain(piece.replace("\n", "⏎"), len(piece) + 1, keep_spaces=True)

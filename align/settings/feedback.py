@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 from pydantic import Field
 
@@ -55,11 +55,11 @@ class SelectSettings(StageSettings):
 
     kind = "select"
     makes = "data"
+    writes: ClassVar = {"demonstrations.jsonl": "demonstrations", "preferences.jsonl": "preferences"}
     candidates: Location  # a collect run
     rewards: Annotated[tuple[Reward, ...], Field(min_length=1)]
     min_score: float | None = None  # of the best answer, to be a demonstration
     min_margin: NonNegative = 0.0  # of the best answer's score over the worst's, to be a pair: more than this
-    max_batch_tokens: Count | None = None
 
     def parents(self) -> Parents:
         return {"candidates": (self.candidates, ("candidates",))} | learned_parents(self.terms())

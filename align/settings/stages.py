@@ -89,7 +89,7 @@ class RewardSettings(SupervisedSettings):
 
 
 class Policy(Settings):
-    """Where the policy starts: an SFT (or PPO) run's folder, or the base itself when `from` is left out."""
+    """Where the policy starts: the folder of a run that made one, or the base itself when `from` is left out."""
 
     path: Location | None = Field(default=None, alias="from")
     method: MethodOrLora | None = None  # None: go on with that run's adapter
@@ -211,6 +211,20 @@ class Ppo(Settings):
         return self
 
     @model_validator(mode="after")
+    def _every_key_is_used(self) -> "Ppo":
+        if self.missing_eos == "mask" and self.missing_eos_penalty not in (None, 1.0):
+            raise ValueError(
+                f"`missing_eos_penalty: {self.missing_eos_penalty:g}` has no meaning with `missing_eos: mask`: nothing "
+                "is learnt from an answer that was cut off; leave it out"
+            )
+        if self.target_kl is not None and self.num_ppo_epochs * self.num_mini_batches == 1:
+            raise ValueError(
+                "`target_kl` ends an iteration's updates after the first, and there is one: set `num_ppo_epochs` or "
+                "`num_mini_batches` to 2 or more, or leave it out"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _budget_is_looked_at(self) -> "Ppo":
         if self.kl_budget is not None and not self.eval_steps:
             raise ValueError("`kl_budget` keeps the best checkpoint of those evaluated; set `eval_steps` to 1 or more")
@@ -313,7 +327,7 @@ WITHOUT_REFERENCE = ("simpo", "orpo")
 
 
 class Dpo(Settings):
-    """The loss on a pair, by the names of TRL's DPOConfig and CPOConfig."""
+    """The loss on a pair, by the names that TRL's DPOConfig and CPOConfig have or had."""
 
     # on what the policy and the reference say of both answers, or (simpo, orpo) without a reference
     loss_type: Literal["sigmoid", "ipo", "simpo", "orpo"] = "sigmoid"
@@ -354,20 +368,29 @@ class DpoSettings(LearningSettings, PolicySettings):
     sampling: Sampling = Sampling()  # of the answers at an evaluation
 
     @model_validator(mode="after")
-    def _reference_is_read(self) -> "DpoSettings":
-        if self.reference is not None and self.dpo.loss_type in WITHOUT_REFERENCE and not self.dpo.max_eval_prompts:
-            raise ValueError(
-                f"`reference` has no meaning with `dpo.loss_type: {self.dpo.loss_type}` and `dpo.max_eval_prompts: 0`; "
-                "leave it out"
-            )
+    def _every_key_is_used(self) -> "DpoSettings":
+        useless = {
+            "sampling": self.sampling != Sampling(),
+            "reference": self.reference is not None and self.dpo.loss_type in WITHOUT_REFERENCE,
+        }
+        for key, is_given in useless.items():
+            if is_given and not self._answers():
+                raise ValueError(
+                    f"`{key}` has no meaning where no held-out prompt is answered (`data.validation_split`, "
+                    "`dpo.max_eval_prompts`); leave it out"
+                )
         return self
+
+    def _answers(self) -> bool:
+        """Whether prompts are answered at an evaluation."""
+        return bool(self.dpo.max_eval_prompts and (self.data.validation or self.data.validation_split))
 
     def lengths(self) -> dict[str, int]:
         longest = {"`max_length` and `sampling.max_new_tokens`": self.max_length + self.sampling.max_new_tokens}
-        return super().lengths() | (longest if self.dpo.max_eval_prompts else {})
+        return super().lengths() | (longest if self._answers() else {})
 
     def draws(self) -> Sampling | None:
-        return self.sampling if self.dpo.max_eval_prompts else None
+        return self.sampling if self._answers() else None
 
 
 class PairCheck(Settings):

@@ -10,7 +10,7 @@ Optimizer = Literal["adamw_torch_fused", "adamw_8bit", "paged_adamw_8bit", "page
 
 
 class Training(Settings):
-    """Optimisation of SFT and reward models, by transformers' TrainingArguments names."""
+    """Optimisation of SFT, reward models and DPO, by transformers' TrainingArguments names."""
 
     learning_rate: Positive = 2e-4
     num_train_epochs: Positive = 1.0

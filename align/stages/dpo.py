@@ -21,9 +21,10 @@ from align.maths.calibration import pair_outcomes
 from align.maths.kl import mean_and_error, moments
 from align.maths.losses import preference_loss
 from align.models.backoff import Phase
-from align.models.base import stop_ids
+from align.models.base import stop_ids, switch_dropout_off
 from align.models.layout import Tree
 from align.models.roles import Bases, Role
+from align.parents import remarks_on_parents
 from align.report.curves import dpo_curves
 from align.rollout.choose import sampler_of
 from align.rollout.reading import read_all
@@ -36,7 +37,9 @@ from align.stages.reward import Pair, encode_pairs
 from align.stages.supervised import Task, end, save, train
 from align.worker import Worker
 
-ANSWERING = Phase("while answering held-out prompts", "train.max_batch_tokens", SHORTER)
+ANSWERING = Phase("while answering held-out prompts", "", "begin anew with a smaller `sampling.max_new_tokens`")
+NOT_ITS_DISTRIBUTION = "warning: with top_k or top_p answers are not drawn as the policy would; eval_kl may be negative"
+READING = Phase("while reading the answers to held-out prompts", "train.max_batch_tokens", SHORTER)
 
 
 class Preferences(Task[Pair]):
@@ -120,7 +123,7 @@ class Speaker:
         sampled = worker.agreed(lambda: self.sampler.sample([prompts[i] for i in mine], self.sampling, seeds))
         rollouts, temperature, budget = sampled.rollouts, self.sampling.temperature, self.max_batch_tokens
         own, usual = (
-            read_all(role, rollouts, temperature=temperature, max_batch_tokens=budget, phase=ANSWERING).logprobs
+            read_all(role, rollouts, temperature=temperature, max_batch_tokens=budget, phase=READING).logprobs
             for role in (policy, reference)
         )
         gap = (own - usual).masked_fill(~rollouts.response_mask, 0.0).sum(1)
@@ -149,6 +152,7 @@ def run(settings: DpoSettings, worker: Worker) -> None:
     if not pairs:
         raise BadInput(f"`data`: no pair is left to train on; {said}")
     policy = bases.role(start, method=method, trainable=True)
+    switch_dropout_off(policy)  # the reference has none, and an adapter may bring its own
     reference = bases.role(start if settings.reference is None else settings.reference.path)
     train(
         settings,
@@ -159,7 +163,14 @@ def run(settings: DpoSettings, worker: Worker) -> None:
         [[pair] for pair in pairs],
         held_out,
         order=TRAINERS,
-        words=(*loaded.messages, *unread(tokenizer, loaded.train), said, ending_message(tokenizer)),
+        words=(
+            *loaded.messages,
+            *unread(tokenizer, loaded.train),
+            said,
+            ending_message(tokenizer),
+            *remarks_on_parents(settings),
+            NOT_ITS_DISTRIBUTION if settings.sampling.top_k or settings.sampling.top_p < 1.0 else "",
+        ),
         ending=partial(_ending, settings, bases, policy),
     )
 

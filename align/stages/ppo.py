@@ -189,7 +189,7 @@ def _iterate(this: _Run, iteration: int) -> dict[str, Any]:
     progress["step"] = iteration
     if ppo.eval_steps and not this.held_out and (iteration % ppo.eval_steps == 0 or iteration == ppo.num_iterations):
         _show_samples(this, scored, experience.kl, iteration)
-    return with_logged(found | update | speeds(scored, phases, ppo), scored.logged)
+    return with_logged(found | update | speeds(scored, phases, ppo, update["update_share"]), scored.logged)
 
 
 def _evaluate(this: _Run, iteration: int) -> dict[str, float]:

@@ -12,12 +12,12 @@ from align.track import read_metrics
 PHASES = ("sample", "score", "update")
 
 
-def speeds(scored: Scored, phases: Phases, ppo: Ppo) -> dict[str, float]:
+def speeds(scored: Scored, phases: Phases, ppo: Ppo, update_share: float) -> dict[str, float]:
     """Tokens a second and peak MiB by phase: tokens of all processes, seconds and memory of this one. Sampling counts
     the answers' tokens, the other phases those of prompts and answers; a prompt counts once, as it is computed."""
     answered = sum(map(len, scored.rollouts.answers))
     whole = answered + sum(map(len, scored.rollouts.prompts)) // scored.group
-    tokens = {"sample": answered, "score": whole, "update": whole * ppo.num_ppo_epochs}
+    tokens = {"sample": answered, "score": whole, "update": whole * ppo.num_ppo_epochs * update_share}
     return (
         {f"tokens_per_second_{name}": tokens[name] / max(phases.seconds[name], 1e-9) for name in tokens}
         | {f"seconds_{name}": phases.seconds[name] for name in tokens}

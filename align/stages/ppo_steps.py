@@ -388,13 +388,8 @@ def _losses(
     layout = roles.policy.layout(trees)
     states = roles.policy.states(layout, layout.before)  # (N, H)
     behaviour, weights = of_tokens(experience.logprobs), of_tokens(experience.weights) * token_weights
-    temperature, entropies = settings.sampling.temperature, None
-    if ppo.entropy_coef:
-        logprobs, entropies = roles.policy.logprobs_and_entropies(
-            states, layout.tokens, temperature=temperature, with_slope=True
-        )
-    else:
-        logprobs = roles.policy.logprobs(states, layout.tokens, temperature=temperature)
+    temperature = settings.sampling.temperature
+    logprobs = roles.policy.logprobs(states, layout.tokens, temperature=temperature)
     policy = ppo_policy_loss(
         logprobs,
         behaviour,
@@ -409,8 +404,9 @@ def _losses(
         reference = of_tokens(experience.reference_logprobs)
         kl = kl_loss(logprobs, behaviour, reference, mask, estimator=ppo.kl_estimator, weights=weights)
         policy = replace(policy, loss=policy.loss + experience.loss_kl_coef * kl)
-    if entropies is not None:
-        policy = replace(policy, loss=policy.loss - ppo.entropy_coef * entropies.sum())
+    if ppo.entropy_coef:
+        entropies = roles.policy.entropies(states, temperature=temperature)
+        policy = replace(policy, loss=policy.loss - ppo.entropy_coef * (entropies * token_weights).sum())
     if experience.values is None:
         (policy.loss / divisor).backward()
         return _summed(policy), policy

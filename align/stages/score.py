@@ -112,11 +112,11 @@ def _member_scores(settings: ScoreSettings, answers: Answers, bases: Bases, work
     return worker.gather_rows(mine, len(answers.texts), found)[0]
 
 
-def by_prompt(rows: Sequence[dict[str, Any]]) -> list[list[int]]:
-    """Lines of the candidates to each prompt."""
+def by_prompt(rows: Sequence[dict[str, Any]], *further: str) -> list[list[int]]:
+    """Lines of the candidates to each prompt; `further` columns tell prompts of the same words apart."""
     groups: dict[str, list[int]] = {}
     for number, row in enumerate(rows):
-        groups.setdefault(_key(row), []).append(number)
+        groups.setdefault(_key(row) + json.dumps([row.get(name) for name in further]), []).append(number)
     return list(groups.values())
 
 

@@ -26,6 +26,7 @@ from align.stages.running import running
 from align.stages.score import answers_of, by_prompt
 from align.worker import Worker
 
+APART = "template", "columns"  # by which a prompt of the same words is another one
 DEMONSTRATIONS, PREFERENCES = "demonstrations.jsonl", "preferences.jsonl"
 
 
@@ -46,7 +47,12 @@ def run(settings: SelectSettings, worker: Worker) -> None:
                 "nothing is left to select: no answer ended of itself, was not empty and reached `min_score`; raise "
                 "`sampling.max_new_tokens` of the collect stage, or lower `min_score`"
             )
-        sizes = [len(group) for group in by_prompt(rows)]
+        if not pairs:
+            tracker.say("warning: no pair is selected: no answer scores over `min_margin` more than another")
+        sizes, is_one_policy = (
+            [len(group) for group in by_prompt(rows, *APART)],
+            len({row["policy"] for row in rows}) == 1,
+        )
         figures = {
             "prompts": len(sizes),
             "answers": len(rows),
@@ -55,7 +61,7 @@ def run(settings: SelectSettings, worker: Worker) -> None:
             "pairs": len(pairs),
             "score": sum(scores) / len(scores),
             **({"best_score": sum(scores[i] for i in best) / len(best)} if best else {}),
-            "best_of_n_kl": sum(map(best_of_n_kl, sizes)) / len(sizes),
+            **({"best_of_n_kl": sum(map(best_of_n_kl, sizes)) / len(sizes)} if is_one_policy else {}),
         }
         tracker.log(1, figures)
         if worker.is_main:
@@ -79,7 +85,7 @@ def chosen(
     """Lines of the best answer to each prompt, and of the best and the worst; of the same score the first, and of the
     same words too."""
     best, pairs = [], []
-    for group in by_prompt(rows):
+    for group in by_prompt(rows, *APART):
         first_of = {rows[i]["text"]: i for i in reversed(group) if _has_ended(rows[i]) and rows[i]["text"].strip()}
         ranked = sorted(first_of.values(), key=lambda i: (-scores[i], i))
         if not ranked:
@@ -97,13 +103,18 @@ def _has_ended(row: dict[str, Any]) -> bool:
 
 
 def _demonstration(row: dict[str, Any], score: float) -> dict[str, Any]:
-    return {"prompt": row["prompt"], "completion": _answer(row), "score": score} | row.get("template", {})
+    return {"prompt": row["prompt"], "completion": _answer(row), "score": score} | _template(row)
 
 
 def _preference(rows: Sequence[dict[str, Any]], scores: Sequence[float], best: int, worst: int) -> dict[str, Any]:
     answers = {"chosen": _answer(rows[best]), "rejected": _answer(rows[worst])}
     said = {"score_chosen": scores[best], "score_rejected": scores[worst]}
-    return {"prompt": rows[best]["prompt"]} | answers | said | rows[best].get("template", {})
+    return {"prompt": rows[best]["prompt"]} | answers | said | _template(rows[best])
+
+
+def _template(row: dict[str, Any]) -> dict[str, Any]:
+    """The chat template's arguments by which the answer was drawn."""
+    return {"chat_template_kwargs": row["template"]} if row.get("template") else {}
 
 
 def _answer(row: dict[str, Any]) -> Any:

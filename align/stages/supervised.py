@@ -185,8 +185,12 @@ def _loop(this: _Run[Any]) -> bool:
     this.worker.wait()  # else one that a signal ends here would leave another in the midst of its first step
     this.worker.hold_signals()
     for step in range(course.progress["step"] + 1, num_steps + 1):
+        is_evaluated = step == num_steps or (t.eval_steps and step % t.eval_steps == 0)
         try:
             sums, metrics = _step(this, step)
+            if is_evaluated:
+                this.found.clear()
+                this.found.update(_evaluate(this))
         except Diverged as failure:
             course.fell(step, failure)
             return False
@@ -196,9 +200,7 @@ def _loop(this: _Run[Any]) -> bool:
         # a checkpoint's JSON has null for what is no number
         since_log = {name: sums[name] + (math.nan if x is None else x) for name, x in before.items()}
         metrics |= task.means(sums)
-        if step == num_steps or (t.eval_steps and step % t.eval_steps == 0):
-            this.found.clear()
-            this.found.update(_evaluate(this))
+        if is_evaluated:
             metrics |= this.found
         trouble = course.judge(step, metrics)
         is_logged = step % t.logging_steps == 0 or step in (1, num_steps) or bool(trouble) or "eval_loss" in metrics

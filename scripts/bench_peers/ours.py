@@ -38,6 +38,8 @@ def program(work: dict[str, Any]) -> dict[str, Any]:
             wrapped.enter_context(force_answers(Answers(work["prompts"])))
         if work["kind"] == "parity":
             wrapped.enter_context(seeded_policy())
+        if work["kind"] == "dpo":
+            wrapped.enter_context(seeded_adapter())
         if work["kind"] == "reward":
             wrapped.enter_context(seeded_head())
         runner(settings)(settings, worker)
@@ -105,6 +107,21 @@ def seeded_policy() -> Iterator[None]:
         return roles
 
     with patch.object(ppo, "load_roles", seeded):
+        yield
+
+
+@contextmanager
+def seeded_adapter() -> Iterator[None]:
+    """The new adapter of what is trained starts where the peer's does, away from zero."""
+    plain = Bases.role
+
+    def seeded(self: Bases, folder: str | None, **settings: Any) -> Role:
+        role = plain(self, folder, **settings)
+        if settings.get("trainable"):
+            seed_lora(role.model)
+        return role
+
+    with patch.object(Bases, "role", seeded):
         yield
 
 

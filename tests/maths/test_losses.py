@@ -441,7 +441,7 @@ def preference_slowly(kind, own, usual, lengths, said, *, beta, smoothing, share
         lead = {
             "sigmoid": beta * (c - usual[i, 0]) - beta * (r - usual[i, 1]),
             "ipo": (c - usual[i, 0]) / m - (r - usual[i, 1]) / n,
-            "simpo": beta / m * c - beta / n * r - gamma,
+            "simpo": beta / m * c - beta / n * r,
             "orpo": torch.log(odds_c / odds_r),
         }[kind] - margin
         q = p * (1 - smoothing) + (1 - p) * smoothing
@@ -449,7 +449,9 @@ def preference_slowly(kind, own, usual, lengths, said, *, beta, smoothing, share
             loss = q * (lead - 1 / (2 * beta)) ** 2 + (1 - q) * (lead + 1 / (2 * beta)) ** 2
         else:
             scale = beta if kind == "orpo" else 1.0
-            loss = scale * (-q * torch.log(torch.sigmoid(lead)) - (1 - q) * torch.log(torch.sigmoid(-lead)))
+            ahead = gamma if kind == "simpo" else 0.0
+            right, wrong = (torch.log(torch.sigmoid(each - ahead)) for each in (lead, -lead))
+            loss = scale * (-q * right - (1 - q) * wrong)
         loss = loss + (1.0 if kind == "orpo" else share) * (p * -c / m + (1 - p) * -r / n)
         total = total + weight * loss
     return total
@@ -485,10 +487,9 @@ def test_a_preference_turned_round_is_the_same(kind):
     own, usual, lengths, said = pairs_drawn(3)
     said |= {"margin": torch.zeros(5, dtype=torch.float64)}
     turned = said | {"probability": 1 - said["probability"]}
-    one, _ = preference_loss(own, usual, lengths, loss_type=kind, beta=0.2, sft_weight=0.3, **said)
-    other, _ = preference_loss(
-        own.flip(1), usual.flip(1), lengths.flip(1), loss_type=kind, beta=0.2, sft_weight=0.3, **turned
-    )
+    how = {"loss_type": kind, "beta": 0.2, "sft_weight": 0.3, "gamma": 0.7}
+    one, _ = preference_loss(own, usual, lengths, **how, **said)
+    other, _ = preference_loss(own.flip(1), usual.flip(1), lengths.flip(1), **how, **turned)
     torch.testing.assert_close(one, other)
 
 
