@@ -162,7 +162,7 @@ def reward_work(model: str, data: str, steps: int) -> Values:
     return {"kind": "reward", "rows": rows, "recipe": values, "peer": peer}
 
 
-def dpo_work(folder: Path, model: str, data: str, steps: int) -> Values:
+def dpo_work(folder: Path, model: str, data: str, steps: int, micro_batch: int) -> Values:
     """The same pairs, of those that are not cut, in the order of transformers' trainer."""
     tokenizer, section = load_tokenizer(Model(base=model)), Data.model_validate({"train": data})
     kept = []
@@ -186,7 +186,8 @@ def dpo_work(folder: Path, model: str, data: str, steps: int) -> Values:
         max_length=MAX_LENGTH,
     )
     peer = {"max_steps": steps, "seed": 0, "data_seed": 0, "max_length": MAX_LENGTH, "learning_rate": 1e-5}
-    peer |= {"lr_scheduler_type": "constant", "per_device_train_batch_size": BATCH, "gradient_checkpointing": False}
+    peer |= {"lr_scheduler_type": "constant", "gradient_checkpointing": False}
+    peer |= {"per_device_train_batch_size": micro_batch, "gradient_accumulation_steps": BATCH // micro_batch}
     return {"kind": "dpo", "rows": kept, "recipe": values, "peer": peer}
 
 
@@ -447,7 +448,7 @@ def bench_reward(options: Options, folder: Path) -> Values:
 
 def bench_dpo(options: Options, folder: Path) -> Values:
     """Pairs a second, and the losses of the first two steps, which both sides must give alike."""
-    work = dpo_work(folder, options.model[0], options.data, options.steps)
+    work = dpo_work(folder, options.model[0], options.data, options.steps, options.peer_micro_batch)
     sides = {"ours": ("ours.py", work)} | ({"TRL 1.16": ("trl_supervised.py", work)} if options.peer else {})
     runs = in_turn(sides, options.repeats)
     found = summary(runs, "pairs/s", lambda run: BATCH / mean(step_seconds(run)))
@@ -552,6 +553,9 @@ def parsed(arguments: Sequence[str] | None) -> Options:
     ppo.add_argument("--iterations", type=count, default=4, help="of a run, the first a warm-up (4)")
     ppo.add_argument("--scaling", action="store_true", help="ours alone, as sizes double")
     ppo.add_argument("--peer-micro-batch", type=count, default=16, help="TRL's per_device_train_batch_size (16)")
+    dpo.add_argument(
+        "--peer-micro-batch", type=int, choices=[1, 2, 4, 8], default=8, help="pairs of a pass of TRL's (8)"
+    )
     for one in (reward, dpo):
         one.add_argument("--steps", type=count, default=4, help="of 8 pairs, the first a warm-up (4)")
     sft.add_argument("--rows", type=count, default=64)

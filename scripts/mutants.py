@@ -49,14 +49,20 @@ SWAPS: dict[type, type] = {
 }
 NAMES = {"min": "max", "max": "min", "any": "all", "all": "any"}
 ALSO = {  # test files that run a package whole, beside those that name what was changed
-    "stages": ["test_whole_ppo", "test_whole_reward", "test_whole_sft", "test_ppo", "test_supervised", "test_stages"],
-    "rewards": ["test_rewards", "test_reward_functions", "test_judge", "test_judge_server", "test_classifiers"],
+    "stages": [
+        *(f"test_whole_{stage}" for stage in ("ppo", "reward", "sft", "dpo")),
+        *("test_ppo", "test_supervised", "test_stages", "test_loss_scale"),
+    ],
+    "rewards": [
+        *("test_rewards", "test_reward_functions", "test_judge", "test_judge_server"),
+        *("test_classifiers", "test_strangers"),
+    ],
     "rollout": ["test_rollout", "test_flat", "test_samplers", "test_draw"],
     "models": ["test_methods", "test_flat", "test_memory", "test_quantised", "test_identity", "test_parents"],
     "data": [f"data/{path.stem}" for path in sorted((ROOT / "tests" / "data").glob("test_*.py"))],
     "loop": ["test_whole_labels", "test_loop", "test_labels_kept", "test_people"],
 }
-FILES = 10  # test files a mutant, at most
+FILES = 18  # test files a mutant, at most
 SECONDS = 900  # for all of them; what takes longer hangs, and is noticed by that
 
 

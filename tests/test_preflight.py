@@ -201,6 +201,14 @@ def test_rope_past_its_training_is_said_and_let_in(place: Path) -> None:
     assert facts.positions() == (1024, False)
 
 
+def test_a_table_that_counts_from_the_pad_token_on_has_so_many_positions_fewer():
+    """As RoBERTa's has: 514 rows, of which the first two are nobody's."""
+    config = {"model_type": "roberta", "max_position_embeddings": 514, "pad_token_id": 1}
+    table = {"roberta.embeddings.position_embeddings.weight": (514, 8)}
+    assert Facts(Path("base"), config, table).positions() == (512, True)
+    assert Facts(Path("base"), config | {"model_type": "gpt2"}, table).positions() == (514, True)
+
+
 SCORE = {"score.weight": (1, 4)}
 
 
