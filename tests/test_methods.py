@@ -52,7 +52,7 @@ PAIRS = [(name, load) for name in METHODS for load in PRECISIONS if (name, load)
 SOUND = [each for each in COMBINATIONS if (each[0], each[2]) not in REFUSED]
 RATE = {"full": 3e-3, "freeze": 3e-3, "adapter": 1e-2, "lora": 1e-2, "qlora": 1e-2, "prefix": 1e-1, "ia3": 1e-1}
 PPO_RATE = RATE | {"full": 2e-3, "ia3": 5e-2}
-NUM_STEPS, NUM_ITERATIONS = 20, 12
+NUM_STEPS, NUM_ITERATIONS = 12, 12
 THANKS = """
 def thanks(prompts, completions, **columns):
     words = [completion[0]["content"].split() for completion in completions]
