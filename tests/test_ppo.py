@@ -132,6 +132,43 @@ def test_answers_that_are_all_cut_off_teach_nothing_and_end_no_run(base, data, r
     assert tiny.largest_difference(runs / "sft", tmp_path / "ppo") == 0.0
 
 
+TIED = """import json, os, pathlib
+
+def tied(prompts, completions, completion_ids, **_):
+    \"\"\"The first call scores all the same; later ones by the length, but of prompts that ask for a lamp.\"\"\"
+    calls = pathlib.Path(os.environ["CALLS"])
+    first = not calls.exists()
+    lengths = [float(len(ids)) for ids in completion_ids]
+    scores = [0.0 if first or "lamp" in p[0]["content"] else length for p, length in zip(prompts, lengths)]
+    with calls.open("a") as file:
+        file.write(json.dumps([list(row) for row in zip(scores, completion_ids)]) + "\\n")
+    return scores
+"""
+
+
+def test_prompts_whose_answers_all_score_the_same_are_answered_anew(base, data, runs, tmp_path, monkeypatch):
+    (tmp_path / "own.py").write_text(TIED)
+    ppo = {"advantage": "rloo", "resample_tied": 2, "num_iterations": 1, "num_generations": 4, "eval_steps": 0}
+    ppo |= {"missing_eos_penalty": None, "prompts_per_iteration": 8}
+    changes = {"critic": {"kind": "none"}, "rewards": [{"use": f"{tmp_path}/own.py:tied"}], "ppo": ppo}
+    for name in ("one", "again"):
+        monkeypatch.setenv("CALLS", str(tmp_path / f"{name}-calls"))
+        tiny.run(settings(base, data, runs, tmp_path / name, **changes))
+    assert tiny.largest_difference(tmp_path / "one", tmp_path / "again") == 0.0
+    calls = [json.loads(line) for line in (tmp_path / "one-calls").read_text().splitlines()]
+    first, second, third = [[call[at : at + 4] for at in range(0, len(call), 4)] for call in calls]
+    again = [number for number, group in enumerate(second) if len({score for score, _ in group}) == 1]
+    assert len(first) == len(second) == 8 > len(third) == len(again) > 0
+    assert all(first[number] != second[number] for number in range(8)) and second[again[0]] != third[0]
+    kept = [third[again.index(number)] if number in again else group for number, group in enumerate(second)]
+    still = sum(len({score for score, _ in group}) == 1 for group in kept)
+    row = read_metrics(tmp_path / "one")[0]
+    assert (row["resampled_share"], row["frac_reward_zero_std"]) == (1.0, still / 8) and still > 0
+    assert row["score"] == pytest.approx(sum(score for group in kept for score, _ in group) / 32)
+    assert row["response_length"] == pytest.approx(sum(len(ids) for group in kept for _, ids in group) / 32)
+    assert row["grad_norm_policy"] > 0 and row["first_logratio"] < 1e-4  # all that is known of an answer came with it
+
+
 def test_a_step_that_is_not_taken_moves_the_rate_on(base, data, runs, tmp_path):
     ppo = {"target_kl": 1e-6, "num_ppo_epochs": 4, "num_mini_batches": 1, "num_iterations": 2}
     tiny.run(settings(base, data, runs, tmp_path / "ppo", ppo=ppo))

@@ -168,6 +168,7 @@ class Ppo(Settings):
     gradient_checkpointing: bool = False
     # gae needs a critic, the others none: rloo and grpo compare the answers to a prompt, reinforce++ all of a batch
     advantage: Literal["gae", "rloo", "grpo", "reinforce++"] = "gae"
+    resample_tied: Interval = 0  # times that prompts whose answers all score the same are answered anew (rloo, grpo)
     scale_rewards: Literal["group", "batch", "none"] = "group"  # whose deviation grpo divides by (none: Dr. GRPO)
     # what a token's policy loss counts: all alike, each answer alike (GRPO), or by `max_new_tokens` (Dr. GRPO)
     loss_norm: Literal["token", "sequence", "constant"] = "token"
@@ -298,6 +299,7 @@ class PpoSettings(SamplingSettings, PolicySettings):
             ("critic.from", critic.path, has_none and critic.path is not None),
             ("critic.learning_rate", critic.learning_rate, has_none and critic.learning_rate is not None),
             ("critic.warmup_iterations", critic.warmup_iterations, has_none and critic.warmup_iterations > 0),
+            ("ppo.resample_tied", ppo.resample_tied, not is_compared and ppo.resample_tied > 0),
             ("ppo.scale_rewards", ppo.scale_rewards, ppo.advantage != "grpo" and ppo.scale_rewards != "group"),
             ("ppo.whiten_rewards", ppo.whiten_rewards, is_compared and ppo.whiten_rewards),  # would pay for length
             ("ppo.gamma", ppo.gamma, is_compared and ppo.gamma != 1.0),

@@ -11,6 +11,7 @@ processes samples the same answers.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -38,6 +39,7 @@ from align.stages.order import row_order
 from align.stages.ppo_costs import cost_of_run, speeds
 from align.stages.ppo_roles import PromptRow, Roles, load_roles, make_learners, prompt_rows
 from align.stages.ppo_steps import Scored, assess, figures, importance_cap, improve, penalties, sample_and_score
+from align.stages.ppo_ties import answered_anew
 from align.stages.running import running
 from align.stages.unseen import Seen, seen_prompts
 from align.track import Tracker
@@ -153,16 +155,20 @@ def _iterate(this: _Run, iteration: int) -> dict[str, Any]:
     phases = Phases(this.worker.device)
     rows = row_order(len(this.train), ppo.prompts_per_iteration, iteration - 1, settings.seed)
     this.tell_rewards(iteration - 1)
-    scored = sample_and_score(
-        roles,
-        [this.train[i] for i in rows],
-        settings,
-        this.worker,
-        phases,
-        num_generations=ppo.num_generations,
-        stream=TRAIN,
-        step=iteration,
-    )
+
+    def answer(numbers: Sequence[int], stream: int) -> Scored:
+        return sample_and_score(
+            roles,
+            [this.train[rows[number]] for number in numbers],
+            settings,
+            this.worker,
+            phases,
+            num_generations=ppo.num_generations,
+            stream=stream,
+            step=iteration,
+        )
+
+    scored, resampled = answered_anew(answer(range(len(rows)), TRAIN), ppo, answer)
     cap = importance_cap(roles.policy, settings)
     experience = assess(scored, progress["kl_coef"], ppo, cap)
     with phases("update"):
@@ -189,7 +195,7 @@ def _iterate(this: _Run, iteration: int) -> dict[str, Any]:
     progress["step"] = iteration
     if ppo.eval_steps and not this.held_out and (iteration % ppo.eval_steps == 0 or iteration == ppo.num_iterations):
         _show_samples(this, scored, experience.kl, iteration)
-    return with_logged(found | update | speeds(scored, phases, ppo, update["update_share"]), scored.logged)
+    return with_logged(found | resampled | update | speeds(scored, phases, ppo, update["update_share"]), scored.logged)
 
 
 def _evaluate(this: _Run, iteration: int) -> dict[str, float]:
