@@ -157,9 +157,11 @@ def _rates(text: str) -> tuple[str, tuple[float, ...]]:
 def scaled_rates(method: str, settings: StageSettings) -> tuple[float, ...]:
     """The sources' rates for `method`, all scaled as the recipe's rate is to the sources' for its own method: a tiny
     model that wants LoRA at twenty times the usual rate wants the others there too. A rate that the recipe leaves to
-    the stage is meant for LoRA."""
-    own, rate = _own_method(settings)["kind"] if _names_rate(settings) else "lora", _rate(settings)
-    scale = rate / RATES.get(own, RATES["lora"])[1]
+    the stage is meant for the method that the stage would take."""
+    tuning = _tuning(settings)
+    is_meant_for_it = _names(settings, tuning.learning_rate) or not _names(settings, tuning.method)
+    own, rate = _own_method(settings)["kind"] if is_meant_for_it else "lora", settings.value(tuning.learning_rate)
+    scale = 1.0 if rate is None else float(rate) / RATES.get(own, RATES["lora"])[1]
     kind = _method_of(method)["kind"]
     return tuple(float(f"{scale * each:.3g}") for each in RATES.get(kind, RATES["lora"]))
 
@@ -178,14 +180,10 @@ def _own_method(settings: StageSettings) -> dict[str, Any]:
     return {"kind": "lora"} if method is None else method.model_dump(mode="json")
 
 
-def _rate(settings: StageSettings) -> float:
-    return float(settings.value(_tuning(settings).learning_rate))
-
-
-def _names_rate(settings: StageSettings) -> bool:
-    """Whether the recipe gives a learning rate, or leaves it to the stage."""
+def _names(settings: StageSettings, key: str) -> bool:
+    """Whether the recipe gives this key, or leaves it to the stage."""
     section: Any = settings
-    for name in _tuning(settings).learning_rate.split("."):
+    for name in key.split("."):
         if name not in section.model_fields_set:
             return False
         section = getattr(section, name)

@@ -130,8 +130,12 @@ def _check_stage(
     if state != "finished":
         check_writable(settings.output)
         for key, (kind, data) in settings.data_sections().items():
-            there = _that_is_there(key, kind, data, made)
-            loaded = _check_data(key, kind, there) if there is not None else None
+            every = (*data.train, *data.validation)
+            there = tuple(source for source in every if not _will_be_made(key, kind, source, made))
+            if there and len(there) < len(every):  # each by itself: what holds of the whole is seen when it is there
+                part = data.model_copy(update={"train": there, "validation": (), "validation_split": 0.0})
+                _check_data(key, kind, part)
+            loaded = _check_data(key, kind, data) if there == every else None
             if kind == "prompts" and loaded is not None:
                 check_columns(settings, (*loaded.train, *loaded.validation))
     return state
@@ -287,30 +291,23 @@ def _check_method(settings: StageSettings, key: str, method: AnyMethod) -> None:
         check_method(method, key)
 
 
-def _that_is_there(key: str, kind: str, data: Data, made: dict[str, StageSettings]) -> Data | None:
-    """The data without the files that an earlier stage of the pipeline has still to write; None: no source is left.
+def _will_be_made(key: str, kind: str, source: Source, made: dict[str, StageSettings]) -> bool:
+    """Whether an earlier stage of the pipeline has still to write this file.
 
     Raises:
-        BadInput: that stage will write no such file, or one with other rows.
+        BadInput: that stage says what it writes, and this is not among it, or has other rows.
     """
-
-    def is_there(source: Source) -> bool:
-        path = Path(source.path)
-        maker = None if path.exists() else made.get(resolved(str(path.parent)))
-        if maker is None:
-            return True
-        rows = maker.writes.get(path.name)
-        if rows != kind:
-            named = [name for name, each in maker.writes.items() if each == kind]
-            cure = f"; name its {' or '.join(named)}" if named else "; name a file that is there"
-            what = "will write no such file" if rows is None else f"will hold {rows}, and {kind} are needed"
-            raise BadInput(f"`{key}`: {path} {what}{cure}")
+    path = Path(source.path)
+    maker = None if path.exists() else made.get(resolved(str(path.parent)))
+    if maker is None:
         return False
-
-    train, validation = ([each for each in part if is_there(each)] for part in (data.train, data.validation))
-    if not train:
-        return None
-    return data.model_copy(update={"train": tuple(train), "validation": tuple(validation)})
+    files, rows = maker.data_files, maker.data_files.get(path.name)
+    is_read = rows == kind or (rows is not None and (kind == "prompts" or source.format != "auto"))
+    if files and not is_read:
+        cure = " or ".join(name for name, each in files.items() if each == kind) or "a file that is there"
+        what = "will write no such file" if rows is None else f"will hold {rows}, and {kind} are needed"
+        raise BadInput(f"`{key}`: {path} {what}; name {cure}")
+    return True
 
 
 def _check_data(key: str, kind: str, data: Data) -> Loaded[Any] | None:

@@ -6,7 +6,7 @@ stages write to `<output>/<name>` unless they say otherwise.
 """
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -132,6 +132,8 @@ def _check_what_it_says(cls: type[StageSettings], what: str) -> None:
     for name, kind in (("tuning", Tuning), ("quality", Quality)):
         if not isinstance(getattr(cls, name), kind | None):
             raise BadInput(f"{what}: `{name}` is no align.settings.{kind.__name__}; write it as one")
+    if not isinstance(cls.data_files, Mapping):
+        raise BadInput(f"{what}: `data_files` is no mapping of file names to what rows they have; write it as one")
     try:
         checked(cls.about(), About)
     except (TypeError, ValueError) as error:

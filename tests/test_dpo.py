@@ -118,6 +118,12 @@ def test_a_run_starts_at_its_reference_and_prefers_what_people_chose(finished, b
     torch.testing.assert_close(model(input_ids=ids).logits, role.causal(input_ids=ids).logits, rtol=1e-4, atol=1e-4)
 
 
+def test_a_rate_that_is_left_out_is_that_of_pairs():
+    values = {"stage": "dpo", "output": "o", "model": {"base": "b"}, "data": {"train": "d"}}
+    for train in ({}, {"train": {}}, {"train": {"max_steps": 5}}):
+        assert DpoSettings(**values, **train).train.learning_rate == 2e-5
+
+
 def test_a_run_that_died_goes_on_bit_for_bit(finished, base, data, runs, tmp_path, monkeypatch):
     train = {"max_steps": 6, "learning_rate": 3e-3, "eval_steps": 3, "save_steps": 2}
     cut = settings(base, data, runs, tmp_path / "dpo", train=train)

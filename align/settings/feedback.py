@@ -55,7 +55,7 @@ class SelectSettings(StageSettings):
 
     kind = "select"
     makes = "data"
-    writes: ClassVar = {"demonstrations.jsonl": "demonstrations", "preferences.jsonl": "preferences"}
+    data_files: ClassVar = {"demonstrations.jsonl": "demonstrations", "preferences.jsonl": "preferences"}
     candidates: Location  # a collect run
     rewards: Annotated[tuple[Reward, ...], Field(min_length=1)]
     min_score: float | None = None  # of the best answer, to be a demonstration

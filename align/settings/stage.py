@@ -43,7 +43,7 @@ class StageSettings(Settings):
     kind: ClassVar[str] = "custom"
     # what its runs are taken for: policy | reward | ensemble | candidates | data | results
     makes: ClassVar[str | None] = None
-    writes: ClassVar[Mapping[str, str]] = {}  # data files that other stages may read: name -> what rows they have
+    data_files: ClassVar[Mapping[str, str]] = {}  # that later stages may read, if it says: name -> what rows they have
     reads: ClassVar[tuple[str, str] | None] = None  # key of its `Data`, and what rows it has (`data_sections`)
     tuning: ClassVar[Tuning | None] = None  # None: it trains nothing
     starts_at: ClassVar[str | None] = None  # which key of `parents` has the run whose training it goes on with

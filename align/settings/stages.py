@@ -24,7 +24,7 @@ from align.settings.methods import AnyMethod, Lora, MethodOrLora
 from align.settings.rewards import Reward, learned_parents
 from align.settings.sampling import Sampling
 from align.settings.stage import StageSettings
-from align.settings.training import Guard, Optimizer, PpoGuard, Training
+from align.settings.training import Guard, Optimizer, PairTraining, PpoGuard, Training
 from align.wording import did_you_mean
 
 
@@ -365,7 +365,7 @@ class DpoSettings(LearningSettings, PolicySettings):
         Curve("sequence KL to the reference (nats)", "step", ("eval_kl",)),
         Curve("tokens an answer", "step", ("eval_response_length",)),
     )
-    train: Training = Training(learning_rate=2e-5)
+    train: PairTraining = PairTraining()
     dpo: Dpo = Dpo()
     sampling: Sampling = Sampling()  # of the answers at an evaluation
 

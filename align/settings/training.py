@@ -32,6 +32,12 @@ class Training(Settings):
     save_steps: Interval = 50
 
 
+class PairTraining(Training):
+    """And of a policy on pairs, which wants a smaller rate."""
+
+    learning_rate: Positive = 2e-5
+
+
 class Guard(Settings):
     """What is done where a run's figures explode or what it learns has collapsed, and what is taken for that."""
 

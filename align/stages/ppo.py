@@ -166,9 +166,10 @@ def _iterate(this: _Run, iteration: int) -> dict[str, Any]:
             num_generations=ppo.num_generations,
             stream=stream,
             step=iteration,
+            numbers=numbers,
         )
 
-    scored, resampled = answered_anew(answer(range(len(rows)), TRAIN), ppo, answer)
+    scored, drawn, resampled = answered_anew(answer(range(len(rows)), TRAIN), ppo, answer)
     cap = importance_cap(roles.policy, settings)
     experience = assess(scored, progress["kl_coef"], ppo, cap)
     with phases("update"):
@@ -195,7 +196,8 @@ def _iterate(this: _Run, iteration: int) -> dict[str, Any]:
     progress["step"] = iteration
     if ppo.eval_steps and not this.held_out and (iteration % ppo.eval_steps == 0 or iteration == ppo.num_iterations):
         _show_samples(this, scored, experience.kl, iteration)
-    return with_logged(found | resampled | update | speeds(scored, phases, ppo, update["update_share"]), scored.logged)
+    found |= resampled | update | speeds(scored, drawn, phases, ppo, update["update_share"])
+    return with_logged(found, scored.logged)
 
 
 def _evaluate(this: _Run, iteration: int) -> dict[str, float]:

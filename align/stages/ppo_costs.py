@@ -1,5 +1,6 @@
 """What PPO's iterations cost, by phase."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from align.models.roles import Role
@@ -12,17 +13,28 @@ from align.track import read_metrics
 PHASES = ("sample", "score", "update")
 
 
-def speeds(scored: Scored, phases: Phases, ppo: Ppo, update_share: float) -> dict[str, float]:
+def speeds(scored: Scored, drawn: Sequence[Scored], phases: Phases, ppo: Ppo, update_share: float) -> dict[str, float]:
     """Tokens a second and peak MiB by phase: tokens of all processes, seconds and memory of this one. Sampling counts
     the answers' tokens, the other phases those of prompts and answers; a prompt counts once, as it is computed."""
-    answered = sum(map(len, scored.rollouts.answers))
-    whole = answered + sum(map(len, scored.rollouts.prompts)) // scored.group
-    tokens = {"sample": answered, "score": whole, "update": whole * ppo.num_ppo_epochs * update_share}
+    answered = sum(map(_answered, drawn))
+    tokens = {
+        "sample": answered,
+        "score": answered + sum(map(_asked, drawn)),
+        "update": (_answered(scored) + _asked(scored)) * ppo.num_ppo_epochs * update_share,
+    }
     return (
         {f"tokens_per_second_{name}": tokens[name] / max(phases.seconds[name], 1e-9) for name in tokens}
         | {f"seconds_{name}": phases.seconds[name] for name in tokens}
         | {f"peak_mib_{name}": phases.peak_mib[name] for name in tokens}
     )
+
+
+def _answered(scored: Scored) -> int:
+    return sum(map(len, scored.rollouts.answers))
+
+
+def _asked(scored: Scored) -> int:
+    return sum(map(len, scored.rollouts.prompts)) // scored.group
 
 
 def cost_of_run(folder: Path, policy: Role) -> dict[str, float]:

@@ -6,7 +6,7 @@ whole batch: advantages, whitening and all figures are plain maths on it, the sa
 
 import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -109,14 +109,18 @@ def sample_and_score(
     num_generations: int,
     stream: int,
     step: int,
+    numbers: Sequence[int] | None = None,
 ) -> Scored:
     """`num_generations` answers to each of `prompts` and what every role says of them: B = prompts x generations rows,
-    the answers to a prompt side by side. Prompts are dealt over the processes; the result is whole on each."""
+    the answers to a prompt side by side. Prompts are dealt over the processes; the result is whole on each. `numbers`
+    are those of the prompts, by which their random numbers are drawn; None: they are counted."""
     mine = [p * num_generations + g for p in worker.mine(len(prompts)) for g in range(num_generations)]
     rows = [prompts[i // num_generations] for i in mine]
     ppo, sampling = settings.ppo, settings.sampling
     with phases("sample"):
-        seeds = Seeds(settings.seed, stream, step, mine)
+        known = range(len(prompts)) if numbers is None else numbers
+        places = [known[i // num_generations] * num_generations + i % num_generations for i in mine]
+        seeds = Seeds(settings.seed, stream, step, places)
         sampled = worker.agreed(lambda: roles.sampler.sample([row.ids for row in rows], sampling, seeds))
         rollouts = sampled.rollouts
     with phases("score"):

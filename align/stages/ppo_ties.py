@@ -19,24 +19,32 @@ STREAM = 16  # of random numbers, and one more each time
 
 def answered_anew(
     scored: Scored, ppo: Ppo, answer: Callable[[list[int], int], Scored]
-) -> tuple[Scored, dict[str, float]]:
-    """The batch after its tied prompts were answered anew, `ppo.resample_tied` times at most, and the share that was.
+) -> tuple[Scored, list[Scored], dict[str, float]]:
+    """The batch after its tied prompts were answered anew, `ppo.resample_tied` times at most; all that was drawn for
+    it; and the share of the prompts.
 
     `answer` takes the prompts, by number, and a stream of random numbers. All processes call it, with the same batch.
     """
-    again: set[int] = set()
+    drawn, again = [scored], set()
     for time in range(ppo.resample_tied):
         tied = _tied(scored, ppo)
         if not tied:
             break
-        scored = _with_others(scored, tied, answer(tied, STREAM + time))
+        drawn.append(answer(tied, STREAM + time))
+        scored = _with_others(scored, tied, drawn[-1])
         again.update(tied)
-    return scored, {"resampled_share": len(again) * scored.group / len(scored.texts)} if ppo.resample_tied else {}
+    figures = {"resampled_share": len(again) * scored.group / len(scored.texts)} if ppo.resample_tied else {}
+    return scored, drawn, figures
 
 
 def _tied(scored: Scored, ppo: Ppo) -> list[int]:
-    groups = end_penalty(scored.scores, scored.rollouts.ended, ppo).reshape(-1, scored.group)
-    return [int(number) for number in (groups == groups[:, :1]).all(1).nonzero()]
+    """The prompts, by number, whose answers all score the same, or all teach nothing as they were cut off."""
+    ended = scored.rollouts.ended
+    groups = end_penalty(scored.scores, ended, ppo).reshape(-1, scored.group)
+    is_tied = (groups == groups[:, :1]).all(1)
+    if ppo.missing_eos == "mask":
+        is_tied |= ~ended.reshape(-1, scored.group).any(1)
+    return [int(number) for number in is_tied.nonzero()]
 
 
 def _with_others(scored: Scored, numbers: list[int], others: Scored) -> Scored:

@@ -51,7 +51,7 @@ def run(settings: SelectSettings, worker: Worker) -> None:
             tracker.say("warning: no pair is selected: no answer scores over `min_margin` more than another")
         sizes, is_one_policy = (
             [len(group) for group in by_prompt(rows, *APART)],
-            len({row["policy"] for row in rows}) == 1,
+            len({row.get("policy") for row in rows}) == 1,
         )
         figures = {
             "prompts": len(sizes),
