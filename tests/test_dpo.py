@@ -186,6 +186,8 @@ def test_a_fully_tuned_policy_is_the_base_of_what_goes_on_from_it(base, data, tm
             )
         )  # fmt: skip
     assert read_manifest(tmp_path / "second")["base"] == str(tmp_path / "first")
+    config = json.loads((tmp_path / "second" / "adapter_config.json").read_text(encoding="utf-8"))
+    assert config["base_model_name_or_path"] == str(tmp_path / "first")
     assert "model.safetensors" in {path.name for path in (tmp_path / "first").iterdir()}
     AutoPeftModelForCausalLM.from_pretrained(tmp_path / "second")
 

@@ -14,8 +14,10 @@ from align.artifact import checkpoints
 from align.errors import RunFailed
 from align.manifest import read_manifest
 from align.models.roles import Bases
+from align.rollout.rollouts import rollouts_of
 from align.settings import Model, Policy, Ppo
 from align.stages import ppo as stage
+from align.stages import ppo_steps, ppo_ties
 from align.stages.costs import kl_to_base
 from align.stages.ppo_steps import _check_ratio, end_penalty, importance_cap
 from align.track import read_metrics
@@ -151,6 +153,8 @@ def test_prompts_whose_answers_all_score_the_same_are_answered_anew(base, data, 
     ppo = {"advantage": "rloo", "resample_tied": 2, "num_iterations": 1, "num_generations": 4, "eval_steps": 0}
     ppo |= {"missing_eos_penalty": None, "prompts_per_iteration": 8}
     changes = {"critic": {"kind": "none"}, "rewards": [{"use": f"{tmp_path}/own.py:tied"}], "ppo": ppo}
+    seeds, made = ppo_steps.Seeds, []
+    monkeypatch.setattr(ppo_steps, "Seeds", lambda *given: (made.append(given), seeds(*given))[1])
     for name in ("one", "again"):
         monkeypatch.setenv("CALLS", str(tmp_path / f"{name}-calls"))
         tiny.run(settings(base, data, runs, tmp_path / name, **changes))
@@ -160,6 +164,8 @@ def test_prompts_whose_answers_all_score_the_same_are_answered_anew(base, data, 
     again = [number for number, group in enumerate(second) if len({score for score, _ in group}) == 1]
     assert len(first) == len(second) == 8 > len(third) == len(again) > 0
     assert all(first[number] != second[number] for number in range(8)) and second[again[0]] != third[0]
+    assert [stream for _, stream, *_ in made[:3]] == [0, ppo_ties.STREAM, ppo_ties.STREAM + 1]
+    assert made[2][-1] == [number * 4 + i for number in again for i in range(4)]  # whichever others were tied
     kept = [third[again.index(number)] if number in again else group for number, group in enumerate(second)]
     still = sum(len({score for score, _ in group}) == 1 for group in kept)
     row = read_metrics(tmp_path / "one")[0]
@@ -169,11 +175,53 @@ def test_prompts_whose_answers_all_score_the_same_are_answered_anew(base, data, 
     assert row["grad_norm_policy"] > 0 and row["first_logratio"] < 1e-4  # all that is known of an answer came with it
 
 
+def batch_of(answers, scores):
+    """Two answers to each prompt, and numbers that tell whose they are; an answer that ends in 3 has ended."""
+    rollouts = rollouts_of([[1]] * len(answers), answers, end_ids=[3])
+    numbers = torch.tensor([[float(sum(ids)) * (t < len(ids)) for t in range(rollouts.width)] for ids in answers])
+    texts, extra = [str(ids) for ids in answers], [{"first": ids[0]} for ids in answers]
+    parts = {"own": [float(score) for score in scores]}
+    prompts = [ppo_steps.PromptRow(None, [1])] * len(answers)
+    whole = (numbers, numbers + 1, numbers + 2, numbers + 3, None, torch.tensor(scores), parts, {}, extra)
+    return ppo_steps.Scored(2, prompts, rollouts, texts, *whole)
+
+
+@pytest.mark.parametrize(("missing_eos", "tied"), [("subtract", [0]), ("mask", [0, 2])])
+def test_all_that_is_known_of_an_answer_is_replaced_with_it(missing_eos, tied):
+    before = batch_of([[5, 5, 5, 3], [6, 3], [7, 3], [8, 3], [9, 9], [4, 4]], [1.0, 1.0, 1.0, 2.0, 0.0, 5.0])
+    again = [[11, 11], [12, 3], [13, 13, 3], [14, 3]][: 2 * len(tied)]
+    asked = []
+
+    def answer(numbers, stream):
+        asked.append((numbers, stream))
+        return batch_of(again, [3.0, 4.0, 5.0, 6.0][: len(again)])
+
+    ppo = Ppo(advantage="rloo", num_generations=2, resample_tied=1, missing_eos=missing_eos)
+    found, drawn, figures = ppo_ties.answered_anew(before, ppo, answer)
+    assert asked == [(tied, ppo_ties.STREAM)] and len(drawn) == 2 and figures == {"resampled_share": len(tied) / 3}
+    replaced = dict(zip([number * 2 + i for number in tied for i in range(2)], range(4), strict=False))
+    answers = [
+        again[replaced[row]] if row in replaced else list(ids) for row, ids in enumerate(before.rollouts.answers)
+    ]
+    scores = [3.0 + replaced[row] if row in replaced else float(old) for row, old in enumerate(before.scores)]
+    expected = batch_of(answers, scores)
+    assert found.rollouts.answers == expected.rollouts.answers and found.texts == expected.texts
+    assert (found.parts, found.extra) == (expected.parts, expected.extra)
+    assert torch.equal(found.rollouts.ended, expected.rollouts.ended) and torch.equal(found.scores, expected.scores)
+    mask = expected.rollouts.response_mask
+    for name in ("logprobs", "sampler_logprobs", "reference_logprobs", "entropies"):
+        own = getattr(found, name)
+        assert own.shape == mask.shape and torch.equal(own[mask], getattr(expected, name)[mask]), name
+
+
 def test_a_step_that_is_not_taken_moves_the_rate_on(base, data, runs, tmp_path):
     ppo = {"target_kl": 1e-6, "num_ppo_epochs": 4, "num_mini_batches": 1, "num_iterations": 2}
     tiny.run(settings(base, data, runs, tmp_path / "ppo", ppo=ppo))
     rows = read_metrics(tmp_path / "ppo")[1:]
     assert [row["update_share"] for row in rows] == [0.25, 0.25]
+    for row in rows:  # a quarter of four epochs
+        updated, scored = (row[f"tokens_per_second_{each}"] * row[f"seconds_{each}"] for each in ("update", "score"))
+        assert updated == pytest.approx(scored)
     assert [row[f"learning_rate_{name}"] for row in rows for name in ("policy", "critic")] == [1e-3, 1e-3, 5e-4, 5e-4]
 
 

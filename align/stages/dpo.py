@@ -176,7 +176,7 @@ def run(settings: DpoSettings, worker: Worker) -> None:
 
 
 def _speaker(settings: DpoSettings, bases: Bases, policy: Role, tokenizer: Any) -> Speaker | None:
-    if not settings.dpo.max_eval_prompts:
+    if settings.draws() is None:
         return None
     sampler = sampler_of(
         policy,

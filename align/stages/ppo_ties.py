@@ -49,7 +49,7 @@ def _tied(scored: Scored, ppo: Ppo) -> list[int]:
 
 def _with_others(scored: Scored, numbers: list[int], others: Scored) -> Scored:
     """The batch with the answers to these prompts replaced by those of another, which holds these prompts in their
-    order. Figures that reward functions logged stay those of the first answers."""
+    order; where answers are compared there are no values. Figures that reward functions logged stay the first's."""
     rows = [number * scored.group + i for number in numbers for i in range(scored.group)]
     place = {row: at for at, row in enumerate(rows)}
 
