@@ -116,14 +116,14 @@ def next_kl_coef(kl_coef: float, kl: float, target: float, horizon: int, num_seq
 # ---- rewards and advantages
 
 
-def token_rewards(scores: list[float], kl: Rows, lengths: list[int], kl_coef: float) -> Rows:
+def token_rewards(scores: list[float], earned: Rows, kl: Rows, lengths: list[int], kl_coef: float) -> Rows:
     result = []
-    for score, row, length in zip(scores, kl, lengths, strict=True):
+    for score, own, row, length in zip(scores, earned, kl, lengths, strict=True):
         rewards = [0.0] * len(row)
         for t in range(length):
-            rewards[t] = -kl_coef * row[t]
+            rewards[t] = own[t] - kl_coef * row[t]
         if length > 0:
-            rewards[length - 1] += score
+            rewards[length - 1] += score - math.fsum(own[:length])
         result.append(rewards)
     return result
 

@@ -19,7 +19,7 @@ from align.settings import Model, Policy, Ppo
 from align.stages import ppo as stage
 from align.stages import ppo_steps, ppo_ties
 from align.stages.costs import kl_to_base
-from align.stages.ppo_steps import _check_ratio, end_penalty, importance_cap
+from align.stages.ppo_steps import AS_GIVEN, Scale, _check_ratio, end_penalty, importance_cap
 from align.track import read_metrics
 from align.worker import Worker
 from tests import tiny
@@ -182,7 +182,7 @@ def batch_of(answers, scores):
     texts, extra = [str(ids) for ids in answers], [{"first": ids[0]} for ids in answers]
     parts = {"own": [float(score) for score in scores]}
     prompts = [ppo_steps.PromptRow(None, [1])] * len(answers)
-    whole = (numbers, numbers + 1, numbers + 2, numbers + 3, None, torch.tensor(scores), parts, {}, extra)
+    whole = (*(numbers + i for i in range(4)), None, torch.tensor(scores), numbers + 4, parts, {}, extra)
     return ppo_steps.Scored(2, prompts, rollouts, texts, *whole)
 
 
@@ -197,7 +197,7 @@ def test_all_that_is_known_of_an_answer_is_replaced_with_it(missing_eos, tied):
         return batch_of(again, [3.0, 4.0, 5.0, 6.0][: len(again)])
 
     ppo = Ppo(advantage="rloo", num_generations=2, resample_tied=1, missing_eos=missing_eos)
-    found, drawn, figures = ppo_ties.answered_anew(before, ppo, answer)
+    found, drawn, figures = ppo_ties.answered_anew(before, ppo, AS_GIVEN, answer)
     assert asked == [(tied, ppo_ties.STREAM)] and len(drawn) == 2 and figures == {"resampled_share": len(tied) / 3}
     replaced = dict(zip([number * 2 + i for number in tied for i in range(2)], range(4), strict=False))
     answers = [
@@ -209,7 +209,7 @@ def test_all_that_is_known_of_an_answer_is_replaced_with_it(missing_eos, tied):
     assert (found.parts, found.extra) == (expected.parts, expected.extra)
     assert torch.equal(found.rollouts.ended, expected.rollouts.ended) and torch.equal(found.scores, expected.scores)
     mask = expected.rollouts.response_mask
-    for name in ("logprobs", "sampler_logprobs", "reference_logprobs", "entropies"):
+    for name in ("logprobs", "sampler_logprobs", "reference_logprobs", "entropies", "earned"):
         own = getattr(found, name)
         assert own.shape == mask.shape and torch.equal(own[mask], getattr(expected, name)[mask]), name
 
@@ -416,6 +416,9 @@ def test_end_penalties():
     assert end_penalty(scores, ended, Ppo(missing_eos="subtract", missing_eos_penalty=0.5)).tolist() == [2.0, 1.5]
     assert end_penalty(scores, ended, Ppo(missing_eos_penalty=None)).tolist() == [2.0, 2.0]
     assert end_penalty(scores, ended, Ppo(missing_eos="mask")).tolist() == [2.0, 2.0]
+    assert end_penalty(scores, ended, Ppo(), Scale(10.0, 4.0)).tolist() == [2.0, 2.0]  # six is the most without an end
+    assert end_penalty(scores, ended, Ppo(), Scale(3.0, 2.0)).tolist() == [2.0, 1.0]
+    assert end_penalty(scores, ended, Ppo(missing_eos="subtract"), Scale(3.0, 2.0)).tolist() == [2.0, 0.0]
 
 
 @pytest.mark.parametrize("score", [-3.0, -1.0, -0.5, 0.0, 2.0])

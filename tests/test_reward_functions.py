@@ -75,6 +75,31 @@ def test_a_number_a_row_is_served(name, mine):
     assert parts["f"] == pytest.approx(expected, nan_ok=True)
 
 
+ALONG = {  # what a function of two answers of two tokens returns -> their scores, and what each token has of them
+    "lists": ("[[1.0, 0.5], [0.0, -2.0]]", [1.5, -2.0], [[2.0, 1.0], [0.0, -4.0]]),
+    "an array, and a number": ("[np.array([1, 2]), 7]", [3.0, 7.0], [[2.0, 4.0], []]),
+    "a tensor, and nothing": ("[torch.tensor([1.0, 2.0]), None]", [3.0, NAN], [[2.0, 4.0], []]),
+    "in a future": ("asyncio.sleep(0, [[1.0, 0.5], 3])", [1.5, 3.0], [[2.0, 1.0], []]),
+}
+
+
+@pytest.mark.parametrize("name", ALONG)
+def test_a_number_a_token_is_served(name, mine):
+    given, scores, earned = ALONG[name]
+    own = f"def f(completions, **kw):\n    return {given}\n"
+    mix = mine(f"{own}def one(completions):\n    return [1.0, 1.0]\n", "f", "one", weight=2.0)
+    told = mix.told(answers("red", "blue"))
+    assert told.parts["f"] == pytest.approx(scores, nan_ok=True) and told.earned == earned
+    assert told.totals == [2.0 + 2.0 * (0.0 if math.isnan(score) else score) for score in scores]
+    assert copy.deepcopy(told.parts["f"])[0].tokens == told.parts["f"][0].tokens
+
+
+def test_what_two_functions_give_a_token_adds_up(mine):
+    both = "def f(completion_ids):\n    return [[i, 1.0] for i, _ in enumerate(completion_ids)]\n"
+    mix = mine(f"{both}def g(completion_ids):\n    return [[10.0, 20.0], 5.0]\n", "f", "g")
+    assert mix.told(answers("red", "blue")).earned == [[10.0, 21.0], [1.0, 1.0]]
+
+
 REFUSED = {  # -> what the line says
     "nothing": ("None", "gave None for 2 answers; it must return a list of 2 numbers"),
     "a number": ("1.0", r"gave 1.0 \(float\) for 2 answers"),
@@ -89,12 +114,16 @@ REFUSED = {  # -> what the line says
     "a set": ("{1.0, 2.0}", r"\(set\)"),
     "words": ("['good', 'bad']", r"gave 'good' \(str\) for the answer to data.jsonl:1; a score is a finite number"),
     "numbers as text": ("[1.0, '2.0']", r"gave '2.0' \(str\) for the answer to data.jsonl:2"),
-    "lists": ("[[1.0], [2.0]]", r"gave \[1.0\] \(list\) for the answer to data.jsonl:1"),
-    "tensors of one axis": (
-        "[torch.ones(1), torch.ones(1)]",
-        r"gave Tensor of shape \(1,\) for the answer to data.jsonl:1",
+    "too few along it": (
+        "[2.0, [1.0]]",
+        r"gave 1 numbers along the answer to data.jsonl:2, which has 2 tokens; give one for each of its",
     ),
-    "pairs": ("[(1.0, 'why'), (2.0, 'why')]", r"gave \(1.0, 'why'\) \(tuple\)"),
+    "too many along it": ("[torch.ones(3), 0]", "gave 3 numbers along the answer to data.jsonl:1, which has 2 tokens"),
+    "none along it": ("[[], 0]", "gave 0 numbers along the answer to data.jsonl:1"),
+    "pairs": ("[(1.0, 'why'), (2.0, 'why')]", r"gave 'why' \(str\) for a token of the answer to data.jsonl:1"),
+    "None along it": ("[0, [1.0, None]]", "gave None for a token of the answer to data.jsonl:2; what a token earns"),
+    "infinity along it": ("[0, [1.0, float('inf')]]", "gave inf .float. for a token of the answer to data.jsonl:2"),
+    "deeper than tokens": ("[0, [[1.0], [2.0]]]", r"gave \[1.0\] \(list\) for a token"),
     "too few": ("[1.0]", "gave 1 scores for 2 answers"),
     "none": ("[]", "gave 0 scores for 2 answers"),
     "too many": ("[1.0] * 3", "gave 3 scores for 2 answers"),

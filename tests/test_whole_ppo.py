@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import os
 import statistics
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,7 +26,10 @@ def own(prompts, completions, completion_ids, **columns):
     rows = [list(row) for row in zip(prompts, completion_ids, scores)]
     with open(os.environ["SHOWN"], "a") as shown:
         shown.write(json.dumps(rows) + "\\n")
-    return scores
+    if not os.environ.get("ALONG"):
+        return scores
+    return [[0.3 * (token % 3) - 0.2 for token in ids] if row % 2 else score
+            for row, (ids, score) in enumerate(zip(completion_ids, scores))]
 """
 
 SHIFTED = """from dataclasses import replace
@@ -56,6 +60,7 @@ class Answer:
     own: float
     learned: float = 0.0
     score: float = 0.0
+    along: list[float] = field(default_factory=list)  # what of its own reward the tokens have earned
     behaviour: list[float] = field(default_factory=list)  # log-probabilities
     usual: list[float] = field(default_factory=list)  # the reference's
     entropies: list[float] = field(default_factory=list)
@@ -86,6 +91,7 @@ class ByHand:
         self.adams = slowly.Adam(self.actor, **rules), slowly.Adam(self.judge, **rules)
         self.kl_coef, self.iterations, self.taken = self.ppo.kl_coef, 0, {"policy": 0, "critic": 0}
         self.in_reward = self.ppo.kl_in == "reward"
+        self.seen: list[float] = []  # every score so far, where they are what a score is measured by
 
     def parted(self, given: list[slowly.Given]) -> tuple[list[slowly.Given], list[slowly.Given]]:
         """The policy's steps and the critic's, which ends in a head of one row and one bias."""
@@ -141,12 +147,21 @@ class ByHand:
             "eval_eos_share": sum(row.ids[-1] == END for row in rows) / len(rows),
         }
 
+    def measured(self, score: float) -> float:
+        """By the mean and deviation of all scores so far, where that is asked for."""
+        return (score - statistics.fmean(self.seen)) / statistics.stdev(self.seen) if self.seen else score
+
     def penalised(self, row: Answer) -> float:
         """After an answer without an end, the score or minus the penalty, whichever is less; or their difference."""
-        penalty = self.ppo.missing_eos_penalty
+        penalty, score = self.ppo.missing_eos_penalty, self.measured(row.score)
         if penalty is None or row.ids[-1] == END or self.ppo.missing_eos == "mask":
-            return row.score
-        return min(row.score, -penalty) if self.ppo.missing_eos == "replace" else row.score - penalty
+            return score
+        return min(score, -penalty) if self.ppo.missing_eos == "replace" else score - penalty
+
+    def earned(self, row: Answer) -> list[float]:
+        """By each token, of what the answer's score is measured to be."""
+        unit = statistics.stdev(self.seen) if self.seen else 1.0
+        return [self.settings.rewards[1].weight * each / unit for each in row.along or [0.0 for _ in row.ids]]
 
     def teaches(self, row: Answer) -> bool:
         return self.ppo.missing_eos != "mask" or row.ids[-1] == END
@@ -184,8 +199,12 @@ class ByHand:
         for row in rows:
             self.scored(row)
             self.read(row)
-            rewards.append([-self.kl_coef * each * self.in_reward for each in row.divergences])
-            rewards[-1][-1] += self.penalised(row)
+        if self.ppo.normalize_scores == "running":
+            self.seen += [row.score for row in rows]
+        for row in rows:
+            earned, costs = self.earned(row), [self.kl_coef * each * self.in_reward for each in row.divergences]
+            rewards.append([own - cost for own, cost in zip(earned, costs, strict=True)])
+            rewards[-1][-1] += self.penalised(row) - sum(earned)
         taught = [i for i, row in enumerate(rows) if self.teaches(row)]
         if self.ppo.whiten_rewards:  # in scale alone: what an answer is worth stays above or below nothing
             for i, white in zip(taught, slowly.whitened([rewards[i] for i in taught], keep_mean=True), strict=True):
@@ -233,6 +252,7 @@ class ByHand:
         return {
             "score": score,
             "score_std": math.sqrt(spread),
+            **self.of_scale(),
             "reward_learned": sum(row.learned for row in rows) / len(rows),
             "reward_own": sum(row.own for row in rows) / len(rows),
             "kl": sum(sum(row.divergences) for row in rows) / len(rows),
@@ -247,6 +267,11 @@ class ByHand:
             "empty_share": sum(each == (END,) for each in answers) / len(rows),
             "same_share": max(answers.count(each) for each in answers) / len(rows),
         }
+
+    def of_scale(self) -> dict[str, float]:
+        if not self.seen:
+            return {}
+        return {"running_mean": statistics.fmean(self.seen), "running_std": statistics.stdev(self.seen)}
 
     def of_groups(self, scores: list[float]) -> dict[str, float]:
         size = self.ppo.num_generations
@@ -424,6 +449,11 @@ CASES: dict[str, dict[str, Any]] = {
     "no further than": {"critic": {"kind": "adapter"},
                         "ppo": {"target_kl": 0.01, "num_ppo_epochs": 4, "num_mini_batches": 1, "num_iterations": 3, "learning_rate": 2e-2}},
     "another sampler": {"sampling": {"sampler": "shifted.py:Shifted"}, "ppo": {"importance_cap": 1.5, "dual_clip": 1.2}},
+    "by running moments": {"ppo": {"normalize_scores": "running", "num_iterations": 3, "missing_eos_penalty": 0.4}},
+    "rloo by running moments": {"critic": NO_CRITIC, "ppo": {"normalize_scores": "running", "advantage": "rloo", "gamma": 1.0, "missing_eos": "subtract", "missing_eos_penalty": 0.3}},
+    "some earned on the way": {"along": True, "ppo": {"missing_eos_penalty": 0.4}},
+    "some earned on the way, measured": {"along": True, "critic": NO_CRITIC, "ppo": {"normalize_scores": "running", "advantage": "reinforce++", "whiten_rewards": True}},
+    "compared by all that was earned": {"along": True, "critic": NO_CRITIC, "ppo": {"advantage": "rloo", "gamma": 1.0}},
     "our sampler, weighed": {"ppo": {"importance_cap": 1.0}},
     "another sampler as it comes": {"sampling": {"sampler": "shifted.py:Shifted"}},
     "another sampler that is believed": {"sampling": {"sampler": "shifted.py:Shifted"}, "ppo": {"importance_cap": None}},
@@ -460,14 +490,17 @@ def run(settings: Any, shown: Path, monkeypatch: Any) -> tuple[list[slowly.Given
     tokenizer = tiny.make_tokenizer()
     rules = {"add_generation_prompt": True, "tokenize": True, "return_dict": False}
     calls = [json.loads(line) for line in shown.read_text(encoding="utf-8").splitlines()]
-    return given, [
-        [Answer(tokenizer.apply_chat_template(p, **rules), ids, own) for p, ids, own in call] for call in calls
-    ]
+    found = [[Answer(tokenizer.apply_chat_template(p, **rules), ids, own) for p, ids, own in call] for call in calls]
+    for row in (row for rows in found for row in rows[1::2] if os.environ.get("ALONG")):
+        row.along = [0.3 * (token % 3) - 0.2 for token in row.ids]
+        row.own = sum(row.along)
+    return given, found
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_iterations_are_those_done_by_hand(case, parents, tmp_path, monkeypatch):
     settings = settings_of(parents, tmp_path / "ppo", CASES[case])
+    monkeypatch.setenv("ALONG", "yes" if CASES[case].get("along") else "")
     given, calls = run(settings, tmp_path / "shown", monkeypatch)
     hand = ByHand(settings, given)
     assert slowly.distance(hand.actor, hand.steps_of_actor[0].weights) < 1e-6

@@ -4,16 +4,20 @@ import torch
 from torch import Tensor
 
 
-def token_rewards(scores: Tensor, kl: Tensor, mask: Tensor, *, kl_coef: float) -> Tensor:
-    """r_t = -kl_coef kl_t + [t is the last real token] score   (Stiennon et al. 2020; Ouyang et al. 2022).
+def token_rewards(scores: Tensor, earned: Tensor, kl: Tensor, mask: Tensor, *, kl_coef: float) -> Tensor:
+    """r_t = -kl_coef kl_t + earned_t + [t is the last real token] (score - sum of earned)   (Stiennon et al. 2020;
+    Ouyang et al. 2022, where nothing is earned on the way).
 
-    scores (B,), kl (B, R), mask (B, R) true up to and including the end token -> (B, R), zero outside the mask.
-    A row with an empty response gets no reward: there is no token that could carry it.
+    scores (B,): all that an answer gets; earned (B, R): what of it a token has; kl (B, R); mask (B, R) true up to and
+    including the end token -> (B, R), zero outside the mask. A row with an empty response gets no reward: there is no
+    token that could carry it.
     """
-    rewards = (-kl_coef * kl).masked_fill(~mask, 0.0)
+    rewards = (earned - kl_coef * kl).masked_fill(~mask, 0.0)
     lengths = mask.sum(1)  # (B,)
     rows = torch.nonzero(lengths > 0).squeeze(1)
-    rewards[rows, lengths[rows] - 1] += scores[rows].to(rewards.dtype)
+    last = rows, lengths[rows] - 1
+    on_the_way = earned.masked_fill(~mask, 0.0).cumsum(1)[last]  # which, unlike a sum, adds up alike in any width
+    rewards[last] += (scores[rows] - on_the_way).to(rewards.dtype)
     return rewards
 
 

@@ -1,5 +1,6 @@
-"""What is scored."""
+"""What is scored, and what a score is."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +20,20 @@ class Answers:
     tokenizer: Any = None  # by which the ids were made; None: that of the recipe's base
 
 
+class TokenScore(float):
+    """A score that is given along an answer: the sum of what each of its tokens has earned."""
+
+    tokens: tuple[float, ...]  # one for each of the answer's ids
+
+    def __new__(cls, tokens: Sequence[float]) -> "TokenScore":
+        score = super().__new__(cls, math.fsum(tokens))
+        score.tokens = tuple(tokens)
+        return score
+
+    def __getnewargs__(self) -> tuple[Any]:  # type: ignore[override]
+        return (self.tokens,)
+
+
 def some_of(answers: Answers, rows: Sequence[int]) -> Answers:
     """The answers at these places."""
     return Answers(
@@ -31,4 +46,4 @@ def some_of(answers: Answers, rows: Sequence[int]) -> Answers:
     )
 
 
-Scorer = Callable[[Answers], list[float]]  # NaN, of a function only: does not apply
+Scorer = Callable[[Answers], list[float]]  # of a function only: NaN (does not apply) and TokenScore

@@ -1,4 +1,5 @@
-"""A reward function of the user's, called as TRL's GRPO calls one, and held to what it owes: a number a row.
+"""A reward function of the user's, called as TRL's GRPO calls one, and held to what it owes: a number a row, or one a
+token.
 
 TRL passes prompts, completions, their ids, the data's other columns, and three things of the trainer's:
 `trainer_state`, `log_metric(name, value)` and `log_extra(column, values)`.
@@ -17,7 +18,7 @@ from typing import Any
 
 from align.errors import BadInput, RunFailed
 from align.plugins import check_arguments, load_object, needed, users_code
-from align.rewards.answers import Answers
+from align.rewards.answers import Answers, TokenScore
 from align.wording import one_line
 
 # by us; columns of the data come on top
@@ -139,7 +140,8 @@ class FunctionReward:
         return given if takes_any else {name: value for name, value in given.items() if name in parameters}
 
     def _numbers(self, scores: Any, answers: Answers) -> list[float]:
-        """A float for each answer, NaN for None; any list, array, tensor, series or generator of numbers will do."""
+        """A float for each answer, NaN for None, or a TokenScore for numbers along it; any list, array, tensor, series
+        or generator will do."""
         count = len(answers.texts)
         cure = f"; it must return a list of {count} numbers, None where it does not apply"
         is_list = hasattr(scores, "__iter__") and not isinstance(scores, (str, bytes, Mapping, Set))
@@ -149,7 +151,10 @@ class FunctionReward:
         if len(found) != count:
             many = len(scores) if hasattr(scores, "__len__") else f"{count} and more" if found[count:] else len(found)
             raise RunFailed(f"the reward `{self.name}` gave {many} scores for {count} answers{cure}")
-        values = [_number(score) for score in found]
+        values = [
+            self._along(score, len(ids), prompt.where) if _is_row(score) else _number(score)
+            for score, ids, prompt in zip(found, answers.ids, answers.prompts, strict=True)
+        ]
         for score, value, prompt in zip(found, values, answers.prompts, strict=True):
             if value is None or math.isinf(value):
                 raise RunFailed(
@@ -157,6 +162,22 @@ class FunctionReward:
                     "finite number, or None where the reward does not apply"
                 )
         return [value for value in values if value is not None]
+
+    def _along(self, scores: Any, num_tokens: int, where: str) -> TokenScore:
+        """What an answer's tokens have earned, from a list or a one-dimensional array of numbers."""
+        if len(scores) != num_tokens:
+            raise RunFailed(
+                f"the reward `{self.name}` gave {len(scores)} numbers along the answer to {where}, which has "
+                f"{num_tokens} tokens; give one for each of its `completion_ids`, or one number for the whole answer"
+            )
+        values = [_number(score) for score in scores]
+        for score, value in zip(scores, values, strict=True):
+            if value is None or not math.isfinite(value):
+                raise RunFailed(
+                    f"the reward `{self.name}` gave {_shown(score)} for a token of the answer to {where}; what a token "
+                    "earns is a finite number, 0 where it is nothing"
+                )
+        return TokenScore([value for value in values if value is not None])
 
 
 def check_function(reference: str, arguments: Mapping[str, Any], where: str) -> Callable[..., Any]:
@@ -218,6 +239,11 @@ def _forms(function: Any) -> tuple[Any, Any]:
     while isinstance(function, partial):
         function = function.func
     return function, getattr(function, "__call__", None)  # noqa: B004 - its own, to look into
+
+
+def _is_row(score: Any) -> bool:
+    """Whether this is a number for each token."""
+    return isinstance(score, (list, tuple)) or len(getattr(score, "shape", ())) == 1
 
 
 def _number(score: Any) -> float | None:

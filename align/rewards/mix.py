@@ -1,7 +1,8 @@
 """The recipe's `rewards:` list as one function of answers.
 
 Functions have TRL's signature, `(prompts, completions, **columns_and_settings) -> list[float | None]`: one that was
-written for TRL's GRPO, or one of `trl.rewards`, runs unchanged. None says that a reward does not apply to that row.
+written for TRL's GRPO, or one of `trl.rewards`, runs unchanged. None says that a reward does not apply to that row. In
+the place of a number a row may have a list of them, one for each of its `completion_ids`: what that token has earned.
 """
 
 import math
@@ -15,7 +16,7 @@ from align.data.formats import Prompt
 from align.errors import BadInput, RunFailed
 from align.plugins import is_reference, users_code
 from align.recipe_errors import first_error
-from align.rewards.answers import Answers, Scorer
+from align.rewards.answers import Answers, Scorer, TokenScore
 from align.rewards.functions import BESIDE, FunctionReward, Journal, check_function, together
 from align.settings import EnsembleReward, LearnedReward, Reward
 from align.wording import did_you_mean
@@ -32,6 +33,7 @@ class Told:
     """What a mix says of N answers."""
 
     totals: list[float]
+    earned: list[list[float]]  # what of its total each token of an answer has; []: the answer has it as a whole
     parts: dict[str, list[float]]  # each reward's own scores
     logged: dict[str, list[float]]  # figures that functions logged: a value for each call
     extra: list[dict[str, Any]]  # further columns of the sample table, a mapping for each answer
@@ -59,9 +61,9 @@ class RewardMix:
         """The same, with what functions logged meanwhile."""
         totals, parts = self(answers)
         logged, columns = self.journal.take(len(totals))
-        return Told(
-            totals, parts, logged, [{name: columns[name][row] for name in columns} for row in range(len(totals))]
-        )
+        rows = range(len(totals))
+        earned = [self._earned({name: parts[name][row] for name in parts}) for row in rows]
+        return Told(totals, earned, parts, logged, [{name: columns[name][row] for name in columns} for row in rows])
 
     def _parts(self, answers: Answers) -> dict[str, list[float]]:
         """Each term's scores; those of asynchronous functions are awaited together, after the others, as in TRL."""
@@ -75,6 +77,12 @@ class RewardMix:
                 scores = together([scorer.awaited(answers) for scorer in later.values()])
             found |= dict(zip(later, scores, strict=True))
         return {name: found[name] for name, _, _ in self.terms}
+
+    def _earned(self, scores: dict[str, float]) -> list[float]:
+        """What the terms that score by tokens give each of them."""
+        terms = [(weight, scores[name]) for name, weight, _ in self.terms]
+        each = [[weight * token for token in score.tokens] for weight, score in terms if isinstance(score, TokenScore)]
+        return [math.fsum(token) for token in zip(*each, strict=True)]
 
     def _total(self, prompt: Prompt, scores: dict[str, float]) -> float:
         weighted = []

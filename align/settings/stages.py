@@ -182,7 +182,7 @@ class Ppo(Settings):
     # most that a token's probability under the policy over that under what drew it weighs its loss with; auto: 2 where
     # the two may differ (16 bits, 4 bits, a sampler of one's own), else, and with null, nothing is weighed
     importance_cap: Literal["auto"] | Annotated[float, Field(ge=1.0)] | None = "auto"
-    cliprange_value: Positive = 0.2  # a critic's, as the next
+    cliprange_value: Positive = 0.2  # a critic's, as the next: in units of a score
     vf_coef: NonNegative = 0.1
     whiten_rewards: bool = False
     whiten_advantages: bool = True  # with rloo and grpo never: they have a scale of their own
@@ -192,6 +192,8 @@ class Ppo(Settings):
     kl_target: Positive | None = None  # adaptive coefficient towards this sequence KL (nats); None: fixed
     kl_horizon: Count = 10_000  # sequences
     kl_budget: Positive | None = None  # stop past this sequence KL, keep the best checkpoint under it
+    # running: by the mean and deviation of all scores that the run has sampled, as suits rewards of any scale
+    normalize_scores: Literal["none", "running"] = "none"
     missing_eos_penalty: float | None = 1.0  # None: no penalty
     # an answer that was cut off: its score becomes -penalty at the most, or loses it; or nothing is learnt from it
     missing_eos: Literal["replace", "subtract", "mask"] = "replace"

@@ -1,9 +1,9 @@
 """The PPO stage: policy, reference, critic and rewards as views over one base.
 
     for prompts in batches:
-        scored     = sample_and_score(roles, prompts)     # answers, log-probs, values (B, R), scores (B,)
-        experience = assess(scored, kl_coef, ppo, cap)   # rewards, advantages, returns (B, R): pure maths
-        update     = improve(roles, experience)           # clipped policy and value losses
+        scored     = sample_and_score(roles, prompts)          # answers, log-probs, values (B, R), scores (B,)
+        experience = assess(scored, kl_coef, ppo, cap, scale)  # rewards, advantages, returns (B, R): pure maths
+        update     = improve(roles, experience)                # clipped policy and value losses
         kl_coef    = next_kl_coef(kl_coef, kl)
 
 Every random draw is a function of seed, iteration and row, so a resumed run, another batch size or another number of
@@ -23,6 +23,7 @@ from align.artifact import finish
 from align.data import ending_message, load, unread
 from align.errors import BadInput, Diverged
 from align.maths.kl import mean_and_error, moments, next_kl_coef
+from align.maths.running import NOTHING_YET, with_batch
 from align.models.roles import Role
 from align.models.saving import save_role, save_tokenizer
 from align.parents import remarks_on_parents
@@ -38,7 +39,17 @@ from align.stages.learner import available
 from align.stages.order import row_order
 from align.stages.ppo_costs import cost_of_run, speeds
 from align.stages.ppo_roles import PromptRow, Roles, load_roles, make_learners, prompt_rows
-from align.stages.ppo_steps import Scored, assess, figures, importance_cap, improve, penalties, sample_and_score
+from align.stages.ppo_steps import (
+    Scale,
+    Scored,
+    assess,
+    figures,
+    importance_cap,
+    improve,
+    penalties,
+    sample_and_score,
+    scale_of,
+)
 from align.stages.ppo_ties import answered_anew
 from align.stages.running import running
 from align.stages.unseen import Seen, seen_prompts
@@ -169,9 +180,13 @@ def _iterate(this: _Run, iteration: int) -> dict[str, Any]:
             numbers=numbers,
         )
 
-    scored, drawn, resampled = answered_anew(answer(range(len(rows)), TRAIN), ppo, answer)
+    first = answer(range(len(rows)), TRAIN)
+    if ppo.normalize_scores == "running":
+        progress["score_moments"] = with_batch(progress.get("score_moments") or NOTHING_YET, first.scores)
+    scale = scale_of(progress.get("score_moments"))
+    scored, drawn, resampled = answered_anew(first, ppo, scale, answer)
     cap = importance_cap(roles.policy, settings)
-    experience = assess(scored, progress["kl_coef"], ppo, cap)
+    experience = assess(scored, progress["kl_coef"], ppo, cap, scale)
     with phases("update"):
         update = improve(
             roles,
@@ -183,7 +198,7 @@ def _iterate(this: _Run, iteration: int) -> dict[str, Any]:
             is_first=iteration == 1,
             is_warmup=iteration <= settings.critic.warmup_iterations,
         )
-    found = figures(scored, experience, progress["kl_coef"], cap) | {"weight_norm": this.course.weight_norm()}
+    found = figures(scored, experience, progress["kl_coef"], cap, scale) | {"weight_norm": this.course.weight_norm()}
     if ppo.kl_budget is not None:
         found |= kl_budget.note(progress, experience.kl.sum(1), experience.group)
     progress["kl_coef"] = next_kl_coef(
@@ -214,7 +229,7 @@ def _evaluate(this: _Run, iteration: int) -> dict[str, float]:
         stream=EVALUATE,
         step=0,
     )
-    penalised, divergences = penalties(scored, settings.ppo)
+    penalised, divergences = penalties(scored, settings.ppo, _scale(this, scored))
     _show_samples(this, scored, divergences, iteration)
     score = float(penalised.mean())
     kl, error = mean_and_error([moments(divergences.sum(1))])
@@ -239,6 +254,13 @@ def _evaluate(this: _Run, iteration: int) -> dict[str, float]:
         "eval_eos_share": float(scored.rollouts.ended.float().mean()),
     }
     return with_logged(found, {f"eval_{name}": value for name, value in scored.logged.items()})
+
+
+def _scale(this: _Run, scored: Scored) -> Scale:
+    """What held-out scores are penalised by: the scale of all that was sampled, or, at the start, their own."""
+    if this.settings.ppo.normalize_scores == "none":
+        return scale_of(None)
+    return scale_of(this.progress.get("score_moments") or with_batch(NOTHING_YET, scored.scores))
 
 
 def _show_samples(this: _Run, scored: Scored, kl: Tensor, iteration: int) -> None:

@@ -28,6 +28,7 @@ from align.maths.losses import (
     ppo_value_loss,
 )
 from align.maths.masking import masked_mean, whiten
+from align.maths.running import mean_and_deviation
 from align.models.backoff import Phase, in_passes
 from align.models.budget import training_tokens
 from align.models.layout import Part, Tree, parts_of
@@ -76,9 +77,26 @@ class Scored:
     entropies: Tensor  # (B, R)
     values: Tensor | None  # (B, R); None: there is no critic
     scores: Tensor  # (B,) weighted sum of the rewards
+    earned: Tensor  # (B, R) what of it each token has; the rest is the whole answer's
     parts: dict[str, list[float]]  # each reward's own scores
     logged: dict[str, float]  # figures that reward functions log: means over their calls
     extra: list[dict[str, Any]]  # columns of the sample table that they log, a mapping for each row
+
+
+@dataclass(frozen=True)
+class Scale:
+    """What scores are measured by: PPO learns from (score - mean) / deviation."""
+
+    mean: float = 0.0
+    deviation: float = 1.0
+
+
+AS_GIVEN = Scale()
+
+
+def scale_of(moments: Sequence[float] | None) -> Scale:
+    """By the moments of all scores so far (maths/running.py); None: scores are taken as they are given."""
+    return AS_GIVEN if moments is None else Scale(*mean_and_deviation(moments))
 
 
 @dataclass(frozen=True)
@@ -94,7 +112,7 @@ class Experience:
     advantages: Tensor
     returns: Tensor
     kl: Tensor  # per token: one tensor for the penalty and for the log
-    scores: Tensor  # (B,) after the penalty for a missing end token
+    scores: Tensor  # (B,) after the penalty for a missing end token, in units of the scale
     weights: Tensor  # of each token's policy loss: 1 where the policy itself has drawn
     is_learnt: Tensor  # (B,) whether anything is learnt from the answer
 
@@ -136,7 +154,10 @@ def sample_and_score(
         answers = Answers(asked, rollouts.prompts, texts, rollouts.answers, ended, roles.tokenizer)
         told = worker.agreed(partial(roles.rewards.told, answers))
     own_scores = torch.tensor([told.totals, *told.parts.values()], dtype=torch.float64)  # (1 + rewards, own rows)
-    tokens, lengths, logprobs, sampler_logprobs, reference_logprobs, entropies, values, scores = worker.gather_rows(
+    earned = torch.zeros(sampled.logprobs.shape)
+    for row, own in enumerate(told.earned):
+        earned[row, : len(own)] = torch.tensor(own)
+    tokens, lengths, logprobs, of_sampler, of_reference, entropies, values, earned, scores = worker.gather_rows(
         mine,
         len(prompts) * num_generations,
         *tokens_of(rollouts),
@@ -145,6 +166,7 @@ def sample_and_score(
         reference.logprobs,
         policy.entropies,
         critic.values,
+        earned,
         own_scores.T,
     )
     whole = [row for row in prompts for _ in range(num_generations)]
@@ -156,30 +178,33 @@ def sample_and_score(
         rollouts_of([row.ids for row in whole], replies, end_ids=roles.end_ids),
         [decode_completion(roles.tokenizer, ids, roles.end_ids) for ids in replies],
         logprobs,
-        sampler_logprobs,
-        reference_logprobs,
+        of_sampler,
+        of_reference,
         entropies,
         None if roles.valuer is None else values,
         scores[:, 0].float(),
+        earned,
         {name: scores[:, k].tolist() for k, name in enumerate(told.parts, 1)},
         means_of(worker.gather_objects(told.logged)),
         [extra[i] for i in range(len(whole))],
     )
 
 
-def penalties(scored: Scored, ppo: Ppo) -> tuple[Tensor, Tensor]:
+def penalties(scored: Scored, ppo: Ppo, scale: Scale = AS_GIVEN) -> tuple[Tensor, Tensor]:
     """Scores (B,) after the penalty for a missing end token, and each token's KL to the reference (B, R)."""
     kl = kl_estimate(scored.logprobs, scored.reference_logprobs, estimator=ppo.kl_estimator)
-    return end_penalty(scored.scores, scored.rollouts.ended, ppo), kl.masked_fill(~scored.rollouts.response_mask, 0.0)
+    penalised = end_penalty(scored.scores, scored.rollouts.ended, ppo, scale)
+    return penalised, kl.masked_fill(~scored.rollouts.response_mask, 0.0)
 
 
-def assess(scored: Scored, kl_coef: float, ppo: Ppo, importance_cap: float | None) -> Experience:
+def assess(scored: Scored, kl_coef: float, ppo: Ppo, importance_cap: float | None, scale: Scale) -> Experience:
     """Rewards, advantages, returns and weights: pure maths on the whole batch."""
     mask = scored.rollouts.response_mask
-    scores, kl = penalties(scored, ppo)
+    scores, kl = penalties(scored, ppo, scale)
+    scores = (scores - scale.mean) / scale.deviation
     is_learnt = scored.rollouts.ended if ppo.missing_eos == "mask" else torch.ones_like(scored.rollouts.ended)
     in_reward, in_loss = (kl_coef, 0.0) if ppo.kl_in == "reward" else (0.0, kl_coef)
-    rewards = token_rewards(scores, kl, mask, kl_coef=in_reward)
+    rewards = token_rewards(scores, scored.earned / scale.deviation, kl, mask, kl_coef=in_reward)
     if ppo.whiten_rewards:
         rewards = whiten(rewards, mask & is_learnt[:, None], shift_mean=False)
     advantages, returns = _advantages(scored, is_learnt, scores, kl, rewards, in_reward, ppo)
@@ -233,17 +258,18 @@ def importance_cap(policy: Role, settings: PpoSettings) -> float | None:
     return None if policy.is_float32 and not settings.sampling.is_ones_own else IMPORTANCE_CAP
 
 
-def end_penalty(scores: Tensor, ended: Tensor, ppo: Ppo) -> Tensor:
-    """Scores (B,) after the penalty for an answer without an end token.
+def end_penalty(scores: Tensor, ended: Tensor, ppo: Ppo, scale: Scale = AS_GIVEN) -> Tensor:
+    """Scores (B,) after the penalty for an answer without an end token, which is in units of the scale.
 
     `replace`: the score becomes min(score, -penalty). Stiennon et al. (2020) set it to -1, by which an answer that
     scores less would gain by never ending.
     """
     if ppo.missing_eos_penalty is None or ppo.missing_eos == "mask":
         return scores
-    penalised = scores - ppo.missing_eos_penalty
+    penalty = ppo.missing_eos_penalty * scale.deviation
+    penalised = scores - penalty
     if ppo.missing_eos == "replace":
-        penalised = scores.clamp(max=-ppo.missing_eos_penalty)
+        penalised = scores.clamp(max=scale.mean - penalty)
     return torch.where(ended, scores, penalised)
 
 
@@ -451,7 +477,9 @@ def _check_ratio(numbers: dict[str, float], policy: Role, ppo: Ppo) -> None:
         )
 
 
-def figures(scored: Scored, experience: Experience, kl_coef: float, importance_cap: float | None) -> dict[str, float]:
+def figures(
+    scored: Scored, experience: Experience, kl_coef: float, importance_cap: float | None, scale: Scale
+) -> dict[str, float]:
     """What an iteration is logged with, from the whole batch."""
     mask = scored.rollouts.response_mask
     learnt = mask & experience.is_learnt[:, None]
@@ -470,10 +498,12 @@ def figures(scored: Scored, experience: Experience, kl_coef: float, importance_c
     if scored.group > 1:  # their scores do not say which answer is better; TRL's name
         groups = experience.scores.reshape(-1, scored.group)
         of_groups = {"frac_reward_zero_std": float((groups == groups[:, :1]).all(1).float().mean())}
+    of_scale = {} if scale is AS_GIVEN else {"running_mean": scale.mean, "running_std": scale.deviation}
     applied = {name: [score for score in part if not math.isnan(score)] for name, part in scored.parts.items()}
     return {
         "score": float(scored.scores.mean()),
         "score_std": float(spread),
+        **of_scale,
         **{f"reward_{name}": sum(real) / len(real) for name, real in applied.items() if real},
         "kl": float(experience.kl.sum(1).mean()),
         "kl_coef": kl_coef,

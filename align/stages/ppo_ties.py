@@ -11,14 +11,14 @@ from typing import TypeVar
 from torch import Tensor
 
 from align.settings import Ppo
-from align.stages.ppo_steps import Scored, end_penalty
+from align.stages.ppo_steps import Scale, Scored, end_penalty
 
 T = TypeVar("T")
 STREAM = 16  # of random numbers, and one more each time
 
 
 def answered_anew(
-    scored: Scored, ppo: Ppo, answer: Callable[[list[int], int], Scored]
+    scored: Scored, ppo: Ppo, scale: Scale, answer: Callable[[list[int], int], Scored]
 ) -> tuple[Scored, list[Scored], dict[str, float]]:
     """The batch after its tied prompts were answered anew, `ppo.resample_tied` times at most; all that was drawn for
     it; and the share of the prompts.
@@ -27,7 +27,7 @@ def answered_anew(
     """
     drawn, again = [scored], set()
     for time in range(ppo.resample_tied):
-        tied = _tied(scored, ppo)
+        tied = _tied(scored, ppo, scale)
         if not tied:
             break
         drawn.append(answer(tied, STREAM + time))
@@ -37,10 +37,10 @@ def answered_anew(
     return scored, drawn, figures
 
 
-def _tied(scored: Scored, ppo: Ppo) -> list[int]:
+def _tied(scored: Scored, ppo: Ppo, scale: Scale) -> list[int]:
     """The prompts, by number, whose answers all score the same, or all teach nothing as they were cut off."""
     ended = scored.rollouts.ended
-    groups = end_penalty(scored.scores, ended, ppo).reshape(-1, scored.group)
+    groups = end_penalty(scored.scores, ended, ppo, scale).reshape(-1, scored.group)
     is_tied = (groups == groups[:, :1]).all(1)
     if ppo.missing_eos == "mask":
         is_tied |= ~ended.reshape(-1, scored.group).any(1)
@@ -77,6 +77,7 @@ def _with_others(scored: Scored, numbers: list[int], others: Scored) -> Scored:
         sampler_logprobs=put(scored.sampler_logprobs, others.sampler_logprobs),
         reference_logprobs=put(scored.reference_logprobs, others.reference_logprobs),
         entropies=put(scored.entropies, others.entropies),
+        earned=put(scored.earned, others.earned),
         scores=scores,
         parts={name: chosen(part, others.parts[name]) for name, part in scored.parts.items()},
         extra=chosen(scored.extra, others.extra),

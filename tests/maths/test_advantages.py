@@ -38,35 +38,46 @@ def test_rewards_by_hand_for_full_early_at_once_and_empty():
     # beta 0.1 and kl 1, 2, 3: the penalty is -0.1, -0.2, -0.3; the score stands at the last real token
     kl, mask = tensor([[1.0, 2.0, 3.0]] * 4), length_mask(torch.tensor([3, 2, 1, 0]), 3)
     close(
-        token_rewards(tensor([10.0, 20.0, 30.0, 40.0]), kl, mask, kl_coef=0.1),
+        token_rewards(tensor([10.0, 20.0, 30.0, 40.0]), torch.zeros_like(kl), kl, mask, kl_coef=0.1),
         [[-0.1, -0.2, 9.7], [-0.1, 19.8, 0.0], [29.9, 0.0, 0.0], [0.0, 0.0, 0.0]],
+    )
+
+
+def test_rewards_that_are_earned_on_the_way_by_hand():
+    # of 10 the tokens have 1, 0 and 2, and 7 is left for the end; of -1 they have 3 and 1, and -5 is left
+    kl, mask = tensor([[1.0, 2.0, 3.0]] * 2), length_mask(torch.tensor([3, 2]), 3)
+    earned = tensor([[1.0, 0.0, 2.0], [3.0, 1.0, math.nan]])
+    close(
+        token_rewards(tensor([10.0, -1.0]), earned, kl, mask, kl_coef=0.1),
+        [[0.9, -0.2, 8.7], [2.9, -4.2, 0.0]],
     )
 
 
 @pytest.mark.parametrize("kl_coef", [0.0, 0.05, 1.3])
 @pytest.mark.parametrize("seed", SEEDS)
 def test_rewards_match_the_oracle(seed, kl_coef):
-    scores, kl, _, lengths, mask = ragged(seed)
-    actual = token_rewards(tensor(scores), tensor(kl), mask, kl_coef=kl_coef)
-    close(actual, oracles.token_rewards(scores, kl, lengths, kl_coef))
+    scores, kl, earned, lengths, mask = ragged(seed)
+    actual = token_rewards(tensor(scores), tensor(earned), tensor(kl), mask, kl_coef=kl_coef)
+    close(actual, oracles.token_rewards(scores, earned, kl, lengths, kl_coef))
 
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_rewards_of_a_row_sum_to_the_score_less_the_penalty(seed):
-    scores, kl, _, lengths, mask = ragged(seed)
-    totals = token_rewards(tensor(scores), tensor(kl), mask, kl_coef=0.05).sum(dim=1)
+    scores, kl, earned, lengths, mask = ragged(seed)
+    totals = token_rewards(tensor(scores), tensor(earned), tensor(kl), mask, kl_coef=0.05).sum(dim=1)
     expected = [s - 0.05 * math.fsum(row[:n]) if n else 0.0 for s, row, n in zip(scores, kl, lengths, strict=True)]
     close(totals, expected)
 
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_rewards_ignore_what_stands_outside_the_mask(seed):
-    scores, kl, _, lengths, mask = ragged(seed)
+    scores, kl, earned, lengths, mask = ragged(seed)
     results, gradients = [], []
     for outside, score_of_empty in (([0.0], 0.0), (GARBAGE, math.nan)):
         values = tensor(oracles.put_outside(kl, lengths, outside)).requires_grad_()
         given = tensor([s if n else score_of_empty for s, n in zip(scores, lengths, strict=True)])
-        result = token_rewards(given, values, mask, kl_coef=0.05)
+        on_the_way = tensor(oracles.put_outside(earned, lengths, outside))
+        result = token_rewards(given, on_the_way, values, mask, kl_coef=0.05)
         results.append(result.detach())
         (result * torch.arange(1.0, result.numel() + 1).view_as(result)).sum().backward()
         gradients.append(values.grad)
@@ -143,7 +154,7 @@ def test_padding_columns_and_the_order_of_rows_change_nothing(seed):
     scores, kl, values, lengths, mask = ragged(seed)
 
     def both(scores, kl, values, mask):
-        rewards = token_rewards(scores, kl, mask, kl_coef=0.05)
+        rewards = token_rewards(scores, values, kl, mask, kl_coef=0.05)  # the values as what is earned, too
         return rewards, *gae(rewards, values, mask, gamma=1.0, lam=0.95)
 
     expected = both(tensor(scores), tensor(kl), tensor(values), mask)
