@@ -397,6 +397,21 @@ def test_kl_budget_keeps_the_best_under_it(base, data, runs, tmp_path):
     assert_moved_as_told(base, tmp_path / "ppo")  # the policy that is kept, not the last one
 
 
+def test_a_reference_that_follows_the_policy_says_how_far_it_has_gone(base, data, runs, tmp_path):
+    """With no KL in the reward both runs are the same, and so is how far they are from their start."""
+    follows = {"stays": None, "follows": {"reset_every": 2}}
+    for name, reference in follows.items():
+        ppo = {"kl_coef": 0.0, "eval_steps": 1, "learning_rate": 1e-2}
+        tiny.run(settings(base, data, runs, tmp_path / name, ppo=ppo, reference=reference))
+    stays, runs_on = (read_metrics(tmp_path / name) for name in follows)
+    for usual, row in zip(stays, runs_on, strict=True):
+        assert row["eval_kl_to_start"] == pytest.approx(usual["eval_kl"], abs=1e-6)
+        assert row["eval_score"] == usual["eval_score"] and "eval_kl_to_start" not in usual
+    assert [row["reference_resets"] for row in runs_on[1:]] == [0, 0, 1, 1]
+    assert runs_on[2]["kl"] > 1e-3 and abs(runs_on[3]["kl"]) < 1e-5 < abs(runs_on[4]["kl"])
+    assert tiny.largest_difference(*(tmp_path / name for name in follows)) == 0.0
+
+
 def test_a_ratio_off_one_stops_the_run(base, data, runs, tmp_path, monkeypatch):
     scored_as = stage.sample_and_score
 

@@ -71,7 +71,9 @@ def test_kill_9_in_the_middle_changes_nothing(stage, killed, when, critic, base,
     lora = {"kind": "lora", "r": 4, "lora_dropout": 0.2}  # dropout: the generators' state matters
     changes = {} if stage == "ppo" else {"method": lora}
     if critic is not None:
-        changes = {"critic": critic, "ppo": tiny.recipe("ppo", base, data, tmp_path)["ppo"] | {"advantage": "rloo"}}
+        follows = {"advantage": "rloo", "normalize_scores": "running"}
+        changes = {"critic": critic, "ppo": tiny.recipe("ppo", base, data, tmp_path)["ppo"] | follows}
+        changes["reference"] = {"reset_every": 1}
     whole = finish(write_recipe(stage, base, data, runs, tmp_path / "whole", **changes))
     path = write_recipe(stage, base, data, runs, tmp_path / "cut", **changes)
     run_apart(values_of(path), tmp_path, partial(killed, when), processes=1, code=-signal.SIGKILL)
@@ -176,9 +178,10 @@ def test_two_processes_train_the_other_stages(stage, base, data, runs, tmp_path)
 def test_two_processes_compare_the_same_answers(base, data, runs, tmp_path):
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
-    ppo = tiny.recipe("ppo", base, data, tmp_path)["ppo"] | {"advantage": "rloo", "loss_norm": "sequence"}
+    own = {"advantage": "rloo", "loss_norm": "sequence", "normalize_scores": "running"}
+    ppo, reference = tiny.recipe("ppo", base, data, tmp_path)["ppo"] | own, {"reset_every": 2}
     one, two = (
-        write_recipe("ppo", base, data, runs, tmp_path / name, critic={"kind": "none"}, ppo=ppo)
+        write_recipe("ppo", base, data, runs, tmp_path / name, critic={"kind": "none"}, ppo=ppo, reference=reference)
         for name in ("one", "two")
     )
     finish(one)

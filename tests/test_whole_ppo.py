@@ -1,5 +1,6 @@
 """Whole iterations of PPO against a version of their own: float64, row by row, from what a reward function was shown."""
 
+import copy
 import itertools
 import json
 import math
@@ -79,7 +80,7 @@ class ByHand:
         self.steps_of_actor, self.steps_of_judge = self.parted(given)
         fresh = slowly.adapted(base, settings.policy.method, self.steps_of_actor[0].weights) if start is None else None
         self.policy = fresh or slowly.causal(base, start)
-        usual = settings.reference.path if settings.reference else start
+        usual = (settings.reference and settings.reference.path) or start
         self.reference = slowly.causal(base, usual)
         self.reward = settings.rewards[0].arguments
         self.scorer, self.score = slowly.scorer(base, self.reward["from"]), slowly.score_of(self.reward["from"])
@@ -336,6 +337,8 @@ class ByHand:
             error = max(-0.2, min(0.2, sequence_kl / self.ppo.kl_target - 1))
             self.kl_coef *= 1 + error * len(rows) / self.ppo.kl_horizon
         self.iterations += 1
+        if self.settings.resets and self.iterations % self.settings.resets == 0:
+            self.reference = copy.deepcopy(self.policy)
         names = {name: [step[name] for step in steps if name in step] for step in steps for name in step}
         said = {name: max(x) if name == "ratio_max" else sum(x) / len(x) for name, x in names.items()}
         return said | {"update_share": len(steps) / every, "weight_norm": slowly.norm([*self.actor, *self.judge])}
@@ -454,6 +457,8 @@ CASES: dict[str, dict[str, Any]] = {
     "some earned on the way": {"along": True, "ppo": {"missing_eos_penalty": 0.4}},
     "some earned on the way, measured": {"along": True, "critic": NO_CRITIC, "ppo": {"normalize_scores": "running", "advantage": "reinforce++", "whiten_rewards": True}},
     "compared by all that was earned": {"along": True, "critic": NO_CRITIC, "ppo": {"advantage": "rloo", "gamma": 1.0}},
+    "a reference that follows": {"reference": {"reset_every": 2}, "ppo": {"num_iterations": 4, "num_ppo_epochs": 1, "learning_rate": 2e-2}},
+    "a reference that follows a new adapter": {"policy": {"method": {"kind": "lora", "r": 2, "target_modules": ["q_proj", "v_proj"]}}, "reference": {"reset_every": 1}, "critic": {"kind": "trunk"}},
     "our sampler, weighed": {"ppo": {"importance_cap": 1.0}},
     "another sampler as it comes": {"sampling": {"sampler": "shifted.py:Shifted"}},
     "another sampler that is believed": {"sampling": {"sampler": "shifted.py:Shifted"}, "ppo": {"importance_cap": None}},
@@ -477,7 +482,8 @@ def settings_of(folder: Path, output: Path, case: dict[str, Any]) -> Any:
         "ppo": ppo | case.get("ppo", {}),
     }
     if "reference" in case:
-        changes["reference"] = {"from": str(folder / case["reference"])}
+        reference = case["reference"]
+        changes["reference"] = reference if isinstance(reference, dict) else {"from": str(folder / reference)}
     return tiny.settings("ppo", folder / "base", folder, output, **changes)
 
 

@@ -63,6 +63,15 @@ def trained_state(role: Role) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
+def become(role: Role, other: Role) -> None:
+    """Gives a role the adapter (or the weights) of another that was made as it was; heads stay their own."""
+    weights = dict(other.trained())
+    for name, parameter in role.trained():
+        if not name.startswith("head."):
+            parameter.copy_(weights[name])
+
+
+@torch.no_grad()
 def restore(role: Role, state: dict[str, Tensor]) -> None:
     """Puts a `trained_state` back. The names must be the same."""
     parameters = dict(role.trained())

@@ -101,6 +101,22 @@ class Reference(Settings):
     path: Location = Field(alias="from")
 
 
+class PpoReference(Settings):
+    """The same, or one that follows the policy: it becomes what the policy is, every so many iterations."""
+
+    path: Location | None = Field(default=None, alias="from")  # None: where the policy starts
+    reset_every: Count | None = None
+
+    @model_validator(mode="after")
+    def _says_one_thing(self) -> "PpoReference":
+        if (self.path is None) == (self.reset_every is None):
+            raise ValueError(
+                "give `reference.from`, a policy that KL is measured to, or `reference.reset_every`, which has KL "
+                "measured to where the policy starts and then to what it has become"
+            )
+        return self
+
+
 class PolicySettings(StageSettings):
     """What every stage has that trains a policy from where another run left it."""
 
@@ -113,7 +129,7 @@ class PolicySettings(StageSettings):
         found: Parents = {}
         if self.policy.path is not None:
             found["policy.from"] = (self.policy.path, POLICIES)
-        if self.reference is not None:
+        if self.reference is not None and self.reference.path is not None:
             found["reference.from"] = (self.reference.path, POLICIES)
         return found
 
@@ -258,13 +274,14 @@ class PpoSettings(SamplingSettings, PolicySettings):
     quality = Quality("eval_score", lower_is_better=False, beside=("eval_kl",))
     curves = (
         Curve("score", "iteration", ("score", "eval_score")),
-        Curve("sequence KL to the reference (nats)", "iteration", ("kl", "eval_kl")),
+        Curve("sequence KL to the reference (nats)", "iteration", ("kl", "eval_kl", "eval_kl_to_start")),
         Curve("entropy (nats a token)", "iteration", ("entropy",)),
         Curve("tokens an answer", "iteration", ("response_length", "eval_response_length")),
         Curve("losses", "iteration", ("policy_loss", "value_loss")),
         Curve("share of the ratio that was clipped", "iteration", ("clipfrac",)),
         Curve("share of prompts whose answers all score the same", "iteration", ("frac_reward_zero_std",)),
     )
+    reference: PpoReference | None = None  # type: ignore[assignment]  # None: where the policy starts
     critic: Critic = Critic()
     rewards: Annotated[tuple[Reward, ...], Field(min_length=1)]
     ppo: Ppo = Ppo()
@@ -284,6 +301,13 @@ class PpoSettings(SamplingSettings, PolicySettings):
         if self.critic.kind == "trunk" and self.critic.path is not None:
             raise ValueError("`critic.from` has no meaning with `critic.kind: trunk`: that head starts at zero")
         self._advantage_and_critic_agree()
+        if self.resets and self.ppo.kl_budget is not None:
+            raise ValueError(
+                "`ppo.kl_budget` is a distance to where the policy starts, and with `reference.reset_every` KL is "
+                "measured to what it has become; leave one of them out"
+            )
+        if self.resets and self.resets >= self.ppo.num_iterations:
+            raise ValueError("`reference.reset_every` must be less than `ppo.num_iterations`: it would never be reset")
         if self.critic.warmup_iterations >= self.ppo.num_iterations:
             raise ValueError(
                 "`critic.warmup_iterations` must be fewer than `ppo.num_iterations`: the policy would not move"
@@ -313,6 +337,11 @@ class PpoSettings(SamplingSettings, PolicySettings):
                 f"{of} compares the answers to a prompt, and `ppo.num_generations` is 1; set it to 2 or more, or take "
                 "reinforce++"
             )
+
+    @property
+    def resets(self) -> int | None:
+        """After how many iterations each the reference becomes the policy; None: never."""
+        return None if self.reference is None else self.reference.reset_every
 
     def parents(self) -> Parents:
         critic: Parents = {} if self.critic.path is None else {"critic.from": (self.critic.path, SCORERS)}

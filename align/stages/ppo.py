@@ -25,7 +25,7 @@ from align.errors import BadInput, Diverged
 from align.maths.kl import mean_and_error, moments, next_kl_coef
 from align.maths.running import NOTHING_YET, with_batch
 from align.models.roles import Role
-from align.models.saving import save_role, save_tokenizer
+from align.models.saving import become, save_role, save_tokenizer
 from align.parents import remarks_on_parents
 from align.phases import Phases
 from align.report.curves import ppo_curves
@@ -46,6 +46,7 @@ from align.stages.ppo_steps import (
     figures,
     importance_cap,
     improve,
+    kl_to,
     penalties,
     sample_and_score,
     scale_of,
@@ -104,7 +105,7 @@ def run(settings: PpoSettings, worker: Worker) -> None:
             settings.seed,
             settings.guard,
             worker,
-            roles=roles.trained,
+            roles=roles.changing,
             learners=learners,
             start={"kl_coef": settings.ppo.kl_coef, "best": None},
             beside=partial(best_policy.kept_beside, settings),
@@ -151,6 +152,10 @@ def _loop(this: _Run) -> bool:
         if over:
             this.tracker.say(f"stopped at iteration {iteration}: {over}")
             return True
+        if this.settings.resets and iteration % this.settings.resets == 0 and not is_last:
+            become(this.roles.reference, this.roles.policy)
+            progress["reference_resets"] = progress.get("reference_resets", 0) + 1
+            this.tracker.say(f"iteration {iteration}: from here on KL is measured to the policy as it is now")
         if ppo.save_steps and iteration % ppo.save_steps == 0 and not is_last:
             course.save(iteration)
         this.worker.stop_if_asked(partial(course.save, iteration))
@@ -211,16 +216,18 @@ def _iterate(this: _Run, iteration: int) -> dict[str, Any]:
     progress["step"] = iteration
     if ppo.eval_steps and not this.held_out and (iteration % ppo.eval_steps == 0 or iteration == ppo.num_iterations):
         _show_samples(this, scored, experience.kl, iteration)
+    if settings.resets:
+        found["reference_resets"] = progress.get("reference_resets", 0)
     found |= resampled | update | speeds(scored, drawn, phases, ppo, update["update_share"])
     return with_logged(found, scored.logged)
 
 
 def _evaluate(this: _Run, iteration: int) -> dict[str, float]:
     """Score and KL on the held-out prompts, always with the same random numbers; keeps the best under the budget."""
-    settings = this.settings
+    settings, roles = this.settings, this.roles
     this.tell_rewards(iteration)
     scored = sample_and_score(
-        this.roles,
+        roles,
         this.held_out,
         settings,
         this.worker,
@@ -250,6 +257,7 @@ def _evaluate(this: _Run, iteration: int) -> dict[str, float]:
         "eval_score_std": float(scored.scores.std(correction=0)),
         "eval_kl": kl,
         **({"eval_kl_error": error} if math.isfinite(error) else {}),
+        **({} if roles.start is None else {"eval_kl_to_start": kl_to(roles.start, scored, settings, this.worker)}),
         "eval_response_length": float(scored.rollouts.lengths.float().mean()),
         "eval_eos_share": float(scored.rollouts.ended.float().mean()),
     }

@@ -16,6 +16,7 @@ from align.manifest import MANIFEST, read_manifest
 from align.models.backoff import Phase
 from align.models.base import Base, stop_ids, switch_dropout_off
 from align.models.roles import Bases, Role, new_head
+from align.models.saving import become
 from align.rewards import RewardMix, build_rewards
 from align.rollout.choose import sampler_of
 from align.rollout.sampler import Sampler
@@ -38,6 +39,7 @@ class Roles:
     tokenizer: PreTrainedTokenizerBase  # that the policy was trained with
     policy: Role
     reference: Role
+    start: Role | None  # where the policy started, if the reference follows it; None: the reference stays
     critic: Role | None  # None: the policy's own head says the values, if it has one
     rewards: RewardMix
     sampler: Sampler  # over the policy
@@ -57,6 +59,11 @@ class Roles:
     def trained(self) -> dict[str, Role]:
         return {"policy": self.policy} | ({} if self.critic is None else {"critic": self.critic})
 
+    @property
+    def changing(self) -> dict[str, Role]:
+        """What a checkpoint must hold."""
+        return self.trained | ({} if self.start is None else {"reference": self.reference})
+
 
 @dataclass(frozen=True)
 class PromptRow:
@@ -71,7 +78,8 @@ def load_roles(settings: PpoSettings, worker: Worker) -> Roles:
 
     The reference is frozen: the run (or the base) that the policy starts from, loaded again, unless the recipe names
     another. A new prefix is the one method that does not start as that run does: it begins with the words of
-    `init_text`, at some KL from the reference.
+    `init_text`, at some KL from the reference. A reference that follows the policy is made as the policy is, and
+    `become` alone changes it.
     """
     bases = Bases(settings.model, worker.device)
     start, method = settings.policy.path, settings.policy.method
@@ -85,7 +93,10 @@ def load_roles(settings: PpoSettings, worker: Worker) -> Roles:
     if settings.critic.kind == "trunk":
         policy.head = new_head(policy.hidden_size, worker.device, bias=True)
     rewards = build_rewards(settings.rewards, bases)
-    reference = bases.role(start if settings.reference is None else settings.reference.path)
+    reference, began = bases.role((settings.reference and settings.reference.path) or start), None
+    if settings.resets:
+        began, reference = reference, bases.role(start, method=method, trainable=True)
+        become(reference, policy)
     sampler = sampler_of(
         policy,
         settings.sampling,
@@ -95,7 +106,7 @@ def load_roles(settings: PpoSettings, worker: Worker) -> Roles:
         max_batch_tokens=settings.ppo.max_batch_tokens,
         phase=SAMPLING,
     )
-    roles = Roles(bases, base, tokenizer, policy, reference, critic, rewards, sampler)
+    roles = Roles(bases, base, tokenizer, policy, reference, began, critic, rewards, sampler)
     for role in roles.trained.values():  # the adapters bring dropout of their own
         switch_dropout_off(role)
         if settings.ppo.gradient_checkpointing:

@@ -36,7 +36,7 @@ from align.models.roles import Role
 from align.phases import Phases
 from align.rewards import Answers, means_of
 from align.rollout.reading import read_all
-from align.rollout.rollouts import Rollouts, answers_of, rollouts_of, tokens_of
+from align.rollout.rollouts import Reading, Rollouts, answers_of, rollouts_of, tokens_of
 from align.rollout.sampler import Seeds
 from align.settings import Ppo, PpoSettings
 from align.settings.stages import COMPARED
@@ -134,7 +134,7 @@ def sample_and_score(
     are those of the prompts, by which their random numbers are drawn; None: they are counted."""
     mine = [p * num_generations + g for p in worker.mine(len(prompts)) for g in range(num_generations)]
     rows = [prompts[i // num_generations] for i in mine]
-    ppo, sampling = settings.ppo, settings.sampling
+    sampling = settings.sampling
     with phases("sample"):
         known = range(len(prompts)) if numbers is None else numbers
         places = [known[i // num_generations] * num_generations + i % num_generations for i in mine]
@@ -142,9 +142,7 @@ def sample_and_score(
         sampled = worker.agreed(lambda: roles.sampler.sample([row.ids for row in rows], sampling, seeds))
         rollouts = sampled.rollouts
     with phases("score"):
-        reader = partial(
-            read_all, temperature=sampling.temperature, max_batch_tokens=ppo.max_batch_tokens, phase=READING
-        )
+        reader = _reader(settings)
         policy = sampled.reading or reader(roles.policy, rollouts, entropies=True, values=roles.valuer is roles.policy)
         reference = reader(roles.reference, rollouts)
         critic = policy if roles.critic is None else reader(roles.critic, rollouts, logprobs=False, values=True)
@@ -195,6 +193,22 @@ def penalties(scored: Scored, ppo: Ppo, scale: Scale = AS_GIVEN) -> tuple[Tensor
     kl = kl_estimate(scored.logprobs, scored.reference_logprobs, estimator=ppo.kl_estimator)
     penalised = end_penalty(scored.scores, scored.rollouts.ended, ppo, scale)
     return penalised, kl.masked_fill(~scored.rollouts.response_mask, 0.0)
+
+
+def _reader(settings: PpoSettings) -> Callable[..., Reading]:
+    most, temperature = settings.ppo.max_batch_tokens, settings.sampling.temperature
+    return partial(read_all, temperature=temperature, max_batch_tokens=most, phase=READING)
+
+
+def kl_to(role: Role, scored: Scored, settings: PpoSettings, worker: Worker) -> float:
+    """Mean sequence KL of the answers to another role than the reference (nats). All processes call it."""
+    mine = list(worker.mine(len(scored.texts)))
+    prompts, answers = [scored.prompts[row].ids for row in mine], [scored.rollouts.answers[row] for row in mine]
+    rollouts = rollouts_of(prompts, answers, end_ids=())
+    other = _reader(settings)(role, rollouts).logprobs  # (own rows, R)
+    kl = kl_estimate(scored.logprobs[mine, : other.shape[1]], other, estimator=settings.ppo.kl_estimator)
+    own = kl.masked_fill(~rollouts.response_mask, 0.0).sum(1)
+    return float(worker.gather_rows(mine, len(scored.texts), own)[0].mean())
 
 
 def assess(scored: Scored, kl_coef: float, ppo: Ppo, importance_cap: float | None, scale: Scale) -> Experience:
