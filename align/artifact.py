@@ -48,10 +48,7 @@ def begin(settings: StageSettings, base_fingerprint: str, *, base: str | None = 
             "kind": settings.kind,
             "about": settings.about(),
             "status": "running",
-            "base": base,
-            "base_path": os.path.abspath(base) if Path(base).is_dir() else None,
-            "base_from_here": os.path.relpath(base, folder) if Path(base).is_dir() else None,
-            "base_fingerprint": base_fingerprint,
+            **where_base_is(base, base_fingerprint, folder),
             "made_of": made_of(settings),
             "parents": parents_of(settings),
             "recipe": recipe_of(settings),
@@ -59,6 +56,17 @@ def begin(settings: StageSettings, base_fingerprint: str, *, base: str | None = 
             "metrics": {},
         },
     )
+
+
+def where_base_is(base: str, fingerprint: str, folder: Path) -> dict[str, str | None]:
+    """What a run in `folder` keeps of the base that a model of it stands over, to find it again by."""
+    is_here = Path(base).is_dir()
+    return {
+        "base": base,
+        "base_path": os.path.abspath(base) if is_here else None,
+        "base_from_here": os.path.relpath(base, folder) if is_here else None,
+        "base_fingerprint": fingerprint,
+    }
 
 
 def finish(folder: str | Path, **values: Any) -> None:

@@ -18,7 +18,7 @@ from align.identity import (
     of_whole_file,
 )
 from align.plain_json import dumps
-from align.records import About, Manifest, checked, read_object
+from align.records import CRITIC, About, Manifest, checked, read_object
 from align.settings import STAGES, StageSettings
 from align.wording import did_you_mean_path, one_line
 
@@ -102,8 +102,9 @@ def of_another_kind(what: str, kind: Any, wanted: tuple[str, ...]) -> str:
     """The words for a run of `kind` that made none of `wanted`; `what` is its folder, which is or will be it."""
     if kind in wanted:
         return f"a stage's `parents` names what runs made (policy, reward, ...), no kind like `{kind}`"
-    kinds = [name for name, stage in STAGES.items() if stage.makes in wanted]
-    return f"{what} a run of kind `{kind}`; name one of kind {' or '.join(f'`{name}`' for name in kinds or wanted)}"
+    kinds = [f"`{name}`" for name, stage in STAGES.items() if stage.makes in wanted] or [f"`{each}`" for each in wanted]
+    kinds += ["`ppo` that has kept a critic"] if "critic" in wanted else []
+    return f"{what} a run of kind `{kind}`; name one of kind {' or '.join(kinds)}"
 
 
 def check_parent(folder: str, wanted: tuple[str, ...], where: str) -> None:
@@ -114,11 +115,14 @@ def check_parent(folder: str, wanted: tuple[str, ...], where: str) -> None:
             raise BadInput(f"{where}: {folder} is a run's folder that has lost its {MANIFEST}; {AGAIN}")
         return
     manifest = at_key(where, lambda: read_manifest(folder))
-    if about(manifest).makes not in wanted:
+    has_critic = "critic" in wanted and manifest.get("critic") is not None
+    if about(manifest).makes not in wanted and not has_critic:
         raise BadInput(f"{where}: {of_another_kind(f'{folder} is', manifest.get('kind'), wanted)}")
     if manifest.get("status") != "finished":
         raise BadInput(f"{where}: the run in {folder} is not finished; start it again to go on with it")
     at_key(where, lambda: check_whole(folder, manifest))
+    if has_critic:
+        at_key(where, lambda: check_contents(Path(folder) / CRITIC, manifest["critic"]))
 
 
 def check_whole(folder: str | Path, manifest: dict[str, Any]) -> None:
@@ -177,6 +181,13 @@ def recipe_of(settings: StageSettings) -> dict[str, Any]:
     """The resolved recipe as JSON values, without the keys that may change when a run is resumed."""
     values = json.loads(settings.model_dump_json(by_alias=True))
     return {key: value for key, value in values.items() if key not in NOT_PART_OF_A_RUN}
+
+
+def kept_critic(folder: str | Path) -> dict[str, Any] | None:
+    """What a run's manifest says of the critic that it has kept (`KeptCritic`); None where it has none, or is no run of
+    ours."""
+    found = read_manifest(folder).get("critic") if (Path(folder) / MANIFEST).is_file() else None
+    return None if found is None else dict(found)
 
 
 def parents_of(settings: StageSettings) -> dict[str, dict[str, str]]:

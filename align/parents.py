@@ -124,6 +124,12 @@ def remarks_on_parents(settings: StageSettings) -> list[str]:
 def _check_run_before(settings: StageSettings, folder: str, key: str) -> None:
     """Of a finished run: its base, and what its method asks for."""
     manifest = read_manifest(folder)
+    if key == "critic.from":
+        kept = manifest.get("critic")
+        _check_critic(settings, folder, kept and kept["kind"])
+        if kept is not None:
+            _check_base(settings, folder, key, manifest | kept)
+            return
     members = [str(Path(folder) / name) for name in manifest.get("members", ())]
     for run in members or [folder]:
         if not (Path(run) / ADAPTER_CONFIG).is_file():
@@ -131,6 +137,19 @@ def _check_run_before(settings: StageSettings, folder: str, key: str) -> None:
         if _adapter_config(run).get("peft_type") == "PREFIX_TUNING":
             check_prefix(settings, key, f"`{key}`: {run} holds a prefix, which")
         _check_base(settings, run, key, read_manifest(run))
+
+
+def _check_critic(settings: StageSettings, folder: str, kept: str | None) -> None:
+    """`kept`: the kind of critic that a PPO run in `folder` keeps; None: it is a reward run."""
+    own = settings.value("critic.kind")
+    if kept is None and own == "trunk":
+        raise BadInput(
+            f"`critic.from`: {folder} made a reward model, whose head reads a trunk of its own; leave "
+            "`critic.kind: trunk` out, or name a PPO run that had such a critic"
+        )
+    if kept is not None and kept != own:
+        theirs = "a head on its policy's trunk" if kept == "trunk" else "an adapter of its own"
+        raise BadInput(f"`critic.from`: the critic of {folder} is {theirs}; write `critic.kind: {kept}`")
 
 
 def _check_base(settings: StageSettings, folder: str, key: str, manifest: dict[str, Any]) -> None:
@@ -170,8 +189,10 @@ def _check_stage_before(
 ) -> None:
     """Of a stage of the same pipeline, before it has run."""
     maker = made[resolved(folder)]
-    if maker.makes not in wanted:
+    if not {maker.makes, *maker.keeps()} & set(wanted):
         raise BadInput(f"`{key}`: {of_another_kind(f'{folder} will be', maker.kind, wanted)}")
+    if key == "critic.from":
+        _check_critic(settings, folder, str(maker.value("critic.kind")) if "critic" in maker.keeps() else None)
     method = maker.tuned_by()
     if isinstance(method, Prefix):
         check_prefix(settings, key, f"`{key}`: {folder} will hold a prefix, which")

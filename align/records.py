@@ -15,6 +15,7 @@ from align.wording import one_line
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
+CRITIC = "critic"  # the folder of a PPO run that its critic is kept in
 MOST_BYTES = 256 * 2**20  # of one such file: the largest tokenizers' are an eighth of it
 LARGEST_SIZE = 2**20  # of a rank, a number of virtual tokens and the like
 LONGEST_PATTERN = 2000  # characters of a regular expression over the names of modules
@@ -84,6 +85,17 @@ class About(Record):
     curves: list[Drawn] = []
 
 
+class KeptCritic(Record):
+    """The critic that a run has kept: a head on the policy's trunk, or a model over a base of its own."""
+
+    kind: Literal["trunk", "adapter"]
+    contents: Text
+    base: Text | None = None
+    base_path: Text | None = None
+    base_from_here: Text | None = None
+    base_fingerprint: Text | None = None
+
+
 class Manifest(Record):
     """A run's manifest.json."""
 
@@ -98,6 +110,7 @@ class Manifest(Record):
     made_of: dict[str, Part] = {}
     parents: dict[str, Parent] = {}
     members: list[Name] = []
+    critic: KeptCritic | None = None
     files: dict[Name, Text] = {}
     recipe: RecipeOfRun = RecipeOfRun()
     metrics: dict[str, Any] = {}

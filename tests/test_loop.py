@@ -31,7 +31,8 @@ from align.loop.rounds import Loop, load_loop
 from align.loop.run import run_loop
 from align.loop.steps import STEPS, _contradicted, _disagreement
 from align.loop.training_pairs import _is_disputed, is_held_out
-from align.manifest import MANIFEST, read_lines, read_manifest, recipe_of, which_run, write_manifest
+from align.manifest import MANIFEST, kept_critic, read_lines, read_manifest, recipe_of, which_run, write_manifest
+from align.parents import check_parents
 from align.settings.loop import LoopSettings
 from align.stages import checkpoint, in_its_precision
 from tests import tiny
@@ -347,6 +348,18 @@ def test_a_round_s_critic_begins_as_its_reward_model_unless_the_recipe_says_othe
     for own in ({"kind": "trunk"}, {"from": None}, {"from": "runs/reward", "warmup_iterations": 1}):
         critic = load_loop(recipe(base, data, tmp_path, ppo={"critic": own})).ppo(1, "policy").critic
         assert critic.path == own.get("from") and critic.kind == own.get("kind", "adapter")
+
+
+def test_a_round_goes_on_with_the_critic_of_the_policy_that_was_kept(finished, base, data, tmp_path):
+    loop, _ = finished
+    kept, sft = str(loop.folder(0) / "ppo"), str(loop.sft_folder)
+    assert kept_critic(kept) is not None
+    member = f"{loop.folder(1)}/reward/member-0"
+    assert [loop.ppo(1, current).critic.path for current in (kept, sft)] == [kept, member]
+    for own, path in (({"kind": "trunk"}, None), ({"from": "runs/mine"}, "runs/mine"), ({"kind": "adapter"}, kept)):
+        critic = load_loop(recipe(base, data, tmp_path, ppo={"critic": own})).ppo(1, kept).critic
+        assert (critic.path, critic.kind) == (path, own.get("kind", "adapter"))
+    check_parents(loop.ppo(1, kept).model_copy(update={"output": str(tmp_path / "ppo")}), {})
 
 
 def test_what_every_stage_has_is_the_loops(base, data, tmp_path):

@@ -11,6 +11,7 @@ from pydantic import ValidationError
 from align.artifact import member_folders
 from align.errors import BadInput
 from align.identity import TEMPLATE_FILE, template_of
+from align.manifest import kept_critic
 from align.recipe import SHARED_KEYS
 from align.recipe_errors import first_error, say_renamed
 from align.recipe_file import is_within, keys_of, read_recipe
@@ -137,17 +138,25 @@ class Loop:
 
     def ppo(self, round_: int, current: str) -> PpoSettings:
         values = self.settings.ppo | self._sampled()
-        critic = values.get("critic", {})
-        if isinstance(critic, dict) and not {"kind", "from"} & critic.keys():
-            critic = critic | {"from": str(member_folders(self.folder(round_) / "reward", 1)[0])}
         values |= {
-            "critic": critic,
+            "critic": self._critic(round_, current, values.get("critic", {})),
             "policy": {"from": current},
             "reference": {"from": self.sft_folder},
             "rewards": [self.proxy(round_)],
             "prompts": self.settings.prompts,
         }
         return self._stage(PpoSettings, self.folder(round_) / "ppo", values, round_)
+
+    def _critic(self, round_: int, current: str, given: Any) -> Any:
+        """Unless the recipe says where it begins: the critic of the run that made the current policy, else (of the kind
+        that the recipe leaves open) a reward model of the round."""
+        if not isinstance(given, dict) or "from" in given:
+            return given
+        kept = kept_critic(current)
+        if kept is not None and kept["kind"] == given.get("kind", "adapter"):
+            return {"kind": kept["kind"]} | given | {"from": current}
+        member = {} if "kind" in given else {"from": str(member_folders(self.folder(round_) / "reward", 1)[0])}
+        return given | member
 
     def proxy(self, round_: int) -> dict[str, Any]:
         """What PPO is paid in a round."""

@@ -38,7 +38,7 @@ from align.rewards import check_columns, check_rewards
 from align.rewards.columns import missing_columns
 from align.rewards.judge import check_judge
 from align.settings import Reward, StageSettings
-from align.settings.about import SCORERS
+from align.settings.about import CRITICS
 from align.settings.loop import LoopSettings, Simulated
 from align.wording import brief, safe
 
@@ -193,7 +193,7 @@ def _check_sections(loop: Loop) -> None:
         except BadInput as error:
             raise BadInput(f"{loop.path}: in `{section}`: {error}") from error
     if "from" in loop.settings.ppo.get("critic", {}) and ppo.critic.path is not None:
-        check_start(ppo.critic.path, SCORERS, f"{loop.path}: `ppo.critic.from`")
+        check_start(ppo.critic.path, CRITICS, f"{loop.path}: `ppo.critic.from`")
 
 
 def _check_functions(loop: Loop) -> None:

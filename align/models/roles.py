@@ -238,12 +238,19 @@ class Bases:
         return self.main.tokenizer if folder is None else self._tokenizers[folder]
 
     def role(
-        self, folder: str | None, *, method: AnyMethod | None = None, trainable: bool = False, head: bool = False
+        self,
+        folder: str | None,
+        *,
+        method: AnyMethod | None = None,
+        trainable: bool = False,
+        head: bool = False,
+        over: Base | None = None,
     ) -> Role:
         """The role that a run's folder holds, or (`folder=None`) one that starts at the base.
 
         `method` starts a new adapter (or full copy) over a folder that holds a whole model, or over the base.
-        `head` adds a scalar head: the folder's own if it has one, else one of zeros.
+        `head` adds a scalar head: the folder's own if it has one, else one of zeros. `over` is the base that an adapter
+        stands over, where its folder has no manifest to say so.
         """
         is_adapter = folder is not None and has_adapter(folder)
         if is_adapter and method is not None:
@@ -256,7 +263,7 @@ class Bases:
             raise ValueError("a whole model is trained by a method: pass one")
         if is_adapter:
             assert folder is not None
-            base = self.base_of(folder)
+            base = over or self.base_of(folder)
             model, weight = _with_saved_adapter(view(base.model), folder, trainable)
         else:
             base = self.base_of(folder)

@@ -5,6 +5,7 @@ from typing import NamedTuple
 Parents = dict[str, tuple[str, tuple[str, ...]]]  # recipe key -> (folder, what its run may have made)
 POLICIES = ("policy", "*")  # `*`: a model or an adapter made elsewhere, which has no manifest
 SCORERS = ("reward", "*")
+CRITICS = ("reward", "critic", "*")  # a critic is what a PPO run keeps beside its policy
 WITH_HEAD = ("reward", "ensemble")  # what is made of models that give a number
 
 

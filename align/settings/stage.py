@@ -66,6 +66,10 @@ class StageSettings(Settings):
         what it is about."""
         return {} if self.reads is None else {self.reads[0]: (self.reads[1], getattr(self, self.reads[0]))}
 
+    def keeps(self) -> tuple[str, ...]:
+        """What its runs are taken for besides what they make: a `critic`."""
+        return ()
+
     def start(self) -> str | None:
         """The run whose training it goes on with; None: it starts at the base."""
         found = self.parents().get(self.starts_at or "")

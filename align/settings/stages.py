@@ -7,7 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from align.settings.about import POLICIES, SCORERS, Curve, Match, Parents, Quality, Tuning
+from align.settings.about import CRITICS, POLICIES, Curve, Match, Parents, Quality, Tuning
 from align.settings.data import Data, Sources
 from align.settings.fields import (
     MOST,
@@ -145,11 +145,12 @@ class PolicySettings(StageSettings):
 
 
 class Critic(Settings):
-    """The value function: a head on the policy's trunk, or an adapter of its own, as which `from` can only mean; none
-    where answers are judged by others (`ppo.advantage`)."""
+    """The value function: a head on the policy's trunk, or an adapter of its own, as which `from` means it unless
+    `kind` says otherwise; none where answers are judged by others (`ppo.advantage`)."""
 
     kind: Literal["trunk", "adapter", "none"] = "trunk"
-    path: Location | None = Field(default=None, alias="from")  # a reward run to start from; None: the policy's start
+    # a PPO run that has kept such a critic, or a reward run; None: it starts where the policy does, its head at zero
+    path: Location | None = Field(default=None, alias="from")
     learning_rate: Positive | None = None  # None: the policy's
     warmup_iterations: Interval = 0  # iterations in which only the critic learns
 
@@ -298,8 +299,6 @@ class PpoSettings(SamplingSettings, PolicySettings):
 
     @model_validator(mode="after")
     def _every_key_is_used(self) -> "PpoSettings":
-        if self.critic.kind == "trunk" and self.critic.path is not None:
-            raise ValueError("`critic.from` has no meaning with `critic.kind: trunk`: that head starts at zero")
         self._advantage_and_critic_agree()
         if self.resets and self.ppo.kl_budget is not None:
             raise ValueError(
@@ -338,13 +337,16 @@ class PpoSettings(SamplingSettings, PolicySettings):
                 "reinforce++"
             )
 
+    def keeps(self) -> tuple[str, ...]:
+        return () if self.critic.kind == "none" else ("critic",)
+
     @property
     def resets(self) -> int | None:
         """After how many iterations each the reference becomes the policy; None: never."""
         return None if self.reference is None else self.reference.reset_every
 
     def parents(self) -> Parents:
-        critic: Parents = {} if self.critic.path is None else {"critic.from": (self.critic.path, SCORERS)}
+        critic: Parents = {} if self.critic.path is None else {"critic.from": (self.critic.path, CRITICS)}
         return super().parents() | critic | learned_parents(self.terms())
 
     def why_not_compared(self) -> str | None:

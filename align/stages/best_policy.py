@@ -11,9 +11,11 @@ from typing import Any
 from align.files import folder_in_one_go, write_atomically
 from align.models.roles import Role
 from align.models.saving import save_role
+from align.records import CRITIC
 from align.settings import PpoSettings
 from align.stages import checkpoint, kl_budget
 from align.stages.costs import kl_to_base
+from align.stages.ppo_critic import save_critic
 from align.stages.ppo_roles import Roles
 from align.worker import Worker
 
@@ -38,6 +40,7 @@ def keep(
     if worker.is_main:
         with folder_in_one_go(_folder(settings, iteration)) as folder:
             save_role(Role(roles.policy.model), folder, base_name=roles.base.name, revision=roles.base.revision)
+            save_critic(roles.valuer, roles.critic_base, roles.tokenizer, folder)
             checkpoint.seal(folder)
 
 
@@ -48,9 +51,13 @@ def kept_beside(settings: PpoSettings, progress: dict[str, Any]) -> list[Path]:
 
 
 def make_it_the_runs(settings: PpoSettings, kept: dict[str, Any]) -> None:
-    """Copies the files of the policy that is kept into the run's folder."""
-    for file in _folder(settings, kept["iteration"]).iterdir():
-        if file.name != checkpoint.CHECKSUMS:
+    """Copies the files of the policy that is kept into the run's folder, and the critic of that time."""
+    folder = _folder(settings, kept["iteration"])
+    if (folder / CRITIC).is_dir():
+        with folder_in_one_go(Path(settings.output) / CRITIC) as copy:
+            shutil.copytree(folder / CRITIC, copy, dirs_exist_ok=True)
+    for file in folder.iterdir():
+        if file.is_file() and file.name != checkpoint.CHECKSUMS:
             write_atomically(Path(settings.output) / file.name, partial(_copy, file))
 
 

@@ -38,6 +38,7 @@ from align.stages.course import Course
 from align.stages.learner import available
 from align.stages.order import row_order
 from align.stages.ppo_costs import cost_of_run, speeds
+from align.stages.ppo_critic import about_critic, moments_of_scores, remarks_on_critic, save_critic
 from align.stages.ppo_roles import PromptRow, Roles, load_roles, make_learners, prompt_rows
 from align.stages.ppo_steps import (
     Scale,
@@ -107,7 +108,7 @@ def run(settings: PpoSettings, worker: Worker) -> None:
             worker,
             roles=roles.changing,
             learners=learners,
-            start={"kl_coef": settings.ppo.kl_coef, "best": None},
+            start={"kl_coef": settings.ppo.kl_coef, "best": None, "score_moments": moments_of_scores(settings)},
             beside=partial(best_policy.kept_beside, settings),
         )
         course.tracker = tracker = track(
@@ -292,7 +293,7 @@ def _show_samples(this: _Run, scored: Scored, kl: Tensor, iteration: int) -> Non
 
 def _remarks(roles: Roles, settings: PpoSettings) -> list[str]:
     optimizer = available(settings.ppo.optim, roles.policy.device)[1]
-    remarks = [ending_message(roles.tokenizer), optimizer, *remarks_on_parents(settings)]
+    remarks = [ending_message(roles.tokenizer), optimizer, *remarks_on_parents(settings), *remarks_on_critic(settings)]
     if settings.sampling.top_k or settings.sampling.top_p < 1.0:
         remarks.append(
             "warning: with top_k or top_p answers are not drawn from the distribution that PPO differentiates; "
@@ -311,6 +312,8 @@ def _finish(this: _Run) -> None:
         _evaluate(this, progress["step"])  # an earlier version kept none that was over the budget
     if worker.is_main:
         folder, judged = Path(settings.output), {"seen_prompts": this.seen.figure} if this.held_out else {}
+        if progress.get("score_moments"):
+            judged["score_moments"] = progress["score_moments"]
         if budget is not None and (kept := kl_budget.kept(progress)) is not None:
             best_policy.make_it_the_runs(settings, kept)
             told, of_budget = kl_budget.verdict(progress, budget)
@@ -320,12 +323,14 @@ def _finish(this: _Run) -> None:
         else:
             moved = kl_to_base(roles.policy, roles.bases, settings.policy.path)
             save_role(Role(roles.policy.model), folder, base_name=roles.base.name, revision=roles.base.revision)
+            save_critic(roles.valuer, roles.critic_base, roles.tokenizer, folder)
         save_tokenizer(roles.tokenizer, folder)
         ppo_curves(folder)
         finish(
             folder,
             cost=cost_of_run(folder, roles.policy) | ({} if moved is None else {"kl_to_base": moved}),
             metrics={"iterations": progress["step"], "best": progress["best"], "kl_coef": progress["kl_coef"]} | judged,
+            **about_critic(folder, roles.critic_base),
         )
         checkpoint.clear(settings.output)
         best_policy.clear(settings)

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -12,18 +11,18 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from align.data import encode_prompt, end_token_ids
 from align.data.formats import Prompt
 from align.identity import has_adapter
-from align.manifest import MANIFEST, read_manifest
 from align.models.backoff import Phase
 from align.models.base import Base, stop_ids, switch_dropout_off
-from align.models.roles import Bases, Role, new_head
+from align.models.roles import Bases, Role
 from align.models.saving import become
 from align.rewards import RewardMix, build_rewards
 from align.rollout.choose import sampler_of
 from align.rollout.sampler import Sampler
-from align.settings import AnyMethod, Lora, PpoSettings
+from align.settings import Lora, PpoSettings
 from align.stages.learner import Learner
 from align.stages.loss_scale import first_scale
 from align.stages.order import left_out
+from align.stages.ppo_critic import base_of_critic, critic_of_its_own, head_on_trunk
 from align.worker import Worker
 
 SHORTER = "begin anew with a smaller `sampling.max_new_tokens` or `max_prompt_length`, or use a device with more memory"
@@ -41,6 +40,7 @@ class Roles:
     reference: Role
     start: Role | None  # where the policy started, if the reference follows it; None: the reference stays
     critic: Role | None  # None: the policy's own head says the values, if it has one
+    critic_base: Base | None  # that a critic of its own stands over
     rewards: RewardMix
     sampler: Sampler  # over the policy
 
@@ -89,9 +89,10 @@ def load_roles(settings: PpoSettings, worker: Worker) -> Roles:
     base = bases.base_of(start)
     tokenizer = bases.tokenizer(start)
     policy = bases.role(start, method=method, trainable=True)
-    critic = _critic(bases, settings, method) if settings.critic.kind == "adapter" else None
+    critic = critic_of_its_own(bases, settings, method) if settings.critic.kind == "adapter" else None
+    over = None if critic is None else base_of_critic(bases, settings)
     if settings.critic.kind == "trunk":
-        policy.head = new_head(policy.hidden_size, worker.device, bias=True)
+        policy.head = head_on_trunk(policy, settings)
     rewards = build_rewards(settings.rewards, bases)
     reference, began = bases.role((settings.reference and settings.reference.path) or start), None
     if settings.resets:
@@ -106,36 +107,12 @@ def load_roles(settings: PpoSettings, worker: Worker) -> Roles:
         max_batch_tokens=settings.ppo.max_batch_tokens,
         phase=SAMPLING,
     )
-    roles = Roles(bases, base, tokenizer, policy, reference, began, critic, rewards, sampler)
+    roles = Roles(bases, base, tokenizer, policy, reference, began, critic, over, rewards, sampler)
     for role in roles.trained.values():  # the adapters bring dropout of their own
         switch_dropout_off(role)
         if settings.ppo.gradient_checkpointing:
             role.checkpoint_activations()
     return roles
-
-
-def _critic(bases: Bases, settings: PpoSettings, policy_method: AnyMethod | None) -> Role:
-    """A role of its own that starts from a reward run, or where the policy starts with a head of zeros."""
-    path = settings.critic.path
-    if path is None:
-        critic = bases.role(settings.policy.path, method=policy_method, trainable=True)
-        critic.head = new_head(critic.hidden_size, bases.device, bias=True)
-        return critic
-    method = None if has_adapter(path) else settings.policy.method or Lora()
-    critic = bases.role(path, method=method, trainable=True, head=True)
-    critic.head = _value_head(critic, path)
-    return critic
-
-
-def _value_head(critic: Role, folder: str) -> nn.Linear:
-    """The reward model's head with its normalisation folded in: values start on the scale of normalised scores."""
-    assert critic.head is not None
-    manifest = read_manifest(folder) if (Path(folder) / MANIFEST).is_file() else {}  # made elsewhere: as it is
-    head = new_head(critic.head.in_features, critic.device, bias=True)
-    std = max(float(manifest.get("score_std", 1.0)), 1e-8)
-    head.weight.data.copy_(critic.head.weight.data / std)
-    head.bias.data.fill_(-float(manifest.get("score_mean", 0.0)) / std)
-    return head
 
 
 def prompt_rows(roles: Roles, prompts: Any, max_length: int) -> tuple[list[PromptRow], str]:
