@@ -1,17 +1,21 @@
 """Breaks the code in many small ways and counts how many of them a test notices.
 
+    python -m pip install pytest-cov
     python scripts/mutants.py --count 200 --seed 0 --work /tmp/mutants
 
-A seeded sample of places in align/{stages,rewards,rollout,models,data,loop} is changed one at a time, in a copy of this
-tree: a comparison, a sign, a constant, a condition, a statement left out. The test files that name what was changed run
-first, then those that run its whole package, until one fails. Each verdict is written to `mutants.jsonl` in the work
-folder as it comes; started again, the command goes on with what is left. `--show` lists what survived.
+The whole suite runs once under coverage, to learn which tests run which lines. Then a seeded sample of places in
+align/{stages,rewards,rollout,models,data,loop} is changed one at a time, in a copy of this tree: a comparison, a sign,
+a constant, a condition, a statement left out. The tests that run what was changed are run, the quickest first, until
+one fails; where none is known to (what runs as a module is imported, or in a process of its own), the files that name
+it. Each verdict is written to `mutants.jsonl` in the work folder as it comes; started again, the command goes on with
+what is left. `--show` lists what survived.
 """
 
 import argparse
 import ast
 import copy
 import json
+import multiprocessing
 import os
 import random
 import re
@@ -19,11 +23,12 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from queue import Queue
+from xml.etree import ElementTree
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("stages", "rewards", "rollout", "models", "data", "loop")
@@ -48,21 +53,9 @@ SWAPS: dict[type, type] = {
     ast.Or: ast.And,
 }
 NAMES = {"min": "max", "max": "min", "any": "all", "all": "any"}
-ALSO = {  # test files that run a package whole, beside those that name what was changed
-    "stages": [
-        *(f"test_whole_{stage}" for stage in ("ppo", "reward", "sft", "dpo")),
-        *("test_ppo", "test_supervised", "test_stages", "test_loss_scale"),
-    ],
-    "rewards": [
-        *("test_rewards", "test_reward_functions", "test_judge", "test_judge_server"),
-        *("test_classifiers", "test_strangers"),
-    ],
-    "rollout": ["test_rollout", "test_flat", "test_samplers", "test_draw"],
-    "models": ["test_methods", "test_flat", "test_memory", "test_quantised", "test_identity", "test_parents"],
-    "data": [f"data/{path.stem}" for path in sorted((ROOT / "tests" / "data").glob("test_*.py"))],
-    "loop": ["test_whole_labels", "test_loop", "test_labels_kept", "test_people"],
-}
-FILES = 18  # test files a mutant, at most
+LIBRARIES = ["torch", "transformers", "peft", "trl", "accelerate", "datasets", "pytest", "matplotlib.pyplot"]
+MOST = 240.0  # seconds of tests a mutant, as they took under coverage; the quickest come first
+FILES = 12  # test files of a mutant that no test is known to run
 SECONDS = 900  # for all of them; what takes longer hangs, and is noticed by that
 
 
@@ -74,6 +67,7 @@ class Site:
     node: int
     line: int
     function: str
+    lines: tuple[int, int]  # of the statement that it is in, or of its head
 
 
 def main() -> int:
@@ -95,6 +89,7 @@ def main() -> int:
             for site in sites(path)
         ]
         chosen = random.Random(options.seed).sample(every, options.count)
+        run_under_coverage(options.work, options.processes)
         seen = {(row["file"], row["node"]) for row in done}
         done += try_all([site for site in chosen if (site.file, site.node) not in seen], log, options)
     survived = [row for row in done if not row["by"]]
@@ -107,7 +102,7 @@ def main() -> int:
 def sites(path: Path) -> Iterator[Site]:
     """The places of a file that `change` can change, but for what messages and annotations say."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
-    left_out, function_of = set(), {}
+    left_out, function_of, lines_of = set(), {}, {}
     for node in ast.walk(tree):
         parts = [getattr(node, name, None) for name in ("annotation", "returns")]
         parts += [node.exc] if isinstance(node, ast.Raise) else []
@@ -115,10 +110,15 @@ def sites(path: Path) -> Iterator[Site]:
         left_out |= {id(inner) for part in parts if isinstance(part, ast.AST) for inner in ast.walk(part)}
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
             function_of |= {id(inner): node.name for inner in ast.walk(node)}
+        if isinstance(node, ast.stmt):
+            body = getattr(node, "body", None)
+            last = body[0].lineno - 1 if body else node.end_lineno
+            lines_of |= {id(inner): (node.lineno, max(node.lineno, last or 0)) for inner in ast.walk(node)}
     for number, node in enumerate(ast.walk(tree)):
         if id(node) not in left_out and change(copy.deepcopy(node)):
             line = getattr(node, "lineno", 0)
-            yield Site(str(path.relative_to(ROOT)), number, line, function_of.get(id(node), ""))
+            where = str(path.relative_to(ROOT)), number, line, function_of.get(id(node), "")
+            yield Site(*where, lines_of.get(id(node), (line, line)))
 
 
 def change(node: ast.AST) -> bool:
@@ -151,17 +151,55 @@ def change(node: ast.AST) -> bool:
     return True
 
 
+def run_under_coverage(work: Path, processes: int) -> None:
+    """Runs the whole suite, unless that is done: which tests run which lines, and how long each takes."""
+    if (work / "times.xml").is_file():
+        return
+    tree = _copy_of_the_tree(work / "covered")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-n", str(processes + 1)]
+    command += ["--dist", "worksteal", "--cov=align", "--cov-context=test", "--cov-report=", "--junitxml=times.xml"]
+    env = _environment(tree) | {"COVERAGE_FILE": str(work / "coverage"), "COVERAGE_CORE": "ctrace"}
+    subprocess.run(command, cwd=tree, env=env, check=False)
+    (tree / "times.xml").replace(work / "times.xml")
+
+
+def tests_by_line(work: Path) -> Callable[[Site], list[str]]:
+    """Of a place: the tests that run it, the quickest first."""
+    import coverage
+
+    data = coverage.CoverageData(str(work / "coverage"))
+    data.read()
+    seconds = {}
+    for case in ElementTree.parse(work / "times.xml").iter("testcase"):
+        module = str(case.get("classname")).replace(".", "/")
+        seconds[f"{module}.py::{case.get('name')}"] = float(case.get("time", 0.0))
+
+    def found(site: Site) -> list[str]:
+        contexts = data.contexts_by_lineno(str(work / "covered" / site.file))
+        first, last = site.lines
+        running = {each.partition("|")[0] for line in range(first, last + 1) for each in contexts.get(line, ())}
+        left, chosen = MOST, []
+        for test in sorted(running & seconds.keys(), key=lambda test: seconds[test]):
+            left -= seconds[test]
+            if left < 0 and chosen:
+                break
+            chosen.append(test)
+        return chosen
+
+    return found
+
+
 def try_all(left: list[Site], log: Path, options: argparse.Namespace) -> list[dict]:
     """The verdict on each place, written as it comes."""
     copies: Queue[Path] = Queue()
     for number in range(options.processes):
         copies.put(_copy_of_the_tree(options.work / f"tree-{number}"))
-    begun = time.time()
+    of_place, begun = tests_by_line(options.work), time.time()
 
     def verdict(site: Site) -> dict:
         tree = copies.get()
         try:
-            row = try_one(site, tree)
+            row = try_one(site, tree, of_place(site) or test_files(site))
         finally:
             copies.put(tree)
         with log.open("a") as file:
@@ -180,8 +218,8 @@ def _copy_of_the_tree(place: Path) -> Path:
     return place
 
 
-def try_one(site: Site, tree: Path) -> dict:
-    """The test that notices the change, by name, or nothing."""
+def try_one(site: Site, tree: Path, tests: list[str]) -> dict:
+    """The first of the tests that notices the change, by name, or nothing."""
     path, whole = tree / site.file, (ROOT / site.file).read_text(encoding="utf-8")
     parsed = ast.parse(whole)
     node = list(ast.walk(parsed))[site.node]
@@ -189,16 +227,16 @@ def try_one(site: Site, tree: Path) -> dict:
     change(node)
     path.write_text(ast.unparse(ast.fix_missing_locations(parsed)), encoding="utf-8")
     try:
-        by = _noticed(tree, test_files(site))
+        by = _noticed(tree, tests)
     finally:
         path.write_text(whole, encoding="utf-8")
-    return asdict(site) | {"was": was, "becomes": ast.unparse(node).partition("\n")[0], "by": by}
+    return asdict(site) | {"was": was, "becomes": ast.unparse(node).partition("\n")[0], "by": by, "tests": len(tests)}
 
 
 def test_files(site: Site) -> list[str]:
-    """Those that name the function or its module, the ones that do so most first, and those of the whole package."""
+    """Those that name the function or its module, the ones that do so most first."""
     module = Path(site.file).with_suffix("")
-    dotted, package = ".".join(module.parts), module.parts[1]
+    dotted = ".".join(module.parts)
     scores = {}
     for path in (ROOT / "tests").rglob("test_*.py"):
         text = path.read_text(encoding="utf-8")
@@ -207,22 +245,41 @@ def test_files(site: Site) -> list[str]:
             rf"from {re.escape('.'.join(module.parts[:-1]))} import .*\b{module.name}\b", text
         )
         scores[str(path.relative_to(ROOT))] = 3 * min(own, 5) + (5 if imports else 0) + (module.name in path.stem) * 4
-    named = sorted((name for name in scores if scores[name]), key=lambda name: -scores[name])
-    also = [f"tests/{name}.py" for name in ALSO[package] if f"tests/{name}.py" in scores]
-    return list(dict.fromkeys([*named[: FILES // 2], *also, *named[FILES // 2 :]]))[:FILES]
+    return sorted((name for name in scores if scores[name]), key=lambda name: -scores[name])[:FILES]
 
 
-def _noticed(tree: Path, files: list[str]) -> str:
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-p", "no:randomly", *files]
-    env = os.environ | {"PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
-    try:
-        done = subprocess.run(command, cwd=tree, env=env, capture_output=True, text=True, timeout=SECONDS, check=False)
-    except subprocess.TimeoutExpired:
+def _noticed(tree: Path, tests: list[str]) -> str:
+    said = tree / "said.txt"
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(LIBRARIES)
+    process = context.Process(target=_run_tests, args=(tree, tests, said))
+    process.start()
+    process.join(SECONDS)
+    if process.is_alive():
+        process.kill()
+        process.join()
         return "it hangs"
-    if done.returncode == 0:
+    if process.exitcode == 0:
         return ""
-    failed = re.search(r"^(?:FAILED|ERROR) (\S+)", done.stdout, re.MULTILINE)
-    return failed[1] if failed else f"exit code {done.returncode}"
+    failed = re.search(r"^(?:FAILED|ERROR) (\S+)", said.read_text(errors="replace"), re.MULTILINE)
+    return failed[1] if failed else f"exit code {process.exitcode}"
+
+
+def _run_tests(tree: Path, tests: list[str], said: Path) -> None:
+    """In a process of its own, which has the libraries already: ends with pytest's code."""
+    import pytest
+
+    os.chdir(tree)
+    os.environ.update(_environment(tree))
+    sys.path.insert(0, str(tree))
+    with said.open("w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    sys.exit(int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", *tests])))
+
+
+def _environment(tree: Path) -> dict[str, str]:
+    return os.environ | {"PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
 
 
 if __name__ == "__main__":
