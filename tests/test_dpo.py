@@ -118,6 +118,29 @@ def test_a_run_starts_at_its_reference_and_prefers_what_people_chose(finished, b
     torch.testing.assert_close(model(input_ids=ids).logits, role.causal(input_ids=ids).logits, rtol=1e-4, atol=1e-4)
 
 
+def test_other_scores_of_an_evaluation_s_answers_are_told(base, data, runs, tmp_path):
+    """Each answer is that to its own prompt."""
+    (tmp_path / "own.py").write_text(
+        "import json, pathlib\n"
+        "def length(completion_ids, **kw):\n    return [float(len(ids)) for ids in completion_ids]\n"
+        "def asked(prompts, completions, **kw):\n"
+        "    with open(pathlib.Path(__file__).parent / 'asked.jsonl', 'a') as file:\n"
+        "        file.write(json.dumps([prompts, completions]) + '\\n')\n    return [1.0] * len(prompts)\n"
+    )
+    beside = {name: {"use": f"{tmp_path}/own.py:{name}"} for name in ("length", "asked")}
+    tiny.run(settings(base, data, runs, tmp_path / "dpo", beside=beside, dpo={"max_eval_prompts": 3}))
+    rows = [row for row in read_metrics(tmp_path / "dpo") if "eval_kl" in row]
+    assert rows and all(row["eval_length"] == pytest.approx(row["eval_response_length"]) for row in rows)
+    assert {row["eval_asked"] for row in rows} == {1.0}
+    pairs = [json.loads(line) for line in (data / "pairs.jsonl").read_text(encoding="utf-8").splitlines()]
+    for line in (tmp_path / "asked.jsonl").read_text(encoding="utf-8").splitlines():
+        prompts, completions = json.loads(line)
+        assert len(prompts) == len(completions) == 3
+        assert all(
+            any(prompt == pair["chosen"][:-1] or prompt == pair.get("prompt") for pair in pairs) for prompt in prompts
+        )
+
+
 def test_a_rate_that_is_left_out_is_that_of_pairs():
     values = {"stage": "dpo", "output": "o", "model": {"base": "b"}, "data": {"train": "d"}}
     for train in ({}, {"train": {}}, {"train": {"max_steps": 5}}):

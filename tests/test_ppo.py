@@ -350,6 +350,24 @@ def test_trl_rewards_run_unchanged_beside_others(base, data, runs, tmp_path):
     assert row["reward_think_format_reward"] == 0.0 and row["reward_maybe"] == 1.0 and abs(row["reward_learned"]) <= 0.5
 
 
+def test_other_scores_of_an_evaluation_s_answers_are_told_and_change_nothing(base, data, runs, finished, tmp_path):
+    (tmp_path / "own.py").write_text(
+        "def length(completion_ids, **kw):\n    return [float(len(ids)) for ids in completion_ids]\n"
+    )
+    learned = {"use": "learned", "from": str(runs / "reward")}
+    beside = {"again": learned, "half": learned | {"weight": 0.5}, "long": {"use": f"{tmp_path}/own.py:length"}}
+    tiny.run(settings(base, data, runs, tmp_path / "ppo", beside=beside))
+    assert tiny.largest_difference(finished, tmp_path / "ppo") == 0.0
+    rows = [row for row in read_metrics(tmp_path / "ppo") if "eval_score" in row]
+    for row in rows:
+        assert row["eval_again"] == pytest.approx(2 * row["eval_half"])
+        assert row["eval_long"] == pytest.approx(row["eval_response_length"])
+    assert len(rows) == 3 and all("long" not in row for row in read_metrics(tmp_path / "ppo"))
+    tiny.run(settings(base, data, runs, tmp_path / "alone", beside={"own": learned}, rewards=[learned]))
+    for row in read_metrics(tmp_path / "alone"):
+        assert row.get("eval_own") == pytest.approx(row.get("eval_score"), abs=1e-6)
+
+
 def test_what_a_reward_is_told_and_logs_is_kept(base, data, runs, tmp_path, capsys):
     (tmp_path / "own.py").write_text(
         "async def f(completions, trainer_state, log_metric, log_extra, **kw):\n"

@@ -5,7 +5,7 @@ Names are those of transformers, PEFT and TRL wherever they have one.
 
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from align.settings.about import CRITICS, POLICIES, Curve, Match, Parents, Quality, Tuning
 from align.settings.data import Data, Sources
@@ -267,6 +267,20 @@ class SamplingSettings(StageSettings):
         return self.sampling
 
 
+OUR_FIGURES = ("score", "score_penalised", "score_std", "kl", "kl_error", "kl_to_start", "loss", "accuracy", "margin")
+
+
+def _of_its_own(names: dict[str, Reward]) -> dict[str, Reward]:
+    for name in names:
+        if name in OUR_FIGURES or not name.isidentifier():
+            raise ValueError(f"`{name}` is no name for a figure of one's own, `eval_{name}`; choose another word")
+    return names
+
+
+# other scores of the answers at an evaluation, reported only: name -> reward
+Beside = Annotated[dict[str, Reward], AfterValidator(_of_its_own)]
+
+
 class PpoSettings(SamplingSettings, PolicySettings):
     """Proximal policy optimisation of a policy tuned by any method."""
 
@@ -285,6 +299,7 @@ class PpoSettings(SamplingSettings, PolicySettings):
     reference: PpoReference | None = None  # type: ignore[assignment]  # None: where the policy starts
     critic: Critic = Critic()
     rewards: Annotated[tuple[Reward, ...], Field(min_length=1)]
+    beside: Beside = Field(default_factory=dict)
     ppo: Ppo = Ppo()
     guard: PpoGuard = PpoGuard()
 
@@ -304,6 +319,11 @@ class PpoSettings(SamplingSettings, PolicySettings):
             raise ValueError(
                 "`ppo.kl_budget` is a distance to where the policy starts, and with `reference.reset_every` KL is "
                 "measured to what it has become; leave one of them out"
+            )
+        if self.beside and not (self.ppo.eval_steps and (self.prompts.validation or self.prompts.validation_split)):
+            raise ValueError(
+                "`beside` scores the answers at an evaluation, and there is none: set `ppo.eval_steps` and "
+                "`prompts.validation_split`"
             )
         if self.resets and self.resets >= self.ppo.num_iterations:
             raise ValueError("`reference.reset_every` must be less than `ppo.num_iterations`: it would never be reset")
@@ -355,7 +375,8 @@ class PpoSettings(SamplingSettings, PolicySettings):
         return super().why_not_compared()
 
     def terms(self) -> dict[str, Reward]:
-        return {f"rewards[{index}]": reward for index, reward in enumerate(self.rewards)}
+        rewards = {f"rewards[{index}]": reward for index, reward in enumerate(self.rewards)}
+        return rewards | {f"beside.{name}": reward for name, reward in self.beside.items()}
 
 
 WITHOUT_REFERENCE = ("simpo", "orpo")
@@ -401,11 +422,13 @@ class DpoSettings(LearningSettings, PolicySettings):
     train: PairTraining = PairTraining()
     dpo: Dpo = Dpo()
     sampling: Sampling = Sampling()  # of the answers at an evaluation
+    beside: Beside = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _every_key_is_used(self) -> "DpoSettings":
         useless = {
             "sampling": self.sampling != Sampling(),
+            "beside": bool(self.beside),
             "reference": self.reference is not None and self.dpo.loss_type in WITHOUT_REFERENCE,
         }
         for key, is_given in useless.items():
@@ -426,6 +449,12 @@ class DpoSettings(LearningSettings, PolicySettings):
 
     def draws(self) -> Sampling | None:
         return self.sampling if self._answers() else None
+
+    def terms(self) -> dict[str, Reward]:
+        return {f"beside.{name}": reward for name, reward in self.beside.items()}
+
+    def parents(self) -> Parents:
+        return super().parents() | learned_parents(self.terms())
 
 
 class PairCheck(Settings):

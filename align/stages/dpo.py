@@ -14,7 +14,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from align.data import end_token_ids, ending_message, load, unread
+from align.data import Prompt, decode_completion, end_token_ids, ending_message, load, unread
+from align.data.formats import Preference
 from align.errors import BadInput
 from align.identity import has_adapter
 from align.maths.calibration import pair_outcomes
@@ -26,11 +27,13 @@ from align.models.layout import Tree
 from align.models.roles import Bases, Role
 from align.parents import remarks_on_parents
 from align.report.curves import dpo_curves
+from align.rewards import Answers, check_columns
 from align.rollout.choose import sampler_of
 from align.rollout.reading import read_all
 from align.rollout.sampler import Sampler, Seeds
 from align.settings import DpoSettings, Lora, Sampling
 from align.settings.stages import WITHOUT_REFERENCE
+from align.stages.beside import Beside, build_beside, figures_beside
 from align.stages.learner import SHORTER
 from align.stages.order import TRAINERS
 from align.stages.reward import Pair, encode_pairs
@@ -114,9 +117,13 @@ class Speaker:
     seed: int
     most: int
     max_batch_tokens: int | None
+    beside: Beside
+    tokenizer: Any
 
     def figures(self, policy: Role, reference: Role, pairs: Sequence[Pair], worker: Worker) -> dict[str, float]:
-        """Sequence KL to the reference (nats), length in tokens and the share that ended. All processes call it."""
+        """Sequence KL to the reference (nats), length in tokens, the share that ended, and what the recipe's other
+        scores say. All processes call it."""
+        asked = {tuple(pair.tokens.prompt_ids): pair.preference for pair in reversed(pairs)}  # the first of each prompt
         prompts = [list(ids) for ids in dict.fromkeys(tuple(pair.tokens.prompt_ids) for pair in pairs)][: self.most]
         mine = list(worker.mine(len(prompts)))
         seeds = Seeds(self.seed, 1, 0, mine)
@@ -131,12 +138,27 @@ class Speaker:
             mine, len(prompts), gap, rollouts.lengths.float(), rollouts.ended.float()
         )
         mean, error = mean_and_error([moments(kl)])
+        texts = [decode_completion(self.tokenizer, ids, self.sampler.end_ids) for ids in rollouts.answers]
+        answers = Answers(
+            [_as_prompt(asked[tuple(prompts[i])]) for i in mine],
+            rollouts.prompts,
+            texts,
+            rollouts.answers,
+            rollouts.ended.tolist(),
+            self.tokenizer,
+        )
+        told = figures_beside(self.beside, answers, mine, len(prompts), worker)
         return {
             "eval_kl": mean,
             **({"eval_kl_error": error} if len(prompts) > 1 else {}),
             "eval_response_length": float(lengths.mean()),
             "eval_eos_share": float(ended.mean()),
+            **told,
         }
+
+
+def _as_prompt(pair: Preference) -> Prompt:
+    return Prompt(pair.prompt, {}, pair.where, pair.template)
 
 
 def run(settings: DpoSettings, worker: Worker) -> None:
@@ -149,6 +171,7 @@ def run(settings: DpoSettings, worker: Worker) -> None:
     loaded = load(settings.data, "preferences")
     pairs, said = encode_pairs(tokenizer, loaded.train, settings.max_length)
     held_out, _ = encode_pairs(tokenizer, loaded.validation, settings.max_length)
+    check_columns(settings, [_as_prompt(pair.preference) for pair in held_out])
     if not pairs:
         raise BadInput(f"`data`: no pair is left to train on; {said}")
     policy = bases.role(start, method=method, trainable=True)
@@ -188,7 +211,15 @@ def _speaker(settings: DpoSettings, bases: Bases, policy: Role, tokenizer: Any) 
         phase=ANSWERING,
     )
     budget = settings.train.max_batch_tokens
-    return Speaker(sampler, settings.sampling, settings.seed, settings.dpo.max_eval_prompts, budget)
+    return Speaker(
+        sampler,
+        settings.sampling,
+        settings.seed,
+        settings.dpo.max_eval_prompts,
+        budget,
+        build_beside(settings.beside, bases),
+        tokenizer,
+    )
 
 
 def _ending(

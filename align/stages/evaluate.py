@@ -35,6 +35,7 @@ from align.rollout.reading import read_all
 from align.rollout.rollouts import answers_of, rollouts_of, tokens_of
 from align.rollout.sampler import Seeds
 from align.settings import EvaluateSettings
+from align.stages.beside import build_beside
 from align.stages.judging import CACHE, ask
 from align.stages.reward import encode_pairs, evaluate_pairs
 from align.stages.running import running
@@ -82,7 +83,7 @@ def run(settings: EvaluateSettings, worker: Worker) -> None:
     if not rows:
         raise BadInput(f"`prompts`: none has at most {settings.max_prompt_length} tokens (`max_prompt_length`)")
     judge = build_rewards(settings.rewards, bases)
-    beside = {name: build_rewards([reward], bases) for name, reward in settings.beside.items()}
+    beside = build_beside(settings.beside, bases)
     pairwise = None
     if settings.pairwise_judge is not None and worker.is_main:
         cache = Path(settings.output) / CACHE

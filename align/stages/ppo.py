@@ -44,6 +44,7 @@ from align.stages.ppo_steps import (
     Scale,
     Scored,
     assess,
+    beside,
     figures,
     importance_cap,
     improve,
@@ -259,6 +260,7 @@ def _evaluate(this: _Run, iteration: int) -> dict[str, float]:
         "eval_kl": kl,
         **({"eval_kl_error": error} if math.isfinite(error) else {}),
         **({} if roles.start is None else {"eval_kl_to_start": kl_to(roles.start, scored, settings, this.worker)}),
+        **beside(roles, scored, this.worker),
         "eval_response_length": float(scored.rollouts.lengths.float().mean()),
         "eval_eos_share": float(scored.rollouts.ended.float().mean()),
     }

@@ -19,6 +19,7 @@ from align.rewards import RewardMix, build_rewards
 from align.rollout.choose import sampler_of
 from align.rollout.sampler import Sampler
 from align.settings import Lora, PpoSettings
+from align.stages.beside import Beside, build_beside
 from align.stages.learner import Learner
 from align.stages.loss_scale import first_scale
 from align.stages.order import left_out
@@ -42,6 +43,7 @@ class Roles:
     critic: Role | None  # None: the policy's own head says the values, if it has one
     critic_base: Base | None  # that a critic of its own stands over
     rewards: RewardMix
+    beside: Beside
     sampler: Sampler  # over the policy
 
     @property
@@ -93,7 +95,7 @@ def load_roles(settings: PpoSettings, worker: Worker) -> Roles:
     over = None if critic is None else base_of_critic(bases, settings)
     if settings.critic.kind == "trunk":
         policy.head = head_on_trunk(policy, settings)
-    rewards = build_rewards(settings.rewards, bases)
+    rewards, beside = build_rewards(settings.rewards, bases), build_beside(settings.beside, bases)
     reference, began = bases.role((settings.reference and settings.reference.path) or start), None
     if settings.resets:
         began, reference = reference, bases.role(start, method=method, trainable=True)
@@ -107,7 +109,7 @@ def load_roles(settings: PpoSettings, worker: Worker) -> Roles:
         max_batch_tokens=settings.ppo.max_batch_tokens,
         phase=SAMPLING,
     )
-    roles = Roles(bases, base, tokenizer, policy, reference, began, critic, over, rewards, sampler)
+    roles = Roles(bases, base, tokenizer, policy, reference, began, critic, over, rewards, beside, sampler)
     for role in roles.trained.values():  # the adapters bring dropout of their own
         switch_dropout_off(role)
         if settings.ppo.gradient_checkpointing:

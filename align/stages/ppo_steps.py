@@ -40,6 +40,7 @@ from align.rollout.rollouts import Reading, Rollouts, answers_of, rollouts_of, t
 from align.rollout.sampler import Seeds
 from align.settings import Ppo, PpoSettings
 from align.settings.stages import COMPARED
+from align.stages.beside import figures_beside
 from align.stages.learner import Learner
 from align.stages.loss_scale import gathered
 from align.stages.ppo_roles import SHORTER, PromptRow, Roles
@@ -193,6 +194,20 @@ def penalties(scored: Scored, ppo: Ppo, scale: Scale = AS_GIVEN) -> tuple[Tensor
     kl = kl_estimate(scored.logprobs, scored.reference_logprobs, estimator=ppo.kl_estimator)
     penalised = end_penalty(scored.scores, scored.rollouts.ended, ppo, scale)
     return penalised, kl.masked_fill(~scored.rollouts.response_mask, 0.0)
+
+
+def beside(roles: Roles, scored: Scored, worker: Worker) -> dict[str, float]:
+    """What the recipe's other scores say of the answers. All processes call it."""
+    mine = list(worker.mine(len(scored.texts)))
+    answers = Answers(
+        [scored.prompts[row].prompt for row in mine],
+        [scored.prompts[row].ids for row in mine],
+        [scored.texts[row] for row in mine],
+        [scored.rollouts.answers[row] for row in mine],
+        [bool(scored.rollouts.ended[row]) for row in mine],
+        roles.tokenizer,
+    )
+    return figures_beside(roles.beside, answers, mine, len(scored.texts), worker)
 
 
 def _reader(settings: PpoSettings) -> Callable[..., Reading]:
