@@ -23,19 +23,18 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
+from align import attempts
 from align.data import load
 from align.endings import last
 from align.errors import BadInput
-from align.files import write_json
-from align.launch import LaunchPlan, plan, start
+from align.launch import LaunchPlan, plan
 from align.locks import at_work_in
-from align.manifest import read_manifest, recipe_of
+from align.manifest import read_manifest
 from align.plugins import is_reference
 from align.preflight import check_recipe
 from align.recipe import Recipe, load_recipe
 from align.recipe_errors import first_error
 from align.report.comparison import Comparison, Result, show, write
-from align.resumption import state_of
 from align.settings import METHODS, EvaluateSettings, Quality, StageSettings, Tuning
 from align.track import read_metrics
 
@@ -50,7 +49,6 @@ RATES: dict[str, tuple[float, float, float]] = {
     "ia3": (1e-3, 3e-3, 1e-2),  # Liu et al. 2022: 3e-3
 }
 PILOT_STEPS = 5
-STOPPED = (130, 143)
 
 
 @dataclass(frozen=True)
@@ -291,38 +289,15 @@ def _trial(
     ending = ending or f"{rate:g}" + (f"-{steps}" if order.sweep_steps is not None else "")
     name = f"{_file_name(method)}-{ending}"
     settings = _settings(order, method, rate, steps, name)
-    failed, recipe = order.out / f"{name}.failed.json", recipe_of(settings)
-    has_failed = _recipe_in(failed) == recipe
-    if has_failed:
-        print(f"{name} failed before, and is passed over (delete {failed} to try again)", flush=True)
-    elif state_of(settings) != "finished":
-        code, reason = _start(order, launch, settings, name)
-        if code in STOPPED:
-            last.say(reason)
-            return code
-        if code:
-            print(f"  {name} failed: {reason} (delete {failed} to try again)", flush=True)
-            write_json(failed, {"exit_code": code, "reason": reason, "recipe": recipe})
-            has_failed = True
-    return Trial(method, rate, settings, math.nan if has_failed else _quality(settings), has_failed)
-
-
-def _recipe_in(failed: Path) -> Any:
-    """The recipe of a trial that failed; None where none did, or its file is damaged: then it is tried again."""
-    try:
-        return json.loads(failed.read_text(encoding="utf-8"))["recipe"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return None
+    code, reason = attempts.attempt(launch, settings, order.out, name)
+    if code in attempts.STOPPED:
+        last.say(reason)
+        return code
+    return Trial(method, rate, settings, math.nan if code else _quality(settings), code != 0)
 
 
 def _file_name(method: str) -> str:
     return re.sub(r"[^A-Za-z0-9.]+", "-", method).strip("-.")
-
-
-def _start(order: Order, launch: LaunchPlan, settings: StageSettings, name: str) -> tuple[int, str]:
-    """One launch; its exit code and last words."""
-    print(f"{name}:", flush=True)
-    return start(launch, settings, order.out / f"{name}.yaml")
 
 
 def _quality(settings: StageSettings) -> float:
@@ -416,7 +391,7 @@ def _gold(order: Order, launch: LaunchPlan, trials: list[Trial]) -> dict[str, fl
             print(f"no judge's score: {error}", flush=True)
             return {}
         if state != "finished":
-            code, reason = _start(order, launch, settings, f"judged-{load_in}")
+            code, reason = attempts.run(launch, settings, order.out, f"judged-{load_in}")
             if code:
                 print(f"no judge's score: {reason}", flush=True)
                 return {}

@@ -6,7 +6,8 @@ import math
 import pytest
 import yaml
 
-from align import compare as module
+import align.compare
+from align import attempts
 from align.compare import RATES, compare, order_of, scaled_rates
 from align.errors import BadInput
 from align.manifest import read_manifest
@@ -35,9 +36,9 @@ def started(monkeypatch):
     """Runs of this process instead of launches; the names of those started."""
     names = []
 
-    def start(order, launch, settings, name):
+    def run(launch, settings, out, name):
         names.append(name)
-        path = order.out / f"{name}.yaml"
+        path = out / f"{name}.yaml"
         path.write_text("x")
         try:
             tiny.run(settings)
@@ -45,7 +46,7 @@ def started(monkeypatch):
             return 1, str(error)
         return 0, ""
 
-    monkeypatch.setattr(module, "_start", start)
+    monkeypatch.setattr(attempts, "run", run)
     return names
 
 
@@ -152,12 +153,12 @@ def test_a_method_is_compared_with_itself_by_its_settings(recipe, started):
 
 def test_reward_models_are_compared_by_accuracy_and_what_fails_is_told(recipe, started, monkeypatch, capsys):
     asked = order(recipe("reward"), methods="ia3,qlora,prefix", rates=["ia3=1e-2,1e-1", "qlora=1e-2", "prefix=1e-1"])
-    start = module._start
+    start = attempts.run
 
-    def failing(order, launch, settings, name):
-        return (1, "the gradient is nan") if name.startswith("prefix") else start(order, launch, settings, name)
+    def failing(launch, settings, out, name):
+        return (1, "the gradient is nan") if name.startswith("prefix") else start(launch, settings, out, name)
 
-    monkeypatch.setattr(module, "_start", failing)
+    monkeypatch.setattr(attempts, "run", failing)
     assert compare(asked) == 0
     found = read(asked.out)
     assert found.quality_name == "eval_accuracy" and not found.lower_is_better
@@ -175,7 +176,7 @@ def test_of_rates_that_are_equal_in_accuracy_the_one_of_the_lower_loss_is_taken(
     asked = order(recipe("reward"), methods="ia3", rates=["ia3=1e-3,1e-2,1e-1"], budget="2")
     losses = {1e-3: 0.6, 1e-2: 0.4, 1e-1: 0.5}
     monkeypatch.setattr(
-        module,
+        align.compare,
         "_measured",
         lambda settings: {"eval_accuracy": 0.75, "eval_ece": 0.1, "eval_loss": losses[settings.train.learning_rate]},
     )
@@ -206,12 +207,12 @@ def test_a_pilot_that_fails_is_its_methods_failure_and_one_that_is_stopped_stops
     recipe, started, monkeypatch, capsys
 ):
     asked = order(recipe("sft"), methods="prefix,ia3", rates=["ia3=1e-2", "prefix=1e-1"], budget="0.002m")
-    start, codes = module._start, {"prefix-pilot": 143}
+    start, codes = attempts.run, {"prefix-pilot": 143}
 
-    def failing(order, launch, settings, name):
-        return (codes[name], "out of memory") if name in codes else start(order, launch, settings, name)
+    def failing(launch, settings, out, name):
+        return (codes[name], "out of memory") if name in codes else start(launch, settings, out, name)
 
-    monkeypatch.setattr(module, "_start", failing)
+    monkeypatch.setattr(attempts, "run", failing)
     assert compare(asked) == 143 and not started
     codes["prefix-pilot"] = 1
     assert compare(asked) == 0
