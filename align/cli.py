@@ -100,16 +100,29 @@ def compare(
     overrides: Overrides = None,
     stage: Annotated[str | None, typer.Option(help="The stage, where the recipe has several.")] = None,
     methods: Annotated[str, typer.Option(help="Such as lora,ia3,lora:r=4; all seven if left out.")] = "",
-    budget: Annotated[str, typer.Option(help="Of each run: steps (150) or minutes (5m).")] = "100",
+    budget: Annotated[str | None, typer.Option(help="Of each run: steps (100 if left out) or minutes (5m).")] = None,
     sweep_steps: Annotated[
         int | None, typer.Option(help="Try rates so long only; then the best for the budget.")
     ] = None,
     rates: Annotated[list[str] | None, typer.Option(help="lora=1e-4,2e-4 instead of the sources' rates.")] = None,
+    algorithms: Annotated[
+        str | None,
+        typer.Option(help="Stages of a pipeline that make policies, instead of methods: dpo,rloo, or all."),
+    ] = None,
+    seeds: Annotated[int, typer.Option(help="Of each algorithm.")] = 5,
     out: Annotated[
         str | None, typer.Option(callback=_at_home, help="Folder of runs and report; <output>-compare if left out.")
     ] = None,
 ) -> None:
-    """Run a stage with each tuning method on your data, and show which one to take."""
+    """Run a stage with each tuning method, or a pipeline's algorithms over seeds, and show which one to take."""
+    if algorithms is not None:
+        from align.algorithms import compare_algorithms, order_of_algorithms
+
+        names = {"--stage": stage, "--methods": methods, "--sweep-steps": sweep_steps, "--rates": rates}
+        asked = order_of_algorithms(
+            recipe, overrides or [], algorithms=algorithms, seeds=seeds, budget=budget, out=out, unused=names
+        )
+        raise typer.Exit(compare_algorithms(asked))
     from align.compare import compare as compare_methods
     from align.compare import order_of
 
@@ -118,7 +131,7 @@ def compare(
         overrides or [],
         stage=stage,
         methods=methods,
-        budget=budget,
+        budget=budget or "100",
         sweep_steps=sweep_steps,
         rates=rates or [],
         out=out,

@@ -101,7 +101,7 @@ def order_of(
     loaded = load_recipe(recipe, overrides)
     settings = _chosen(loaded, stage)
     names = tuple(name.strip() for name in methods.split(",") if name.strip()) or METHODS
-    steps, minutes = _budget(budget)
+    steps, minutes = budget_of(budget)
     if sweep_steps is not None and (minutes is not None or not 1 <= sweep_steps <= (steps or 0)):
         raise BadInput("`--sweep-steps` is a number of steps from 1 to the `--budget`, which is then in steps too")
     given = dict(map(_rates, rates))
@@ -128,7 +128,7 @@ def _chosen(recipe: Recipe, name: str | None) -> StageSettings:
     return settings
 
 
-def _budget(text: str) -> tuple[int | None, float | None]:
+def budget_of(text: str) -> tuple[int | None, float | None]:
     """`150` steps or `5m` minutes, for each run."""
     number = text.strip().removesuffix("m")
     try:

@@ -36,8 +36,9 @@ FLOORS = [  # a module may import from lower floors and from its own package
     {"report"},
     {"parents"},
     {"worker", "preflight", "launch"},
-    {"stages"},
+    {"stages", "attempts"},
     {"pipeline", "entry", "compare", "loop"},
+    {"algorithms"},
     {"cli", "public"},
 ]
 

@@ -1,0 +1,282 @@
+"""What `align compare --algorithms` reports: ways to make a policy from one start, at equal time and at equal KL."""
+
+import io
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from pydantic import TypeAdapter
+
+from align.files import write_atomically, write_json, write_text
+from align.maths.intervals import mean_and_half_width
+from align.report.curves import INK, PALE, new_figure
+from align.report.page import inline
+from align.report.tables import plain
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+JUDGE = "judge"  # the name of the judge's score at a run's evaluations
+LEGEND = (
+    "±: half of the 95 % interval over seeds. KL: of an answer to where the policy starts, nats. At equal KL and time: "
+    "by the evaluations of each run, where it first had so much."
+)
+AXES = {"kl": "KL to where the policy starts (nats an answer)", "seconds": "training time (s)"}
+
+
+@dataclass(frozen=True)
+class Point:
+    """An evaluation of a run under way."""
+
+    step: int
+    seconds: float  # of training
+    kl: float
+    score: float  # the judge's
+
+
+@dataclass(frozen=True)
+class Run:
+    """An algorithm with a seed: its evaluations, and its last policy as the judge has it."""
+
+    algorithm: str
+    seed: int
+    points: tuple[Point, ...]
+    score: float
+    kl: float
+    response_length: float
+    seconds: float
+    peak_mib: float
+    folder: str
+
+
+@dataclass(frozen=True)
+class Algorithms:
+    title: str
+    judge: str
+    budget: str
+    start: dict[str, float]  # the judge's scores of policies that were there before
+    runs: tuple[Run, ...]
+    failed: tuple[tuple[str, str], ...]
+    machine: str
+
+    @property
+    def names(self) -> list[str]:
+        return list(dict.fromkeys(run.algorithm for run in self.runs))
+
+    def of(self, name: str) -> list[Run]:
+        return [run for run in self.runs if run.algorithm == name]
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over seeds, and half of its interval (infinite: of one seed)."""
+
+    mean: float
+    half: float
+
+    def __str__(self) -> str:
+        if not math.isfinite(self.mean):
+            return "-"
+        return f"{self.mean:.3f}" + (f" ± {self.half:.3f}" if math.isfinite(self.half) else "")
+
+
+NOT_KNOWN = Estimate(math.nan, math.inf)
+
+
+def over_seeds(values: Sequence[float]) -> Estimate:
+    return Estimate(*mean_and_half_width(values)) if values else NOT_KNOWN
+
+
+def common(comparison: Algorithms, axis: str) -> float | None:
+    """The most KL, or time, that every run has had by its last evaluation; None: some run was not evaluated."""
+    ends = [max((getattr(point, axis) for point in run.points), default=0.0) for run in comparison.runs]
+    return min(ends) if ends and min(ends) > 0 else None
+
+
+def score_at(run: Run, axis: str, place: float) -> float:
+    """The judge's score where a run first had so much KL, or time: on the line between two evaluations."""
+    reached = np.maximum.accumulate([getattr(point, axis) for point in run.points])
+    after = int(np.searchsorted(reached, place))  # the first evaluation with as much
+    if after == 0:
+        return run.points[0].score
+    one, two = run.points[after - 1], run.points[after]
+    share = (place - reached[after - 1]) / (reached[after] - reached[after - 1])
+    return float(one.score + share * (two.score - one.score))
+
+
+def at_equal(comparison: Algorithms, axis: str) -> dict[str, Estimate]:
+    """Of each algorithm, the score at what all have in common of KL or time."""
+    place = common(comparison, axis)
+    if place is None:
+        return dict.fromkeys(comparison.names, NOT_KNOWN)
+    return {name: over_seeds([score_at(r, axis, place) for r in comparison.of(name)]) for name in comparison.names}
+
+
+def last_scores(comparison: Algorithms) -> dict[str, Estimate]:
+    return {name: over_seeds([run.score for run in comparison.of(name)]) for name in comparison.names}
+
+
+def _best(found: dict[str, Estimate]) -> tuple[str | None, list[str]]:
+    """The name of the best, and of those that cannot be told apart from it: their intervals' difference holds 0."""
+    known = {name: each for name, each in found.items() if math.isfinite(each.mean)}
+    if not known:
+        return None, []
+    best = max(known, key=lambda name: known[name].mean)
+    top = known[best]
+    near = [n for n, e in known.items() if n != best and top.mean - e.mean <= math.hypot(top.half, e.half)]
+    return best, near
+
+
+def advice(comparison: Algorithms) -> str:
+    """One paragraph: which algorithm to take, and why."""
+    if not comparison.runs:
+        return "No run succeeded."
+    time, kl, ends = at_equal(comparison, "seconds"), at_equal(comparison, "kl"), last_scores(comparison)
+    by_time, near = _best(time)
+    by_kl, near_kl = _best(kl)
+    said = []
+    if by_time is None or by_kl is None:
+        by_time, near = _best(ends)
+        assert by_time is not None
+        said.append(f"Take {by_time}: the best last policy ({ends[by_time]}){_alike(near, ends)}.")
+        said.append("Nothing was evaluated while they trained, so they are not compared at equal time or KL.")
+    elif by_time == by_kl or by_time in near_kl or by_kl in near:
+        take = by_time if by_time == by_kl or by_time in near_kl else by_kl
+        others = sorted(set(near) & {*near_kl, by_kl} - {take})
+        where = f"{time[take]} after {common(comparison, 'seconds'):.3g} s of training, {kl[take]} at " + (
+            f"{common(comparison, 'kl'):.2g} nats"
+        )
+        said.append(f"Take {take}: none is better at equal time or at equal KL ({where}){_alike(others, time)}.")
+    else:
+        seconds = f"{time[by_time]} after {common(comparison, 'seconds'):.3g} s"
+        said.append(f"Where time is short take {by_time} ({seconds}){_alike(near, time)};")
+        said.append(
+            f"where the policy should stay near its start take {by_kl} ({kl[by_kl]} at {common(comparison, 'kl'):.2g} "
+            f"nats){_alike(near_kl, kl)}."
+        )
+    memory = {name: max(run.peak_mib for run in comparison.of(name)) for name in comparison.names}
+    least = min(memory, key=lambda name: memory[name])
+    said.append(f"The least memory has {least} ({memory[least]:,.0f} MiB, {ends[least]} at its end).")
+    if len({run.seed for run in comparison.runs}) < 3:
+        said.append("Of fewer than three seeds an interval says little: repeat with more (`--seeds`).")
+    return " ".join(said)
+
+
+def _alike(names: Sequence[str], scores: dict[str, Estimate]) -> str:
+    told = ", ".join(f"{name} ({scores[name]})" for name in names)
+    return f"; not to be told apart from it: {told}" if told else ""
+
+
+def table(comparison: Algorithms) -> tuple[list[str], list[list[str]]]:
+    """Names of columns, and a row for each algorithm."""
+    kl, time = (common(comparison, axis) for axis in ("kl", "seconds"))
+    columns = ["algorithm", "score", "KL", "at equal KL", "at equal time", "tokens", "time s", "MiB"]
+    columns[3:5] = [
+        "at equal KL" if kl is None else f"at {kl:.2g} nats",
+        "at equal time" if time is None else f"at {time:.3g} s",
+    ]
+    by_kl, by_time, ends, rows = (
+        at_equal(comparison, "kl"),
+        at_equal(comparison, "seconds"),
+        last_scores(comparison),
+        [],
+    )
+    for name in comparison.names:
+        runs = comparison.of(name)
+        reached = over_seeds([run.kl for run in runs]).mean
+        length = over_seeds([run.response_length for run in runs]).mean
+        cost = [f"{over_seeds([run.seconds for run in runs]).mean:.0f}", f"{max(run.peak_mib for run in runs):,.0f}"]
+        row = [plain(name, 20), str(ends[name]), f"{reached:.2f}", str(by_kl[name]), str(by_time[name])]
+        rows.append([*row, f"{length:.1f}", *cost])
+    return columns, rows
+
+
+def show(comparison: Algorithms, console: "Console | None" = None) -> None:
+    """Prints the table, what failed and why, and the advice."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    console = console or Console()
+    seeds = sorted({run.seed for run in comparison.runs})
+    title = f"{plain(comparison.title)}: judged by {plain(comparison.judge)}, {len(seeds)} seeds, {comparison.budget}"
+    console.print(Text(title, style="bold"))
+    columns, rows = table(comparison)
+    drawn = Table(box=None, header_style="dim", pad_edge=False, padding=(0, 1, 0, 0))
+    for number, column in enumerate(columns):
+        drawn.add_column(Text(column), justify="right" if number else "left", no_wrap=True)
+    for row in rows:
+        drawn.add_row(*(Text(cell.replace(" ± ", "±")) for cell in row))
+    console.print(drawn)
+    for name, score in comparison.start.items():
+        console.print(Text(f"{plain(name)}, from before: {score:.3f}"))
+    console.print(Text(LEGEND, style="dim"))
+    for name, reason in comparison.failed:
+        console.print(Text(f"failed: {plain(name)}: {plain(reason, 300)}"))
+    console.print(Text(f"\n{advice(comparison)}"))
+
+
+def _curves(axis: Any, comparison: Algorithms, of: str) -> None:
+    """The judge's score against KL or time: a line for the mean over seeds, as far as all of an algorithm's runs go,
+    each run thinly behind it."""
+    for number, name in enumerate(comparison.names):
+        runs, colour = [run for run in comparison.of(name) if run.points], f"C{number % 10}"
+        for run in runs:
+            xs = np.maximum.accumulate([getattr(point, of) for point in run.points])
+            axis.plot(xs, [point.score for point in run.points], color=colour, linewidth=0.6, alpha=0.35)
+        if runs:
+            end = min(max(getattr(point, of) for point in run.points) for run in runs)
+            places = np.linspace(0.0, end, 60)
+            means = [np.mean([score_at(run, of, place) for run in runs]) for place in places]
+            axis.plot(places, means, color=colour, linewidth=1.8, label=plain(name, 20))
+    for name, score in comparison.start.items():
+        axis.axhline(score, color=PALE, linewidth=1.0, linestyle="--")
+        axis.annotate(
+            plain(name, 20), (1.0, score), xycoords=("axes fraction", "data"), fontsize=7, color=PALE, ha="right",
+            va="bottom", parse_math=False,
+        )  # fmt: skip
+    axis.set_title(f"against {'KL' if of == 'kl' else 'time'}", loc="left", fontsize=10, color=INK)
+    axis.set_xlabel(AXES[of], fontsize=8)
+    axis.set_ylabel(f"score by {plain(comparison.judge, 30)}", fontsize=8, parse_math=False)
+    axis.tick_params(labelsize=8)
+    if of == "kl" and axis.get_legend_handles_labels()[0]:
+        axis.legend(frameon=False, fontsize=8)
+
+
+def _draw(pictures: Sequence[Callable[[Any], None]], file: Any, format: str) -> None:
+    import matplotlib
+
+    unsaid: dict[str, None] = {"Creator": None, "Date": None, "Format": None, "Type": None}
+    with matplotlib.rc_context({"svg.hashsalt": "align", "svg.fonttype": "none"}):
+        figure, axes = new_figure(len(pictures))
+        for picture, axis in zip(pictures, axes, strict=True):
+            picture(axis)
+        metadata: dict[str, None] = unsaid if format == "svg" else {"Software": None}
+        figure.savefig(file, format=format, metadata=metadata, transparent=format == "svg", dpi=110)
+
+
+def write(comparison: Algorithms, folder: Path) -> None:
+    """Writes algorithms.json (all of it), algorithms.html (one file that needs no other) and algorithms.png."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+    from markupsafe import Markup
+
+    told = {"advice": advice(comparison)}
+    write_json(folder / "algorithms.json", json.loads(TypeAdapter(Algorithms).dump_json(comparison)) | told)
+    drawn: dict[str, Callable[[Any], None]] = {
+        axis: lambda place, of=axis: _curves(place, comparison, of)  # type: ignore[misc]
+        for axis in AXES
+    }
+    pictures = {}
+    for name, picture in drawn.items():
+        _draw([picture], stream := io.StringIO(), "svg")
+        pictures[name] = Markup(inline(stream.getvalue(), name))
+    pages = Environment(loader=PackageLoader("align.report", "."), autoescape=True, undefined=StrictUndefined)
+    columns, rows = table(comparison)
+    words = {"comparison": comparison, "columns": columns, "rows": rows, "legend": LEGEND, "plain": plain}
+    page = pages.get_template("algorithms.html.jinja").render(words | told, pictures=pictures)
+    write_text(folder / "algorithms.html", page)
+    write_atomically(folder / "algorithms.png", lambda path: _draw(list(drawn.values()), path, "png"))
