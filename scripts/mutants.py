@@ -100,13 +100,14 @@ def main() -> int:
 
 
 def sites(path: Path) -> Iterator[Site]:
-    """The places of a file that `change` can change, but for what messages and annotations say."""
+    """The places of a file that `change` can change, but for what messages, annotations and `zip(strict=)` say."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
     left_out, function_of, lines_of = set(), {}, {}
     for node in ast.walk(tree):
         parts = [getattr(node, name, None) for name in ("annotation", "returns")]
         parts += [node.exc] if isinstance(node, ast.Raise) else []
         parts += getattr(node, "decorator_list", [])
+        parts += [node.value] if isinstance(node, ast.keyword) and node.arg == "strict" else []  # as an assertion is
         left_out |= {id(inner) for part in parts if isinstance(part, ast.AST) for inner in ast.walk(part)}
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
             function_of |= {id(inner): node.name for inner in ast.walk(node)}
