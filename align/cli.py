@@ -109,20 +109,29 @@ def compare(
         str | None,
         typer.Option(help="Stages of a pipeline that make policies, instead of methods: dpo,rloo, or all."),
     ] = None,
-    seeds: Annotated[int, typer.Option(help="Of each algorithm.")] = 5,
+    seeds: Annotated[int | None, typer.Option(help="Of each algorithm; 5 if left out.")] = None,
     out: Annotated[
-        str | None, typer.Option(callback=_at_home, help="Folder of runs and report; <output>-compare if left out.")
+        str | None,
+        typer.Option(callback=_at_home, help="Folder of runs and report; else beside the recipe's output."),
     ] = None,
 ) -> None:
     """Run a stage with each tuning method, or a pipeline's algorithms over seeds, and show which one to take."""
     if algorithms is not None:
         from align.algorithms import compare_algorithms, order_of_algorithms
 
-        names = {"--stage": stage, "--methods": methods, "--sweep-steps": sweep_steps, "--rates": rates}
+        names = {"--stage": stage, "--methods": methods or None, "--sweep-steps": sweep_steps, "--rates": rates}
         asked = order_of_algorithms(
-            recipe, overrides or [], algorithms=algorithms, seeds=seeds, budget=budget, out=out, unused=names
+            recipe,
+            overrides or [],
+            algorithms=algorithms,
+            seeds=5 if seeds is None else seeds,
+            budget=budget,
+            out=out,
+            unused=names,
         )
         raise typer.Exit(compare_algorithms(asked))
+    if seeds is not None:
+        raise BadInput("`--seeds` is for comparing algorithms, and has no meaning without `--algorithms`; leave it out")
     from align.compare import compare as compare_methods
     from align.compare import order_of
 

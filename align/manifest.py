@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -122,7 +123,8 @@ def check_parent(folder: str, wanted: tuple[str, ...], where: str) -> None:
         raise BadInput(f"{where}: the run in {folder} is not finished; start it again to go on with it")
     at_key(where, lambda: check_whole(folder, manifest))
     if has_critic:
-        at_key(where, lambda: check_contents(Path(folder) / CRITIC, manifest["critic"]))
+        for name in manifest["critic"]["files"]:
+            at_key(where, partial(check_file, Path(folder) / CRITIC / name, manifest["critic"]))
 
 
 def check_whole(folder: str | Path, manifest: dict[str, Any]) -> None:

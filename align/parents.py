@@ -20,9 +20,9 @@ from align.identity import (
     same,
     template_of,
 )
-from align.manifest import MANIFEST, check_parent, of_another_kind, read_manifest
+from align.manifest import MANIFEST, check_parent, kept_critic, of_another_kind, read_manifest
 from align.models.facts import check_classifier, check_generates, check_tokenizer, read_adapter, read_facts, read_shapes
-from align.records import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from align.records import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CRITIC
 from align.settings import (
     Full,
     Model,
@@ -128,7 +128,8 @@ def _check_run_before(settings: StageSettings, folder: str, key: str) -> None:
         kept = manifest.get("critic")
         _check_critic(settings, folder, kept and kept["kind"])
         if kept is not None:
-            _check_base(settings, folder, key, manifest | kept)
+            if kept["kind"] == "trunk" or (Path(folder) / CRITIC / ADAPTER_CONFIG).is_file():
+                _check_base(settings, folder, key, manifest | kept)
             return
     members = [str(Path(folder) / name) for name in manifest.get("members", ())]
     for run in members or [folder]:
@@ -161,7 +162,7 @@ def _check_base(settings: StageSettings, folder: str, key: str, manifest: dict[s
     if is_reward(key):
         return
     _no_second_method(settings, folder, key)
-    if (Path(place) / MANIFEST).is_file():  # it stands over a fully tuned run
+    if (Path(place) / MANIFEST).is_file() or kept_critic(Path(place).parent):  # it stands over a fully tuned one
         return
     if not same(manifest.get("base_fingerprint"), fingerprint(settings.model.base, settings.model.revision)):
         raise BadInput(

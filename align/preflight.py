@@ -138,7 +138,14 @@ def _check_stage(
             loaded = _check_data(key, kind, data) if there == every else None
             if kind == "prompts" and loaded is not None:
                 check_columns(settings, (*loaded.train, *loaded.validation))
+        check_columns_beside(settings)
     return state
+
+
+def check_columns_beside(settings: StageSettings) -> None:
+    """What reward functions need of rows that are no prompts, and have no further columns: pairs, in DPO."""
+    if settings.terms() and settings.reads is not None and settings.reads[1] == "preferences":
+        check_columns(settings, ())
 
 
 def check_sampler(settings: StageSettings) -> None:

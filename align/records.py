@@ -89,7 +89,7 @@ class KeptCritic(Record):
     """The critic that a run has kept: a head on the policy's trunk, or a model over a base of its own."""
 
     kind: Literal["trunk", "adapter"]
-    contents: Text
+    files: dict[Name, Text]
     base: Text | None = None
     base_path: Text | None = None
     base_from_here: Text | None = None

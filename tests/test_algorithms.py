@@ -77,6 +77,7 @@ def order(path, *overrides, **changes):
 
 def test_every_algorithm_is_run_with_every_seed_from_one_start_and_judged(recipe, started, tmp_path, capsys):
     asked = order(recipe())
+    assert list(order(recipe(), algorithms="dpo").shared) == ["sft"]
     assert list(asked.shared) == ["sft", "reward"] and list(asked.algorithms) == ["dpo", "ppo", "rloo"]
     assert compare_algorithms(asked) == 0
     own = [f"{name}-{seed}{step}" for seed in (0, 1) for name in ("dpo", "ppo", "rloo") for step in ("", "-judged")]
@@ -100,7 +101,10 @@ def test_every_algorithm_is_run_with_every_seed_from_one_start_and_judged(recipe
         assert [point["step"] for point in run["points"]] == [row["step"] for row in told] and len(told) >= 3
         for point, row in zip(run["points"], told, strict=True):
             assert point["score"] == row["eval_judge"] == pytest.approx(row["eval_response_length"])
-            assert (point["kl"], point["seconds"]) == (row["eval_kl"], each * row["step"])
+            phases = [v for r in rows for k, v in r.items() if k.startswith("seconds_") and r["step"] <= row["step"]]
+            assert point["kl"] == row["eval_kl"]
+            assert point["seconds"] == pytest.approx(sum(phases) if run["algorithm"] != "dpo" else each * row["step"])
+        assert told[0]["step"] == 0 and abs(told[0]["eval_kl"]) < 1e-5
     seeds = [torch.tensor([p["score"] for p in run["points"]]) for run in found["runs"] if run["algorithm"] == "rloo"]
     assert not torch.equal(*seeds)
     started.clear()
@@ -129,14 +133,31 @@ def test_a_start_that_fails_ends_it_all(recipe, started, monkeypatch):
     assert compare_algorithms(order(recipe())) == 1
 
 
+def test_a_budget_of_too_few_steps_is_one_line(recipe, started, tmp_path):
+    asked = order(recipe(), "stages.ppo.critic.warmup_iterations=2", algorithms="ppo", seeds=1, budget="0.0001m")
+    with pytest.raises(BadInput, match=r"`--budget`: 0.0001 minutes are 1 steps of `ppo`: .*warmup_iterations"):
+        compare_algorithms(asked)
+    assert started[-1] == "ppo-pilot"
+
+
+def test_what_cannot_be_judged_on_the_way_is_said(recipe, started, capsys):
+    asked = order(recipe(), "stages.ppo.ppo.eval_steps=0", algorithms="dpo,ppo,rloo", seeds=1)
+    assert compare_algorithms(asked) == 0
+    out = capsys.readouterr().out
+    assert "`ppo` is judged at its end alone" in out and "evaluated on different prompts" in out
+    assert "Take rloo: none is clearly better" in out or "Take dpo: none is clearly better" in out
+
+
 def test_minutes_are_turned_into_steps_by_a_pilot(recipe, started, monkeypatch):
     asked = order(recipe(), algorithms="ppo,dpo", seeds=1, budget="0.05m")
     assert compare_algorithms(asked) == 0
-    assert started[2:4] == ["dpo-pilot", "ppo-pilot"] or started[2:4] == ["ppo-pilot", "dpo-pilot"]
+    assert started[2:4] == ["ppo-pilot", "dpo-pilot"]
     for name, key in (("ppo", ("ppo", "num_iterations")), ("dpo", ("train", "max_steps"))):
         each = read_manifest(asked.out / f"{name}-pilot")["cost"]["seconds_per_step"]
         section, last = key
         assert read_manifest(asked.out / f"{name}-0")["recipe"][section][last] == max(1, int(3 / each))
+    started.clear()
+    assert compare_algorithms(asked) == 0 and not started
 
 
 REFUSED = {  # options -> what the line says
@@ -146,6 +167,14 @@ REFUSED = {  # options -> what the line says
     "a measure that moves": (
         {"overrides": ["stages.evaluate.reference=ppo"]},
         "the judge measures KL to a policy that is compared itself",
+    ),
+    "another start": (
+        {"overrides": ["stages.dpo.policy.from=null"]},
+        "stage `dpo`: `policy.from` is the base, and the judge measures KL to `sft`",
+    ),
+    "another reference": (
+        {"overrides": ["stages.dpo.reference={from: runs/other}"]},
+        "stage `dpo`: `reference.from` is runs/other",
     ),
     "no seed": ({"seeds": 0}, "`--seeds 0` must be 1 or more"),
     "steps": ({"budget": "100"}, "`--budget 100`: a step of one algorithm is not one of another; give minutes"),
@@ -181,12 +210,13 @@ def run_of(name, seed, scores, kls, seconds, **changes):
 
 
 def made(*runs, **changes):
-    return Algorithms("recipe.yaml", "gold", "3 minutes", {"sft": 0.4}, runs, (), "x86_64", **changes)
+    return Algorithms("recipe.yaml", "gold", "3 minutes", {"sft": 0.4}, runs, (), (), "x86_64", **changes)
 
 
 def test_scores_are_taken_where_a_run_first_had_so_much():
     run = run_of("a", 0, [0.0, 1.0, 0.5, 3.0], [0.0, 2.0, 1.0, 4.0], [0.0, 10.0, 20.0, 30.0])
-    assert [score_at(run, "kl", place) for place in (0.0, 1.0, 2.0, 3.0, 4.0)] == [0.0, 0.5, 1.0, 1.75, 3.0]
+    found = [score_at(run, "kl", place) for place in (0.0, 1.0, 2.0, 3.0, 4.0)]
+    assert found == pytest.approx([0.0, 0.5, 1.0, 0.5 + 2.5 * 2 / 3, 3.0])
     assert [score_at(run, "seconds", place) for place in (5.0, 15.0, 25.0)] == [0.5, 0.75, 1.75]
 
 
@@ -209,7 +239,7 @@ def three(name, scores, end, **changes):
 ADVICE = {
     "one of both": (
         [*three("a", (0.80, 0.81, 0.82), 2.0), *three("b", (0.60, 0.61, 0.62), 2.0, peak_mib=50.0)],
-        ["Take a: none is better at equal time or at equal KL (0.810 ± 0.025 after 10 s", "The least memory has b (50 MiB"],
+        ["Take a: none is clearly better at equal time or KL (0.810 ± 0.025 after 10 s", "The least memory has b (50 MiB"],
     ),
     "two alike": (
         [*three("a", (0.80, 0.81, 0.82), 2.0), *three("b", (0.79, 0.80, 0.81), 2.0)],
@@ -220,7 +250,14 @@ ADVICE = {
         ["Where time is short take a (0.810", "stay near its start take b (0.710 ± 0.025 at 2 nats)"],
     ),
     "one seed": ([run_of("a", 0, [0.4, 0.9], [0.0, 1.0], [0.0, 9.0])], ["Take a", "fewer than three seeds"]),
-    "none evaluated": ([run_of("a", 0, [0.9], [0.0], [0.0])], ["Take a: the best last policy (0.900)", "not compared at"]),
+    "none evaluated": (
+        [Run("a", 0, (), 0.9, 1.0, 9.0, 9.0, 100.0, "runs/x")],
+        ["Take a: the best last policy (0.900)", "too little in common"],
+    ),
+    "one evaluated": (
+        [*three("a", (0.80, 0.81, 0.82), 2.0), Run("b", 0, (), 0.99, 1.0, 9.0, 9.0, 100.0, "runs/x")],
+        ["Take a: none is clearly better"],
+    ),
     "none": ([], ["No run succeeded."]),
 }  # fmt: skip
 

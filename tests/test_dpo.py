@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from tests import tiny
 from tests.apart import run_apart
 from tests.test_supervised import dying_at
 
+ROOT = Path(__file__).resolve().parents[1]
 NO_ANSWERS = {"max_eval_prompts": 0}
 
 
@@ -107,7 +109,8 @@ def finished(base, data, runs, tmp_path_factory):
 
 def test_a_run_starts_at_its_reference_and_prefers_what_people_chose(finished, base, runs):
     manifest, rows = read_manifest(finished), read_metrics(finished)
-    first, last = rows[0], rows[-1]
+    start, first, last = rows[0], rows[1], rows[-1]
+    assert start["step"] == 0 and start["eval_accuracy"] == 0.5 and start["eval_kl"] == pytest.approx(0.0, abs=1e-5)
     assert first["loss"] == pytest.approx(0.6931472) and first["accuracy"] == 0.5
     assert last["rewards_chosen"] > last["rewards_rejected"] and last["eval_accuracy"] > 0.9 and last["eval_kl"] > 0
     assert manifest["metrics"]["eval_accuracy"] == last["eval_accuracy"] and manifest["cost"]["kl_to_base"] > 0
@@ -124,21 +127,22 @@ def test_other_scores_of_an_evaluation_s_answers_are_told(base, data, runs, tmp_
         "import json, pathlib\n"
         "def length(completion_ids, **kw):\n    return [float(len(ids)) for ids in completion_ids]\n"
         "def asked(prompts, completions, **kw):\n"
+        "    rows = [list(row) for row in zip(prompts, completions)]\n"
         "    with open(pathlib.Path(__file__).parent / 'asked.jsonl', 'a') as file:\n"
-        "        file.write(json.dumps([prompts, completions]) + '\\n')\n    return [1.0] * len(prompts)\n"
+        "        file.write(json.dumps(rows) + '\\n')\n    return [1.0] * len(prompts)\n"
     )
     beside = {name: {"use": f"{tmp_path}/own.py:{name}"} for name in ("length", "asked")}
-    tiny.run(settings(base, data, runs, tmp_path / "dpo", beside=beside, dpo={"max_eval_prompts": 3}))
+    echo = {"sampler": f"{ROOT}/recipes/custom/echo.py:Echo", "max_new_tokens": 30}
+    changes = {"beside": beside, "dpo": {"max_eval_prompts": 3}, "sampling": echo}
+    tiny.run(settings(base, data, runs, tmp_path / "dpo", **changes))
     rows = [row for row in read_metrics(tmp_path / "dpo") if "eval_kl" in row]
     assert rows and all(row["eval_length"] == pytest.approx(row["eval_response_length"]) for row in rows)
     assert {row["eval_asked"] for row in rows} == {1.0}
-    pairs = [json.loads(line) for line in (data / "pairs.jsonl").read_text(encoding="utf-8").splitlines()]
     for line in (tmp_path / "asked.jsonl").read_text(encoding="utf-8").splitlines():
-        prompts, completions = json.loads(line)
-        assert len(prompts) == len(completions) == 3
-        assert all(
-            any(prompt == pair["chosen"][:-1] or prompt == pair.get("prompt") for pair in pairs) for prompt in prompts
-        )
+        asked = json.loads(line)
+        assert len(asked) == len({json.dumps(prompt) for prompt, _ in asked}) == 3
+        for prompt, (answer,) in asked:  # an echo: the words of its own prompt
+            assert answer["content"].split() == [word for turn in prompt for word in turn["content"].split()], asked
 
 
 def test_a_rate_that_is_left_out_is_that_of_pairs():

@@ -4,6 +4,7 @@ import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from align.errors import BadInput
 from align.manifest import kept_critic, read_manifest
@@ -101,6 +102,23 @@ def test_a_critic_stands_over_the_fully_tuned_run_that_its_policy_started_from(b
     assert same(trained_state(roles.critic), kept["first"]) and roles.critic_base is roles.base
 
 
+def test_an_adapter_over_a_critic_that_was_a_whole_model_stands_over_that(base, data, runs, tmp_path, kept):
+    full = {"method": {"kind": "full"}}
+    first = settings_of(base, data, runs, tmp_path / "first", full, {"kind": "adapter"})
+    tiny.run(first)
+    policy = {"from": first.output, "method": LORA}
+    second = settings_of(base, data, runs, tmp_path / "second", policy, {"from": first.output})
+    tiny.run(second)
+    assert kept_critic(second.output)["base"] == str(tmp_path / "first" / "critic")
+    third = settings_of(base, data, runs, tmp_path / "third", {"from": second.output}, {"from": second.output})
+    check_parents(third, {})
+    critic = load_roles(third, Worker()).critic
+    assert same(trained_state(critic), kept["second"])
+    whole = load_file(tmp_path / "first" / "critic" / "model.safetensors")["model.layers.0.mlp.down_proj.weight"]
+    under = [p for name, p in critic.named_parameters() if name.endswith("layers.0.mlp.down_proj.base_layer.weight")]
+    assert torch.equal(under[0], whole)
+
+
 def test_the_critic_of_the_policy_that_a_budget_keeps_is_the_run_s(base, data, runs, tmp_path, kept):
     ppo = {"kl_budget": 1.0, "num_iterations": 12, "eval_steps": 1, "learning_rate": 1e-3, "kl_coef": 0.0}
     settings = settings_of(base, data, runs, tmp_path / "ppo", {"from": "sft"}, {"kind": "adapter"}, ppo=ppo)
@@ -169,15 +187,14 @@ def test_a_critic_that_does_not_fit_is_refused(case, in_pipeline, made, base, da
         check_parents(settings, stages)
 
 
-@pytest.mark.parametrize("name", [VALUE_HEAD, "adapter_model.safetensors", "adapter_config.json"])
+@pytest.mark.parametrize("name", [VALUE_HEAD, "adapter_model.safetensors", "adapter_config.json", "tokenizer.json"])
 def test_a_critic_that_has_changed_is_noticed_by_who_takes_it(name, made, base, data, runs, tmp_path):
     shutil.copytree(made / "adapter", tmp_path / "adapter")
     file = tmp_path / "adapter" / "critic" / name
     whole = file.read_bytes()
-    file.write_bytes(
-        whole.replace(b"lora_alpha", b"lora_alphb") if name.endswith("json") else whole[:-4] + b"\x01\x02\x03\x04"
-    )
+    middle = len(whole) // 2
+    file.write_bytes(whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :])
     run = str(tmp_path / "adapter")
-    with pytest.raises(BadInput, match="`critic.from`: .*critic has changed since the run finished"):
+    with pytest.raises(BadInput, match="`critic.from`: .*critic/.* is damaged"):
         check_parents(settings_of(base, data, runs, tmp_path / "ppo", {"from": "sft"}, {"from": run}), {})
     check_parents(settings_of(base, data, runs, tmp_path / "ppo", {"from": run}, {"kind": "trunk"}), {})

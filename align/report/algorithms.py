@@ -25,6 +25,7 @@ LEGEND = (
     "±: half of the 95 % interval over seeds. KL: of an answer to where the policy starts, nats. At equal KL and time: "
     "by the evaluations of each run, where it first had so much."
 )
+LESS_NEEDED = (2, 6, 5, 7)  # columns of the table, the more needed first: KL, time, tokens, memory
 AXES = {"kl": "KL to where the policy starts (nats an answer)", "seconds": "training time (s)"}
 
 
@@ -61,6 +62,7 @@ class Algorithms:
     start: dict[str, float]  # the judge's scores of policies that were there before
     runs: tuple[Run, ...]
     failed: tuple[tuple[str, str], ...]
+    remarks: tuple[str, ...]
     machine: str
 
     @property
@@ -92,8 +94,8 @@ def over_seeds(values: Sequence[float]) -> Estimate:
 
 
 def common(comparison: Algorithms, axis: str) -> float | None:
-    """The most KL, or time, that every run has had by its last evaluation; None: some run was not evaluated."""
-    ends = [max((getattr(point, axis) for point in run.points), default=0.0) for run in comparison.runs]
+    """The most KL, or time, that every run which was evaluated has had by its last evaluation; None: there is none."""
+    ends = [max(getattr(point, axis) for point in run.points) for run in comparison.runs if run.points]
     return min(ends) if ends and min(ends) > 0 else None
 
 
@@ -104,7 +106,7 @@ def score_at(run: Run, axis: str, place: float) -> float:
     if after == 0:
         return run.points[0].score
     one, two = run.points[after - 1], run.points[after]
-    share = (place - reached[after - 1]) / (reached[after] - reached[after - 1])
+    share = (place - getattr(one, axis)) / (getattr(two, axis) - getattr(one, axis))
     return float(one.score + share * (two.score - one.score))
 
 
@@ -113,7 +115,8 @@ def at_equal(comparison: Algorithms, axis: str) -> dict[str, Estimate]:
     place = common(comparison, axis)
     if place is None:
         return dict.fromkeys(comparison.names, NOT_KNOWN)
-    return {name: over_seeds([score_at(r, axis, place) for r in comparison.of(name)]) for name in comparison.names}
+    told = {name: [score_at(r, axis, place) for r in comparison.of(name) if r.points] for name in comparison.names}
+    return {name: over_seeds(scores) for name, scores in told.items()}
 
 
 def last_scores(comparison: Algorithms) -> dict[str, Estimate]:
@@ -143,16 +146,16 @@ def advice(comparison: Algorithms) -> str:
         by_time, near = _best(ends)
         assert by_time is not None
         said.append(f"Take {by_time}: the best last policy ({ends[by_time]}){_alike(near, ends)}.")
-        said.append("Nothing was evaluated while they trained, so they are not compared at equal time or KL.")
+        said.append("They have too little in common of time or of KL to be compared at equal ones.")
     elif by_time == by_kl or by_time in near_kl or by_kl in near:
         take = by_time if by_time == by_kl or by_time in near_kl else by_kl
         others = sorted(set(near) & {*near_kl, by_kl} - {take})
-        where = f"{time[take]} after {common(comparison, 'seconds'):.3g} s of training, {kl[take]} at " + (
+        where = f"{time[take]} after {common(comparison, 'seconds'):.0f} s of training, {kl[take]} at " + (
             f"{common(comparison, 'kl'):.2g} nats"
         )
-        said.append(f"Take {take}: none is better at equal time or at equal KL ({where}){_alike(others, time)}.")
+        said.append(f"Take {take}: none is clearly better at equal time or KL ({where}){_alike(others, time)}.")
     else:
-        seconds = f"{time[by_time]} after {common(comparison, 'seconds'):.3g} s"
+        seconds = f"{time[by_time]} after {common(comparison, 'seconds'):.0f} s"
         said.append(f"Where time is short take {by_time} ({seconds}){_alike(near, time)};")
         said.append(
             f"where the policy should stay near its start take {by_kl} ({kl[by_kl]} at {common(comparison, 'kl'):.2g} "
@@ -177,7 +180,7 @@ def table(comparison: Algorithms) -> tuple[list[str], list[list[str]]]:
     columns = ["algorithm", "score", "KL", "at equal KL", "at equal time", "tokens", "time s", "MiB"]
     columns[3:5] = [
         "at equal KL" if kl is None else f"at {kl:.2g} nats",
-        "at equal time" if time is None else f"at {time:.3g} s",
+        "at equal time" if time is None else f"at {time:.0f} s",
     ]
     by_kl, by_time, ends, rows = (
         at_equal(comparison, "kl"),
@@ -206,15 +209,23 @@ def show(comparison: Algorithms, console: "Console | None" = None) -> None:
     title = f"{plain(comparison.title)}: judged by {plain(comparison.judge)}, {len(seeds)} seeds, {comparison.budget}"
     console.print(Text(title, style="bold"))
     columns, rows = table(comparison)
+    rows = [[cell.replace(" ± ", "±") for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(columns, *rows, strict=True)]
+    left = [n for n in range(len(columns)) if n not in LESS_NEEDED]  # by number; the others as there is room
+    for number in LESS_NEEDED:
+        if sum(widths[n] + 1 for n in (*left, number)) <= console.width + 1:
+            left = sorted([*left, number])
     drawn = Table(box=None, header_style="dim", pad_edge=False, padding=(0, 1, 0, 0))
-    for number, column in enumerate(columns):
-        drawn.add_column(Text(column), justify="right" if number else "left", no_wrap=True)
+    for number in left:
+        drawn.add_column(Text(columns[number]), justify="right" if number else "left", no_wrap=True)
     for row in rows:
-        drawn.add_row(*(Text(cell.replace(" ± ", "±")) for cell in row))
+        drawn.add_row(*(Text(row[number]) for number in left))
     console.print(drawn)
     for name, score in comparison.start.items():
         console.print(Text(f"{plain(name)}, from before: {score:.3f}"))
     console.print(Text(LEGEND, style="dim"))
+    for remark in comparison.remarks:
+        console.print(Text(plain(remark, 400)))
     for name, reason in comparison.failed:
         console.print(Text(f"failed: {plain(name)}: {plain(reason, 300)}"))
     console.print(Text(f"\n{advice(comparison)}"))

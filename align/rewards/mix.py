@@ -42,8 +42,9 @@ class Told:
 class RewardMix:
     """Weighted sum of rewards, each reported by its name. `journal`: what functions are told, and what they log."""
 
-    def __init__(self, terms: list[tuple[str, float, Scorer]], journal: Journal):
-        self.terms, self.journal = terms, journal
+    def __init__(self, terms: list[tuple[str, float, Scorer]], journal: Journal, *, must_apply: bool = True):
+        """`must_apply`: whether a row to which no term applies is an error; else its total is NaN."""
+        self.terms, self.journal, self._must_apply = terms, journal, must_apply
 
     def __call__(self, answers: Answers) -> tuple[list[float], dict[str, list[float]]]:
         """The total of each row, and each term's own scores.
@@ -96,6 +97,8 @@ class RewardMix:
                     f"the reward `{name}` gave {what} for the answer to {prompt.where}: no finite number in float32"
                 )
             weighted.append(value)
+        if not weighted and not self._must_apply:
+            return math.nan
         if not weighted:
             raise RunFailed(
                 f"no reward applies to the answer to {prompt.where}: each of `rewards` gave None or NaN; "
@@ -148,24 +151,28 @@ def check_reward(reward: Reward, key: str) -> None:
         check_function(reward.use, reward.arguments, f"`{key}`")
 
 
-def build_rewards(rewards: Sequence[Reward], bases: "Bases") -> RewardMix:
-    """Loads what is learned, over the bases that are in memory already where they fit."""
+def build_rewards(
+    rewards: Sequence[Reward], bases: "Bases", *, keys: Sequence[str] | None = None, must_apply: bool = True
+) -> RewardMix:
+    """Loads what is learned, over the bases that are in memory already where they fit. `keys` are the recipe's (None:
+    `rewards[0]` and so on)."""
     terms: list[tuple[str, float, Scorer]] = []
     journal = Journal()
-    for index, reward in enumerate(rewards):
+    named = keys or [f"rewards[{index}]" for index in range(len(rewards))]
+    for index, (key, reward) in enumerate(zip(named, rewards, strict=True)):
         if reward.use in OF_RUNS:
             from align.rewards import learned
 
-            settings = _settings_of(reward, f"rewards[{index}]")
+            settings = _settings_of(reward, key)
             name, scorer = reward.use, getattr(learned, reward.use)(settings, bases)
         else:
-            function = check_function(reward.use, reward.arguments, f"`rewards[{index}]`")
+            function = check_function(reward.use, reward.arguments, f"`{key}`")
             scorer = FunctionReward(reward.use, function, reward.arguments, journal)
             name = scorer.name
         if name in (term[0] for term in terms):
             name = f"{name}_{index}"
         terms.append((name, reward.weight, scorer))
-    return RewardMix(terms, journal)
+    return RewardMix(terms, journal, must_apply=must_apply)
 
 
 def _settings_of(reward: Reward, key: str) -> Any:

@@ -267,12 +267,14 @@ class SamplingSettings(StageSettings):
         return self.sampling
 
 
-OUR_FIGURES = ("score", "score_penalised", "score_std", "kl", "kl_error", "kl_to_start", "loss", "accuracy", "margin")
+# of an evaluation, `eval_` before them
+OF_ANSWERS = ("score", "score_penalised", "score_std", "kl", "kl_error", "kl_to_start", "response_length", "eos_share")
+OF_PAIRS = ("loss", "accuracy", "margin", "rewards_chosen", "rewards_rejected")
 
 
 def _of_its_own(names: dict[str, Reward]) -> dict[str, Reward]:
     for name in names:
-        if name in OUR_FIGURES or not name.isidentifier():
+        if name in (*OF_ANSWERS, *OF_PAIRS) or not name.isidentifier():
             raise ValueError(f"`{name}` is no name for a figure of one's own, `eval_{name}`; choose another word")
     return names
 
@@ -348,6 +350,7 @@ class PpoSettings(SamplingSettings, PolicySettings):
             ("ppo.scale_rewards", ppo.scale_rewards, ppo.advantage != "grpo" and ppo.scale_rewards != "group"),
             ("ppo.whiten_rewards", ppo.whiten_rewards, is_compared and ppo.whiten_rewards),  # would pay for length
             ("ppo.gamma", ppo.gamma, is_compared and ppo.gamma != 1.0),
+            ("ppo.normalize_scores", ppo.normalize_scores, _divides(ppo) and ppo.normalize_scores != "none"),
         ):
             if is_useless:
                 raise ValueError(f"`{key}: {str(value).lower()}` has no meaning with {of}; leave it out")
@@ -377,6 +380,11 @@ class PpoSettings(SamplingSettings, PolicySettings):
     def terms(self) -> dict[str, Reward]:
         rewards = {f"rewards[{index}]": reward for index, reward in enumerate(self.rewards)}
         return rewards | {f"beside.{name}": reward for name, reward in self.beside.items()}
+
+
+def _divides(ppo: Ppo) -> bool:
+    """Whether the advantage has a scale of its own, whatever the scores have."""
+    return ppo.advantage == "grpo" and ppo.scale_rewards != "none"
 
 
 WITHOUT_REFERENCE = ("simpo", "orpo")

@@ -27,7 +27,7 @@ from align.models.layout import Tree
 from align.models.roles import Bases, Role
 from align.parents import remarks_on_parents
 from align.report.curves import dpo_curves
-from align.rewards import Answers, check_columns
+from align.rewards import Answers
 from align.rollout.choose import sampler_of
 from align.rollout.reading import read_all
 from align.rollout.sampler import Sampler, Seeds
@@ -51,6 +51,7 @@ class Preferences(Task[Pair]):
     name = "dpo"
     figures: ClassVar = ("accuracy", "margin", "rewards_chosen", "rewards_rejected")
     shown: ClassVar = ("accuracy", "eval_accuracy", "eval_kl")
+    begins_with_evaluation = True
     nothing_to_learn = "chosen and rejected answers are the same to the policy; check the data and max_length"
 
     def __init__(self, settings: DpoSettings, pairs: Sequence[Pair], reference: Role, speaker: "Speaker | None"):
@@ -171,7 +172,6 @@ def run(settings: DpoSettings, worker: Worker) -> None:
     loaded = load(settings.data, "preferences")
     pairs, said = encode_pairs(tokenizer, loaded.train, settings.max_length)
     held_out, _ = encode_pairs(tokenizer, loaded.validation, settings.max_length)
-    check_columns(settings, [_as_prompt(pair.preference) for pair in held_out])
     if not pairs:
         raise BadInput(f"`data`: no pair is left to train on; {said}")
     policy = bases.role(start, method=method, trainable=True)

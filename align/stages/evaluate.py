@@ -83,7 +83,7 @@ def run(settings: EvaluateSettings, worker: Worker) -> None:
     if not rows:
         raise BadInput(f"`prompts`: none has at most {settings.max_prompt_length} tokens (`max_prompt_length`)")
     judge = build_rewards(settings.rewards, bases)
-    beside = build_beside(settings.beside, bases)
+    beside = build_beside(settings.beside, bases, must_apply=True)
     pairwise = None
     if settings.pairwise_judge is not None and worker.is_main:
         cache = Path(settings.output) / CACHE

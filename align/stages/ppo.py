@@ -81,9 +81,10 @@ class _Run:
 
     def tell_rewards(self, done: int) -> None:
         """How many iterations are done, for reward functions that ask."""
-        journal, ppo = self.roles.rewards.journal, self.settings.ppo
-        journal.step, journal.num_steps = done, ppo.num_iterations
-        journal.epoch = done * ppo.prompts_per_iteration / len(self.train)
+        ppo = self.settings.ppo
+        for mix in (self.roles.rewards, *self.roles.beside.values()):
+            mix.journal.step, mix.journal.num_steps = done, ppo.num_iterations
+            mix.journal.epoch = done * ppo.prompts_per_iteration / len(self.train)
 
 
 def run(settings: PpoSettings, worker: Worker) -> None:
@@ -268,10 +269,11 @@ def _evaluate(this: _Run, iteration: int) -> dict[str, float]:
 
 
 def _scale(this: _Run, scored: Scored) -> Scale:
-    """What held-out scores are penalised by: the scale of all that was sampled, or, at the start, their own."""
+    """What held-out scores are penalised by: one scale for the whole run, that evaluations may be compared."""
     if this.settings.ppo.normalize_scores == "none":
         return scale_of(None)
-    return scale_of(this.progress.get("score_moments") or with_batch(NOTHING_YET, scored.scores))
+    first = this.progress.get("score_moments") or with_batch(NOTHING_YET, scored.scores)
+    return scale_of(this.progress.setdefault("eval_moments", first))
 
 
 def _show_samples(this: _Run, scored: Scored, kl: Tensor, iteration: int) -> None:

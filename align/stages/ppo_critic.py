@@ -14,7 +14,7 @@ from torch import nn
 
 from align.artifact import where_base_is
 from align.files import folder_in_one_go
-from align.identity import base_of, contents, has_adapter
+from align.identity import base_of, has_adapter, of_whole_file
 from align.manifest import MANIFEST, kept_critic, read_manifest
 from align.models.base import Base
 from align.models.roles import Bases, Role, new_head
@@ -54,6 +54,8 @@ def base_of_critic(bases: Bases, settings: PpoSettings) -> Base:
     kept = None if path is None else kept_critic(path)
     if path is None or kept is None:
         return bases.base_of(path or settings.policy.path)
+    if not has_adapter(folder := str(Path(path) / CRITIC)):  # a whole model: what goes over it stands on it
+        return bases.base_of(folder)
     manifest = read_manifest(path)
     place = base_of(manifest | kept, path, recipes=bases.settings.base)
     return bases.load(place, revision=manifest["recipe"]["model"].get("revision"))
@@ -107,7 +109,8 @@ def about_critic(run: Path, base: Base | None) -> dict[str, Any]:
     if not (run / CRITIC).is_dir():
         return {}
     over = {} if base is None else where_base_is(base.name, base.fingerprint, run)
-    return {"critic": {"kind": "trunk" if base is None else "adapter", "contents": contents(run / CRITIC)} | over}
+    files = {path.name: of_whole_file(path) for path in sorted((run / CRITIC).iterdir())}
+    return {"critic": {"kind": "trunk" if base is None else "adapter", "files": files} | over}
 
 
 def _kept_head(run: str, device: torch.device) -> nn.Linear:

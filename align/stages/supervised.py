@@ -46,6 +46,7 @@ class Task(ABC, Generic[Example]):
     shown: ClassVar[tuple[str, ...]] = ("eval_loss",)  # of these and `eval_...`, what a terminal has room for
     # why the gradient may be zero at the first step, and the cure
     nothing_to_learn: ClassVar[str] = "the method leaves nothing to train, or the loss does not depend on it"
+    begins_with_evaluation: ClassVar[bool] = False  # where there are evaluations on the way: at the start too
     mean_weight: float = 1.0  # of what `count` counts, over the data: a step of light pairs counts for less
 
     @abstractmethod
@@ -182,6 +183,8 @@ def end(
 def _loop(this: _Run[Any]) -> bool:
     """Steps up to the end, or to where the run has to go back; returns whether it is the end."""
     t, task, course, num_steps = this.settings.train, this.task, this.course, this.num_steps
+    if course.progress["step"] == 0 and task.begins_with_evaluation and t.eval_steps and this.held_out:
+        this.tracker.log(0, _evaluate(this))
     this.worker.wait()  # else one that a signal ends here would leave another in the midst of its first step
     this.worker.hold_signals()
     for step in range(course.progress["step"] + 1, num_steps + 1):
