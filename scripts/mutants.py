@@ -8,7 +8,7 @@ align/{stages,rewards,rollout,models,data,loop} is changed one at a time, in a c
 a constant, a condition, a statement left out. The tests that run what was changed are run, the quickest first, until
 one fails; where none is known to (what runs as a module is imported, or in a process of its own), the files that name
 it. Each verdict is written to `mutants.jsonl` in the work folder as it comes; started again, the command goes on with
-what is left. `--show` lists what survived.
+what is left, and with what survived where `--seconds` gives it more tests. `--show` lists what survived.
 """
 
 import argparse
@@ -54,7 +54,6 @@ SWAPS: dict[type, type] = {
 }
 NAMES = {"min": "max", "max": "min", "any": "all", "all": "any"}
 LIBRARIES = ["torch", "transformers", "peft", "trl", "accelerate", "datasets", "pytest", "matplotlib.pyplot"]
-MOST = 240.0  # seconds of tests a mutant, as they took under coverage; the quickest come first
 FILES = 12  # test files of a mutant that no test is known to run
 SECONDS = 900  # for all of them; what takes longer hangs, and is noticed by that
 
@@ -76,6 +75,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--seconds", type=float, default=240.0, help="of tests a mutant, as they took under coverage")
     parser.add_argument("--show", action="store_true", help="list what survived, and run nothing")
     options = parser.parse_args()
     log = options.work / "mutants.jsonl"
@@ -90,8 +90,11 @@ def main() -> int:
         ]
         chosen = random.Random(options.seed).sample(every, options.count)
         run_under_coverage(options.work, options.processes)
-        seen = {(row["file"], row["node"]) for row in done}
-        done += try_all([site for site in chosen if (site.file, site.node) not in seen], log, options)
+        of_place = tests_by_line(options.work, options.seconds)
+        tried = {(row["file"], row["node"]): row for row in done}
+        left = [site for site in chosen if not is_settled(tried.get((site.file, site.node)), of_place(site))]
+        done += try_all(left, of_place, log, options)
+    done = list({(row["file"], row["node"]): row for row in done}.values())  # the last word on each
     survived = [row for row in done if not row["by"]]
     for row in survived:
         print(f"{row['file']}:{row['line']} {row['function']}: {row['was']}  ->  {row['becomes']}")
@@ -152,6 +155,11 @@ def change(node: ast.AST) -> bool:
     return True
 
 
+def is_settled(row: dict | None, tests: list[str]) -> bool:
+    """Whether a place was tried: one that survived is tried again when there is time for more tests."""
+    return row is not None and (bool(row["by"]) or row["tests"] >= len(tests))
+
+
 def run_under_coverage(work: Path, processes: int) -> None:
     """Runs the whole suite, unless that is done: which tests run which lines, and how long each takes."""
     if (work / "times.xml").is_file():
@@ -164,7 +172,7 @@ def run_under_coverage(work: Path, processes: int) -> None:
     (tree / "times.xml").replace(work / "times.xml")
 
 
-def tests_by_line(work: Path) -> Callable[[Site], list[str]]:
+def tests_by_line(work: Path, most: float) -> Callable[[Site], list[str]]:
     """Of a place: the tests that run it, the quickest first."""
     import coverage
 
@@ -179,7 +187,7 @@ def tests_by_line(work: Path) -> Callable[[Site], list[str]]:
         contexts = data.contexts_by_lineno(str(work / "covered" / site.file))
         first, last = site.lines
         running = {each.partition("|")[0] for line in range(first, last + 1) for each in contexts.get(line, ())}
-        left, chosen = MOST, []
+        left, chosen = most, []
         for test in sorted(running & seconds.keys(), key=lambda test: seconds[test]):
             left -= seconds[test]
             if left < 0 and chosen:
@@ -190,12 +198,14 @@ def tests_by_line(work: Path) -> Callable[[Site], list[str]]:
     return found
 
 
-def try_all(left: list[Site], log: Path, options: argparse.Namespace) -> list[dict]:
+def try_all(
+    left: list[Site], of_place: Callable[[Site], list[str]], log: Path, options: argparse.Namespace
+) -> list[dict]:
     """The verdict on each place, written as it comes."""
     copies: Queue[Path] = Queue()
     for number in range(options.processes):
         copies.put(_copy_of_the_tree(options.work / f"tree-{number}"))
-    of_place, begun = tests_by_line(options.work), time.time()
+    begun = time.time()
     if found := _noticed(copies.queue[0], ["tests/test_house.py", "tests/maths"]):
         raise SystemExit(f"the tests do not pass where nothing was changed: {found}")
 
