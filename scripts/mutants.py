@@ -80,6 +80,7 @@ def main() -> int:
     options = parser.parse_args()
     log = options.work / "mutants.jsonl"
     done = [json.loads(line) for line in log.read_text().splitlines()] if log.is_file() else []
+    os.environ["OMP_NUM_THREADS"] = "1"  # before the libraries are loaded that go by it
     if not options.show:
         options.work.mkdir(parents=True, exist_ok=True)
         every = [
