@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from align.data import looks_like_hub_id
+from align.data.kwargs import KEY, parted, with_kwargs
 from align.errors import BadInput
 from align.hub import is_folder_name
 from align.identity import (
@@ -30,6 +31,7 @@ from align.settings import (
     StageSettings,
 )
 from align.surroundings import cached_folder, may_be_fetched
+from align.wording import brief
 
 HEADS = ("score.weight", "classifier.weight", "classifier.out_proj.weight")  # of sequence classifiers
 SPEAKERS = ("policy.", "policies.", "reference.")  # keys of what samples, or is compared with what samples
@@ -248,7 +250,8 @@ def _speech_of(folder: str | None, model: Model, made: dict[str, StageSettings])
     if place is None or not has_tokenizer(place):
         return None
     given = model.chat_template if folder is None else None
-    return Speech((template_of(place) or "").strip() if given is None else _text_of(given), str(place))
+    template = (template_of(place) or "").strip() if given is None else _text_of(given)
+    return Speech(template if folder is not None else with_kwargs(template, model.chat_template_kwargs), str(place))
 
 
 def _check_speech(settings: StageSettings, folder: str, key: str, made: dict[str, StageSettings]) -> None:
@@ -256,15 +259,8 @@ def _check_speech(settings: StageSettings, folder: str, key: str, made: dict[str
     own = None if is_reward(key) else _speech_of(folder, settings.model, made)
     if own is None:
         return
-    given = settings.model.chat_template
-    if given is not None and key.startswith(SPEAKERS) and _text_of(given) != own.template:
-        trained_with = "another chat template" if own.template else "no chat template"
-        if (Path(folder) / TEMPLATE_FILE).is_file():
-            trained_with = f"the template in {folder}/{TEMPLATE_FILE}"
-        raise BadInput(
-            f"`model.chat_template`: {given} is not what {folder} (`{key}`) was trained with, {trained_with}: leave "
-            "`model.chat_template` out"
-        )
+    if key.startswith(SPEAKERS):
+        _check_given(settings.model, own, folder, key)
     other = settings.must_match(key)
     theirs = None if other is None else _speech_of(other.folder, settings.model, made)
     if other is None or theirs is None:
@@ -275,6 +271,27 @@ def _check_speech(settings: StageSettings, folder: str, key: str, made: dict[str
         raise BadInput(
             f"`{key}`: {folder} was trained with another chat template than {other.who}: it would read turns that it "
             "has never seen; name one that was trained with the same template"
+        )
+
+
+def _check_given(model: Model, own: Speech, folder: str, key: str) -> None:
+    """What the recipe gives is what the model was trained with; what it leaves out is taken from there."""
+    kwargs, bare = parted(own.template)
+    given = None if model.chat_template is None else parted(_text_of(model.chat_template))
+    if given is not None and given[1] != bare:
+        trained_with = "another chat template" if own.template else "no chat template"
+        if (Path(folder) / TEMPLATE_FILE).is_file():
+            trained_with = f"the template in {folder}/{TEMPLATE_FILE}"
+        raise BadInput(
+            f"`model.chat_template`: {model.chat_template} is not what {folder} (`{key}`) was trained with, "
+            f"{trained_with}: leave `model.chat_template` out"
+        )
+    wanted = ({} if given is None else given[0]) | model.chat_template_kwargs
+    if wanted and wanted != kwargs:
+        said, before = (", ".join(f"{name}: {brief(each[name])}" for name in each) for each in (wanted, kwargs))
+        raise BadInput(
+            f"{KEY}: {said} is not what {folder} (`{key}`) was trained with, {before or 'none'}: leave {KEY} out, or "
+            "give single rows theirs (`chat_template_kwargs`)"
         )
 
 

@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from align.data import Loaded, load, looks_like_hub_id
+from align.data.kwargs import check_kwargs
 from align.errors import BadInput
 from align.files import reading
 from align.hub import INDEX, WEIGHTS, name_all
+from align.identity import template_of
 from align.models.facts import (
     Facts,
     check_generates,
@@ -184,6 +186,7 @@ def check_model(settings: StageSettings) -> None:
     if model.chat_template is not None and not Path(model.chat_template).is_file():
         hint = did_you_mean_path(Path(model.chat_template)) or "; name a Jinja file"
         raise BadInput(f"`model.chat_template`: {model.chat_template} is not there{hint}")
+    check_kwargs(model.chat_template_kwargs, None)
     facts = _facts(settings)
     if facts is not None:
         _check_facts(settings, facts)
@@ -209,6 +212,8 @@ def _check_facts(settings: StageSettings, facts: Facts) -> None:
     template = settings.model.chat_template
     written = None if template is None else Path(template).read_text(encoding="utf-8", errors="replace")
     check_tokenizer(facts, written, "`model.base`")
+    if settings.start() is None:  # else it is the run's own template that they are for
+        check_kwargs(settings.model.chat_template_kwargs, template_of(facts.folder) if written is None else written)
 
 
 def _check_lengths(settings: StageSettings) -> None:

@@ -11,6 +11,7 @@ from align.data.encode import (
     encode_demonstration,
     encode_pair,
     encode_prompt,
+    render_answered,
     report_truncation,
 )
 from align.data.formats import Demonstration, Example, Kind, Preference, Prompt, parse
@@ -46,6 +47,7 @@ __all__ = [
     "looks_like_hub_id",
     "parse",
     "read_rows",
+    "render_answered",
     "report_truncation",
     "unread",
 ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, TypeAlias, TypedDict, cast
 
 from align.data.marks import is_mark
@@ -44,6 +44,7 @@ MEANT = (  # keys of a message that are part of what it says: a template must re
     "tool_calls", "function_call", "tool_plan", "tool_responses", "reasoning_content", "reasoning", "thinking",
     "thought", "thoughts", "images", "image", "audio", "video", "documents",
 )  # fmt: skip
+THOUGHTS = ("reasoning_content", "reasoning", "thinking", "thought", "thoughts")
 CALLS = ("tool_calls", "function_call")  # a turn that has them need say nothing
 WRITTEN_OUT = re.compile(r"""\s*\[\s*\{\s*["'](role|content|from|value)["']\s*:""")
 
@@ -121,10 +122,49 @@ def _further_keys(item: dict[str, Any], own: Iterable[str], where: str, field: s
         if key not in own and value is not None and not _is_empty(value) and not is_mark(key, value)
     }
     if "tool_calls" in further:
-        further["tool_calls"] = read_objects(further["tool_calls"], where, f"{field}.tool_calls")
+        calls = read_objects(further["tool_calls"], where, f"{field}.tool_calls")
+        further["tool_calls"] = [_with_read_arguments(call, where, f"{field}.tool_calls") for call in calls]
         if not further["tool_calls"]:
             del further["tool_calls"]
     return further
+
+
+def _with_read_arguments(call: dict[str, Any], where: str, field: str) -> dict[str, Any]:
+    """A call with its arguments as an object: OpenAI's files have their JSON text, which most templates would write as
+    a text within the call, or take no loop over."""
+    function = called(call)
+    if not isinstance(function.get("arguments"), str):
+        return call
+    try:
+        arguments = json.loads(function["arguments"])
+    except (ValueError, RecursionError):
+        return call
+    if not isinstance(arguments, dict):
+        return call
+    return with_function(call, function | {"arguments": read_json(arguments, where, f"{field}.arguments")})
+
+
+def called(call: Mapping[str, Any]) -> dict[str, Any]:
+    """What a call calls: `function`, or the call itself where `name` and `arguments` stand in it."""
+    function = call.get("function")
+    return function if isinstance(function, dict) else dict(call)
+
+
+def with_function(call: Mapping[str, Any], function: dict[str, Any]) -> dict[str, Any]:
+    """The same call of another function, or with other arguments."""
+    return {**call, "function": function} if isinstance(call.get("function"), dict) else function
+
+
+def calls_of(message: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The tool calls of a message."""
+    calls = message.get("tool_calls")
+    return [call for call in calls if isinstance(call, dict)] if isinstance(calls, list) else []
+
+
+def words_of(message: Mapping[str, Any]) -> str:
+    """What a turn says, for people and for models without its template: its words, and each call as JSON on a line."""
+    calls = [json.dumps(called(call), ensure_ascii=False, default=str) for call in calls_of(message)]
+    return "\n".join(part for part in (str(message.get("content") or ""), *calls) if part)
 
 
 def _is_empty(value: Any) -> bool:

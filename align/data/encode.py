@@ -2,8 +2,9 @@
 
 The template is rendered as text, cut where assistant turns begin and end, and tokenized so that a prompt has
 the same ids here as `encode_prompt` gives the sampler. Where an assistant turn begins is where the template,
-rendered up to that turn with its generation prompt, ends. A template that renders a turn differently once
-more turns follow may still be cut by its own `{% generation %}` marks; one with neither is refused.
+rendered up to that turn with its generation prompt, ends. Where a template does not render an answer so that it
+goes on from there, it may still be cut by its own `{% generation %}` marks, or by those of TRL's training template of
+its family; one with neither is refused.
 
 What SFT learns of a turn goes up to and with its end token. What a reward model reads, and DPO learns, is the rendering
 whole.
@@ -11,33 +12,40 @@ whole.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import groupby, takewhile
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from align.data.conversations import Message, Text
 from align.data.formats import Demonstration, Preference, Prompt
 from align.data.templates import (
     GENERATION_MARK,
     NO_ARGUMENTS,
+    TEMPLATE_CURE,
     Ending,
     apply,
     discontinuous,
-    end_in,
     end_token_ids,
     ending_of,
     ids_of,
     num_alike,
     render,
+    switch_of,
     tokenized,
+    training_template,
 )
+from align.data.turns import Discontinuous, answer_turns
+from align.data.unread import check_answer
 from align.errors import BadInput
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 HOW_ANSWERS_OPEN = "to one whose generation prompt is how answers open"
+OPENED = re.compile(r"<think>\s*\Z")  # a thought that the generation prompt opens
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +55,7 @@ class Encoded:
     input_ids: tuple[int, ...]
     loss_mask: tuple[bool, ...]
     is_truncated: bool
+    by_trl: bool = False  # whether what is learnt is as TRL's training template marks it
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,20 +70,15 @@ class EncodedPair:
     rejected_ids: tuple[int, ...]
 
 
-class _Discontinuous(Exception):
-    """The template does not render the conversation as a continuation of its earlier turns; with what it opens the
-    answer with and leaves out where the answer is rendered."""
-
-
 def encode_demonstration(tokenizer: PreTrainedTokenizerBase, demonstration: Demonstration, max_length: int) -> Encoded:
     """Ids of the whole demonstration, loss on each answer and its end token, cut at `max_length` tokens."""
-    prompt, completion = demonstration.prompt, demonstration.completion
+    prompt, completion, by_trl = demonstration.prompt, demonstration.completion, False
     if isinstance(prompt, str) or isinstance(completion, str):
         head, tail = _encode_plain(tokenizer, str(prompt), str(completion))
         ids, mask = head + tail, [False] * len(head) + [True] * len(tail)
     else:
-        ids, mask = _encode_chat(tokenizer, demonstration, prompt + completion)
-    return Encoded(tuple(ids[:max_length]), tuple(mask[:max_length]), len(ids) > max_length)
+        ids, mask, by_trl = _encode_chat(tokenizer, demonstration, prompt + completion)
+    return Encoded(tuple(ids[:max_length]), tuple(mask[:max_length]), len(ids) > max_length, by_trl)
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
@@ -82,6 +86,7 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[in
     if isinstance(prompt.prompt, str):
         return _plain_ids(tokenizer, prompt.prompt)
     text = render(tokenizer, prompt.prompt, prompt.where, is_prompt=True, template=prompt.template)
+    _check_words(tokenizer, prompt.where)
     return ids_of(tokenizer, text)
 
 
@@ -148,15 +153,99 @@ def _encode_answers(
         if isinstance(answer, str):
             found.append(_encode_plain(tokenizer, str(prompt), answer, ended=ended))
             continue
-        full = render(tokenizer, prompt + answer, where, template=template)
-        if not ended:
-            full = full.removesuffix(ending_of(tokenizer).text)
+        full = render_answered(tokenizer, prompt, answer, where, template, ended=ended)
         if is_strict and not full.startswith(head):
-            raise discontinuous(where, HOW_ANSWERS_OPEN, head[num_alike(head, full) :])
+            raise _refusal(tokenizer, prompt, answer, where, template, head[num_alike(head, full) :])
+        if is_strict:
+            check_answer(tokenizer, answer[-1], template, full[len(head) :], where)
         whole = ids_of(tokenizer, full)
         num_shared = num_alike(head_ids, whole)
         found.append((whole[:num_shared], whole[num_shared:]))
     return found
+
+
+def render_answered(
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: tuple[Message, ...],
+    answer: tuple[Message, ...],
+    where: str,
+    template: Mapping[str, Any] = NO_ARGUMENTS,
+    *,
+    ended: bool = True,
+) -> str:
+    """A prompt and an answer to it as text, whole, or, where the answer was cut off (not `ended`), up to its last
+    word."""
+    answer = tuple(_with_its_thought(tokenizer, (*prompt, *answer), len(prompt), where, template))
+    full = render(tokenizer, prompt + answer, where, template=template)
+    _check_words(tokenizer, where)
+    if ended:
+        return full
+    head = render(tokenizer, prompt, where, is_prompt=True, template=template)
+    if OPENED.search(head) and "</think>" not in answer[-1]["content"]:  # cut off in its thought
+        return head + answer[-1]["content"]
+    return full.removesuffix(ending_of(tokenizer).text)
+
+
+def _with_its_thought(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: tuple[Message, ...],
+    num_prompt: int,
+    where: str,
+    template: Mapping[str, Any],
+) -> Iterator[Message]:
+    """The messages after the prompt; answers that close a thought which the generation prompt opens, as sampled ones
+    do, in the form by which the template renders just that, if it has one: some part a thought from the words by
+    themselves, others only where it is opened, or in a field of its own."""
+    for index, message in enumerate(messages[num_prompt:], num_prompt):
+        content = message["content"]
+        is_sampled = message["role"] == "assistant" and "</think>" in content and "<think>" not in content
+        head = render(tokenizer, messages[:index], where, is_prompt=True, template=template) if is_sampled else ""
+        opened = OPENED.search(head)
+        if not opened:
+            yield message
+            continue
+        thought, _, words = content.partition("</think>")
+        forms: list[dict[str, str]] = [{}, {"content": opened.group() + content}]
+        forms.append({"content": words.strip(), "reasoning_content": thought.strip()})
+        for form in forms:
+            changed = cast(Message, {**message, **form})
+            with suppress(BadInput):  # a template that reads no thoughts
+                full = render(tokenizer, (*messages[:index], changed), where, template=template)
+                if full.startswith(head) and _letters(full[len(head) :]).startswith(_letters(content)):
+                    yield changed
+                    break
+        else:
+            yield message
+
+
+def _check_words(tokenizer: PreTrainedTokenizerBase, where: str) -> None:
+    if not ending_of(tokenizer).has_words:
+        raise BadInput(
+            f"{where}: the chat template writes no words of a message (some take lists of parts alone); {TEMPLATE_CURE}"
+        )
+
+
+def _letters(text: str) -> str:
+    return "".join(text.split())
+
+
+def _refusal(
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: tuple[Message, ...],
+    answer: tuple[Message, ...],
+    where: str,
+    template: Mapping[str, Any],
+    opening: str,
+) -> BadInput:
+    """Of a pair's answer that does not go on from its prompt; a switch of the template that mends it is named."""
+
+    def is_sound(template: Mapping[str, Any]) -> bool:
+        head = render(tokenizer, prompt, where, is_prompt=True, template=template)
+        return render(tokenizer, prompt + answer, where, template=template).startswith(head)
+
+    if cure := switch_of(tokenizer, template, is_sound):
+        return discontinuous(where, cure, opening, is_template=False)
+    return discontinuous(where, HOW_ANSWERS_OPEN, opening)
 
 
 def _encode_plain(
@@ -191,116 +280,129 @@ def _ends_already(tokenizer: PreTrainedTokenizerBase, text: str) -> bool:
 
 def _encode_chat(
     tokenizer: PreTrainedTokenizerBase, demonstration: Demonstration, messages: tuple[Message, ...]
-) -> tuple[list[int], list[bool]]:
-    d = demonstration
-    num_context = len(d.prompt)
-    marks = [False] * num_context + list(d.learnt or [True] * (len(messages) - num_context))
-    learnt = [is_on and m["role"] == "assistant" for m, is_on in zip(messages, marks, strict=True)]
+) -> tuple[list[int], list[bool], bool]:
+    """Ids, mask, and whether the mask is that of TRL's training template."""
+    d, learnt = demonstration, demonstration.learnt
+    gaps = _gaps(messages, learnt, d.where)
+    messages = (*d.prompt, *_with_its_thought(tokenizer, messages, len(d.prompt), d.where, d.template))
     full = render(tokenizer, messages, d.where, template=d.template)
+    _check_words(tokenizer, d.where)
+    wanted = [i for i, m in enumerate(messages) if m["role"] == "assistant" and (learnt[i] or any(gaps))]
     try:
-        turns = list(_answer_turns(tokenizer, messages, learnt, full, d))
-    except _Discontinuous as error:
-        return _encode_by_marks(tokenizer, messages, learnt, d, opening=str(error))
-    chunks, position = [], 0
-    for turn in turns:
+        turns = list(answer_turns(tokenizer, messages, wanted, full, d, d.template))
+    except Discontinuous as error:
+        if all(learnt):
+            whole = ids_of(tokenizer, full)
+            return whole, [True] * len(whole), False
+        return _encode_by_marks(tokenizer, messages, gaps, wanted, full, d, opening=str(error))
+    chunks, flags, position = [], [], 0
+    for number, turn in enumerate(turns):
         chunks += [full[position : turn.start], full[turn.start : turn.stop]]
+        flags += [any(gaps) and gaps[number], learnt[turn.index]]
         position = turn.stop
-    if not turns or turns[-1].has_end or not learnt[-1]:
+    is_closed = not turns or turns[-1].has_end or not learnt[-1]
+    if is_closed:
         chunks.append(full[position:])
+        flags.append(gaps[-1])
     ids: list[int] = []
     mask: list[bool] = []
-    for index, part in enumerate(tokenized(tokenizer, chunks)):
+    for part, is_on in zip(tokenized(tokenizer, chunks), flags, strict=True):
         ids += part
-        mask += [index % 2 == 1] * len(part)
-    if len(chunks) % 2 == 0 and tokenizer.eos_token_id is not None:  # the last answer has no end of the template's
+        mask += [is_on] * len(part)
+    if not is_closed and tokenizer.eos_token_id is not None:  # the last answer has no end of the template's
         ids.append(int(tokenizer.eos_token_id))
         mask.append(True)
-    return ids, mask
+    return ids, mask, False
 
 
-@dataclass(frozen=True, slots=True)
-class _Turn:
-    """Where in the text what is learnt of an answer stands, and whether it ends with an end token."""
+def _gaps(messages: Sequence[Message], learnt: Sequence[bool], where: str) -> list[bool]:
+    """Whether what stands before each answer, after the one before, carries loss, and what stands after the last.
 
-    start: int
-    stop: int
-    has_end: bool
-
-
-def _answer_turns(
-    tokenizer: PreTrainedTokenizerBase,
-    messages: tuple[Message, ...],
-    learnt: Sequence[bool],
-    full: str,
-    demonstration: Demonstration,
-) -> Iterator[_Turn]:
-    where, template = demonstration.where, demonstration.template
-    for index, is_learnt in enumerate(learnt):
-        if not is_learnt:
+    What the template writes of a turn's role goes with what stands before it, so that a gap is cut in one piece.
+    """
+    gaps: list[bool] = []
+    before: list[bool] = []
+    for message, is_on in zip(messages, learnt, strict=True):
+        if message["role"] != "assistant":
+            before.append(is_on)
             continue
-        head = render(tokenizer, messages[:index], where, is_prompt=True, template=template)
-        upto = render(tokenizer, messages[: index + 1], where, template=template)
-        if not full.startswith(head) or not upto.startswith(head):
-            raise _Discontinuous(head[num_alike(head, upto) :])
-        content = str(messages[index].get("content") or "").strip()
-        stop = len(upto)
-        if not full.startswith(upto):
-            stop = _stop_elsewhere(full, upto, len(head), content)
-        num_learnt, has_end = _learnt_part(tokenizer, full[len(head) : stop], content)
-        yield _Turn(len(head), len(head) + num_learnt, has_end)
-
-
-def _stop_elsewhere(full: str, upto: str, start: int, content: str) -> int:
-    """Where a turn ends that is rendered differently once more turns follow: Qwen3 opens the last answer alone with a
-    <think> block, and leaves out the thoughts of earlier ones; others end the last alone with the eos. It is found by
-    its text and ending."""
-    num_same = num_alike(full, upto)
-    if content and start + len(content) <= upto.rfind(content) + len(content) <= num_same:
-        return num_same
-    for words in (content, content.rpartition("</think>")[2].strip()):
-        at = full.find(words, start) if words and words in upto else -1
-        ending = upto[upto.rindex(words) + len(words) :] if at >= 0 else ""
-        if at >= 0 and full.startswith(ending, at + len(words)):
-            return at + len(words) + len(ending)
-    raise _Discontinuous
-
-
-def _learnt_part(tokenizer: PreTrainedTokenizerBase, turn: str, content: str) -> tuple[int, bool]:
-    """Characters of an assistant's turn up to and with its end token, and whether it has one."""
-    ending = ending_of(tokenizer)
-    if ending.num_ids and turn.endswith(ending.text):
-        return len(turn) - len(ending.text) + ending.stop, True
-    words = content if content in turn else content.rpartition("</think>")[2].strip()
-    if words and words in turn:
-        last = turn.rindex(words) + len(words)
-        found = end_in(tokenizer, turn[last:])
-        return last + (found[0] if found else 0), found is not None
-    return len(turn.removesuffix(ending.text)), False
+        if len(set(before)) == 2:
+            raise BadInput(
+                f"{where}: of the turns before an answer some are marked not to be learnt and others not; mark all of"
+                " them, or none"
+            )
+        gaps.append(any(before))
+        before = []
+    return [*gaps, any(gaps) and learnt[-1]]
 
 
 def _encode_by_marks(
     tokenizer: PreTrainedTokenizerBase,
     messages: tuple[Message, ...],
-    learnt: Sequence[bool],
+    gaps: Sequence[bool],
+    wanted: Sequence[int],
+    full: str,
     demonstration: Demonstration,
     *,
     opening: str,
-) -> tuple[list[int], list[bool]]:
-    """Ids and mask by the template's own `{% generation %}` marks, which cover every assistant turn."""
-    where, template = demonstration.where, demonstration.template
-    if not GENERATION_MARK.search(tokenizer.get_chat_template(tools=template.get("tools"))):
-        raise discontinuous(where, "to one with {% generation %} marks around assistant turns", opening)
-    out = apply(tokenizer, messages, where, template, return_dict=True, return_assistant_tokens_mask=True)
-    ids, ends = list(out["input_ids"]), end_token_ids(tokenizer)
-    turns = iter([is_on for message, is_on in zip(messages, learnt, strict=True) if message["role"] == "assistant"])
-    mask: list[bool] = []
-    for is_answer, run in groupby(bool(flag) for flag in out["assistant_masks"]):
-        is_on = is_answer and next(turns, False)  # each run of marked tokens is one turn
-        start = len(mask)
-        mask += [is_on for _ in run]
-        if not is_answer and start and mask[start - 1] and ids[start] in ends:
-            mask[start] = ids[start - 1] not in ends  # marks that leave the end token out
-    return ids, mask
+) -> tuple[list[int], list[bool], bool]:
+    """Ids and mask by the template's own `{% generation %}` marks, which cover every assistant turn, or by those of
+    TRL's training template of its family, where that renders the same."""
+    d, source = demonstration, tokenizer.get_chat_template(tools=demonstration.template.get("tools"))
+    how: dict[str, Any] = {"return_dict": True, "return_assistant_tokens_mask": True}
+    if not (has_own := GENERATION_MARK.search(source) is not None):
+        _check_switch(tokenizer, messages, wanted, d, opening)
+        patched = training_template(source)
+        if patched is None or full != apply(
+            tokenizer, messages, d.where, d.template, tokenize=False, chat_template=patched.source
+        ):
+            named = "" if patched is None else f", such as TRL's {patched.file}"
+            raise discontinuous(d.where, f"to one with {{% generation %}} marks around assistant turns{named}", opening)
+        how["chat_template"] = patched.source
+    out = apply(tokenizer, messages, d.where, d.template, **how)
+    if d.learnt[-1]:
+        check_answer(tokenizer, messages[-1], d.template, full, d.where)
+    ids, mask = list(out["input_ids"]), [bool(flag) for flag in out["assistant_masks"]]
+    answers = [is_on for message, is_on in zip(messages, d.learnt, strict=True) if message["role"] == "assistant"]
+    if any(gaps) or not all(answers):  # else each of them is learnt, whichever it is
+        mask = _chosen(mask, answers, gaps, d.where)
+    ends = end_token_ids(tokenizer)
+    for at in range(1, len(ids)):  # of marks that leave the end token out
+        if mask[at - 1] and not out["assistant_masks"][at] and ids[at] in ends and ids[at - 1] not in ends:
+            mask[at] = True
+    return ids, mask, not has_own
+
+
+def _chosen(marked: Sequence[bool], answers: Sequence[bool], gaps: Sequence[bool], where: str) -> list[bool]:
+    """Of tokens that are marked as answers', and those between, which carry loss: each run of marked ones is one."""
+    runs = [(is_answer, len(list(run))) for is_answer, run in groupby(marked)]
+    if sum(is_answer for is_answer, _ in runs) != len(answers):
+        raise BadInput(
+            f"{where}: the chat template's {{% generation %}} marks part an answer in two, so that none can be left out"
+            f" of the loss; {TEMPLATE_CURE} to one that has a pair of marks a turn"
+        )
+    turns, between = iter(answers), iter(gaps)
+    return [is_on for is_answer, length in runs for is_on in [next(turns if is_answer else between)] * length]
+
+
+def _check_switch(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: tuple[Message, ...],
+    wanted: Sequence[int],
+    demonstration: Demonstration,
+    opening: str,
+) -> None:
+    """Refuses answers that go on from their prompt once a switch of the template is set, naming it."""
+
+    def is_sound(template: Mapping[str, Any]) -> bool:
+        full = render(tokenizer, messages, demonstration.where, template=template)
+        try:
+            return bool(list(answer_turns(tokenizer, messages, wanted, full, demonstration, template)))
+        except (Discontinuous, BadInput):
+            return False
+
+    if cure := switch_of(tokenizer, demonstration.template, is_sound):
+        raise discontinuous(demonstration.where, cure, opening, is_template=False)
 
 
 @dataclass(frozen=True, slots=True)

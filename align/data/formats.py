@@ -10,9 +10,9 @@ loss hold (`marks.py`), and so does what stands beside them (`beside.py`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeAlias, overload
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, overload
 
 from align.data.beside import (
     NUMBERS,
@@ -41,6 +41,9 @@ from align.data.sources import Row
 from align.errors import BadInput
 from align.plugins import told
 
+if TYPE_CHECKING:
+    from align.settings.data import LossOn
+
 Kind: TypeAlias = Literal["demonstrations", "preferences", "prompts"]
 Converter: TypeAlias = Callable[[dict[str, Any]], "dict[str, Any] | None"]
 ANSWERING = ("assistant", "gpt")
@@ -55,15 +58,27 @@ class Demonstration:
     Both are text, or both conversations. A `messages` row is cut before its first assistant turn, so
     `prompt + completion` is the whole conversation and `completion` may hold user turns between answers. A
     `prompt`/`completion` row keeps its own cut (TRL's completion-only loss). A `text` row has prompt "".
-    `template` are the chat template's arguments for this row (`tools`, ...); `learnt` says of each message of
-    `completion` whether it carries loss (None: every assistant turn).
+    `template` are the chat template's arguments for this row (`tools`, ...); `marks` is what the row says itself of
+    the loss of each message of `prompt + completion`, and `loss_on` what holds of those of which it says nothing.
     """
 
     prompt: Text
     completion: Text
     where: str
     template: Mapping[str, Any] = field(default_factory=dict)  # arguments of the chat template: tools and others
-    learnt: tuple[bool, ...] | None = None  # of each message of `completion`; None: every assistant turn
+    marks: tuple[bool | None, ...] | None = None  # None: no message has one
+    loss_on: LossOn = "answers"
+
+    @property
+    def learnt(self) -> tuple[bool, ...]:
+        """Of each message of `prompt + completion`, whether it carries loss."""
+        roles = [turn["role"] for part in (self.prompt, self.completion) for turn in part if not isinstance(turn, str)]
+        first = len(roles) - 1 if self.loss_on == "last_answer" else len(self.prompt)
+        rule = [role == "assistant" and i >= first for i, role in enumerate(roles)]
+        if self.loss_on == "all_but_tool_results":
+            rule = [role != "tool" for role in roles]
+        marks = self.marks or (None,) * len(roles)
+        return tuple(is_on if mark is None else mark for is_on, mark in zip(rule, marks, strict=True))
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,7 +206,7 @@ def _demonstration(values: dict[str, Any], where: str) -> Demonstration:
     check_verdict(values, where, "demonstration", is_class=layout == ("text",))
     check_weight(values, where)
     template = template_of(values, where)
-    learnt: tuple[bool, ...] | None = None
+    marks: tuple[bool | None, ...] | None = None
     prompt: Text
     completion: Text
     if layout == ("text",):
@@ -199,16 +214,16 @@ def _demonstration(values: dict[str, Any], where: str) -> Demonstration:
     elif layout in (("messages",), ("conversations",)):
         name = layout[0]
         prompt, completion = _conversation(values, name, where)
-        learnt = _learnt(values[name], completion, where, name)
+        marks = _marks(values[name], prompt, completion, where, name)
     else:
         prompt, (completion,) = prompt_and_answers(values, layout[1:], where)
         _check_answer(prompt, completion, where, layout[1])
-        _check_context(values[layout[0]], where, layout[0])
-        if not isinstance(completion, str):
-            learnt = _learnt(values[layout[1]], completion, where, layout[1])
+        before = _context_marks(values[layout[0]], where, layout[0])
+        if not isinstance(prompt, str) and not isinstance(completion, str):
+            marks = _marks(values[layout[1]], prompt, completion, where, layout[1], before)
     _check_rendered(prompt, template, where)
     check_answers(values, layout, f"{as_text(prompt)}\n{as_text(completion)}", where)
-    return Demonstration(prompt, completion, where, template, learnt)
+    return Demonstration(prompt, completion, where, template, marks)
 
 
 def _read_whole(values: Mapping[str, Any], where: str) -> str:
@@ -236,35 +251,44 @@ def _conversation(values: Mapping[str, Any], name: str, where: str) -> tuple[tup
     return messages[:first], messages[first:]
 
 
-def _learnt(given: Any, completion: tuple[Message, ...], where: str, name: str) -> tuple[bool, ...] | None:
-    """Which messages of `completion` carry loss, by the marks of the turns of `given` that it ends with.
+def _marks(
+    given: Any,
+    prompt: tuple[Message, ...],
+    completion: tuple[Message, ...],
+    where: str,
+    name: str,
+    before: Sequence[bool | None] = (),
+) -> tuple[bool | None, ...] | None:
+    """What the marks of the turns of `given`, which ends with `completion`, and those of a prompt of its own, `before`,
+    say of the loss of each message of both; None where no turn has one.
 
     Raises:
-        BadInput: no turn is left to learn, or one that is no answer is to be learnt.
+        BadInput: no answer is left to learn, or a turn that is none is to be learnt.
     """
-    marks = [turn_is_learnt(turn, where, f"{name}[{index}]") for index, turn in enumerate(_turns(given))]
-    if all(mark is None for mark in marks):
+    own = [turn_is_learnt(turn, where, f"{name}[{index}]") for index, turn in enumerate(_turns(given))]
+    own = own or [None] * len(completion)  # of text, which is made a turn
+    if all(mark is None for mark in (*before, *own)):
         return None
-    own, before = marks[-len(completion) :], marks[: -len(completion)]
+    num_context = len(own) - len(completion)
     roles = [message["role"] for message in completion]
-    for index, mark in enumerate(marks):
-        is_answer = index >= len(before) and roles[index - len(before)] == "assistant"
-        if mark and not is_answer:
+    for index, mark in enumerate(own):
+        if mark and (index < num_context or roles[index - num_context] != "assistant"):
             raise BadInput(f"{where}: `{name}[{index}]` is marked to be learnt, but only answers are; drop the mark")
-    learnt = tuple(role == "assistant" and mark is not False for role, mark in zip(roles, own, strict=True))
-    if not any(learnt):
+    if all(mark is False for mark, role in zip(own[num_context:], roles, strict=True) if role == "assistant"):
         raise BadInput(f"{where}: every answer of `{name}` is marked not to be learnt; leave the row out")
-    return None if all(each or role != "assistant" for each, role in zip(learnt, roles, strict=True)) else learnt
+    every = [*(None for _ in prompt), *before, *own]  # a system message of another field has none
+    return tuple(every[-len(prompt) - len(completion) :])
 
 
-def _check_context(given: Any, where: str, name: str) -> None:
-    """Marks in a prompt of its own, no turn of which carries loss."""
-    for index, turn in enumerate(_turns(given)):
-        if turn_is_learnt(turn, where, f"{name}[{index}]"):
-            raise BadInput(
-                f"{where}: `{name}[{index}]` is marked to be learnt, but a prompt is context; write the row as"
-                " `messages`, or drop the mark"
-            )
+def _context_marks(given: Any, where: str, name: str) -> list[bool | None]:
+    """Those of a prompt of its own, no turn of which may be marked to be learnt."""
+    marks = [turn_is_learnt(turn, where, f"{name}[{index}]") for index, turn in enumerate(_turns(given))]
+    if any(marks):
+        raise BadInput(
+            f"{where}: `{name}[{marks.index(True)}]` is marked to be learnt, but a prompt is context; write the row as"
+            " `messages`, or drop the mark"
+        )
+    return marks
 
 
 def _preference(values: dict[str, Any], where: str) -> Preference:

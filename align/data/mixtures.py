@@ -12,7 +12,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar, overload
 
 from align.data.conversations import Message, Text, says
@@ -32,6 +32,7 @@ from align.wording import one_line
 
 if TYPE_CHECKING:
     from align.settings import Data, Source
+    from align.settings.data import LossOn
 
 ExampleT = TypeVar("ExampleT", Demonstration, Preference, Prompt)
 
@@ -85,8 +86,9 @@ def load(data: Data, kind: Kind) -> Loaded[Any]:
 
     Raises `BadInput` for a source that cannot be read, a bad row (unless skipped) or a side left empty.
     """
-    train_sources = [_convert(source, kind, data.on_bad_row == "skip") for source in data.train]
-    held_sources = [_convert(source, kind, data.on_bad_row == "skip") for source in data.validation]
+    loss_on: LossOn = getattr(data, "loss_on", "answers")  # a section of demonstrations alone has it
+    train_sources = [_convert(source, kind, data.on_bad_row == "skip", loss_on) for source in data.train]
+    held_sources = [_convert(source, kind, data.on_bad_row == "skip", loss_on) for source in data.validation]
     kept, validation = [], []
     for source, converted in zip(data.train, train_sources, strict=True):
         rest, held = split_by_prompt(converted.examples, data.validation_split)
@@ -119,7 +121,7 @@ def load(data: Data, kind: Kind) -> Loaded[Any]:
     return Loaded(tuple(train), tuple(validation), counts, _messages(counts, kind))
 
 
-def _convert(source: Source, kind: Kind, is_skipping: bool) -> _Converted:
+def _convert(source: Source, kind: Kind, is_skipping: bool, loss_on: LossOn) -> _Converted:
     converter = load_converter(source.format)
     examples: list[Example] = []
     num_read = num_bad = num_left_out = num_cut = 0
@@ -129,6 +131,7 @@ def _convert(source: Source, kind: Kind, is_skipping: bool) -> _Converted:
         num_read += 1
         try:
             example = parse(row, kind, converter or "auto")
+            _check_loss_on(example, loss_on)
         except BadInput as error:
             if not is_skipping:
                 raise
@@ -138,11 +141,21 @@ def _convert(source: Source, kind: Kind, is_skipping: bool) -> _Converted:
         if example is None:
             num_left_out += 1
             continue
+        if isinstance(example, Demonstration):
+            example = replace(example, loss_on=loss_on)
         examples.append(example)
         num_cut += any(_is_cut(row, example, field) for field in ("completion", "output", "chosen"))
         if converter is None:  # a function sees the whole row, and says itself what becomes of it
             unused.update(unused_columns(row.values, kind))
     return _Converted(examples, num_read, num_bad, first_bad, num_left_out, num_cut, unused)
+
+
+def _check_loss_on(example: Example | None, loss_on: LossOn) -> None:
+    if isinstance(example, Demonstration) and isinstance(example.completion, str) and loss_on != "answers":
+        raise BadInput(
+            f"{example.where}: `loss_on: {loss_on}` is of messages, and this row is plain text; write messages, or"
+            " leave `loss_on` out"
+        )
 
 
 def _is_cut(row: Row, example: Any, field: str) -> bool:
@@ -204,9 +217,13 @@ def weighted(examples: Sequence[ExampleT], weight: float) -> list[ExampleT]:
 def _content_hash(example: Example) -> bytes:
     """Of all fields but the place: a row moved within its file keeps its hash, as it does when examples learn of
     something that it does not state."""
-    further = [name for name in ("template", "learnt") if getattr(example, name, None)]
-    names = [field.name for field in fields(example) if field.name not in ("where", "template", "learnt")]
-    content = [getattr(example, name) for name in (*names, *further)]
+    left_out = ("where", "template", "marks", "loss_on")
+    content = [getattr(example, field.name) for field in fields(example) if field.name not in left_out]
+    content += [example.template] if example.template else []
+    if isinstance(example, Demonstration) and example.marks is not None:
+        answers = replace(example, loss_on="answers").learnt[len(example.prompt) :]
+        roles = [turn["role"] for turn in example.completion if not isinstance(turn, str)]
+        content += [answers] if answers != tuple(role == "assistant" for role in roles) else []
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).digest()
 
 

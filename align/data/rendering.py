@@ -47,6 +47,20 @@ def parsed(source: str) -> "nodes.Template | None":
         return None
 
 
+@lru_cache(maxsize=16)
+def names_in(source: str) -> tuple[frozenset[str], frozenset[str]] | None:
+    """What a template asks of messages (`message.x`, `message['x']`, `'x' in message`), and the arguments it takes;
+    None of one that cannot be read, which rendering says."""
+    from jinja2 import meta, nodes
+
+    tree = parsed(source)
+    if tree is None:
+        return None
+    asked = {node.attr for node in tree.find_all(nodes.Getattr)}
+    asked |= {node.value for node in tree.find_all(nodes.Const) if isinstance(node.value, str)}
+    return frozenset(asked), frozenset(meta.find_undeclared_variables(tree))
+
+
 def rendered(tokenizer: Any, conversation: list[Any], **how: Any) -> Any:
     """`apply_chat_template` within the limits.
 

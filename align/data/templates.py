@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import inspect
+import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from importlib.util import find_spec
 from itertools import takewhile
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from align.data.conversations import Message
-from align.data.rendering import Unbounded, rendered
-from align.data.unread import check_read
+from align.data.conversations import Message, called, calls_of, with_function
+from align.data.kwargs import SWITCHES, parted, with_kwargs
+from align.data.rendering import Unbounded, names_in, rendered
+from align.data.unread import check_read, check_written
 from align.errors import BadInput
 from align.wording import one_line
 
@@ -35,6 +39,7 @@ class Ending:
     stop: int  # characters of the text up to and with the end token; 0: there is none
     num_ids: int  # the same in tokens
     is_continuation: bool  # whether an answer's ids go on from the prompt that the sampler gets
+    has_words: bool = True  # whether it writes what an answer says: some take lists of parts alone, and write no text
 
     @property
     def can_follow(self) -> bool:
@@ -58,7 +63,11 @@ def render(
     Raises:
         BadInput: there is no template, or it fails on this conversation.
     """
-    return str(apply(tokenizer, messages, where, template, tokenize=False, add_generation_prompt=is_prompt))
+    text = str(apply(tokenizer, messages, where, template, tokenize=False, add_generation_prompt=is_prompt))
+    for message in messages:
+        for call in calls_of(message):
+            check_written(str(called(call).get("name", "")), "call", text, where)
+    return text
 
 
 def apply(
@@ -72,11 +81,10 @@ def apply(
     _check_template(tokenizer, where, template)
     from jinja2 import TemplateError, TemplateSyntaxError
 
-    conversation: Any = [dict(message) for message in messages]
     own = f"the chat template{f' of {tokenizer.name_or_path}' if tokenizer.name_or_path else ''}"
     try:
         check_read(tokenizer, messages, template, where)
-        return rendered(tokenizer, conversation, **how, **template)
+        return _rendered(tokenizer, messages, **how, **template)
     except BadInput:
         raise
     except Unbounded as error:
@@ -90,6 +98,35 @@ def apply(
     except Exception as error:
         said = f"{type(error).__name__}: {one_line(error)}"
         raise BadInput(f"{where}: {own} fails on this conversation ({said}); {TEMPLATE_CURE}") from None
+
+
+def _rendered(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], **how: Any) -> Any:
+    """With the arguments of calls as objects, or, for a template that fails on these, as their JSON text."""
+    try:
+        return rendered(tokenizer, [dict(message) for message in messages], **how)
+    except Unbounded:
+        raise
+    except Exception:
+        if not any(calls_of(message) for message in messages):
+            raise
+        try:
+            return rendered(tokenizer, [_with_text_arguments(message) for message in messages], **how)
+        except Unbounded:
+            raise
+        except Exception:  # the first failure is of what was given
+            pass
+        raise
+
+
+def _with_text_arguments(message: Message) -> dict[str, Any]:
+    calls = []
+    for call in calls_of(message):
+        function = called(call)
+        if not isinstance(function.get("arguments", ""), str):
+            text = json.dumps(function["arguments"], ensure_ascii=False)
+            call = with_function(call, function | {"arguments": text})
+        calls.append(call)
+    return {**message, **({"tool_calls": calls} if calls else {})}
 
 
 def _check_template(tokenizer: PreTrainedTokenizerBase, where: str, template: Mapping[str, Any]) -> None:
@@ -123,7 +160,8 @@ def _ending(tokenizer: PreTrainedTokenizerBase, template: str, eos: int | None) 
     ids = tuple(tokenized(tokenizer, [whole[0][: len(whole[0]) - len(text)], text])[1])
     found = end_in(tokenizer, text)
     stop, num_ids = (found[0], ids.index(found[1]) + 1) if found and found[1] in ids else (0, 0)
-    return Ending(text, ids, stop, num_ids, all(ids_of(tokenizer, each)[: len(head_ids)] == head_ids for each in whole))
+    follows = all(ids_of(tokenizer, each)[: len(head_ids)] == head_ids for each in whole)
+    return Ending(text, ids, stop, num_ids, follows, has_words=whole[0] != whole[1])
 
 
 def _question(tokenizer: PreTrainedTokenizerBase) -> list[Message]:
@@ -161,6 +199,12 @@ def end_in(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[int, int] | N
     return (text.index(word) + len(word), ids[0]) if len(ids) == 1 else None
 
 
+def ends_with_token(tokenizer: PreTrainedTokenizerBase, text: str) -> bool:
+    """Whether a text ends with a token that was added to the vocabulary."""
+    added = (token.content for token in tokenizer.added_tokens_decoder.values())
+    return any(content.strip() and text.endswith(content) for content in added)
+
+
 def end_token_ids(
     tokenizer: PreTrainedTokenizerBase, generation_eos: int | Sequence[int] | None = None
 ) -> tuple[int, ...]:
@@ -188,13 +232,51 @@ def ending_message(tokenizer: PreTrainedTokenizerBase) -> str:
     )
 
 
-def discontinuous(where: str, cure: str, opening: str = "") -> BadInput:
-    """`opening`: what the generation prompt ends with and the answer does not begin with."""
+def discontinuous(where: str, cure: str, opening: str = "", *, is_template: bool = True) -> BadInput:
+    """`opening`: what the generation prompt ends with and the answer does not begin with; `is_template`: whether the
+    cure is another template, which it describes."""
     why = f" (it opens answers with {opening!r}, and renders this one without)" if opening.strip() else ""
     return BadInput(
         f"{where}: the chat template does not render an answer as a continuation of its prompt{why};"
-        f" {TEMPLATE_CURE} {cure}"
+        f" {f'{TEMPLATE_CURE} ' if is_template else ''}{cure}"
     )
+
+
+def switch_of(
+    tokenizer: PreTrainedTokenizerBase, template: Mapping[str, Any], is_sound: Callable[[Mapping[str, Any]], bool]
+) -> str:
+    """The words for a switch of thinking that the template has, and by which what it renders is sound; none without."""
+    names = names_in(str(tokenizer.get_chat_template(tools=template.get("tools"))))
+    for name in SWITCHES if names is None else names[1].intersection(SWITCHES):
+        for value in (False, True):
+            if template.get(name) is not value and is_sound({**template, name: value}):
+                said = f"`{name}: {str(value).lower()}`"
+                return f"set {said} in `model.chat_template_kwargs`, or in the row's `chat_template_kwargs`"
+    return ""
+
+
+@dataclass(frozen=True, slots=True)
+class Patched:
+    """A template with `{% generation %}` marks, and the file of TRL's that it is from."""
+
+    source: str
+    file: Path
+
+
+@lru_cache(maxsize=16)
+def training_template(source: str) -> Patched | None:
+    """TRL's training template of the family that a template is of (the recipe's arguments in both); None without one.
+
+    What `trl.chat_template_utils.get_training_chat_template` gives, which renders to see whether one is needed.
+    """
+    kwargs, bare = parted(source)
+    spec = find_spec("trl")
+    folder = Path(spec.origin).parent / "chat_templates" if spec is not None and spec.origin else Path()
+    for file in sorted(folder.glob("*_training.jinja")):
+        own = file.with_name(file.name.replace("_training", ""))
+        if own.is_file() and own.read_text(encoding="utf-8").strip() == bare.strip():
+            return Patched(with_kwargs(file.read_text(encoding="utf-8"), kwargs), file)
+    return None
 
 
 def num_alike(one: Sequence[Any], other: Sequence[Any]) -> int:

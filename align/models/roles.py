@@ -210,7 +210,7 @@ class Bases:
         """The base of that name, loaded at its first use. `revision` is meant for one that is not the recipe's."""
         settings = self.settings
         if base != settings.base:  # another model: neither our revision nor our template is meant for it
-            settings = settings.model_copy(update={"base": base, "revision": revision, "chat_template": None})
+            settings = settings.over(base=base, revision=revision)
         key = fingerprint(base, settings.revision)
         if key not in self._loaded:
             check_large(base)

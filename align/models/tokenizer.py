@@ -1,9 +1,11 @@
 """Loads a base's tokenizer (no torch needed)."""
 
 from pathlib import Path
+from typing import Any
 
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
+from align.data.kwargs import KEY, check_kwargs, with_kwargs
 from align.errors import BadInput
 from align.identity import has_adapter, has_tokenizer
 from align.models.loading import load_any_tokenizer
@@ -12,7 +14,7 @@ from align.wording import one_line
 
 
 def load_tokenizer(settings: Model) -> PreTrainedTokenizerBase:
-    """The base's tokenizer, with the recipe's chat template if it names one.
+    """The base's tokenizer, with the recipe's chat template if it names one, and the arguments that it gives it.
 
     A missing pad token becomes the end token: masks are made from lengths, so the two may be the same.
     """
@@ -22,11 +24,25 @@ def load_tokenizer(settings: Model) -> PreTrainedTokenizerBase:
         raise BadInput(f"`model.base`: no tokenizer can be loaded from {settings.base}: {first_line(error)}") from error
     if settings.chat_template is not None:
         tokenizer.chat_template = Path(settings.chat_template).read_text(encoding="utf-8")
+    if settings.chat_template_kwargs:
+        _write_kwargs(tokenizer, settings)
     if tokenizer.eos_token_id is None:
         raise BadInput(f"`model.base`: the tokenizer of {settings.base} has no end token, so no answer could end")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def _write_kwargs(tokenizer: PreTrainedTokenizerBase, settings: Model) -> None:
+    given: Any = tokenizer.chat_template
+    if given is None:
+        raise BadInput(f"{KEY}: the tokenizer of {settings.base} has no chat template; set `model.chat_template: path`")
+    check_kwargs(settings.chat_template_kwargs, None)
+    if isinstance(given, dict):
+        given = {name: with_kwargs(source, settings.chat_template_kwargs) for name, source in given.items()}
+    else:
+        given = with_kwargs(given, settings.chat_template_kwargs)
+    tokenizer.chat_template = given
 
 
 def tokenizer_of(settings: Model, folder: str | None) -> PreTrainedTokenizerBase:

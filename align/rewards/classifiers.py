@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from align.data import Prompt, Text, ending_of
+from align.data import Prompt, Text, render_answered
 from align.data.collate import pad_right
-from align.data.templates import render
+from align.data.conversations import words_of
 from align.errors import BadInput
 from align.hub import may_ask, name_all
 from align.identity import has_adapter
@@ -141,7 +141,7 @@ def _learned_positions(model: nn.Module) -> int:
 
 def question_text(prompt: Text) -> str:
     """A prompt for a model without a chat template."""
-    return prompt if isinstance(prompt, str) else "\n".join(str(m.get("content") or "") for m in prompt)
+    return prompt if isinstance(prompt, str) else "\n".join(map(words_of, prompt))
 
 
 def _sequence(
@@ -172,9 +172,9 @@ def _texts(tokenizer: Any, answers: Answers, row: int, is_pair: bool) -> tuple[t
 
 def _conversation(tokenizer: Any, prompt: Prompt, text: str, ended: bool) -> str:
     """The conversation as its own template renders it, whole; no end of a turn after an answer that was cut off."""
-    messages: Any = [*prompt.prompt, {"role": "assistant", "content": text}]
-    rendered = render(tokenizer, messages, prompt.where, template=prompt.template)
-    return rendered if ended else rendered.removesuffix(ending_of(tokenizer).text)
+    answer: Any = ({"role": "assistant", "content": text},)
+    source: Any = tuple(prompt.prompt)
+    return render_answered(tokenizer, source, answer, prompt.where, prompt.template, ended=ended)
 
 
 def _opens_already(tokenizer: Any, text: str) -> bool:

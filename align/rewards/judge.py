@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from align.data import looks_like_hub_id
-from align.data.conversations import Text
+from align.data.conversations import Text, words_of
 from align.data.encode import encode_completion, encode_pair
 from align.data.formats import Preference, Prompt
 from align.errors import BadInput
@@ -62,12 +62,14 @@ READ_BY = {  # keys of `judge` -> the kinds that read them; those not named are 
 
 @dataclass(frozen=True)
 class Question:
-    """Two answers to a prompt (text, or messages); `columns` are the data's other fields, for reward functions."""
+    """Two answers to a prompt (text, or messages); `columns` are the data's other fields, for reward functions, and
+    `template` the chat template's arguments for the prompt."""
 
     prompt: Text
     a: str
     b: str
     columns: Mapping[str, Any] = field(default_factory=dict)
+    template: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -175,8 +177,8 @@ def as_text(prompt: Text) -> str:
     if isinstance(prompt, str):
         return prompt
     if len(prompt) == 1:
-        return prompt[0]["content"]
-    return "\n\n".join(f"{message['role'].capitalize()}: {message['content']}" for message in prompt)
+        return words_of(prompt[0])
+    return "\n\n".join(f"{message['role'].capitalize()}: {words_of(message)}" for message in prompt)
 
 
 def _in_both_orders(ask: Ask, question: str | None, key: str, *, ending: str = "") -> Compare:
@@ -300,9 +302,14 @@ def _by_function(settings: JudgeSettings, bases: "Bases", key: str) -> Compare:
             return [], 0
         answers = [(q, text) for text in ("a", "b") for q in questions]
         asked = [f"question {number} of `{key}`" for number in range(1, len(questions) + 1)] * 2
-        prompts = [Prompt(q.prompt, dict(q.columns), where) for (q, _), where in zip(answers, asked, strict=True)]
+        prompts = [
+            Prompt(q.prompt, dict(q.columns), where, q.template) for (q, _), where in zip(answers, asked, strict=True)
+        ]
         texts = [str(getattr(q, name)) for q, name in answers]
-        encoded = [encode_completion(tokenizer, p.prompt, t, p.where) for p, t in zip(prompts, texts, strict=True)]
+        encoded = [
+            encode_completion(tokenizer, p.prompt, text, p.where, template=p.template)
+            for p, text in zip(prompts, texts, strict=True)
+        ]
         scores = scorer(Answers(prompts, [ids for ids, _ in encoded], texts, [ids for _, ids in encoded]))
         differences = [a - b for a, b in zip(scores[: len(questions)], scores[len(questions) :], strict=True)]
         return [_by_difference(0.0 if math.isnan(d) else d, settings.scale) for d in differences], 0

@@ -104,15 +104,17 @@ def _sequences(answers: Answers, tokenizer: Any, has_own_ids: bool, is_whole: bo
         if not isinstance(source, str) and tokenizer.chat_template is None:
             source = question_text(source) + "\n"  # the run was trained on plain text
         ending = NO_ENDING if isinstance(source, str) else ending_of(tokenizer)
+        ended = answers.ended[row] if answers.ended else True
+        own_end: tuple[int, ...] = ()  # which may be one of the model's generation config alone
         if has_own_ids and (isinstance(source, str) or ending.can_follow):
             prompt_ids, ids = answers.prompt_ids[row], answers.ids[row]
+            own_end = tuple(ids[-1:]) if ended else ()
         else:
-            ended = answers.ended[row] if answers.ended else True
             prompt_ids, ids = encode_completion(
                 tokenizer, source, answers.texts[row], prompt.where, template=prompt.template, ended=ended
             )
         if ending.can_follow:
-            ids = closed(ids, ending, end_token_ids(tokenizer), is_whole=is_whole)
+            ids = closed(ids, ending, (*end_token_ids(tokenizer), *own_end), is_whole=is_whole)
         found.append((prompt_ids, ids))
     return found
 

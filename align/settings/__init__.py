@@ -1,7 +1,7 @@
 """What a recipe may say. Light on purpose (pydantic only), so that a recipe is refused before anything heavy loads."""
 
 from align.settings.about import Curve, Match, Quality, Tuning
-from align.settings.data import Data, Source
+from align.settings.data import Data, DemonstrationData, Source
 from align.settings.feedback import CollectSettings, EnsembleSettings, ScoreSettings, SelectSettings
 from align.settings.fields import Settings
 from align.settings.judge import JudgeSettings
@@ -66,6 +66,7 @@ __all__ = [
     "Critic",
     "Curve",
     "Data",
+    "DemonstrationData",
     "Dpo",
     "DpoSettings",
     "EnsembleReward",

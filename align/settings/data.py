@@ -40,3 +40,13 @@ class Data(Settings):
         if self.validation and self.validation_split:
             raise ValueError("give `validation` or `validation_split`, not both")
         return self
+
+
+LossOn = Literal["answers", "last_answer", "all_but_tool_results"]
+
+
+class DemonstrationData(Data):
+    """Demonstrations, and which of their turns carry loss where a row's own marks (`train: false`) do not say it."""
+
+    # every answer of the completion; its last; or all that the template writes, context too, but results of tools
+    loss_on: LossOn = "answers"

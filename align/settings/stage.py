@@ -4,6 +4,8 @@ from collections.abc import Mapping, Sequence
 from functools import reduce
 from typing import Any, ClassVar, Literal
 
+from pydantic import Field, JsonValue
+
 from align.settings.about import Curve, Match, Parents, Quality, Tuning
 from align.settings.data import Data
 from align.settings.fields import Folder, Location, Seed, Settings
@@ -23,6 +25,11 @@ class Model(Settings):
     attn_implementation: Literal["sdpa", "eager", "flash_attention_2", "flash_attention_3"] = "sdpa"
     revision: str | None = None
     chat_template: Location | None = None  # a Jinja file; None: the tokenizer's own
+    chat_template_kwargs: dict[str, JsonValue] = Field(default_factory=dict)  # enable_thinking, ...; a row's own win
+
+    def over(self, **changes: Any) -> "Model":
+        """The same over another base, which is read by its own template."""
+        return self.model_copy(update=changes | {"chat_template": None, "chat_template_kwargs": {}})
 
 
 class Track(Settings):

@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import AfterValidator, Field, model_validator
 
 from align.settings.about import CRITICS, POLICIES, Curve, Match, Parents, Quality, Tuning
-from align.settings.data import Data, Sources
+from align.settings.data import Data, DemonstrationData, Sources
 from align.settings.fields import (
     MOST,
     Count,
@@ -60,6 +60,7 @@ class SftSettings(SupervisedSettings):
         Curve("token accuracy", "step", ("mean_token_accuracy", "eval_mean_token_accuracy")),
         Curve("learning rate", "step", ("learning_rate",)),
     )
+    data: DemonstrationData
     packing: bool = True  # rows of a step hold several demonstrations, up to max_length tokens, as TRL packs them
 
 

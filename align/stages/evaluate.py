@@ -200,7 +200,8 @@ def judge_metrics(
         (pair, i) for pair in settings.compare for i in range(len(rows)) if len({judged[n].texts[i] for n in pair}) > 1
     ]
     questions = [
-        Question(rows[i].prompt, judged[new].texts[i], judged[old].texts[i], rows[i].columns) for (new, old), i in asked
+        Question(rows[i].prompt, judged[new].texts[i], judged[old].texts[i], rows[i].columns, rows[i].template)
+        for (new, old), i in asked
     ]
     verdicts, took = ask(judge, questions, worker)
     if judge is None:

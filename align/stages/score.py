@@ -66,8 +66,9 @@ def _score(settings: ScoreSettings, bases: Bases, tracker: Tracker, worker: Work
     if settings.judge is not None:
         judge = build_judge(settings.judge, bases, cache=Path(settings.output) / CACHE) if worker.is_main else None
         questions = [
-            Question(rows[p["a"]]["prompt"], rows[p["a"]]["text"], rows[p["b"]]["text"], rows[p["a"]]["columns"])
+            Question(each["prompt"], each["text"], rows[p["b"]]["text"], each["columns"], each.get("template", {}))
             for p in pairs
+            for each in [rows[p["a"]]]
         ]
         verdicts, took = ask(judge, questions, worker)
         metrics |= took

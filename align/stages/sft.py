@@ -77,7 +77,13 @@ def packed(rows: Sequence[Encoded], max_length: int) -> list[list[Encoded]]:
 def _encoded(tokenizer: Any, rows: Any, max_length: int) -> tuple[list[Encoded], str]:
     """Tokens and loss masks of the rows that have a supervised token, and a sentence on what was cut."""
     encoded = [encode_demonstration(tokenizer, row, max_length) for row in rows]
-    return [e for e in encoded if any(e.loss_mask[1:])], str(report_truncation(encoded, max_length))
+    said = str(report_truncation(encoded, max_length))
+    if num_by_trl := sum(each.by_trl for each in encoded):
+        said += (
+            f"; warning: {num_by_trl} of them have answers that the chat template renders otherwise than it opens them "
+            "for the sampler: TRL's training template of its family, which renders the same, says what is learnt"
+        )
+    return [e for e in encoded if any(e.loss_mask[1:])], said
 
 
 def _ending(

@@ -14,7 +14,7 @@ from align.errors import BadInput
 from align.hub import may_run
 from align.manifest import MANIFEST, about, read_manifest
 from align.plugins import is_reference
-from align.settings import Data
+from align.settings import Data, DemonstrationData
 from align.wording import one_line
 
 
@@ -99,7 +99,8 @@ def _data_of(manifest: dict[str, Any], run: str) -> tuple[Data, Kind]:
     try:
         if reads is None:
             raise KeyError
-        data = Data.model_validate(manifest["recipe"][reads.key])
+        section = DemonstrationData if reads.rows == "demonstrations" else Data
+        data = section.model_validate(manifest["recipe"][reads.key])
     except (KeyError, TypeError, ValidationError) as error:
         raise BadInput(f"{run} does not say what it was trained on") from error
     for source in (*data.train, *data.validation):

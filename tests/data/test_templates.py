@@ -70,8 +70,8 @@ def test_each_turn_that_is_to_be_learnt_and_no_other(tokenizers: dict[str, Any],
     first, second = before + FOUR["content"] + early, family.opening + SIX["content"] + family.end
     assert learnt(tokenizer, demonstration(*LONG)) == [first, second]
     assert learnt(tokenizer, demonstration(*LONG, at=3)) == [second]
-    assert learnt(tokenizer, demonstration(*LONG, learnt=(True, False, False))) == [first]
-    assert learnt(tokenizer, demonstration(*LONG, learnt=(False, False, True))) == [second]
+    assert learnt(tokenizer, demonstration(*LONG, marks=(None, True, None, False))) == [first]
+    assert learnt(tokenizer, demonstration(*LONG, marks=(None, False, None, True))) == [second]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -224,7 +224,7 @@ def test_marks_that_leave_the_end_token_out() -> None:
     )
     tokenizer = tokenizer_of(Family(template, ("<|im_start|>", "<|im_end|>"), "<|im_end|>"))
     assert learnt(tokenizer, demonstration(*LONG)) == [f"{turn['content']}<|im_end|>" for turn in (FOUR, SIX)]
-    assert learnt(tokenizer, demonstration(*LONG, learnt=(False, False, True))) == [f"{SIX['content']}<|im_end|>"]
+    assert learnt(tokenizer, demonstration(*LONG, marks=(None, False, None, True))) == [f"{SIX['content']}<|im_end|>"]
 
 
 # ---------------------------------------------------------------------------------------------- templates that fail

@@ -212,7 +212,7 @@ def test_parquet_gives_messages_no_keys_of_others(tmp_path: Path) -> None:
     first, second = load(Data(train=str(tmp_path / "x.parquet")), "demonstrations").train  # type: ignore[arg-type]
     assert (first.prompt, first.learnt, first.template) == (
         ({**Q, "name": "b"},),
-        (False, False, True),
+        (False, False, False, True),
         {"tools": [{"a": 1}]},
     )
     assert (second.prompt, second.completion, second.template) == ((Q,), (A,), {"tools": [{"b": 1}]})

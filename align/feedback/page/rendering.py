@@ -20,6 +20,7 @@ from markdown_it.rules_block import StateBlock
 from markdown_it.rules_core import StateCore
 from markdown_it.token import Token
 
+from align.data.conversations import words_of
 from align.feedback.page.invisible import with_hidden_shown
 from align.feedback.page.mathematics import add_formulas
 
@@ -64,7 +65,7 @@ def conversation(prompt: Any) -> list[dict[str, str]]:
     shown: list[dict[str, str]] = []
     characters, size = 0, 0
     for message in reversed(messages):
-        content = _content(message["content"])
+        content = words_of(message | {"content": _content(message["content"])})
         characters += len(content)
         if shown and (characters > 2 * LENGTH or len(shown) == MESSAGES):
             break
