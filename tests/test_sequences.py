@@ -89,7 +89,7 @@ def test_a_run_without_a_template_is_asked_in_plain_words():
     assert [tokenizer.decode(ids, skip_special_tokens=True) for _, ids in found] == TEXTS
 
 
-@pytest.mark.parametrize("end", ["<|im_end|>", "<|endoftext|>"])
+@pytest.mark.parametrize("end", ["<|im_end|>", "<|endoftext|>", "<pad>"])  # the last: of a generation config alone
 def test_a_reward_run_scores_as_peft_and_its_template_do(base, reward, by_peft, end):
     bases, tokenizer = Bases(Model(base=str(base)), CPU), AutoTokenizer.from_pretrained(reward)
     expected = [by_peft(rendered(tokenizer, text)) for text in TEXTS[:2]]

@@ -37,8 +37,8 @@ from align.data.templates import (
     tokenized,
     training_template,
 )
-from align.data.turns import Discontinuous, answer_turns
-from align.data.unread import check_answer
+from align.data.turns import Discontinuous, answer_turns, said_last
+from align.data.unread import check_answer, check_written
 from align.errors import BadInput
 
 if TYPE_CHECKING:
@@ -360,8 +360,11 @@ def _encode_by_marks(
             raise discontinuous(d.where, f"to one with {{% generation %}} marks around assistant turns{named}", opening)
         how["chat_template"] = patched.source
     out = apply(tokenizer, messages, d.where, d.template, **how)
-    if d.learnt[-1]:
-        check_answer(tokenizer, messages[-1], d.template, full, d.where)
+    for message, is_on in zip(messages, d.learnt, strict=True):
+        if is_on and message is messages[-1]:
+            check_answer(tokenizer, message, d.template, full, d.where)
+        elif is_on:  # whose thought may be left out
+            check_written(said_last(message), "words", full, d.where)
     ids, mask = list(out["input_ids"]), [bool(flag) for flag in out["assistant_masks"]]
     answers = [is_on for message, is_on in zip(messages, d.learnt, strict=True) if message["role"] == "assistant"]
     if any(gaps) or not all(answers):  # else each of them is learnt, whichever it is

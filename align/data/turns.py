@@ -83,7 +83,7 @@ def _shown_elsewhere(
     far as the two are alike.
     """
     head, upto = alone
-    words = _said_last(messages[index])
+    words = said_last(messages[index])
 
     def changed(at: int) -> tuple[Message, ...]:
         return (*messages[:at], _changed(messages[at]), *messages[at + 1 :])
@@ -107,14 +107,14 @@ def _shown_elsewhere(
     return at - len(opening), end_of_words + num_after
 
 
-def _said_last(message: Message) -> str:
+def said_last(message: Message) -> str:
     """An answer's words after its thought."""
     return str(message.get("content") or "").rpartition("</think>")[2].strip()
 
 
 def _changed(message: Message) -> Message:
     """A turn with other words, or, where it has none, with a call of another name: alike at neither end."""
-    words, calls = _said_last(message), calls_of(message)
+    words, calls = said_last(message), calls_of(message)
     name = words or (str(called(calls[0]).get("name", "")) if calls else "")
     other = next(each for each in OTHERS if each[0] != name[:1] and each[-1] != name[-1:])
     if words or not calls:
@@ -132,7 +132,7 @@ def _learnt_part(tokenizer: PreTrainedTokenizerBase, turn: str, message: Message
         is_closed = bool(ending.num_ids) and ends_with_token(tokenizer, turn.rstrip())
         return len(turn.rstrip() if is_closed else turn.removesuffix(ending.text)), is_closed
     content = str(message.get("content") or "").strip()
-    words = content if content in turn else _said_last(message)
+    words = content if content in turn else said_last(message)
     if words and words in turn:
         last = turn.rindex(words) + len(words)
         found = end_in(tokenizer, turn[last:])
