@@ -12,6 +12,7 @@ from align.models.roles import Bases
 from align.preflight import check_recipe
 from align.recipe import load_recipe
 from align.rollout.choose import SAMPLERS, sampler_of
+from align.rollout.rollouts import cut_at_end
 from align.rollout.sampler import Seeds
 from align.settings import Model, Sampling
 from align.track import read_metrics
@@ -59,6 +60,20 @@ def test_all_give_the_same_answers_as_likely(role):
     for name in SAMPLERS:  # a row's answer is its seed's, in whatever place
         other = SAMPLERS[name](role=role, **HOW).sample(PROMPTS[::-1], sampling, Seeds(1, 2, 3, [8, 5]))
         assert other.rollouts.answers == slots.rollouts.answers[::-1]
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_each_of_several_end_tokens_ends_an_answer(role, name):
+    """As a model's generation config lists them: an answer is the same as without ends, up to and with the first."""
+    sampling, rows = Sampling(max_new_tokens=12), range(40)
+    prompts, seeds, ends = [PROMPTS[0]] * len(rows), Seeds(1, 2, 3, list(rows)), [3, 9, 14]
+    how = {"pad_id": 0, "batch_size": 16}
+    cut, whole = (
+        SAMPLERS[name](role=role, end_ids=end_ids, **how).sample(prompts, sampling, seeds).rollouts
+        for end_ids in (ends, [99])
+    )
+    assert cut.answers == tuple(tuple(cut_at_end(answer, ends)) for answer in whole.answers)
+    assert {answer[-1] for answer, has_ended in zip(cut.answers, cut.ended, strict=True) if has_ended} == set(ends)
 
 
 ZEROS = "torch.zeros(2, 1)"

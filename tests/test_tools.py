@@ -6,27 +6,34 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 import yaml
 from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
 from align.artifact import begin
 from align.cli import app
-from align.data import Prompt, encode_prompt
+from align.data import Prompt, encode_completion, encode_prompt
 from align.errors import BadInput
+from align.feedback.page.rendering import conversation
 from align.loop.rounds import Loop
 from align.manifest import read_lines, read_manifest
 from align.models.merging import merge
+from align.models.roles import Bases
 from align.models.tokenizer import load_tokenizer
 from align.preflight import check_recipe
 from align.public import open_policy
 from align.recipe import Recipe
 from align.resumption import state_of
-from align.settings import STAGES, Model
-from align.stages import collect, evaluate
+from align.rewards import judge
+from align.rewards.classifiers import question_text
+from align.rewards.judge import as_text
+from align.settings import STAGES, JudgeSettings, Model
+from align.stages import collect, evaluate, sft
 from align.stages.ppo_roles import load_roles, prompt_rows
 from align.worker import Worker
 from tests import tiny
+from tests.data.test_trl_templates import ROWS, example, tokenizer
 
 # Tools are named first, a call is "give NAME", its result "the ..."; the last answer opens with "please", as Qwen3's does
 # with an empty thought, and so does the generation prompt where thinking is off.
@@ -188,10 +195,8 @@ def test_a_run_keeps_its_arguments_and_whoever_opens_it_has_them(base, runs, tmp
         assert read_manifest(runs / stage)["recipe"]["model"]["chat_template_kwargs"] == OFF
     merge(str(runs / "sft"), str(tmp_path / "merged"))
     openings = [open_policy(str(runs / "sft"))[1], AutoTokenizer.from_pretrained(tmp_path / "merged")]
-    for tokenizer in openings:
-        text = tokenizer.apply_chat_template(
-            [{"role": "user", "content": "a"}], tokenize=False, add_generation_prompt=True
-        )
+    for each in openings:
+        text = each.apply_chat_template([{"role": "user", "content": "a"}], tokenize=False, add_generation_prompt=True)
         assert text.endswith("<assistant> please ")
 
 
@@ -259,3 +264,45 @@ def test_a_loop_goes_on_with_those_of_its_sft_run(base, runs):
         loop = Loop(Path("loop.yaml"), SimpleNamespace(sft={"from": str(runs / "sft")}, model=model))
         assert loop.model.chat_template == str(runs / "sft" / "chat_template.jinja")
         assert load_tokenizer(loop.model).chat_template == (runs / "sft" / "chat_template.jinja").read_text()
+
+
+CONTEXT = [
+    {"role": "user", "content": "give me a cup"},
+    {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "me", "arguments": {"thing": "cup"}}}]},
+    {"role": "tool", "content": "the red cup"},
+]
+
+
+def test_judges_and_people_see_calls():
+    """Whoever reads a prompt without its template: a turn that calls says nothing else."""
+    call = '{"name": "me", "arguments": {"thing": "cup"}}'
+    assert as_text(CONTEXT) == f"User: give me a cup\n\nAssistant: {call}\n\nTool: the red cup"
+    assert question_text(CONTEXT) == f"give me a cup\n{call}\nthe red cup"
+    shown = [turn["raw"] for turn in conversation(CONTEXT)]
+    assert shown == ["give me a cup", call, "the red cup"]
+    assert as_text([CONTEXT[1] | {"content": "wait"}]) == f"wait\n{call}"
+
+
+def test_a_judge_of_ones_own_reads_the_prompt_by_its_tools(base, tmp_path, monkeypatch):
+    (tmp_path / "own.py").write_text(
+        "def length(completions, **kwargs):\n    return [float(len(c[0]['content'])) for c in completions]\n"
+    )
+    bases, read = Bases(Model(base=str(base)), torch.device("cpu")), []
+
+    def spy(tokenizer, prompt, text, where, **how):
+        read.append(tokenizer.decode((found := encode_completion(tokenizer, prompt, text, where, **how))[0]))
+        return found
+
+    monkeypatch.setattr(judge, "encode_completion", spy)
+    asked = judge.build_judge(JudgeSettings(use=f"{tmp_path}/own.py:length"), bases, cache=None)
+    (verdict,) = asked([judge.Question(CONTEXT, "a red cup", "bad", {}, {"tools": TOOLS})])
+    assert verdict.win == 1.0
+    assert all(text.startswith("<s> lamp me <user> give me a cup <end> <assistant> give me cup") for text in read)
+
+
+def test_a_run_says_where_trls_templates_say_what_is_learnt():
+    row = example(ROWS["one turn"])
+    for name, is_said in (("deepseekv3", True), ("qwen3", False)):
+        encoded, said = sft._encoded(tokenizer(name), [row, row], 999)
+        assert len(encoded) == 2
+        assert ("warning: 2 of them have answers" in said and "TRL's training template" in said) == is_said

@@ -12,12 +12,10 @@ whole.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby, takewhile
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from align.data.conversations import Message, Text
 from align.data.formats import Demonstration, Preference, Prompt
@@ -37,6 +35,7 @@ from align.data.templates import (
     tokenized,
     training_template,
 )
+from align.data.thoughts import OPENED, with_thoughts
 from align.data.turns import Discontinuous, answer_turns, said_last
 from align.data.unread import check_answer, check_written
 from align.errors import BadInput
@@ -45,7 +44,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 HOW_ANSWERS_OPEN = "to one whose generation prompt is how answers open"
-OPENED = re.compile(r"<think>\s*\Z")  # a thought that the generation prompt opens
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,7 +173,7 @@ def render_answered(
 ) -> str:
     """A prompt and an answer to it as text, whole, or, where the answer was cut off (not `ended`), up to its last
     word."""
-    answer = tuple(_with_its_thought(tokenizer, (*prompt, *answer), len(prompt), where, template))
+    answer = tuple(with_thoughts(tokenizer, (*prompt, *answer), len(prompt), where, template))
     full = render(tokenizer, prompt + answer, where, template=template)
     _check_words(tokenizer, where)
     if ended:
@@ -186,47 +184,11 @@ def render_answered(
     return full.removesuffix(ending_of(tokenizer).text)
 
 
-def _with_its_thought(
-    tokenizer: PreTrainedTokenizerBase,
-    messages: tuple[Message, ...],
-    num_prompt: int,
-    where: str,
-    template: Mapping[str, Any],
-) -> Iterator[Message]:
-    """The messages after the prompt; answers that close a thought which the generation prompt opens, as sampled ones
-    do, in the form by which the template renders just that, if it has one: some part a thought from the words by
-    themselves, others only where it is opened, or in a field of its own."""
-    for index, message in enumerate(messages[num_prompt:], num_prompt):
-        content = message["content"]
-        is_sampled = message["role"] == "assistant" and "</think>" in content and "<think>" not in content
-        head = render(tokenizer, messages[:index], where, is_prompt=True, template=template) if is_sampled else ""
-        opened = OPENED.search(head)
-        if not opened:
-            yield message
-            continue
-        thought, _, words = content.partition("</think>")
-        forms: list[dict[str, str]] = [{}, {"content": opened.group() + content}]
-        forms.append({"content": words.strip(), "reasoning_content": thought.strip()})
-        for form in forms:
-            changed = cast(Message, {**message, **form})
-            with suppress(BadInput):  # a template that reads no thoughts
-                full = render(tokenizer, (*messages[:index], changed), where, template=template)
-                if full.startswith(head) and _letters(full[len(head) :]).startswith(_letters(content)):
-                    yield changed
-                    break
-        else:
-            yield message
-
-
 def _check_words(tokenizer: PreTrainedTokenizerBase, where: str) -> None:
     if not ending_of(tokenizer).has_words:
         raise BadInput(
             f"{where}: the chat template writes no words of a message (some take lists of parts alone); {TEMPLATE_CURE}"
         )
-
-
-def _letters(text: str) -> str:
-    return "".join(text.split())
 
 
 def _refusal(
@@ -284,7 +246,7 @@ def _encode_chat(
     """Ids, mask, and whether the mask is that of TRL's training template."""
     d, learnt = demonstration, demonstration.learnt
     gaps = _gaps(messages, learnt, d.where)
-    messages = (*d.prompt, *_with_its_thought(tokenizer, messages, len(d.prompt), d.where, d.template))
+    messages = (*d.prompt, *with_thoughts(tokenizer, messages, len(d.prompt), d.where, d.template))
     full = render(tokenizer, messages, d.where, template=d.template)
     _check_words(tokenizer, d.where)
     wanted = [i for i, m in enumerate(messages) if m["role"] == "assistant" and (learnt[i] or any(gaps))]

@@ -289,3 +289,13 @@ def test_the_training_templates_are_those_that_trl_gives() -> None:
         assert (theirs is None) == (ours is None) or own
         found.append(name)
     assert len(found) >= 25
+
+
+def test_a_pair_that_does_not_go_on_from_its_prompt_is_told_of_the_switch() -> None:
+    own = tokenizer("nemotron_3_nano")
+    pair = Preference((USER,), (SIX,), (NINE,), 1.0, 1.0, 0.0, "x:1")  # type: ignore[arg-type]
+    with pytest.raises(
+        BadInput, match=r"x:1: .* set `enable_thinking: false` in `model\.chat_template_kwargs`, or in the row"
+    ):
+        encode_pair(own, pair, 999)
+    assert encode_pair(own, replace(pair, template={"enable_thinking": False}), 999) is not None
