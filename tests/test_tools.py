@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 from align.artifact import begin
 from align.cli import app
 from align.data import Prompt, encode_completion, encode_prompt
+from align.data.kwargs import parted
 from align.errors import BadInput
 from align.feedback.page.rendering import conversation
 from align.loop.rounds import Loop
@@ -218,6 +219,8 @@ def test_a_recipe_says_what_the_run_was_trained_with_or_nothing(base, data, runs
     assert (
         "sft (`policy.from`) was trained with, enable_thinking: false: leave `model.chat_template_kwargs` out" in said
     )
+    with pytest.raises(BadInput, match=r"`model.chat_template_kwargs.tokenize` is not for a recipe to say"):
+        check(ppo(chat_template_kwargs={"tokenize": False}))
     tiny.run(settings("sft", base, data, tmp_path / "other"))
     given["reference"] = {"from": str(tmp_path / "other")}
     with pytest.raises(
@@ -255,6 +258,14 @@ def test_arguments_that_are_none_are_found_beforehand(base, data, tmp_path, give
     with pytest.raises(BadInput) as caught:
         check(settings("sft", base, data, tmp_path / "sft", model={"base": str(base), "chat_template_kwargs": given}))
     assert expected in str(caught.value) and not (tmp_path / "sft").exists()
+
+
+def test_another_base_is_read_by_its_own_template(base, tmp_path):
+    """A judge's, a reward's: the recipe's arguments are of the recipe's base."""
+    bases = Bases(Model(base=str(base), chat_template_kwargs=OFF), torch.device("cpu"))
+    assert parted(bases.main.tokenizer.chat_template) == (OFF, TEMPLATE)
+    other = tiny.make_base(tmp_path / "other", seed=1)
+    assert bases.load(str(other)).tokenizer.chat_template == tiny.TEMPLATE
 
 
 def test_a_loop_goes_on_with_those_of_its_sft_run(base, runs):

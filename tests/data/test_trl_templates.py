@@ -24,7 +24,7 @@ from align.data import (
 )
 from align.data.formats import Preference
 from align.data.sources import Row
-from align.data.templates import training_template
+from align.data.templates import ending_of, training_template
 from align.errors import BadInput
 from tests.families import Family, tokenizer_of
 
@@ -70,53 +70,57 @@ ROWS: dict[str, dict[str, Any]] = {
     "thoughts and a call": {
         "messages": [USER, thinking(CALL, "use it"), RESULT, thinking(SIX, "two threes")], "tools": TOOLS,
     },
+    "thoughts and a call in an earlier turn": {
+        "messages": [USER, thinking(CALL, "use it"), RESULT, thinking(SIX, "two threes"), AND, thinking(NINE, "three threes")],
+        "tools": TOOLS,
+    },
 }  # fmt: skip
 
 # Of each row, in this order: . it is learnt as it is sampled; t by the marks of TRL's training template; s refused, and
 # a switch that mends it is named; c refused, for the template has no calls, tools or system message; w refused, for it
 # leaves words or a thought out; d refused, for an answer does not go on from its prompt; p refused, for it takes parts.
 TABLE = {
-    "cohere": "...ccccc.cc",
-    "cohere2": "...ccccc.cc",
-    "deepseek_r1_distill": "tttcccccdcc",
-    "deepseekv3": "tttcccccwcc",
-    "diffusion_gemma": "......t....",
-    "gemma": "..cccccc.cc",
-    "gemma3": "...ccccc.cc",
-    "gemma4": "......dw.ww",
-    "gemma4_v2": ".......c.cc",
-    "gemma4_v3": "......dw.ww",
-    "gemma4_v4": "......dw.ww",
-    "gemma4_v5": "......d....",
-    "glm4moe": "...........",
-    "gptoss": "......w...t",
-    "idefics3": "pppcccccpcc",
-    "lfm2": "...ccccc.cc",
-    "lfm2_2_5": "...........",
-    "lfm2_2_5_v2": "...........",
-    "lfm2_2_5_vl": "...........",
-    "lfm2_v2": ".......c.cc",
-    "llama3": "...ccccc.cc",
-    "llama3_1": "......wc.cc",
-    "llama3_2": "......wc.cc",
-    "llava_next": "pppcccccpcc",
-    "muse_glimmer": "......w....",
-    "nemotron_3_5_lightning": "sssssss....",
-    "nemotron_3_nano": "sssssss....",
-    "nemotron_3_super": "sssssss....",
-    "nemotron_3_ultra": "sssssss....",
-    "phi3": "...ccccc.cc",
-    "phi3_5": "...ccccc.cc",
-    "qwen2_5": ".......c.cc",
-    "qwen2_5_vl": "...ccccc.cc",
-    "qwen3": "...........",
-    "qwen3_5_nothink": ".......ssss",
-    "qwen3_5_think": "...........",
-    "qwen3_6": "...........",
-    "qwen3_8": "...........",
-    "qwen3_instruct_2507": ".......c.cc",
-    "qwen3_vl": ".......c.cc",
-    "smolvlm": "pppcccccpcc",
+    "cohere": "...ccccc.ccc",
+    "cohere2": "...ccccc.ccc",
+    "deepseek_r1_distill": "tttcccccdccc",
+    "deepseekv3": "tttcccccwccc",
+    "diffusion_gemma": "......t.....",
+    "gemma": "..cccccc.ccc",
+    "gemma3": "...ccccc.ccc",
+    "gemma4": "......dw.www",
+    "gemma4_v2": ".......c.ccc",
+    "gemma4_v3": "......dw.www",
+    "gemma4_v4": "......dw.www",
+    "gemma4_v5": "......d.....",
+    "glm4moe": "............",
+    "gptoss": "......w...tt",
+    "idefics3": "pppcccccpccc",
+    "lfm2": "...ccccc.ccc",
+    "lfm2_2_5": "............",
+    "lfm2_2_5_v2": "............",
+    "lfm2_2_5_vl": "............",
+    "lfm2_v2": ".......c.ccc",
+    "llama3": "...ccccc.ccc",
+    "llama3_1": "......wc.ccc",
+    "llama3_2": "......wc.ccc",
+    "llava_next": "pppcccccpccc",
+    "muse_glimmer": "......w.....",
+    "nemotron_3_5_lightning": "sssssss.....",
+    "nemotron_3_nano": "sssssss.....",
+    "nemotron_3_super": "sssssss.....",
+    "nemotron_3_ultra": "sssssss.....",
+    "phi3": "...ccccc.ccc",
+    "phi3_5": "...ccccc.ccc",
+    "qwen2_5": ".......c.ccc",
+    "qwen2_5_vl": "...ccccc.ccc",
+    "qwen3": "............",
+    "qwen3_5_nothink": ".......sssss",
+    "qwen3_5_think": "............",
+    "qwen3_6": "............",
+    "qwen3_8": "............",
+    "qwen3_instruct_2507": ".......c.ccc",
+    "qwen3_vl": ".......c.ccc",
+    "smolvlm": "pppcccccpccc",
 }
 
 
@@ -154,7 +158,8 @@ def check(tokenizer: Any, demonstration: Demonstration, encoded: Any) -> None:
     messages = [dict(turn) for turn in (*demonstration.prompt, *demonstration.completion)]
     rendered = tokenizer.apply_chat_template(messages, tokenize=False, **demonstration.template)
     text, learnt = tokenizer.decode(encoded.input_ids), runs(tokenizer, encoded)
-    assert rendered.strip() in (text.strip(), text.strip().removesuffix(tokenizer.eos_token).strip())
+    end = "" if ending_of(tokenizer).num_ids else tokenizer.eos_token  # a template without an end is given one
+    assert text.strip() == rendered.strip() + end
     answers = [turn for turn in messages if turn["role"] == "assistant"]
     if encoded.by_trl:  # whose marks may part an answer
         learnt = ["".join(learnt)] * len(answers)
@@ -162,6 +167,7 @@ def check(tokenizer: Any, demonstration: Demonstration, encoded: Any) -> None:
     for turn, part in zip(answers, learnt, strict=True):
         said = turn["content"].rpartition("</think>")[2].strip() or "multiply"
         assert said in part and "What is 2" not in part and "3 * 3" not in part and "6.0" not in part
+        assert not part.startswith(("|", ">", "/"))  # from the middle of a token
     last, thought = learnt[-1], answers[-1].get("reasoning_content", "")
     assert thought in last and (last.rstrip().endswith(">") or last.endswith("]"))  # with its end token
     if not encoded.by_trl:
@@ -299,3 +305,38 @@ def test_a_pair_that_does_not_go_on_from_its_prompt_is_told_of_the_switch() -> N
     ):
         encode_pair(own, pair, 999)
     assert encode_pair(own, replace(pair, template={"enable_thinking": False}), 999) is not None
+
+
+IM = ("<|im_start|>", "<|im_end|>")
+
+
+def test_an_answer_that_is_shown_in_two_pieces_is_refused() -> None:
+    """As Gemma 4 shows the words of a call after its result: what would be cut holds the result."""
+    template = (
+        "{% for m in messages %}{% if m['role'] == 'tool' %}{{ 'result ' + m['content'] + ' ' + messages[loop.index0 - 1]['content'] + '<|im_end|>' }}"
+        "{% elif m['role'] == 'user' %}{{ 'user ' + m['content'] + '<|im_end|>' }}{% else %}{{ 'assistant ' }}"
+        "{% if m['tool_calls'] %}{{ 'call ' + m['tool_calls'][0]['function']['name'] + ' ' }}{% endif %}"
+        "{% if not m['tool_calls'] or loop.last %}{{ m['content'] + '<|im_end|>' }}{% endif %}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'assistant ' }}{% endif %}"
+    )
+    own = tokenizer_of(Family(template, IM, "<|im_end|>"))
+    row = {"messages": [USER, {**CALL, "content": "Wait."}, RESULT, SIX]}
+    with pytest.raises(BadInput, match="does not render an answer as a continuation of its prompt"):
+        encode_demonstration(own, example(row), 999)
+    last = encode_demonstration(own, replace(example(row), loss_on="last_answer"), 999)
+    assert runs(own, last) == ["The answer is six.<|im_end|>"]
+
+
+@pytest.mark.parametrize("name", ["deepseek_r1_distill", "deepseekv3"])
+def test_calls_that_the_template_leaves_out_are_refused(name: str) -> None:
+    """R1's writes them where the content is null, which is text here."""
+    own, said = tokenizer(name), "x:1: the chat template leaves out the call `multiply` of an answer"
+    prompt = Prompt((USER, CALL, RESULT), {}, "x:1")  # type: ignore[arg-type]
+    if name == "deepseekv3":
+        assert "multiply" in own.decode(encode_prompt(own, prompt))
+        return
+    for row in (ROWS["a call last"], ROWS["a call"]):
+        with pytest.raises(BadInput, match=said):
+            encode_demonstration(own, example({"messages": row["messages"]}), 999)
+    with pytest.raises(BadInput, match=said):
+        encode_prompt(own, prompt)
