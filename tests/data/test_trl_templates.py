@@ -201,6 +201,31 @@ def test_what_becomes_of_each_kind_of_demonstration(name: str) -> None:
     assert found == dict(zip(ROWS, TABLE[name], strict=True))
 
 
+def bare(text: str) -> str:
+    """Without special tokens, white space, and the role that Gemma writes before an answer to a tool."""
+    return re.sub(rf"{SPECIAL}|\s|model", "", text)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_is_learnt_is_what_trls_training_template_marks(name: str) -> None:
+    """Where it renders the same: but for special tokens, and for what the generation prompt writes already."""
+    own, patched = tokenizer(name), training_template(tokenizer(name).chat_template)
+    for kind, letter in zip(ROWS, TABLE[name], strict=True):
+        plain = example(ROWS[kind])
+        messages = [dict(turn) for turn in (*plain.prompt, *plain.completion)]
+        if letter != "." or patched is None:
+            continue
+        how: dict[str, Any] = {"chat_template": patched.source, **plain.template}
+        marked = own.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True, **how)
+        encoded = encode_demonstration(own, plain, 9999)
+        if own.decode(marked["input_ids"]) != own.decode(encoded.input_ids):
+            continue
+        theirs = runs(own, replace(encoded, input_ids=marked["input_ids"], loss_mask=marked["assistant_masks"]))
+        ours = runs(own, encoded)
+        assert len(ours) == len(theirs)
+        assert all(bare(their).endswith(bare(our)) for our, their in zip(ours, theirs, strict=True))
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_tool_results_alone_are_left_out_of_the_loss(name: str) -> None:
     """`all_but_tool_results`, over whatever a row of the table is learnt of."""
