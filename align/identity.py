@@ -337,6 +337,12 @@ def template_of(folder: str | Path) -> str | None:
     return template if isinstance(template, str) else None
 
 
+def has_templates(folder: str | Path) -> bool:
+    """Whether the tokenizer in a folder has chat templates by names, be one of them the default or not."""
+    given = _json_of(Path(folder) / "tokenizer_config.json").get("chat_template")
+    return bool(given) or any(Path(folder).glob(NAMED_TEMPLATES))
+
+
 def have_same_tokens(one: str | Path, other: str | Path) -> bool:
     """Whether two folders' tokenizers give the same words the same ids, as far as their files tell."""
     files = [Path(folder) / "tokenizer.json" for folder in (one, other)]

@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from align.data import Loaded, load, looks_like_hub_id
-from align.data.kwargs import check_kwargs
+from align.data.kwargs import KEY, check_kwargs
 from align.errors import BadInput
 from align.files import reading
 from align.hub import INDEX, WEIGHTS, name_all
-from align.identity import template_of
+from align.identity import has_templates, has_tokenizer, template_of
 from align.models.facts import (
     Facts,
     check_generates,
@@ -212,8 +212,14 @@ def _check_facts(settings: StageSettings, facts: Facts) -> None:
     template = settings.model.chat_template
     written = None if template is None else Path(template).read_text(encoding="utf-8", errors="replace")
     check_tokenizer(facts, written, "`model.base`")
-    if settings.start() is None:  # else it is the run's own template that they are for
-        check_kwargs(settings.model.chat_template_kwargs, template_of(facts.folder) if written is None else written)
+    kwargs = settings.model.chat_template_kwargs
+    if kwargs and settings.start() is None:  # else it is the run's own template that they are for
+        own = template_of(facts.folder) if written is None else written
+        if own is None and has_tokenizer(facts.folder) and not has_templates(facts.folder):
+            raise BadInput(
+                f"{KEY}: {facts.folder} has no chat template that reads them; set `model.chat_template: path`"
+            )
+        check_kwargs(kwargs, own)
 
 
 def _check_lengths(settings: StageSettings) -> None:

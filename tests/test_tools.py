@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -24,7 +25,7 @@ from align.models.roles import Bases
 from align.models.tokenizer import load_tokenizer
 from align.preflight import check_recipe
 from align.public import open_policy
-from align.recipe import Recipe
+from align.recipe import Recipe, load_recipe
 from align.resumption import state_of
 from align.rewards import judge
 from align.rewards.classifiers import question_text
@@ -142,6 +143,11 @@ def test_check_shows_tools_in_every_stage(base, data, tmp_path):
         assert "<s> lamp me <user> give me a red cup <end> <assistant> give me cup <end>" in line
         assert "<user> the red cup thanks <end> <assistant> please" in line
     assert sorted(path.name for path in tmp_path.iterdir()) == ["r.yaml"]
+    on = f"stages.ppo.model={{base: {base}, chat_template_kwargs: {{enable_thinking: true}}}}"
+    with pytest.raises(
+        BadInput, match=r"stage `ppo`: `model.chat_template_kwargs`: enable_thinking: true is not what .*sft"
+    ):
+        check_recipe(load_recipe(str(tmp_path / "r.yaml"), [on]))
 
 
 def test_every_stage_runs_on_tools_and_prompts_as_the_template_renders(base, data, runs, tmp_path, monkeypatch):
@@ -258,6 +264,20 @@ def test_arguments_that_are_none_are_found_beforehand(base, data, tmp_path, give
     with pytest.raises(BadInput) as caught:
         check(settings("sft", base, data, tmp_path / "sft", model={"base": str(base), "chat_template_kwargs": given}))
     assert expected in str(caught.value) and not (tmp_path / "sft").exists()
+
+
+def test_a_base_without_a_template_reads_none(base, data, tmp_path):
+    bare = shutil.copytree(base, tmp_path / "bare")
+    (bare / "chat_template.jinja").unlink()
+    chosen = settings("sft", bare, data, tmp_path / "sft", model={"base": str(bare), "chat_template_kwargs": OFF})
+    said = "`model.chat_template_kwargs`: .* has no chat template.*; set `model.chat_template: path`"
+    for find in (check, lambda chosen: load_tokenizer(chosen.model)):
+        with pytest.raises(BadInput, match=said):
+            find(chosen)
+    (bare / "additional_chat_templates").mkdir()  # which of them a row takes is seen when it is read
+    (bare / "additional_chat_templates" / "tool_use.jinja").write_text(TEMPLATE)
+    check(chosen)
+    assert list(load_tokenizer(chosen.model).chat_template) == ["tool_use"]
 
 
 def test_another_base_is_read_by_its_own_template(base, tmp_path):
