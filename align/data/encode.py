@@ -13,6 +13,7 @@ whole.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import groupby, takewhile
 from typing import TYPE_CHECKING, Any
@@ -202,8 +203,10 @@ def _refusal(
     """Of a pair's answer that does not go on from its prompt; a switch of the template that mends it is named."""
 
     def is_sound(template: Mapping[str, Any]) -> bool:
-        head = render(tokenizer, prompt, where, is_prompt=True, template=template)
-        return render(tokenizer, prompt + answer, where, template=template).startswith(head)
+        with suppress(BadInput):  # it may fail on the conversation then
+            head = render(tokenizer, prompt, where, is_prompt=True, template=template)
+            return render(tokenizer, prompt + answer, where, template=template).startswith(head)
+        return False
 
     if cure := switch_of(tokenizer, template, is_sound):
         return discontinuous(where, cure, opening, is_template=False)
