@@ -11,6 +11,7 @@ import yaml
 from typer.testing import CliRunner
 
 import align
+from align import attempts
 from align import compare as comparing
 from align.cli import app
 from align.errors import BadInput
@@ -111,11 +112,11 @@ def test_evaluate_ppo_and_a_notebook_take_the_policy_that_it_made(base, data, dp
 
 
 def test_methods_are_compared_in_it(base, data, tmp_path, monkeypatch):
-    def start(order, launch, settings, name):
-        check_recipe(load_recipe(written(order.out / f"{name}.yaml", own=json.loads(settings.model_dump_json()))))
+    def run(launch, settings, out, name):
+        check_recipe(load_recipe(written(out / f"{name}.yaml", own=json.loads(settings.model_dump_json()))))
         return tiny.run(settings) and (0, "")
 
-    monkeypatch.setattr(comparing, "_start", start)
+    monkeypatch.setattr(attempts, "run", run)
     asked = comparing.order_of(
         written(tmp_path / "own.yaml", dpo=recipe(base, data, tmp_path / "dpo")),
         [],
