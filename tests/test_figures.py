@@ -19,10 +19,18 @@ from align.report import stage_page
 from align.report.page import unseen
 from align.settings import EvaluateSettings, Model, PpoSettings, SftSettings
 from align.stages import reward, sft, supervised
+from align.stages.evaluate import distinct_n
 from align.stages.unseen import seen_prompts
 from align.track import read_metrics
 from align.worker import Worker
 from tests import tiny
+
+
+def test_different_pairs_of_words_by_hand():
+    # "a b", "b a", "a b" and "c d": three of four are different; a text of one word has none
+    assert distinct_n(["a b a b", "c d", "e"], 2) == 0.75
+    assert distinct_n(["a b a b", "c"], 1) == 0.6 and distinct_n(["a", ""], 2) == 0.0
+
 
 UNMOVED = {"learning_rate": 1e-12, "warmup_ratio": 0.0, "lr_scheduler_type": "constant"}  # the base's own figures
 

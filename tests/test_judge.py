@@ -218,6 +218,7 @@ SERVER = {"use": "server", "url": "http://127.0.0.1:8000/v1", "model": "m"}
         ({"scale": 2.0}, "`judge.scale` has no meaning with `use: model`"),
         ({"url": "http://x/v1"}, "`judge.url` has no meaning"),
         ({"model": "no/such/folder"}, "`judge.model`: no/such/folder is neither a folder nor a Hub id"),
+        ({"model": "no/such/folder"}, "; name a folder that save_pretrained wrote$"),
         ({"model": "{folder}"}, "holds neither a model nor an adapter"),
         ({"question": "{folder}/askk.jinja"}, "`judge.question`: .* cannot be read; did you mean `.*ask.jinja`"),
         ({"question": "{folder}/latin.jinja"}, "cannot be read"),

@@ -190,6 +190,7 @@ DIFFERING: dict[str, tuple[Kind, dict[str, Any], str]] = {
     "images": ("demonstrations", {"messages": [Q, A], "images": ["a.png"]}, "`images` is there, but models are given text"),
     "audio": ("prompts", {"prompt": "why?", "audio": {"path": "a.wav"}}, "`audio` is there"),
     "an image": ("prompts", {"prompt": [user([{"type": "image"}])]}, "a part of it is of type `image`"),  # type: ignore[arg-type]
+    "a part that is no text": ("prompts", {"prompt": [user([{"type": "text", "text": "a"}, {"type": "text", "text": 5}])]}, "is a list; it must be text"),  # type: ignore[arg-type]
     "a conversation as text": ("prompts", {"prompt": '[{"role": "user", "content": "a"}]'}, "a conversation written out as text"),
     "a conversation as Python": ("prompts", {"prompt": "[{'role': 'user', 'content': 'a'}]"}, "a conversation written out"),
 }  # fmt: skip
