@@ -3,15 +3,16 @@ in turn (A B A B ...), each run in a process of its own.
 
     python scripts/bench.py ppo    --model DIR [--case fixed|mixed|shared] [--critic trunk|adapter] [--peer trl|sft]
     python scripts/bench.py ppo    --model DIR [--model LARGER] --scaling
+    python scripts/bench.py grpo   --model DIR [--algorithm grpo|rloo] [--case fixed|mixed] [--peer trl] [--parity]
     python scripts/bench.py reward --model DIR --data pairs.jsonl [--steps 4] [--peer trl]
     python scripts/bench.py dpo    --model DIR --data pairs.jsonl [--steps 4] [--peer trl]
     python scripts/bench.py sft    --model DIR --data demonstrations.jsonl [--peer trl [--peer-settings plain ...]]
     python scripts/bench.py parity --model DIR
 
-`scripts/bench_peers.sh` installs TRL; ALIGN_PEERS says where. Prompts and answers of `ppo` are made of words of one
-token each, and the answers are forced on both sides: both work on the very same tokens. Rows of `reward` and `sft` are
-given to TRL as our token ids and labels, with a pad that is not the end token (else TRL reads scores a token early);
-those of `dpo` as they are written, since TRL renders them as we do.
+`scripts/bench_peers.sh` installs TRL; ALIGN_PEERS says where. Prompts and answers of `ppo` and `grpo` are made of
+words of one token each, and the answers are forced on both sides: both work on the very same tokens. Rows of `reward`
+and `sft` are given to TRL as our token ids and labels, with a pad that is not the end token (else TRL reads scores a
+token early); those of `dpo` as they are written, since TRL renders them as we do.
 
 Seconds are from step to step; the first step is a warm-up and left out, but for `sft`, which counts its one epoch
 whole. Peak memory is the process's high-water mark on a CPU, the allocator's on a GPU. Useful FLOPs are 2 x the weights
@@ -48,7 +49,7 @@ from align.wording import did_you_mean_path, safe
 ROOT = Path(__file__).resolve().parents[1]
 PROGRAMS = ROOT / "scripts" / "bench_peers"
 PEERS = Path(os.environ.get("ALIGN_PEERS") or Path(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "align-peers"))
-VERSIONS = {"trl_ppo.py": "trl-1.12.0", "trl_supervised.py": "trl-1.16.0"}
+VERSIONS = {"trl_ppo.py": "trl-1.12.0", "trl_grpo.py": "trl-1.16.0", "trl_supervised.py": "trl-1.16.0"}
 LORA = {"kind": "lora", "r": 16}
 MAX_LENGTH = 1024  # TRL's default for SFT and reward models, and ours
 BATCH = 8  # and TRL's default batch
@@ -67,6 +68,20 @@ CASES: dict[str, tuple[list[int], list[int], int]] = {  # tokens of prompts, tok
         1,
     ),
     "shared": ([256] * 4, [32] * 4, 4),
+}
+GROUPED = {"fixed": ([64] * 16, [32] * 16, 4), "mixed": (CASES["mixed"][0], [32] * 16, 4)}  # the same, of `grpo`
+GROUPED_PARITY: tuple[list[int], list[int], int] = (list(range(8, 40, 4)), [16] * 8, 4)
+# The recipe's section `ppo` and TRL's settings by which both have one loss, at `KL_COEF`. GRPO: the KL in the loss, as
+# k3 weighed by the ratio, which is TRL's `use_bias_correction_kl`; a mean over all tokens. RLOO: the KL in the reward,
+# as k1; a mean over answers of what TRL sums over their tokens, and we divide by the most that an answer may have: see
+# `grpo_work`. From a generation's second step on RLOO differs: TRL's ratio is that of a whole answer, ours a token's.
+KL_COEF = 0.05
+ALGORITHMS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "grpo": (
+        {"kl_in": "loss", "kl_estimator": "k3", "scale_rewards": "group", "loss_norm": "token"},
+        {"use_bias_correction_kl": True, "scale_rewards": "group", "loss_type": "dapo"},
+    ),
+    "rloo": ({"kl_in": "reward", "kl_estimator": "k1", "loss_norm": "constant"}, {}),
 }
 SCORE_PASSES = {"reference": True, "reward": False}  # and whether each needs logits
 COUNTED = (
@@ -118,32 +133,68 @@ def made_prompts(model: str, lengths: Sequence[int], answers: Sequence[int], sam
     return prompts
 
 
-def ppo_work(folder: Path, prompts: list[Values], rewards: list[Values], options: Options, **ppo: Any) -> Values:
-    """Our recipe and TRL's settings for the same PPO; `ppo` are keys that both call alike."""
+def ppo_recipe(
+    folder: Path, prompts: list[Values], rewards: list[Values], critic: str, options: Options, **ppo: Any
+) -> Values:
+    """PPO whose iterations all have these prompts; `ppo` goes into its section of that name."""
     path = write_rows(folder / "prompts.jsonl", [{"prompt": p["text"], "points": p.get("score")} for p in prompts])
-    samples, same = len(prompts[0]["answers"]), {"num_ppo_epochs": 2, "learning_rate": 3e-5} | ppo
-    rows = len(prompts) * samples
-    ours = {"num_iterations": options.iterations, "prompts_per_iteration": len(prompts), "num_generations": samples}
-    ours |= {"missing_eos_penalty": None, "eval_steps": 0, "save_steps": 0, **same}
-    if options.command == "parity":
-        ours["max_grad_norm"] = 1e9  # TRL does not clip
-    values = recipe(
+    common = {"num_iterations": options.iterations, "prompts_per_iteration": len(prompts)}
+    common |= {"num_generations": len(prompts[0]["answers"]), "missing_eos_penalty": None}
+    return recipe(
         "ppo",
         options.model[0],
         policy={"method": LORA},
-        critic={} if options.critic == "default" else {"kind": options.critic},
+        critic={} if critic == "default" else {"kind": critic},
         rewards=rewards,
         prompts={"train": path},
         sampling={"max_new_tokens": max(len(answer) for p in prompts for answer in p["answers"])},
-        ppo=ours,
+        ppo=common | {"eval_steps": 0, "save_steps": 0, **ppo},
     )
+
+
+def passes_of(rows: int, options: Options) -> Values:
+    """How TRL takes the rows of an optimiser step."""
     size = min(options.peer_micro_batch, rows)
-    peer = same | {"per_device_train_batch_size": size, "gradient_accumulation_steps": rows // size}
+    if rows % size:
+        raise BadInput(f"--peer-micro-batch: {rows} rows cannot be taken {size} at a time; choose a divisor of {rows}")
+    return {"per_device_train_batch_size": size, "gradient_accumulation_steps": rows // size}
+
+
+def ppo_work(folder: Path, prompts: list[Values], rewards: list[Values], options: Options, **ppo: Any) -> Values:
+    """Our recipe and TRL's settings for the same PPO; `ppo` are keys that both call alike."""
+    same = {"num_ppo_epochs": 2, "learning_rate": 3e-5} | ppo
+    ours = same | ({"max_grad_norm": 1e9} if options.command == "parity" else {})  # TRL does not clip
     return {
         "kind": options.command,
         "prompts": prompts,
         "iterations": options.iterations,
-        "recipe": values,
+        "recipe": ppo_recipe(folder, prompts, rewards, options.critic, options, **ours),
+        "peer": same | passes_of(len(prompts) * len(prompts[0]["answers"]), options),
+    }
+
+
+def grpo_work(folder: Path, prompts: list[Values], options: Options, *, epochs: int, cliprange: float = 0.2) -> Values:
+    """Our recipe without a critic, and the settings of TRL's trainer for the same.
+
+    With `loss_norm: constant` our loss is TRL's over `max_new_tokens`: Adam's epsilon and what a gradient may have are
+    divided by that too, so that the steps are the same.
+    """
+    ours, peer = ALGORITHMS[options.algorithm]
+    samples, width = len(prompts[0]["answers"]), max(len(answer) for p in prompts for answer in p["answers"])
+    scale = width if ours["loss_norm"] == "constant" else 1
+    both = {"learning_rate": 3e-5, "lr_scheduler_type": "constant"}
+    ours = ours | both | {"advantage": options.algorithm, "kl_coef": KL_COEF, "num_ppo_epochs": epochs}
+    ours |= {"cliprange": cliprange, "adam_epsilon": 1e-5 / scale, "max_grad_norm": 1.0 / scale}
+    peer = peer | both | {"beta": KL_COEF, "num_iterations": epochs, "num_generations": samples, "epsilon": cliprange}
+    peer |= {"adam_epsilon": 1e-5, "max_grad_norm": 1.0} | passes_of(len(prompts) * samples, options)
+    cheap = f"{PROGRAMS / 'vowels.py'}:vowels"
+    return {
+        "kind": "parity" if options.parity else "grpo",
+        "trainer": options.algorithm.upper(),
+        "reward": cheap,
+        "prompts": prompts,
+        "iterations": options.iterations,
+        "recipe": ppo_recipe(folder, prompts, [{"use": cheap}], "none", options, **ours),
         "peer": peer,
     }
 
@@ -311,7 +362,8 @@ def useful_flops(prompts: list[Values], machine: Values, critic: str, epochs: in
     tokens = answered + sum(len(p["ids"]) for p in prompts)
     trunk, logits = 2.0 * machine["weights"] * tokens, 2.0 * machine["vocabulary"] * machine["hidden"] * answered
     own = trunk if critic == "adapter" else 0.0
-    score = sum(trunk + (logits if has_logits else 0.0) for has_logits in SCORE_PASSES.values()) + own
+    passes = SCORE_PASSES if critic != "none" else {"reference": True}  # a function scores there
+    score = sum(trunk + (logits if has_logits else 0.0) for has_logits in passes.values()) + own
     return {"score": score, "update": epochs * 2 * (trunk + logits + own)}
 
 
@@ -343,7 +395,7 @@ def summary(runs: dict[str, list[Values]], unit: str, value: Callable[[Values], 
     for name, results in runs.items():
         values = [value(result) for result in results]
         sides[name] = {unit: median(values), "values": values, "peak_mib": median(r["peak_mib"] for r in results)}
-        if "loss" in results[0]["metrics"][0]:
+        if all("loss" in each[0]["metrics"][0] for each in runs.values()):
             sides[name]["first_loss"] = results[0]["metrics"][0]["loss"]
         if name != "ours":
             sides[name]["ratio"] = {key: sides["ours"][key] / sides[name][key] for key in (unit, "peak_mib")}
@@ -401,13 +453,54 @@ def bench_ppo(options: Options, folder: Path) -> Values:
             sides["TRL 1.12"] = ("trl_ppo.py", work)
         elif options.peer == "sft":
             sides["our SFT"] = ("ours.py", sft_of_prompts(folder, options.model[0], prompts, options.iterations))
-        runs = in_turn(sides, options.repeats)
-        figures = phase_figures(runs["ours"], work)
-        found = summary(runs, "seconds", lambda run: median(step_seconds(run)))
-        show_sides(f"ppo {case}, critic {figures['critic']}: an iteration", found, "seconds")
-        show_phases(figures)
-        report[case] = {"sides": found, **figures}
+        report[case] = iteration_report(f"ppo {case}, critic {critic_of(work)}", sides, options.repeats)
     return report
+
+
+def iteration_report(title: str, sides: dict[str, tuple[str, Values]], repeats: int) -> Values:
+    """An iteration of ours, and beside a peer's if there is one."""
+    runs = in_turn(sides, repeats)
+    figures = phase_figures(runs["ours"], sides["ours"][1])
+    found = summary(runs, "seconds", lambda run: median(step_seconds(run)))
+    show_sides(f"{title}: an iteration", found, "seconds")
+    show_phases(figures)
+    return {"sides": found, **figures}
+
+
+def bench_grpo(options: Options, folder: Path) -> Values:
+    """The chosen cases without a critic, each beside the peer if it is named; or whether both do the same."""
+    if options.peer:
+        python_of("trl_grpo.py")  # a peer that is missing must not cost a run first
+    if options.parity:
+        return bench_grpo_parity(options, folder)
+    report = {}
+    for case in options.case or GROUPED:
+        work = grpo_work(folder, made_prompts(options.model[0], *GROUPED[case]), options, epochs=options.epochs)
+        sides = {"ours": ("ours.py", work)} | ({"TRL 1.16": ("trl_grpo.py", work)} if options.peer else {})
+        title = f"{options.algorithm} {case}, 16 x 4 answers, num_ppo_epochs {options.epochs}"
+        report[case] = iteration_report(title, sides, options.repeats)
+    return report
+
+
+def bench_grpo_parity(options: Options, folder: Path) -> Values:
+    """Two iterations of both on the same answers and from the same adapter: each step, and the adapters at the end.
+
+    The clip is so narrow that it holds some tokens, and so wide that hardly any stands at its edge, where rounding says
+    whether it has a gradient.
+    """
+    python_of("trl_grpo.py")
+    from safetensors.torch import load_file
+
+    epochs = 2 if options.algorithm == "grpo" else 1
+    prompts, options = made_prompts(options.model[0], *GROUPED_PARITY), Options(**vars(options) | {"iterations": 2})
+    work = grpo_work(folder, prompts, options, epochs=epochs, cliprange=0.05)
+    programs = {"ours": "ours.py", "TRL 1.16": "trl_grpo.py"}
+    sides = {name: (program, work | {"adapter": str(folder / name)}) for name, program in programs.items()}
+    ours, peer = (runs[0] for runs in in_turn(sides, 1).values())
+    adapters = [load_file(folder / name / "adapter_model.safetensors") for name in sides]
+    moved = largest_difference(*adapters) / work["peer"]["learning_rate"]
+    rows = grpo_parity_rows(ours, peer, work, moved)
+    return show_parity(f"{options.algorithm} parity: {2 * epochs} steps on 8 x 4 answers", "TRL 1.16", rows)
 
 
 def bench_scaling(options: Options, folder: Path) -> Values:
@@ -488,10 +581,13 @@ def bench_parity(options: Options, folder: Path) -> Values:
         runs = in_turn({"ours": ("ours.py", work), "TRL 1.12": ("trl_ppo.py", work)}, 1)
         ours.append(runs["ours"][0]["metrics"][0])
         peers.append(runs["TRL 1.12"][0]["metrics"][0])
-    rows = parity_rows(ours, peers, 16 * 32)
+    return show_parity("PPO parity: one iteration of 16 x (16 + 32)", "TRL 1.12", parity_rows(ours, peers, 16 * 32))
+
+
+def show_parity(title: str, peer: str, rows: list[Values]) -> Values:
     numbers = [[f"{r[key]:.6g}" for key in ("ours", "peer")] + [f"{r['tolerance']:.2g}"] for r in rows]
     shown = [[r["name"], *texts, "yes" if r["agrees"] else "NO"] for r, texts in zip(rows, numbers, strict=True)]
-    show("PPO parity: one iteration of 16 x (16 + 32)", ["", "ours", "TRL 1.12", "may differ by", "agrees"], shown)
+    show(title, ["", "ours", peer, "may differ by", "agrees"], shown)
     return {"rows": rows, "agrees": all(row["agrees"] for row in rows)}
 
 
@@ -520,8 +616,42 @@ def parity_rows(ours: list[Values], peers: list[Values], tokens: int) -> list[Va
                 both[0][key] if epoch == 1 else 2 * both[1][key] - both[0][key] for both, key in ((ours, a), (peers, b))
             )
             found.append((f"{name}, epoch {epoch}", factor * x, y, relative, absolute))
+    return compared(found)
+
+
+def grpo_parity_rows(ours: Values, peer: Values, work: Values, moved: float) -> list[Values]:
+    """What should agree; `moved`: the largest difference of the adapters at the end, in learning rates.
+
+    Our KL is a sum over an answer, TRL's a mean over tokens. RLOO's loss is minus the mean advantage in TRL, which is
+    none, and its gradient is `max_new_tokens` times ours. Nothing is clipped there: each step has answers of its own.
+    """
+    epochs, width = work["peer"]["num_iterations"], work["recipe"]["sampling"]["max_new_tokens"]
+    is_rloo, found = work["trainer"] == "RLOO", []
+    for number, row in enumerate(ours["metrics"], 1):
+        first = peer["steps"][(number - 1) * epochs]
+        found.append((f"score, iteration {number}", row["score"], first["reward"], 1e-5, 0.0))
+        found.append((f"KL a token, iteration {number}", row["kl"] / row["response_length"], first["kl"], 1e-5, 2e-6))
+    for number, (mine, other) in enumerate(zip(ours["steps"], peer["steps"], strict=True), 1):
+        norm = mine["grad_norm_policy"] * (width if is_rloo else 1)
+        if not is_rloo:
+            found.append((f"loss, step {number}", mine["policy_loss"], other["loss"], 1e-5, 2e-6))
+            clipped = other["clip_ratio/region_mean"]
+            found.append((f"clip fraction, step {number}", mine["clipfrac"], clipped, 1e-5, 0.0))
+        found.append((f"gradient's norm, step {number}", norm, other["grad_norm"], 2e-5, 0.0))
+    return compared([*found, ("adapters, in rates", moved, 0.0, 0.0, 0.1)])
+
+
+def compared(found: list[tuple[str, float, float, float, float]]) -> list[Values]:
+    """Rows of a name, ours, the peer's, and by how much they may differ: of the peer's, and at any rate."""
     rows = [{"name": n, "ours": x, "peer": y, "tolerance": r * abs(y) + a} for n, x, y, r, a in found]
     return [row | {"agrees": abs(row["ours"] - row["peer"]) <= row["tolerance"]} for row in rows]
+
+
+def largest_difference(one: Values, other: Values) -> float:
+    """Of any weight; both have the same."""
+    if one.keys() != other.keys():
+        raise RunFailed("the two sides have trained other weights")
+    return max(float((one[name] - other[name]).abs().max()) for name in one)
 
 
 # --- the command line ----------------------------------------------------------------------------------------------
@@ -536,23 +666,27 @@ def count(text: str) -> int:
 
 def parsed(arguments: Sequence[str] | None) -> Options:
     parser = argparse.ArgumentParser(description="Our stages beside their peers: speed, memory, parity.")
-    parser.set_defaults(critic="adapter", iterations=1, peer_micro_batch=16, peer=None, scaling=False)  # parity's
+    parser.set_defaults(critic="adapter", iterations=1, peer_micro_batch=16, peer=None, scaling=False)  # of some
     commands = parser.add_subparsers(dest="command", required=True)
-    names = ("ppo", "reward", "dpo", "sft", "parity")
-    ppo, reward, dpo, sft, _ = each = [commands.add_parser(name) for name in names]
+    names = ("ppo", "grpo", "reward", "dpo", "sft", "parity")
+    ppo, grpo, reward, dpo, sft, _ = each = [commands.add_parser(name) for name in names]
     for one in each:
         one.add_argument("--model", action="append", required=True, metavar="DIR", help="a transformers folder")
         one.add_argument("--json", metavar="FILE", help="write all figures there")
-    for one in (ppo, reward, dpo, sft):
+    for one in (ppo, grpo, reward, dpo, sft):
         one.add_argument("--repeats", type=count, default=3, help="runs of each side (3)")
         one.add_argument("--peer", choices=["trl", "sft"] if one is ppo else ["trl"])
     for one in (reward, dpo, sft):
         one.add_argument("--data", required=True, metavar="FILE", help="rows in TRL's format")
-    ppo.add_argument("--case", action="append", choices=list(CASES), help="all, if none is named")
+    for one, cases in ((ppo, CASES), (grpo, GROUPED)):
+        one.add_argument("--case", action="append", choices=list(cases), help="all, if none is named")
+        one.add_argument("--iterations", type=count, default=4, help="of a run, the first a warm-up (4)")
+        one.add_argument("--peer-micro-batch", type=count, default=16, help="TRL's per_device_train_batch_size (16)")
     ppo.add_argument("--critic", choices=["default", "trunk", "adapter"], default="default")
-    ppo.add_argument("--iterations", type=count, default=4, help="of a run, the first a warm-up (4)")
     ppo.add_argument("--scaling", action="store_true", help="ours alone, as sizes double")
-    ppo.add_argument("--peer-micro-batch", type=count, default=16, help="TRL's per_device_train_batch_size (16)")
+    grpo.add_argument("--algorithm", choices=list(ALGORITHMS), default="grpo")
+    grpo.add_argument("--epochs", type=count, default=2, help="optimiser steps an iteration: TRL's num_iterations (2)")
+    grpo.add_argument("--parity", action="store_true", help="both on the same answers: losses, gradients, weights")
     dpo.add_argument(
         "--peer-micro-batch", type=int, choices=[1, 2, 4, 8], default=8, help="pairs of a pass of TRL's (8)"
     )
@@ -568,6 +702,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parsed(arguments)
     command = {
         "ppo": bench_ppo,
+        "grpo": bench_grpo,
         "reward": bench_reward,
         "dpo": bench_dpo,
         "sft": bench_sft,

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Makes the environments of the systems that scripts/bench.py compares with, in $ALIGN_PEERS (or the user's cache):
-# TRL 1.12.0 for PPO, the last release that has it, and TRL 1.16.0 for SFT, reward models and DPO. All other versions are
-# those of constraints.txt, so that both sides run on the same torch and transformers.
+# TRL 1.12.0 for PPO, the last release that has it, and TRL 1.16.0 for all else. All other versions are those of
+# constraints.txt, so that both sides run on the same torch and transformers.
 # bash scripts/bench_peers.sh
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import TrainerCallback
+from transformers import StoppingCriteria, StoppingCriteriaList, TrainerCallback
 
 STATUS = Path("/proc/self/status")
 
@@ -34,13 +34,15 @@ class Clock:
 
 
 class Ticks(TrainerCallback):
-    """In a trainer of transformers: the clock ticks after each optimiser step (in PPO: after each iteration)."""
+    """In a trainer of transformers: the clock ticks after `every` so many optimiser steps (in PPO: iterations)."""
 
-    def __init__(self, clock: Clock):
-        self.clock = clock
+    def __init__(self, clock: Clock, every: int = 1):
+        self.clock, self.every, self.steps = clock, every, 0
 
     def on_step_end(self, *arguments: Any, **state: Any) -> None:
-        self.clock.tick()
+        self.steps += 1
+        if self.steps % self.every == 0:
+            self.clock.tick()
 
 
 class Answers:
@@ -58,6 +60,40 @@ class Answers:
     def check(self, wanted: list[list[int]], found: list[list[int]]) -> None:
         if wanted != found:
             raise RuntimeError("the sampled answers are not those of the work: the two sides would not do the same")
+
+
+class Forced(StoppingCriteria):
+    """Overwrites the token just drawn by the foreseen one, and ends a row after its last. The scores that TRL takes
+    its log-probabilities from stay as the model gave them."""
+
+    def __init__(self, rows: list[list[int]], prompt_length: int, end_id: int):
+        self.rows, self.prompt_length = rows, prompt_length
+        self.eos_token_id = torch.tensor([end_id])  # by this attribute `generate` knows to pad rows that ended
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **settings: Any) -> torch.Tensor:
+        step = input_ids.shape[1] - self.prompt_length - 1
+        for i, row in enumerate(self.rows):
+            if step < len(row):
+                input_ids[i, -1] = row[step]
+        return torch.tensor([step >= len(row) - 1 for row in self.rows], device=input_ids.device)
+
+
+def force_answers(policy: Any, answers: Answers, end_id: int) -> None:
+    """In transformers' generate: the k-th row of a prompt gets the k-th answer that the work foresees for it."""
+    plain = policy.generate
+
+    def generate(**settings: Any) -> Any:
+        for config in (policy.generation_config, settings["generation_config"]):
+            config.eos_token_id = None  # else a drawn end token would end a row before it is overwritten
+        ids, mask = settings["input_ids"], settings["attention_mask"].bool()
+        rows = [answers.next(row[keep].tolist()) for row, keep in zip(ids, mask, strict=True)]
+        criteria = StoppingCriteriaList([Forced(rows, ids.shape[1], end_id)])
+        output = plain(**settings, stopping_criteria=criteria)
+        found = getattr(output, "sequences", output)[:, ids.shape[1] :].tolist()
+        answers.check(rows, [tokens[: len(row)] for tokens, row in zip(found, rows, strict=True)])
+        return output
+
+    policy.generate = generate
 
 
 def run(program: Callable[[dict[str, Any]], dict[str, Any]]) -> None:

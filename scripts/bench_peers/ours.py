@@ -1,6 +1,7 @@
 """Runs one of align's stages as the recipe in the work says, and reports seconds a step, memory and metrics; then
 measures the machine's matrix rate. `python scripts/bench_peers/ours.py work.json result.json`"""
 
+import shutil
 import statistics
 import time
 from collections.abc import Iterator
@@ -20,7 +21,7 @@ from align.models.roles import Bases, Role
 from align.rollout import slots
 from align.rollout.draw import Drawn
 from align.settings import STAGES
-from align.stages import ppo, runner
+from align.stages import ppo, ppo_steps, runner
 from align.track import Tracker, read_metrics
 from align.worker import Worker
 
@@ -34,18 +35,22 @@ def program(work: dict[str, Any]) -> dict[str, Any]:
     seed_everything(settings.seed)
     with ExitStack() as wrapped:
         wrapped.enter_context(timed(clock))
-        if work["kind"] in ("ppo", "parity"):
+        if work["recipe"]["stage"] == "ppo":
             wrapped.enter_context(force_answers(Answers(work["prompts"])))
+        steps: list[dict[str, float]] = []
         if work["kind"] == "parity":
             wrapped.enter_context(seeded_policy())
+            wrapped.enter_context(noted(steps))
         if work["kind"] == "dpo":
             wrapped.enter_context(seeded_adapter())
         if work["kind"] == "reward":
             wrapped.enter_context(seeded_head())
         runner(settings)(settings, worker)
+    if "adapter" in work:
+        shutil.copytree(settings.output, work["adapter"])
     metrics = read_metrics(settings.output)
     peaks = [value for row in metrics for key, value in row.items() if key.startswith("peak_mib_")]
-    result = {"seconds": clock.seconds, "peak_mib": max([peak_mib(), *peaks]), "metrics": metrics}
+    result = {"seconds": clock.seconds, "peak_mib": max([peak_mib(), *peaks]), "metrics": metrics, "steps": steps}
     return result | {"device": worker.device.type, "machine": matrix_rate(settings.model.base, worker.device)}
 
 
@@ -93,6 +98,19 @@ def force_answers(answers: Answers) -> Iterator[None]:
         return replace(drawn, tokens=tokens, logprobs=logprobs)
 
     with patch.object(slots.SlotSampler, "sample", noting), patch.object(slots, "draw", forced):
+        yield
+
+
+@contextmanager
+def noted(steps: list[dict[str, float]]) -> Iterator[None]:
+    """The figures of each optimiser step of PPO, which an iteration logs the means of."""
+    plain = ppo_steps._means
+
+    def means(history: list[dict[str, float]]) -> dict[str, float]:
+        steps.extend(history)
+        return plain(history)
+
+    with patch.object(ppo_steps, "_means", means):
         yield
 
 

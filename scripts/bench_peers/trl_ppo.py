@@ -6,49 +6,10 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from measuring import Answers, Clock, Ticks, peak_mib, run, seed_lora, use_free_pad
+from measuring import Answers, Clock, Ticks, force_answers, peak_mib, run, seed_lora, use_free_pad
 from peft import LoraConfig
-from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    StoppingCriteria,
-    StoppingCriteriaList,
-)
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 from trl.experimental.ppo import PPOConfig, PPOTrainer, ppo_trainer
-
-
-class Forced(StoppingCriteria):
-    """Overwrites the token just drawn by the foreseen one, and ends a row after its last. The scores that TRL takes
-    its log-probabilities from stay as the model gave them."""
-
-    def __init__(self, rows: list[list[int]], prompt_length: int, end_id: int):
-        self.rows, self.prompt_length = rows, prompt_length
-        self.eos_token_id = torch.tensor([end_id])  # by this attribute `generate` knows to pad rows that ended
-
-    def __call__(self, input_ids: torch.Tensor, scores: Any, **settings: Any) -> torch.Tensor:
-        step = input_ids.shape[1] - self.prompt_length - 1
-        for i, row in enumerate(self.rows):
-            if step < len(row):
-                input_ids[i, -1] = row[step]
-        return torch.tensor([step >= len(row) - 1 for row in self.rows], device=input_ids.device)
-
-
-def force_answers(policy: Any, answers: Answers, end_id: int) -> None:
-    """The k-th row of a prompt gets the k-th answer that the work foresees for it."""
-    plain = policy.generate
-    policy.generation_config.eos_token_id = None  # else a drawn end token would end a row before it is overwritten
-
-    def generate(**settings: Any) -> Any:
-        ids, mask = settings["input_ids"], settings["attention_mask"].bool()
-        rows = [answers.next(row[keep].tolist()) for row, keep in zip(ids, mask, strict=True)]
-        criteria = StoppingCriteriaList([Forced(rows, ids.shape[1], end_id)])
-        output = plain(**settings, stopping_criteria=criteria)
-        found = output.sequences[:, ids.shape[1] :].tolist()
-        answers.check(rows, [tokens[: len(row)] for tokens, row in zip(found, rows, strict=True)])
-        return output
-
-    policy.generate = generate
 
 
 def fix_scores(reward_model: Any, prompts: list[dict[str, Any]], pad_id: int) -> None:

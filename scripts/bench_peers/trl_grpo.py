@@ -1,0 +1,67 @@
+"""TRL 1.16's GRPOTrainer and RLOOTrainer as their users run them: LoRA policy, whose reference is itself without its
+adapter, sampling by transformers' generate. `python scripts/bench_peers/trl_grpo.py work.json result.json`"""
+
+import importlib.util
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import trl
+from datasets import Dataset
+from measuring import Answers, Clock, Ticks, force_answers, peak_mib, run, seed_lora
+from peft import LoraConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+
+def function_of(reference: str) -> Callable[..., Any]:
+    """`file.py:function`"""
+    path, _, name = reference.rpartition(":")
+    spec = importlib.util.spec_from_file_location("reward", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return getattr(module, name)  # type: ignore[no-any-return]
+
+
+def program(work: dict[str, Any]) -> dict[str, Any]:
+    """Trains; the prompts of an iteration are the whole data set. Seconds are of iterations: a generation, and as many
+    optimiser steps as it is learnt from."""
+    tokenizer, prompts, peer = AutoTokenizer.from_pretrained(work["model"]), work["prompts"], work["peer"]
+    policy = AutoModelForCausalLM.from_pretrained(work["model"], dtype=torch.float32)
+    name, clock = work["trainer"], Clock()
+    config = getattr(trl, f"{name}Config")(
+        output_dir=work["out"],
+        use_cpu=not torch.cuda.is_available(),
+        bf16=False,
+        report_to="none",
+        disable_tqdm=True,
+        save_strategy="no",
+        logging_steps=1,
+        max_steps=work["iterations"] * peer["num_iterations"],
+        max_completion_length=max(len(answer) for p in prompts for answer in p["answers"]),
+        gradient_checkpointing=False,
+        disable_dropout=True,
+        **peer,
+    )
+    trainer = getattr(trl, f"{name}Trainer")(
+        args=config,
+        processing_class=tokenizer,
+        model=policy,
+        reward_funcs=function_of(work["reward"]),
+        train_dataset=Dataset.from_list([{"prompt": p["text"]} for p in prompts]),
+        peft_config=LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"),
+        callbacks=[Ticks(clock, every=peer["num_iterations"])],
+    )
+    force_answers(trainer.model, Answers(prompts), tokenizer.eos_token_id)
+    if work["kind"] == "parity":
+        seed_lora(trainer.model)
+    clock.start()
+    trainer.train()
+    if "adapter" in work:
+        trainer.model.save_pretrained(work["adapter"])
+    steps = [row for row in trainer.state.log_history if "loss" in row]  # the last row is of the whole run
+    return {"seconds": clock.seconds, "peak_mib": peak_mib(), "metrics": steps, "steps": steps}
+
+
+if __name__ == "__main__":
+    run(program)
