@@ -420,7 +420,7 @@ REWARDS = [
     ppo("an argument by position", {"rewards.1": {"use": "fns.py:by_place"}}, "`rewards[1]`", "takes `prompts` by position only"),
     ppo("scores that are yielded", {"rewards.1": {"use": "fns.py:yields"}}, "`rewards[1]`: fns.py:yields", "asynchronously"),
     evaluate("a judge's column", {"rewards.0": {"use": "fns.py:right"}}, "`rewards[0]`: `right` needs the argument `solution`"),
-    ppo("a column beside", {"beside": {"x": {"use": "fns.py:right"}}, "prompts.validation_split": 0.5}, "`beside.x`: `right` needs the argument `solution`"),
+    ppo("a column beside its rewards", {"beside": {"x": {"use": "fns.py:right"}}, "prompts.validation_split": 0.5}, "`beside.x`: `right` needs the argument `solution`"),
     ppo("a figure of ours beside", {"beside": {"kl": {"use": "fns.py:brevity", "target_words": 3}}}, "`beside`", "`kl` is no name for a figure of one's own"),
     ppo("beside without an evaluation", {"ppo.eval_steps": 0, "beside": {"x": {"use": "fns.py:brevity", "target_words": 3}}}, "`beside`", "`prompts.validation_split`"),
     ppo("a reference of two kinds", {"reference": {"from": "runs/sft", "reset_every": 2}}, "`reference.from`", "`reference.reset_every`"),

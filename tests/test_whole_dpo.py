@@ -155,7 +155,7 @@ def test_steps_are_those_done_by_hand(case, parents, tmp_path):
     hand, pairs, held_out = ByHand(settings, given), [Pair(*row) for row in TRAIN], [Pair(*row) for row in HELD_OUT]
     assert slowly.distance(hand.weights, given[0].weights) < 1e-6
     left, evaluated = set(), 0
-    lines = slowly.metrics(settings.output)
+    lines = [line for line in slowly.metrics(settings.output) if line["step"]]  # at 0 it is evaluated alone
     assert len(given) == len(lines) == 4
     for number, line in enumerate(lines):
         left = left or set(range(len(pairs)))
