@@ -125,7 +125,8 @@ def _check_start(
         )
     for name, settings in chosen.items():
         own = getattr(getattr(settings, "reference", None), "path", None)
-        for key, path in ((settings.starts_at, settings.start()), ("reference.from", own or settings.start())):
+        start = settings.starts_at or "model.base"
+        for key, path in ((start, settings.start()), ("reference.from", own or settings.start())):
             if _place(path) != _place(before[reference]):
                 raise BadInput(
                     f"{recipe.path}: stage `{name}`: `{key}` is {path or 'the base'}, and the judge measures KL to "
@@ -175,8 +176,8 @@ def remarks(order: Order) -> list[str]:
     for name, settings in order.algorithms.items():
         if JUDGE not in getattr(settings, "beside", {}):
             said.append(
-                f"warning: `{name}` is judged at its end alone: it evaluates no held-out prompts while it trains, or "
-                "the judge is not one reward"
+                f"warning: `{name}` is judged at its end alone: it evaluates no held-out prompts while it trains, its "
+                "rows lack what the judge needs, or the judge is not one reward"
             )
     held_out = {name: _held_out(settings) for name, settings in order.algorithms.items()}
     if len(set(held_out.values())) > 1:
