@@ -181,3 +181,23 @@ def own_server():
     server = databases.Server(binaries)
     yield server
     server.stop()
+
+
+@pytest.fixture
+def started(monkeypatch):
+    """Runs of a comparison in this process instead of launches; the names of those started."""
+    from align import attempts
+
+    names = []
+
+    def run(launch, settings, out, name):
+        names.append(name)
+        (out / f"{name}.yaml").write_text("x")
+        try:
+            tiny.run(settings)
+        except Exception as error:
+            return 1, str(error)
+        return 0, ""
+
+    monkeypatch.setattr(attempts, "run", run)
+    return names

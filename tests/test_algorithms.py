@@ -53,23 +53,6 @@ def recipe(base, data, tmp_path):
     return written
 
 
-@pytest.fixture
-def started(monkeypatch):
-    """Runs of this process instead of launches; the names of those started."""
-    names = []
-
-    def run(launch, settings, out, name):
-        names.append(name)
-        try:
-            tiny.run(settings)
-        except Exception as error:
-            return 1, str(error)
-        return 0, ""
-
-    monkeypatch.setattr(attempts, "run", run)
-    return names
-
-
 def order(path, *overrides, **changes):
     asked = {"algorithms": "all", "seeds": 2, "budget": None, "out": None}
     return order_of_algorithms(path, overrides, **asked | changes)

@@ -31,25 +31,6 @@ def recipe(base, data, tmp_path):
     return written
 
 
-@pytest.fixture
-def started(monkeypatch):
-    """Runs of this process instead of launches; the names of those started."""
-    names = []
-
-    def run(launch, settings, out, name):
-        names.append(name)
-        path = out / f"{name}.yaml"
-        path.write_text("x")
-        try:
-            tiny.run(settings)
-        except Exception as error:
-            return 1, str(error)
-        return 0, ""
-
-    monkeypatch.setattr(attempts, "run", run)
-    return names
-
-
 def order(path, *overrides, **changes):
     asked = {"stage": None, "methods": "", "budget": "4", "sweep_steps": None, "rates": (), "out": None}
     return order_of(path, overrides, **asked | changes)
