@@ -66,7 +66,7 @@ def first_error(
         return _not_one_of(f"{key}.{name}", quoted_names(context["expected_tags"]), value, where(key))
     if kind == "value_error":
         subject = f"`{key}`{where(key)}" if key else where(key).removeprefix(" in ")
-        return f"{subject}: {context['error']}{it_is(value)}"
+        return f"{subject}{': ' if subject else ''}{context['error']}{it_is(value)}"
     same = [item for item in details if _walk(cls, item["loc"])[0] == names]  # one for each type that would do
     if kind == "literal_error" and len(same) == 1:
         return _not_one_of(key, quoted_names(context["expected"]), value, where(key))

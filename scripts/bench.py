@@ -336,7 +336,9 @@ def once(name: str, program: str, work: Values) -> Values:
     """One run in a folder of its own that is gone afterwards."""
     with tempfile.TemporaryDirectory(prefix="align-bench-") as folder:
         out = str(Path(folder) / "run")
-        mine = work | {"out": out, "model": work["recipe"]["model"]["base"], "recipe": work["recipe"] | {"output": out}}
+        recipe = work["recipe"] | {"output": out}
+        mine = work | {"out": out, "model": recipe["model"]["base"], "recipe": recipe}
+        mine["max_new_tokens"] = recipe.get("sampling", {}).get("max_new_tokens")
         result = start(program, mine, Path(folder))
     console.print(f"  {name}: {sum(result['seconds']):.1f} s, peak {result['peak_mib']:.0f} MiB", style="dim")
     return result

@@ -178,8 +178,8 @@ def peer(stage: str, options: argparse.Namespace) -> dict[str, Any]:
     work = {"model": str(model), "out": str(options.work / f"trl-{stage}"), "kind": stage, "dtype": "bfloat16"}
     if stage == "ppo":
         texts = [words(prompt, seed) for seed in range(count)]
-        work["prompts"] = [{"text": text, "ids": ids(text), "answers": [[0] * answer]} for text in texts]
-        work |= {"iterations": options.iterations, "are_foreseen": False}
+        work["prompts"] = [{"text": text, "ids": ids(text)} for text in texts]
+        work |= {"iterations": options.iterations, "max_new_tokens": answer}
         size = max(1, count // 4)  # rows in a pass: TRL keeps the logits of all of them
         work["peer"] = {"num_ppo_epochs": EPOCHS, "num_mini_batches": 1, "per_device_train_batch_size": size}
         work["peer"]["gradient_accumulation_steps"] = count // size

@@ -118,7 +118,7 @@ def test_a_start_that_fails_ends_it_all(recipe, started, monkeypatch):
 
 def test_a_budget_of_too_few_steps_is_one_line(recipe, started, tmp_path):
     asked = order(recipe(), "stages.ppo.critic.warmup_iterations=2", algorithms="ppo", seeds=1, budget="0.0001m")
-    with pytest.raises(BadInput, match=r"`--budget`: 0.0001 minutes are 1 steps of `ppo`: .*warmup_iterations"):
+    with pytest.raises(BadInput, match=r"`--budget`: 0.0001 minutes are 1 steps of `ppo`: `critic\.warmup_iterations` must"):
         compare_algorithms(asked)
     assert started[-1] == "ppo-pilot"
 

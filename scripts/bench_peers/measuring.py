@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import StoppingCriteria, StoppingCriteriaList, TrainerCallback
+from peft import PeftModel
+from transformers import AutoModelForSequenceClassification, StoppingCriteria, StoppingCriteriaList, TrainerCallback
 
 STATUS = Path("/proc/self/status")
 
@@ -130,3 +131,22 @@ def use_free_pad(tokenizer: Any, rows: Iterable[Iterable[int]]) -> None:
     used = {token for row in rows for token in row}
     free = (i for i in (*tokenizer.all_special_ids, *range(len(tokenizer))) if i not in used)
     tokenizer.pad_token = tokenizer.convert_ids_to_tokens(next(i for i in free if i != tokenizer.eos_token_id))
+
+
+def classifier(reward_model: dict[str, Any]) -> Any:
+    """One of our reward runs as transformers' sequence classifier: the adapter merged, and the scores' mean and
+    deviation, by which ours are normalised, in the head."""
+    plain = AutoModelForSequenceClassification.from_pretrained(reward_model["base"], num_labels=1, dtype=torch.float32)
+    model = PeftModel.from_pretrained(plain, reward_model["run"]).merge_and_unload()
+    head = torch.nn.Linear(model.score.in_features, 1)
+    with torch.no_grad():
+        head.weight.copy_(model.score.weight / reward_model["score_std"])
+        head.bias.fill_(-reward_model["score_mean"] / reward_model["score_std"])
+    model.score = head
+    return model.eval()
+
+
+def save_merged(policy: Any, tokenizer: Any, folder: str) -> None:
+    """The trained policy as a plain transformers folder."""
+    policy.merge_and_unload().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)

@@ -8,7 +8,18 @@ from typing import Any
 import torch
 import trl
 from datasets import Dataset
-from measuring import Answers, Clock, Ticks, force_answers, peak_mib, run, seed_lora
+from measuring import (
+    Answers,
+    Clock,
+    Ticks,
+    classifier,
+    force_answers,
+    peak_mib,
+    run,
+    save_merged,
+    seed_lora,
+    use_free_pad,
+)
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -23,12 +34,32 @@ def function_of(reference: str) -> Callable[..., Any]:
     return getattr(module, name)  # type: ignore[no-any-return]
 
 
+def learned(work: dict[str, Any]) -> Callable[..., list[float]]:
+    """The reward model's scores of the very tokens that were sampled: as text an answer would lose its end. One that
+    has none loses `missing_eos_penalty`, as in TRL's PPO."""
+    tokenizer = AutoTokenizer.from_pretrained(work["model"])
+    eos = tokenizer.eos_token_id
+    use_free_pad(tokenizer, [prompt["ids"] for prompt in work["prompts"]])
+    model = classifier(work["reward_model"])
+    model.config.pad_token_id = tokenizer.pad_token_id
+
+    @torch.inference_mode()
+    def score(prompts: list[str], completion_ids: list[list[int]], **columns: Any) -> list[float]:
+        rows = [[*ids, *answer] for ids, answer in zip(tokenizer(prompts)["input_ids"], completion_ids, strict=True)]
+        batch = tokenizer.pad({"input_ids": rows}, return_tensors="pt", padding_side="right")
+        scores: list[float] = model(**batch).logits[:, 0].tolist()
+        ended = [eos in answer for answer in completion_ids]
+        return [s if end else s - work["missing_eos_penalty"] for s, end in zip(scores, ended, strict=True)]
+
+    return score
+
+
 def program(work: dict[str, Any]) -> dict[str, Any]:
-    """Trains; the prompts of an iteration are the whole data set. Seconds are of iterations: a generation, and as many
-    optimiser steps as it is learnt from."""
+    """Trains. Where answers are foreseen the prompts of an iteration are the whole data set. Seconds are of iterations:
+    a generation, and as many optimiser steps as it is learnt from."""
     tokenizer, prompts, peer = AutoTokenizer.from_pretrained(work["model"]), work["prompts"], work["peer"]
     policy = AutoModelForCausalLM.from_pretrained(work["model"], dtype=torch.float32)
-    name, clock = work["trainer"], Clock()
+    name, clock, are_foreseen = work["trainer"], Clock(), "answers" in prompts[0]
     config = getattr(trl, f"{name}Config")(
         output_dir=work["out"],
         use_cpu=not torch.cuda.is_available(),
@@ -38,7 +69,7 @@ def program(work: dict[str, Any]) -> dict[str, Any]:
         save_strategy="no",
         logging_steps=1,
         max_steps=work["iterations"] * peer["num_iterations"],
-        max_completion_length=max(len(answer) for p in prompts for answer in p["answers"]),
+        max_completion_length=work["max_new_tokens"],
         gradient_checkpointing=False,
         disable_dropout=True,
         **peer,
@@ -47,18 +78,21 @@ def program(work: dict[str, Any]) -> dict[str, Any]:
         args=config,
         processing_class=tokenizer,
         model=policy,
-        reward_funcs=function_of(work["reward"]),
+        reward_funcs=function_of(work["reward"]) if are_foreseen else learned(work),
         train_dataset=Dataset.from_list([{"prompt": p["text"]} for p in prompts]),
         peft_config=LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"),
         callbacks=[Ticks(clock, every=peer["num_iterations"])],
     )
-    force_answers(trainer.model, Answers(prompts), tokenizer.eos_token_id)
+    if are_foreseen:
+        force_answers(trainer.model, Answers(prompts), tokenizer.eos_token_id)
     if work["kind"] == "parity":
         seed_lora(trainer.model)
     clock.start()
     trainer.train()
     if "adapter" in work:
         trainer.model.save_pretrained(work["adapter"])
+    if "save" in work:
+        save_merged(trainer.model, tokenizer, work["save"])
     steps = [row for row in trainer.state.log_history if "loss" in row]  # the last row is of the whole run
     return {"seconds": clock.seconds, "peak_mib": peak_mib(), "metrics": steps, "steps": steps}
 

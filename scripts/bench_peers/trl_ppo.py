@@ -6,7 +6,18 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from measuring import Answers, Clock, Ticks, force_answers, peak_mib, run, seed_lora, use_free_pad
+from measuring import (
+    Answers,
+    Clock,
+    Ticks,
+    classifier,
+    force_answers,
+    peak_mib,
+    run,
+    save_merged,
+    seed_lora,
+    use_free_pad,
+)
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 from trl.experimental.ppo import PPOConfig, PPOTrainer, ppo_trainer
@@ -26,19 +37,23 @@ def fix_scores(reward_model: Any, prompts: list[dict[str, Any]], pad_id: int) ->
 
 
 def program(work: dict[str, Any]) -> dict[str, Any]:
-    """Trains; the rows of an iteration are the whole data set, each prompt as often as it has answers."""
+    """Trains. The rows of an iteration are the whole data set, each prompt as often as it has answers; or as many as
+    `peer` says, where none are foreseen."""
     tokenizer = AutoTokenizer.from_pretrained(work["model"], padding_side="left")
     prompts = work["prompts"]
-    use_free_pad(tokenizer, [row for p in prompts for row in (p["ids"], *p["answers"])])
+    use_free_pad(tokenizer, [row for p in prompts for row in (p["ids"], *p.get("answers", ()))])
     for prompt in prompts:
         if tokenizer(prompt["text"])["input_ids"] != prompt["ids"]:
             raise RuntimeError("a prompt has other tokens here than on the other side")
-    rows = [{"input_ids": p["ids"]} for p in prompts for _ in p["answers"]]
+    rows, peer = [{"input_ids": p["ids"]} for p in prompts for _ in p.get("answers", [None])], work["peer"]
     dtype = getattr(torch, work.get("dtype", "float32"))
     policy = AutoModelForCausalLM.from_pretrained(work["model"], dtype=dtype)
     policy.generation_config.pad_token_id = tokenizer.pad_token_id
     reward_model, value_model = (
-        AutoModelForSequenceClassification.from_pretrained(work["model"], num_labels=1, dtype=dtype) for _ in range(2)
+        classifier(work["reward_model"])
+        if "reward_model" in work
+        else AutoModelForSequenceClassification.from_pretrained(work["model"], num_labels=1, dtype=dtype)
+        for _ in range(2)
     )
     clock = Clock()
     config = PPOConfig(
@@ -49,11 +64,11 @@ def program(work: dict[str, Any]) -> dict[str, Any]:
         disable_tqdm=True,
         save_strategy="no",
         num_sample_generations=0,
-        total_episodes=len(rows) * work["iterations"],
-        response_length=max(len(answer) for p in prompts for answer in p["answers"]),
+        total_episodes=peer["per_device_train_batch_size"] * peer["gradient_accumulation_steps"] * work["iterations"],
+        response_length=work["max_new_tokens"],
         stop_token="eos",
         temperature=1.0,
-        **work["peer"],
+        **peer,
     )
     trainer = PPOTrainer(
         args=config,
@@ -66,7 +81,7 @@ def program(work: dict[str, Any]) -> dict[str, Any]:
         peft_config=LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"),
         callbacks=[Ticks(clock)],
     )
-    if work.get("are_foreseen", True):
+    if "answers" in prompts[0]:
         force_answers(trainer.policy_model, Answers(prompts), tokenizer.eos_token_id)
     if work["kind"] == "parity":
         seed_lora(trainer.policy_model)
@@ -74,6 +89,8 @@ def program(work: dict[str, Any]) -> dict[str, Any]:
         fix_scores(reward_model, prompts, tokenizer.pad_token_id)
     clock.start()
     trainer.train()
+    if "save" in work:
+        save_merged(trainer.policy_model, tokenizer, work["save"])
     return {"seconds": clock.seconds, "peak_mib": peak_mib(), "metrics": trainer.state.log_history}
 
 
