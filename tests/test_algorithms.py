@@ -26,7 +26,7 @@ def recipe(base, data, tmp_path):
     for stage in ("sft", "reward"):
         values[stage] = tiny.recipe(stage, base, data, runs / stage)
     ppo = tiny.recipe("ppo", base, data, runs / "ppo")
-    short = ppo["ppo"] | {"num_iterations": 3, "eval_steps": 1}
+    short = ppo["ppo"] | {"num_iterations": 2, "eval_steps": 1}
     values["dpo"] = tiny.recipe("dpo", base, data, runs / "dpo")
     values["dpo"]["train"] |= {"max_steps": 3, "eval_steps": 1}
     values["ppo"] = ppo | {"ppo": short}
@@ -117,8 +117,10 @@ def test_a_start_that_fails_ends_it_all(recipe, started, monkeypatch):
 
 
 def test_a_budget_of_too_few_steps_is_one_line(recipe, started, tmp_path):
-    asked = order(recipe(), "stages.ppo.critic.warmup_iterations=2", algorithms="ppo", seeds=1, budget="0.0001m")
-    with pytest.raises(BadInput, match=r"`--budget`: 0.0001 minutes are 1 steps of `ppo`: `critic\.warmup_iterations` must"):
+    asked = order(recipe(), "stages.ppo.critic.warmup_iterations=1", algorithms="ppo", seeds=1, budget="0.0001m")
+    with pytest.raises(
+        BadInput, match=r"`--budget`: 0.0001 minutes are 1 steps of `ppo`: `critic\.warmup_iterations` must"
+    ):
         compare_algorithms(asked)
     assert started[-1] == "ppo-pilot"
 
@@ -132,13 +134,13 @@ def test_what_cannot_be_judged_on_the_way_is_said(recipe, started, capsys):
 
 
 def test_minutes_are_turned_into_steps_by_a_pilot(recipe, started, monkeypatch):
-    asked = order(recipe(), algorithms="ppo,dpo", seeds=1, budget="0.05m")
+    asked = order(recipe(), algorithms="ppo,dpo", seeds=1, budget="0.01m")
     assert compare_algorithms(asked) == 0
     assert started[2:4] == ["ppo-pilot", "dpo-pilot"]
     for name, key in (("ppo", ("ppo", "num_iterations")), ("dpo", ("train", "max_steps"))):
         each = read_manifest(asked.out / f"{name}-pilot")["cost"]["seconds_per_step"]
         section, last = key
-        assert read_manifest(asked.out / f"{name}-0")["recipe"][section][last] == max(1, int(3 / each))
+        assert read_manifest(asked.out / f"{name}-0")["recipe"][section][last] == max(1, int(0.6 / each))
     started.clear()
     assert compare_algorithms(asked) == 0 and not started
 

@@ -125,6 +125,14 @@ def test_a_server_without_logprobs_is_taken_at_its_letter():
     assert verdicts[0].probability == (1.0 + 0.5) / 2.0 and not verdicts[0].is_flipped
 
 
+def test_a_question_is_text_and_no_page():
+    with serving(lambda body, number: says("A")) as server:
+        ask(server, [Question(ASKED, "1 < 2 & <b>'so'</b>", 'a "cup"')])
+    for _, _, body in server.seen:
+        content = body["messages"][0]["content"]
+        assert "1 < 2 & <b>'so'</b>" in content and 'a "cup"' in content
+
+
 def test_whoever_is_shown_first_wins_is_flipped():
     with serving(lambda body, number: says("A")) as server:
         verdicts, _ = ask(server, QUESTIONS)

@@ -78,7 +78,7 @@ def started(tmp_path: Path) -> Iterator[Any]:
 def test_two_cpu_processes_form_one_group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     two = plan(str(CONFIGS / "ddp_cpu.yaml"))
-    assert (two.expected_processes, two.expected_device) == (2, "cpu")
+    assert (two.expected_processes, two.expected_device) == (2, "cpu") and "2 processes" in two.description
     assert run_stage(two, ["group", str(tmp_path)], tmp_path / "status", module=WORKER) == Status(0, "")
     for rank in range(2):
         facts = until(tmp_path / f"{rank}.json")

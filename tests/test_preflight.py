@@ -224,7 +224,12 @@ SCORE = {"score.weight": (1, 4)}
         ({"architectures": ["LlamaModel"]}, SCORE, "head would be random"),
         ({}, SCORE, "head would be random"),
         ({"architectures": ["LlamaForSequenceClassification"]}, {}, "no model.safetensors"),
-        ({"architectures": ["T5ForConditionalGeneration"], "is_encoder_decoder": True}, SCORE, "no reward model"),
+        (
+            {"architectures": ["T5ForConditionalGeneration"], "is_encoder_decoder": True},
+            SCORE,
+            "an encoder and a decoder",
+        ),
+        ({"architectures": ["T5ForSequenceClassification"], "is_encoder_decoder": True}, SCORE, None),
     ],
 )
 def test_a_classifier_is_looked_at(tmp_path: Path, values: Any, shapes: Any, says: str | None) -> None:

@@ -17,6 +17,7 @@ from align.feedback.schema import Annotator, Label, Lease, now
 from align.feedback.store import Store
 from tests import databases
 from tests.databases import fill
+from tests.helpers.label_all import work
 from tests.test_store import answered, run_together
 
 START = now()
@@ -440,15 +441,6 @@ def test_the_counter_is_right_whatever_is_done(store):
 # ----------------------------------------------------------------------------------------------------------- many at once
 
 
-def work(store, person: int, done: list) -> None:
-    queue = Queue(store, reask_after=5)
-    while tasks := queue.next(person, count=2):
-        key = f"key-{person}-{tasks[0].pair.id}-{tasks[0].is_reask}"
-        answer = Answer(tasks[0].pair.id, "a", key, is_reask=tasks[0].is_reask)
-        assert queue.submit(person, answer) == queue.submit(person, answer)
-        done.append(key)
-
-
 def check_all(store, pairs, keys) -> None:
     labels = store.labels()
     assert sorted(label.key for label in labels) == sorted(keys) and len(keys) == len(set(keys))
@@ -473,7 +465,7 @@ def test_eight_threads_lose_nothing_and_label_nothing_too_often(store):
 PROCESS = """
 import sys, threading
 from align.feedback.store import Store
-from tests.test_queue import work
+from tests.helpers.label_all import work
 
 store, done = Store(sys.argv[1]), []
 people = [store.add_annotator(f"{sys.argv[2]} {i}") for i in range(2)]

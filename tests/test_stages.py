@@ -195,7 +195,8 @@ def test_full_tuning(base, data, tmp_path):
     # LoRA PPO over the tuned model, its critic over the tuned reward model's base
     ppo = tiny.settings("ppo", base, data, tmp_path / "ppo", critic={})
     tiny.run(ppo.model_copy(update={"ppo": ppo.ppo.model_copy(update={"num_iterations": 1})}))
-    assert (tmp_path / "ppo" / "adapter_config.json").is_file()
+    saved = json.loads((tmp_path / "ppo" / "adapter_config.json").read_text())
+    assert saved["inference_mode"] is True and saved["base_model_name_or_path"] == str(tmp_path / "sft")
 
 
 def test_nothing_to_train_stops_before_anything_is_written(base, data, tmp_path):

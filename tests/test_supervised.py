@@ -25,7 +25,7 @@ from align.settings import Lora, Model, RewardSettings
 from align.stages import sft
 from align.stages.course import Course
 from align.stages.learner import Learner
-from align.stages.order import TRAINERS
+from align.stages.order import SERIES, TRAINERS
 from align.stages.sft import packed
 from align.track import read_metrics
 from align.worker import Worker
@@ -33,6 +33,20 @@ from tests import tiny
 
 STEPS = {"learning_rate": 1e-3, "logging_steps": 1, "save_steps": 0}
 TOY = Path(__file__).with_name("toy_dpo.py")
+
+
+@pytest.mark.parametrize(
+    ("asked", "series", "trainers"),
+    [
+        ((9, 4, 1.0, -1), 3, 3),
+        ((9, 4, 2.0, -1), 5, 6),
+        ((3, 4, 0.5, -1), 1, 1),
+        ((8, 4, 1.5, 0), 3, 3),
+        ((9, 4, 2.0, 7), 7, 7),
+    ],
+)
+def test_steps_of_a_run(asked, series, trainers):
+    assert (SERIES.num_steps(*asked), TRAINERS.num_steps(*asked)) == (series, trainers)
 
 
 @pytest.mark.parametrize(("rows", "size", "accumulation"), [(10, 3, 1), (12, 2, 2), (7, 2, 2), (5, 8, 1)])

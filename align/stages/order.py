@@ -10,8 +10,8 @@ import torch
 
 
 def steps_of(num_rows: int, rows_a_step: int, num_epochs: float, max_steps: int) -> int:
-    """Optimiser steps of a run; `max_steps` > 0 overrides the epochs."""
-    return max_steps if max_steps > 0 else max(1, math.ceil(num_rows * num_epochs / rows_a_step))
+    """Optimiser steps of a run; `max_steps` > 0 overrides the epochs. None is short: the last one goes on."""
+    return max_steps if max_steps > 0 else math.ceil(num_rows * num_epochs / rows_a_step)
 
 
 def row_order(num_rows: int, rows_a_step: int, step: int, seed: int) -> list[int]:
