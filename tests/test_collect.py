@@ -101,6 +101,16 @@ def test_answers_are_of_every_policy_and_draw_whatever_the_batch(base, data, run
     assert collect(base, data, runs, tmp_path / "other", seed=1) != rows
 
 
+def test_prompts_that_are_too_long_are_left_out_and_counted(base, data, runs, tmp_path, capsys):
+    prompts = read_lines(data / "prompts.jsonl")[:3]
+    prompts[1]["prompt"][0]["content"] = "please " * 40
+    write_lines(tmp_path / "prompts.jsonl", prompts)
+    train = {"train": str(tmp_path / "prompts.jsonl"), "validation_split": 0.0}
+    rows = collect(base, data, runs, tmp_path / "collect", prompts=train, max_prompt_length=30)
+    assert "1 of 3 prompts left out: over 30 tokens" in capsys.readouterr().out
+    assert [row["prompt"] for row in rows[::4]] == [prompts[0]["prompt"], prompts[2]["prompt"]]
+
+
 def test_members_differ_and_their_figures_are_joined(made):
     folder, _ = made
     manifest = read_manifest(folder / "ensemble")

@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -52,13 +53,12 @@ PAIRS = [(name, load) for name in METHODS for load in PRECISIONS if (name, load)
 SOUND = [each for each in COMBINATIONS if (each[0], each[2]) not in REFUSED]
 RATE = {"full": 3e-3, "freeze": 3e-3, "adapter": 1e-2, "lora": 1e-2, "qlora": 1e-2, "prefix": 1e-1, "ia3": 1e-1}
 PPO_RATE = RATE | {"full": 2e-3, "ia3": 5e-2}
-NUM_STEPS, NUM_ITERATIONS = 12, 12
+NUM_STEPS, SAVED = 12, 8  # steps or iterations of a run, and where it has a checkpoint
 THANKS = """
 def thanks(prompts, completions, **columns):
     words = [completion[0]["content"].split() for completion in completions]
     return [each.count("thanks") / max(1, len(each)) for each in words]
 """
-ITERATIONS_OF_PPO_TO_RESUME = 4
 TREES = [Tree([2, 4, 9, 10, 3], [[5, 11, 12, 3], [7, 8]]), Tree([2, 4, 13], [[6, 18, 3]])]
 ROW = [2, 4, 9, 10, 7, 3]
 END, PAD = 3, 0
@@ -156,7 +156,7 @@ def values_of(name, stage, load, base, data, output):
             "rewards": [{"use": f"{data}/thanks.py:thanks"}],
             "prompts": {"train": str(data / "prompts.jsonl")},
             "ppo": {
-                "num_iterations": NUM_ITERATIONS,
+                "num_iterations": NUM_STEPS,
                 "prompts_per_iteration": 16,
                 "num_generations": 2 if name == "ia3" else 1,  # the few numbers that it has need more to go by
                 "num_ppo_epochs": 4 if name == "ia3" else 2,
@@ -166,11 +166,11 @@ def values_of(name, stage, load, base, data, output):
                 "kl_coef": 0.0,
                 "missing_eos_penalty": None,
                 "eval_steps": 0,
-                "save_steps": 0,
+                "save_steps": SAVED,
             },
         }
         return tiny.recipe(stage, base, data, output, **changes)
-    train = {"max_steps": NUM_STEPS, "learning_rate": RATE[name], "save_steps": 0, "warmup_ratio": 0.0}
+    train = {"max_steps": NUM_STEPS, "learning_rate": RATE[name], "save_steps": SAVED, "warmup_ratio": 0.0}
     if stage == "dpo":
         changes |= {"policy": {"method": method_of(name)}, "dpo": {"max_eval_prompts": 0}, "sampling": {}}
     else:
@@ -221,27 +221,48 @@ def record(name, stage, load, cell):
         (Path(folder) / f"{name} {stage} {load}").write_text(cell, encoding="utf-8")
 
 
+def run_and_copy(settings, copy, monkeypatch):
+    """Runs it to its end, and copies its folder on the way as a kill after its checkpoint would have left it."""
+    log = Tracker.log
+
+    def log_and_copy(self, number, metrics):
+        log(self, number, metrics)
+        if number == SAVED + 1:
+            shutil.copytree(settings.output, copy)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Tracker, "log", log_and_copy)
+        tiny.run(settings)
+
+
 @pytest.mark.parametrize(("name", "stage", "load"), SOUND)
 def test_it_learns_costs_and_resumes(name, stage, load, base, data, tmp_path, monkeypatch):
-    whole, cut = (settings_of(name, stage, load, base, data, tmp_path / each / stage) for each in ("whole", "cut"))
-    tiny.run(whole)
-    rows = read_metrics(whole.output)
-    manifest = read_manifest(whole.output)
+    settings, copy, whole = (
+        settings_of(name, stage, load, base, data, tmp_path / stage),
+        tmp_path / "copy",
+        tmp_path / "whole",
+    )
+    run_and_copy(settings, copy, monkeypatch)
+    rows = read_metrics(settings.output)
+    manifest = read_manifest(settings.output)
     if stage == "ppo":
         scores = [row["score"] for row in rows]
-        assert len(scores) == NUM_ITERATIONS and sum(scores[-4:]) / 4 > sum(scores[:4]) / 4 + 0.1
+        assert len(scores) == NUM_STEPS and sum(scores[-4:]) / 4 > sum(scores[:4]) / 4 + 0.1
     else:
         losses = [row["loss"] for row in rows if "loss" in row]
         assert len(losses) == NUM_STEPS and sum(losses[-4:]) / 4 < 0.9 * losses[0]
     for figure in ("kl_to_base", "trainable_parameters", "adapter_bytes", "tokens_per_second", "peak_mib"):
         assert manifest["cost"][figure] > 0, figure
-    if stage == "ppo":  # fewer iterations say as much
-        short = {"ppo": whole.ppo.model_copy(update={"num_iterations": ITERATIONS_OF_PPO_TO_RESUME})}
-        whole = whole.model_copy(update=short | {"output": str(tmp_path / "short" / stage)})
-        cut = cut.model_copy(update=short)
-        tiny.run(whole)
-    stop_and_go_on(cut, len(read_metrics(whole.output)) // 2, monkeypatch)
-    assert_same_weights(whole.output, cut.output)
+    Path(settings.output).rename(whole)
+    copy.rename(settings.output)
+    assert read_manifest(settings.output)["status"] == "running"
+    logged, log = [], Tracker.log
+    monkeypatch.setattr(
+        Tracker, "log", lambda self, number, metrics: logged.append(number) or log(self, number, metrics)
+    )
+    tiny.run(settings)
+    assert logged == list(range(SAVED + 1, NUM_STEPS + 1))
+    assert_same_weights(whole, settings.output)
     record(name, stage, load, "yes")
 
 
