@@ -179,11 +179,9 @@ def test_bad_input_is_one_line_and_code_2(bench, base, data, tmp_path, capsys):
 
 
 def test_reward_runs_in_a_process_of_its_own(base, data, tmp_path):
-    file = tmp_path / "report.json"
-    command = [sys.executable, "scripts/bench.py", "reward", "--model", str(base), "--data", str(data / "pairs.jsonl")]
-    options = ["--steps", "2", "--repeats", "1", "--json", str(file)]
-    subprocess.run([*command, *options], check=True, cwd=ROOT, capture_output=True, env=_environment())
-    found = json.loads(file.read_text(encoding="utf-8"))["sides"]["ours"]
+    module = load_script(ROOT / "scripts" / "bench.py")
+    words = ["reward", "--model", base, "--data", data / "pairs.jsonl", "--steps", 2]
+    found = report_of(module, tmp_path, *words)["sides"]["ours"]
     assert found["pairs/s"] > 0 and found["peak_mib"] > 100 and abs(found["first_loss"] - 0.69) < 0.2
 
 
