@@ -235,6 +235,14 @@ def run_and_copy(settings, copy, monkeypatch):
         tiny.run(settings)
 
 
+def cost_by_hand(iterations):
+    """By what the rows of PPO's iterations say."""
+    phases = ("sample", "score", "update")
+    seconds = sorted(sum(row[f"seconds_{phase}"] for phase in phases) for row in iterations)
+    peak = max(row[f"peak_mib_{phase}"] for row in iterations for phase in phases)
+    return {"peak_mib": peak, "seconds_per_step": seconds[len(seconds) // 2]}
+
+
 @pytest.mark.parametrize(("name", "stage", "load"), SOUND)
 def test_it_learns_costs_and_resumes(name, stage, load, base, data, tmp_path, monkeypatch):
     settings, copy, whole = (
@@ -248,6 +256,7 @@ def test_it_learns_costs_and_resumes(name, stage, load, base, data, tmp_path, mo
     if stage == "ppo":
         scores = [row["score"] for row in rows]
         assert len(scores) == NUM_STEPS and sum(scores[-4:]) / 4 > sum(scores[:4]) / 4 + 0.1
+        assert manifest["cost"] == manifest["cost"] | cost_by_hand(rows)
     else:
         losses = [row["loss"] for row in rows if "loss" in row]
         assert len(losses) == NUM_STEPS and sum(losses[-4:]) / 4 < 0.9 * losses[0]
