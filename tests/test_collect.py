@@ -7,6 +7,7 @@ import pytest
 import torch
 import yaml
 
+from align.artifact import checkpoint_path
 from align.errors import BadInput
 from align.files import write_lines
 from align.manifest import read_lines, read_manifest
@@ -126,7 +127,10 @@ def test_a_finished_member_is_not_trained_again(base, data, made, monkeypatch):
     folder, _ = made
     values = tiny.recipe("reward", base, data, folder / "ensemble") | {"stage": "ensemble", "num_members": 2}
     monkeypatch.setattr("align.stages.reward.run", lambda *_: pytest.fail("trained again"))
+    left = checkpoint_path(folder / "ensemble" / read_manifest(folder / "ensemble")["members"][1], 3)
+    left.mkdir(parents=True)  # of a member that was killed just before its end
     tiny.run(STAGES["ensemble"](**values))
+    assert not left.exists()
 
 
 def test_what_an_ensemble_pays(base, made):

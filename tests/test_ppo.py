@@ -77,6 +77,14 @@ def test_a_run_logs_everything_and_starts_at_ratio_one(finished):
     assert manifest["status"] == "finished" and manifest["parents"]["policy.from"]["path"].endswith("sft")
 
 
+def test_without_held_out_prompts_it_shows_its_own_answers(base, data, runs, tmp_path):
+    prompts = {"train": str(data / "prompts.jsonl")}
+    changes = {"num_iterations": 3, "eval_steps": 2, "num_sample_rows": 2}
+    tiny.run(settings(base, data, runs, tmp_path / "ppo", prompts=prompts, ppo=changes))
+    samples = [json.loads(line) for line in (tmp_path / "ppo" / "samples.jsonl").read_text().splitlines()]
+    assert [row["iteration"] for row in samples] == [2, 2, 3, 3]
+
+
 def test_it_repeats_bit_for_bit(base, data, runs, finished, tmp_path):
     tiny.run(settings(base, data, runs, tmp_path / "again"))
     assert tiny.largest_difference(finished, tmp_path / "again") == 0.0

@@ -10,7 +10,7 @@ from wandb.sdk.lib.exit_hooks import ExitHooks
 
 from align.data.formats import Prompt
 from align.errors import BadInput, RunFailed
-from align.rewards import Answers, build_rewards, check_columns, check_reward
+from align.rewards import Answers, build_rewards, check_columns, check_reward, means_of
 from align.settings import EvaluateSettings, PpoSettings, Reward, ScoreSettings
 
 HEAD = """\
@@ -308,6 +308,10 @@ def test_the_state_and_the_logs_of_a_trainer_are_lent(mine):
     state = mix.journal.lent()["trainer_state"]
     assert state.is_world_process_zero and state.log_history == [] and copy.deepcopy(state).global_step == 3
     assert mix.told(answers()).logged == {} and mix.told(answers()).extra == []  # taken, and a process without rows
+
+
+def test_every_call_counts_once_in_what_is_logged():
+    assert means_of([{"a": [1.0, 3.0]}, {"a": [5.0], "b": [4.0]}, {}]) == {"a": 3.0, "b": 4.0}
 
 
 @pytest.mark.parametrize(

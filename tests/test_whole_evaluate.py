@@ -16,7 +16,8 @@ from tests import slowly, tiny
 REWARD = """
 import json, pathlib
 
-def length(completion_ids, **columns):
+def length(completion_ids, trainer_state, **columns):
+    assert (trainer_state.global_step, trainer_state.max_steps, trainer_state.epoch) == (0, 0, 0.0)  # of no training
     with pathlib.Path(__file__).with_name("asked.jsonl").open("a") as file:
         file.write(json.dumps(completion_ids) + "\\n")
     return [float(len(ids)) for ids in completion_ids]
