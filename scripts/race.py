@@ -99,7 +99,7 @@ def peer_seconds(name: str, order: Order, model: Path, options: argparse.Namespa
     """Trains it, where that is not done; its seconds of training."""
     program, _ = LIKE[name]
     folder = options.work / name
-    result = folder / "result.json"
+    result = folder / "trained.json"  # `start` leaves each program's own beside it, the pilot's too
     if not result.is_file():
         folder.mkdir(exist_ok=True)
         work = peer_work(name, order, model) | {"out": str(folder / "trainer")}

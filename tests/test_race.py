@@ -116,7 +116,14 @@ def test_a_pilot_says_how_far_a_peer_goes_and_nothing_is_made_twice(race, recipe
 
     def start(program, work, folder):
         done.append((program, work["iterations"], work.get("save")))
-        return {"seconds": [9.0, *[5.0] * (work["iterations"] - 1)]}
+        found = {"seconds": [9.0, *[5.0] * (work["iterations"] - 1)]}
+        (folder / "result.json").write_text(json.dumps(found), encoding="utf-8")
+        return found
+
+    def stopped(program, work, folder):
+        if "save" in work:
+            raise race.RunFailed("killed")
+        return start(program, work, folder)
 
     def align(command, *rest):
         done.append(command)
@@ -131,8 +138,12 @@ def test_a_pilot_says_how_far_a_peer_goes_and_nothing_is_made_twice(race, recipe
         (folder / "results.json").write_text("{}")
         (folder / "manifest.json").write_text(json.dumps({"metrics": {"policies": found}}), encoding="utf-8")
 
-    monkeypatch.setattr(race, "start", start)
     monkeypatch.setattr(race, "align", align)
+    monkeypatch.setattr(race, "start", stopped)
+    assert race.main(words) == 1 and capsys.readouterr().err == "race: killed\n"
+    assert done == ["merge", ("trl_ppo.py", 3, None)]
+    del done[1:]
+    monkeypatch.setattr(race, "start", start)
     assert race.main(words) == 0
     policies = {name: str(tmp_path / "work" / name / "policy") for name in ("trl-ppo", "trl-grpo")}
     programs = (("trl_ppo.py", "trl-ppo"), ("trl_grpo.py", "trl-grpo"))
