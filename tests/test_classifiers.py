@@ -60,9 +60,9 @@ def word_tokenizer(is_roberta):
     return core.to_str()
 
 
-def encoder(folder, architecture, *, positions=64, **tokens):
+def encoder(folder, architecture, *, positions=64, has_types=True, **tokens):
     is_roberta = architecture == "roberta"
-    names = ["input_ids", "attention_mask"] if is_roberta else ["input_ids", "token_type_ids", "attention_mask"]
+    names = ["input_ids", *(["token_type_ids"] if has_types and not is_roberta else []), "attention_mask"]
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer.from_str(word_tokenizer(is_roberta)), model_input_names=names, pad_token="<pad>",
         unk_token="<unk>", cls_token="<cls>", sep_token="<sep>", **tokens,
@@ -153,6 +153,13 @@ def test_a_classifier_of_one_or_two_segments(architecture, pair, is_pair, prompt
         for text in TEXTS
     ]
     assert scores(tmp_path, given, pair=pair) == pytest.approx(expected, abs=1e-5)
+
+
+def test_a_tokenizer_that_tells_no_segments_apart(tmp_path):
+    model, tokenizer = encoder(tmp_path, "bert", has_types=False)
+    question = QUESTION["content"]
+    expected = [card(model, {"input_ids": torch.tensor([tokenizer(question, text)["input_ids"]])}) for text in TEXTS]
+    assert scores(tmp_path, answers([question] * 3)) == pytest.approx(expected, abs=1e-5)
 
 
 def test_text_that_was_rendered_already_has_its_opening_and_its_separator_once(tmp_path):
