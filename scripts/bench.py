@@ -43,7 +43,7 @@ from align.data import encode_demonstration, encode_pair, load
 from align.errors import BadInput, RunFailed
 from align.models.tokenizer import load_tokenizer
 from align.settings import Critic, Data, Model
-from align.stages.order import row_order
+from align.stages.order import row_order, trainers_rows
 from align.wording import did_you_mean_path, safe
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -216,7 +216,8 @@ def reward_work(model: str, data: str, steps: int) -> Values:
 def dpo_work(folder: Path, model: str, data: str, steps: int, micro_batch: int) -> Values:
     """The same pairs, of those that are not cut, in the order of transformers' trainer."""
     tokenizer, section = load_tokenizer(Model(base=model)), Data.model_validate({"train": data})
-    kept = []
+    kept: list[Values] = []
+    sizes = []
     for pair in load(section, "preferences").train:
         tokens = encode_pair(tokenizer, pair, MAX_LENGTH)
         longest = 0 if tokens is None else max(len(tokens.chosen_ids), len(tokens.rejected_ids))
@@ -224,6 +225,7 @@ def dpo_work(folder: Path, model: str, data: str, steps: int, micro_batch: int) 
             prompt = [dict(turn) for turn in pair.prompt] if not isinstance(pair.prompt, str) else pair.prompt
             sides = {name: getattr(pair, name) for name in ("chosen", "rejected")}
             kept.append({"prompt": prompt} | {name: _turns(answer, prompt) for name, answer in sides.items()})
+            sizes.append((len(tokens.prompt_ids), len(tokens.chosen_ids) + len(tokens.rejected_ids)))
         if len(kept) == BATCH * steps:
             break
     train = {"max_steps": steps, "per_device_train_batch_size": BATCH, "logging_steps": 1, "save_steps": 0}
@@ -239,7 +241,9 @@ def dpo_work(folder: Path, model: str, data: str, steps: int, micro_batch: int) 
     peer = {"max_steps": steps, "seed": 0, "data_seed": 0, "max_length": MAX_LENGTH, "learning_rate": 1e-5}
     peer |= {"lr_scheduler_type": "constant", "gradient_checkpointing": False}
     peer |= {"per_device_train_batch_size": micro_batch, "gradient_accumulation_steps": BATCH // micro_batch}
-    return {"kind": "dpo", "rows": kept, "recipe": values, "peer": peer}
+    order = [trainers_rows(len(kept), BATCH, step, 0) for step in range(steps)]
+    taken = [[sum(sizes[row][part] for row in rows) for part in (0, 1)] for rows in order]
+    return {"kind": "dpo", "rows": kept, "tokens": taken, "recipe": values, "peer": peer}
 
 
 def _turns(answer: Any, prompt: Any) -> Any:
@@ -367,6 +371,14 @@ def useful_flops(prompts: list[Values], machine: Values, critic: str, epochs: in
     passes = SCORE_PASSES if critic != "none" else {"reference": True}  # a function scores there
     score = sum(trunk + (logits if has_logits else 0.0) for has_logits in passes.values()) + own
     return {"score": score, "update": epochs * 2 * (trunk + logits + own)}
+
+
+def dpo_flops(tokens: list[list[int]], machine: Values) -> float:
+    """Of a step in the mean, but for the first: the reference forward, the policy forward and back. `tokens`: of each
+    step's prompts and of its answers."""
+    prompts, answers = (mean(each) for each in zip(*(tokens[1:] or tokens), strict=True))
+    logits = machine["vocabulary"] * machine["hidden"] * answers
+    return 3 * 2.0 * (machine["weights"] * (prompts + answers) + logits)
 
 
 def critic_of(work: Values) -> str:
@@ -548,12 +560,17 @@ def bench_dpo(options: Options, folder: Path) -> Values:
     runs = in_turn(sides, options.repeats)
     found = summary(runs, "pairs/s", lambda run: BATCH / mean(step_seconds(run)))
     show_sides(f"dpo: {options.steps} steps of {BATCH} pairs", found, "pairs/s")
+    machine = runs["ours"][0]["machine"]
+    rate = dpo_flops(work["tokens"], machine) * found["ours"]["pairs/s"] / BATCH
+    share = rate / machine["rate"]
+    console.print(f"ours: {rate / 1e9:.0f} useful GFLOP/s, {share:.0%} of {machine['rate'] / 1e9:.0f}. {COUNTED}")
     if not options.peer:
-        return {"sides": found}
+        return {"sides": found, "share": share}
     losses = {name: [row["loss"] for row in each[0]["metrics"] if "loss" in row][:2] for name, each in runs.items()}
     difference = max(abs(a - b) for a, b in zip(*losses.values(), strict=True))
     console.print(f"same pairs, same adapter: the losses of two steps differ by {difference:.1g} (at most 1e-5)")
-    return {"sides": found, "losses": losses, "loss_difference": difference, "agrees": difference <= 1e-5}
+    agrees = difference <= 1e-5
+    return {"sides": found, "share": share, "losses": losses, "loss_difference": difference, "agrees": agrees}
 
 
 def bench_sft(options: Options, folder: Path) -> Values:

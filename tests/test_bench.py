@@ -142,6 +142,7 @@ def test_useful_flops_by_hand(bench):
     }
     assert bench.useful_flops(prompts, machine, "adapter", 1)["update"] == 2 * (2 * trunk + logits)
     assert bench.useful_flops(prompts, machine, "none", 1) == {"score": trunk + logits, "update": 2 * (trunk + logits)}
+    assert bench.dpo_flops([[9, 9], [10, 8]], machine) == 3 * (trunk + logits)  # the first step is left out
 
 
 def test_growing_sizes(bench, base, tmp_path, monkeypatch):
@@ -187,7 +188,9 @@ def test_reward_runs_in_a_process_of_its_own(base, data, tmp_path):
 
 def test_dpo_runs_on_pairs_from_an_adapter_that_is_not_at_zero(bench, base, data, tmp_path):
     words = ["dpo", "--model", base, "--data", data / "pairs.jsonl", "--steps", 2]
-    found = report_of(bench, tmp_path, *words)["sides"]["ours"]
+    report = report_of(bench, tmp_path, *words)
+    found = report["sides"]["ours"]
+    assert 0 < report["share"] < 2
     assert found["pairs/s"] > 0 and found["first_loss"] not in (0.0, pytest.approx(math.log(2), abs=1e-4))
 
 
