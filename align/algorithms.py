@@ -353,7 +353,7 @@ def _all(order: Order) -> Iterator[tuple[str, StageSettings]]:
 
 def _run(name: str, seed: int, settings: StageSettings, judged: dict[str, Any]) -> Run:
     cost, rows, told = read_manifest(settings.output).get("cost", {}), read_metrics(settings.output), f"eval_{JUDGE}"
-    seconds = _seconds(rows, float(cost.get("seconds_per_step") or 0.0))
+    seconds = seconds_of_training(rows, float(cost.get("seconds_per_step") or 0.0))
     points = [
         Point(row["step"], own, row.get("eval_kl_to_start", row["eval_kl"]), row[told])
         for row, own in zip(rows, seconds, strict=True)
@@ -364,7 +364,7 @@ def _run(name: str, seed: int, settings: StageSettings, judged: dict[str, Any]) 
     return Run(name, seed, tuple(points), judged["score"], kl, length, max(seconds), peak, settings.output)
 
 
-def _seconds(rows: Sequence[Mapping[str, Any]], each: float) -> list[float]:
+def seconds_of_training(rows: Sequence[Mapping[str, Any]], each: float) -> list[float]:
     """Of training up to each row: by what the rows say of their own steps (PPO's phases), or as long as `each` has."""
     own = [sum(row[key] for key in row if key.startswith("seconds_")) for row in rows]
     return list(accumulate(own)) if any(own) else [each * row["step"] for row in rows]

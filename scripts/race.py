@@ -3,14 +3,20 @@
     align compare RECIPE --algorithms ppo_trunk,rloo --budget 6m [KEY=VALUE ...]
     python scripts/race.py RECIPE --minutes 15 --work DIR [KEY=VALUE ...]
 
-Ours are the runs of that comparison with its first seed. TRL's trainers start from the SFT run, merged, with a new LoRA
-policy, and get `--minutes` of training each: as many iterations as a pilot of three says. They have our reward model as
-transformers' sequence classifier, with its scores normalised as ours are, and the stage's own batch, rate, epochs, KL
-coefficient and penalty for answers that were cut off; all rows of a pass at once, and no checkpointing of activations.
+Ours are the runs of that comparison with its first seed; in two fifths of the peers' time they are to reach as much.
+TRL's trainers start from the SFT run, merged, with a new LoRA policy (r 16 on all linear layers), and get `--minutes`
+of training each: as many iterations as a pilot of three says. They have our reward model as transformers' sequence
+classifier, which reads the very tokens that ours reads and gives the same scores and penalties, and the batch, rate,
+epochs, minibatches, clip and KL coefficient of our stage with the same kind of advantage; PPO's value model begins as
+the reward model and is trained whole. All rows of a pass at once, no checkpointing of activations. Left as TRL has it:
+its PPO clips no gradients and has one optimiser for policy and critic; its GRPO's loss is `grpo` (a mean over answers).
 
-Then the comparison's judge lets each policy answer held-out prompts, with five seeds of sampling: the score is that of
-the reward model that all were trained on; beside it is the judge's, which none has seen. What is done in `--work` is
-not made again.
+Seconds are of training alone: ours of the phases that an iteration logs (sampling, scores, updates), TRL's from one
+iteration to the next, the first from the start of its trainer; no evaluation is in either.
+
+Then the comparison's judge lets each policy answer held-out prompts with five seeds of sampling. The score is that of
+the reward model that all were trained on; beside it is the judge's, which none has seen. Intervals are over the seeds
+of sampling, not of training. What is done in `--work` is not made again.
 """
 
 import argparse
@@ -25,19 +31,23 @@ from typing import Any
 import yaml
 from bench import python_of, show, start
 
-from align.algorithms import Order, order_of_algorithms
-from align.data import encode_prompt, load
+from align.algorithms import Order, order_of_algorithms, seconds_of_training
+from align.data import encode_prompt, end_token_ids, load
+from align.data.encode import closed
+from align.data.templates import ending_of
 from align.errors import BadInput, RunFailed
+from align.files import write_json, write_text
 from align.manifest import read_manifest
 from align.maths.intervals import mean_and_half_width
-from align.models.tokenizer import load_tokenizer
-from align.settings import PpoSettings
+from align.models.tokenizer import tokenizer_of
+from align.settings import EvaluateSettings, PpoSettings
+from align.track import read_metrics
 from align.wording import safe
 
 Values = dict[str, Any]
 PILOT = 3  # iterations, the first of them a warm-up
 SAMPLED = 5  # seeds of sampling
-LIKE = {"trl-ppo": ("trl_ppo.py", "gae"), "trl-grpo": ("trl_grpo.py", "grpo")}  # whose stage's settings they take
+PEERS = {"trl-ppo": ("trl_ppo.py", "gae"), "trl-grpo": ("trl_grpo.py", "grpo")}  # and the advantage of our stage
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -46,9 +56,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("recipe", help="as for `align compare --algorithms`")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
     parser.add_argument("--ours", default="ppo_trunk,rloo", help="the comparison's algorithms (ppo_trunk,rloo)")
-    parser.add_argument("--peers", nargs="+", choices=list(LIKE), default=list(LIKE))
+    parser.add_argument("--peers", nargs="+", choices=list(PEERS), default=list(PEERS))
     parser.add_argument("--minutes", type=float, required=True, help="of training of each peer")
     parser.add_argument("--work", type=Path, required=True, help="a folder for what is made")
+    parser.add_argument("--out", help="the comparison's, where it is not the recipe's")
     options = parser.parse_intermixed_args(arguments)
     try:
         race(options)
@@ -60,34 +71,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def race(options: argparse.Namespace) -> None:
     order = order_of_algorithms(
-        options.recipe, options.overrides, algorithms=options.ours, seeds=1, budget=None, out=None
+        options.recipe, options.overrides, algorithms=options.ours, seeds=1, budget=None, out=options.out
     )
     policies, seconds = {}, {}
     for name in order.algorithms:
         folder = order.out / f"{name}-{order.seeds[0]}"
         if not (folder / "manifest.json").is_file() or read_manifest(folder)["status"] != "finished":
             raise BadInput(f"{folder} is no finished run: `align compare --algorithms {options.ours}` makes it first")
-        policies[name], seconds[name] = str(folder), training_seconds(folder)
-    for name in options.peers:
-        python_of(LIKE[name][0])
-    options.work.mkdir(parents=True, exist_ok=True)
+        each = float(read_manifest(folder).get("cost", {}).get("seconds_per_step") or 0.0)
+        policies[name], seconds[name] = str(folder), seconds_of_training(read_metrics(folder), each)[-1]
     reference = order.judge.reference or next(iter(order.judge.policies))
     begun = order.before[reference]
     if begun is None:
         raise BadInput(f"{options.recipe}: the algorithms start from the base; the race is from an SFT run")
-    merged = options.work / "start"
+    merged, works = options.work / "start", {}
+    for name in options.peers:
+        python_of(PEERS[name][0])
+        works[name] = peer_work(name, order, merged)
+        policies[name] = str(options.work / name / "policy")
+    judges = [judge_of(order, reference, policies, seed, options.work) for seed in range(SAMPLED)]
+    options.work.mkdir(parents=True, exist_ok=True)
     if not merged.is_dir():
         align("merge", begun, str(merged))
-    for name in options.peers:
-        policies[name] = str(options.work / name / "policy")
-        seconds[name] = peer_seconds(name, order, merged, options)
-    found = [judged(order, reference, policies, seed, options) for seed in range(SAMPLED)]
-    report(found, reference, seconds)
-
-
-def training_seconds(run: Path) -> float:
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    return sum(row[key] for row in rows for key in row if key.startswith("seconds_"))
+    for name, work in works.items():
+        seconds[name] = trained(name, work, options)
+    report([judged(judge, options.work) for judge in judges], reference, seconds)
 
 
 def align(*words: str) -> None:
@@ -95,76 +103,130 @@ def align(*words: str) -> None:
         raise RunFailed(f"align {' '.join(words)} failed")
 
 
-def peer_seconds(name: str, order: Order, model: Path, options: argparse.Namespace) -> float:
-    """Trains it, where that is not done; its seconds of training."""
-    program, _ = LIKE[name]
+def trained(name: str, work: Values, options: argparse.Namespace) -> float:
+    """Trains the peer, where that is not done; its seconds of training."""
     folder = options.work / name
-    result = folder / "trained.json"  # `start` leaves each program's own beside it, the pilot's too
-    if not result.is_file():
+    made = folder / "trained.json"  # `start` leaves each program's own result beside it, the pilot's too
+    asked = {"minutes": options.minutes, "work": work}
+    if not made.is_file():
         folder.mkdir(exist_ok=True)
-        work = peer_work(name, order, model) | {"out": str(folder / "trainer")}
-        tried = start(program, work | {"iterations": PILOT}, folder)["seconds"][1:]
-        iterations = max(1, int(60 * options.minutes / median(tried)))
-        print(f"{name}: {median(tried):.1f} s an iteration; {iterations} iterations", flush=True)
-        found = start(program, work | {"iterations": iterations, "save": str(folder / "policy")}, folder)
-        result.write_text(json.dumps(found), encoding="utf-8")
-    return float(sum(json.loads(result.read_text(encoding="utf-8"))["seconds"]))
+        program, _ = PEERS[name]
+        mine = work | {"out": str(folder / "trainer")}
+        each = median(start(program, mine | {"iterations": PILOT}, folder)["seconds"][1:])
+        iterations = max(1, int(60 * options.minutes / each))
+        print(f"{name}: {each:.1f} s an iteration; {iterations} iterations", flush=True)
+        found = start(program, mine | {"iterations": iterations, "save": str(folder / "policy")}, folder)
+        write_json(made, {"asked": asked, "seconds": found["seconds"], "peak_mib": found["peak_mib"]})
+    before = json.loads(made.read_text(encoding="utf-8"))
+    if before["asked"] != json.loads(json.dumps(asked)):
+        raise BadInput(f"{folder} was trained with other settings or minutes; delete it, or choose another --work")
+    return float(sum(before["seconds"]))
 
 
 def peer_work(name: str, order: Order, model: Path) -> Values:
-    """What `name` is to do: as our stage of the same kind does it."""
-    _, advantage = LIKE[name]
-    stages = [s for s in order.recipe.stages.values() if isinstance(s, PpoSettings) and s.ppo.advantage == advantage]
-    if not stages:
+    """What the peer is to do, as our stage with the same kind of advantage does it.
+
+    Raises:
+        BadInput: there is none, or the peer cannot do the same.
+    """
+    _, advantage = PEERS[name]
+    stages = [*order.algorithms.items(), *order.recipe.stages.items()]  # those that race come first
+    settings = next((s for _, s in stages if isinstance(s, PpoSettings) and s.ppo.advantage == advantage), None)
+    if settings is None:
         raise BadInput(
             f"{order.recipe.path} has no PPO stage with `advantage: {advantage}`, whose settings {name} takes"
         )
-    settings = stages[0]
-    (reward,) = settings.rewards
-    run, ppo = str(reward.arguments["from"]), settings.ppo
-    manifest, rows = read_manifest(run), ppo.prompts_per_iteration * ppo.num_generations
-    peer = {"learning_rate": ppo.learning_rate, "lr_scheduler_type": ppo.lr_scheduler_type}
-    peer |= {"per_device_train_batch_size": rows, "gradient_accumulation_steps": 1, "seed": settings.seed}
+    prompts, ppo, sampling = prompts_of(settings), settings.ppo, settings.sampling
+    rows = ppo.prompts_per_iteration * ppo.num_generations
+    for why, is_so in {
+        f"has {len(prompts)} prompts for {rows} rows an iteration": len(prompts) < rows,
+        "masks answers that were cut off": ppo.missing_eos == "mask",
+        "answers each prompt several times": advantage == "gae" and ppo.num_generations > 1,
+        "cuts the tokens that may be drawn": bool(sampling.top_k) or sampling.top_p < 1.0,
+    }.items():
+        if is_so:
+            raise BadInput(f"{order.recipe.path}: {name} cannot do what its stage does, which {why}")
+    peer = {"learning_rate": ppo.learning_rate, "lr_scheduler_type": ppo.lr_scheduler_type, "seed": settings.seed}
+    peer |= {"adam_epsilon": ppo.adam_epsilon, "weight_decay": ppo.weight_decay, "temperature": sampling.temperature}
     if advantage == "gae":
-        peer |= {"num_ppo_epochs": ppo.num_ppo_epochs, "num_mini_batches": 1, "kl_coef": ppo.kl_coef}
-        peer |= {"missing_eos_penalty": ppo.missing_eos_penalty}
+        peer |= {"num_ppo_epochs": ppo.num_ppo_epochs, "num_mini_batches": ppo.num_mini_batches}
+        peer |= {"per_device_train_batch_size": rows, "gradient_accumulation_steps": 1}
+        peer |= {"local_rollout_forward_batch_size": rows, "missing_eos_penalty": None}  # it is in the scores
+        peer |= {
+            key: getattr(ppo, key) for key in ("kl_coef", "cliprange", "cliprange_value", "vf_coef", "gamma", "lam")
+        }
     else:
-        peer |= {"num_iterations": ppo.num_ppo_epochs, "num_generations": ppo.num_generations, "beta": ppo.kl_coef}
+        peer |= {"num_iterations": ppo.num_ppo_epochs, "steps_per_generation": ppo.num_mini_batches}
+        peer |= {"per_device_train_batch_size": rows // ppo.num_mini_batches, "gradient_accumulation_steps": 1}
+        peer |= {"num_generations": ppo.num_generations, "beta": ppo.kl_coef, "epsilon": ppo.cliprange}
+        peer |= {"loss_type": "grpo", "max_grad_norm": ppo.max_grad_norm}
     return {
         "kind": "race",
         "trainer": "GRPO",
         "model": str(model),
-        "prompts": prompts_of(settings),
-        "max_new_tokens": settings.sampling.max_new_tokens,
-        "missing_eos_penalty": ppo.missing_eos_penalty or 0.0,
-        "reward_model": {"run": run, "base": str(manifest["base"])}
-        | {key: manifest[key] for key in ("score_mean", "score_std")},
+        "prompts": prompts,
+        "max_new_tokens": sampling.max_new_tokens,
+        "missing_eos": ppo.missing_eos,
+        "missing_eos_penalty": ppo.missing_eos_penalty,
+        "closing": closing_of(settings),
+        "reward_model": reward_model(settings, order),
         "peer": peer,
     }
 
 
+def reward_model(settings: PpoSettings, order: Order) -> Values:
+    """Our reward run that the stage is trained by, and what normalises its scores."""
+    fault = f"{order.recipe.path}: the race is by one reward run of ours, as it is (`use: learned`, no weight or clip)"
+    if len(settings.rewards) != 1:
+        raise BadInput(fault)
+    (reward,) = settings.rewards
+    if reward.use != "learned" or reward.weight != 1.0 or set(reward.arguments) != {"from"}:
+        raise BadInput(fault)
+    if any(s.rewards != settings.rewards for s in order.algorithms.values() if isinstance(s, PpoSettings)):
+        raise BadInput(f"{order.recipe.path}: those that race are trained by different rewards")
+    run = str(reward.arguments["from"])
+    manifest = read_manifest(run)
+    if manifest.get("sequence") != "whole":
+        raise BadInput(fault)
+    return {"run": run, "base": manifest["base"], **{key: manifest[key] for key in ("score_mean", "score_std")}}
+
+
+def closing_of(settings: PpoSettings) -> list[int]:
+    """What our reward model reads in the place of an answer's end token: the template's way to close a turn."""
+    tokenizer = tokenizer_of(settings.model, settings.policy.path)
+    ending = ending_of(tokenizer)
+    if not ending.can_follow:
+        raise BadInput(f"{settings.policy.path}: its chat template writes an answer otherwise than it was sampled")
+    return closed([int(tokenizer.eos_token_id)], ending, end_token_ids(tokenizer))
+
+
 def prompts_of(settings: PpoSettings) -> list[Values]:
     """Those that the stage is trained on, as text whose tokens are the stage's own."""
-    tokenizer = load_tokenizer(settings.model)
+    tokenizer = tokenizer_of(settings.model, settings.policy.path)
     rows = [encode_prompt(tokenizer, prompt) for prompt in load(settings.prompts, "prompts").train]
     kept = [list(ids) for ids in rows if 0 < len(ids) <= settings.max_prompt_length]
     return [{"text": tokenizer.decode(ids), "ids": ids} for ids in kept]
 
 
-def judged(order: Order, reference: str, policies: dict[str, str], seed: int, options: argparse.Namespace) -> Values:
-    """The comparison's judge over all policies, which sample with this seed."""
-    name = f"judged-{seed}"
-    folder, file = options.work / name, options.work / f"{name}.yaml"
+def judge_of(order: Order, reference: str, policies: dict[str, str], seed: int, work: Path) -> EvaluateSettings:
+    """The comparison's judge over all policies, which sample with this seed; the score is what they are trained by."""
     values = json.loads(order.judge.model_dump_json(by_alias=True))
-    learnt_from = next(s.rewards for s in order.algorithms.values() if isinstance(s, PpoSettings))
-    values |= {"output": str(folder), "seed": seed, "compare": [], "reference": reference}
-    values |= {"policies": {reference: order.before[reference]} | policies}
+    learnt_from = next((s.rewards for s in order.algorithms.values() if isinstance(s, PpoSettings)), None)
+    if learnt_from is None or len(order.judge.rewards) != 1:
+        raise BadInput(f"{order.recipe.path}: a race has a PPO stage of ours in it (`--ours`), and one judge")
+    values |= {"output": str(work / f"judged-{seed}"), "seed": seed, "compare": [], "reference": reference}
+    values |= {"policies": {reference: order.before[reference]} | policies, "pairwise_judge": None, "reward": None}
     values |= {"rewards": [json.loads(each.model_dump_json()) for each in learnt_from]}
     values |= {"beside": {"judge": json.loads(order.judge.rewards[0].model_dump_json())}}
-    file.write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
-    if not (folder / "results.json").is_file():
-        align("run", str(file))
-    found: Values = read_manifest(folder)["metrics"]["policies"]
+    return EvaluateSettings.model_validate(values)
+
+
+def judged(judge: EvaluateSettings, work: Path) -> Values:
+    """The figures of each policy; `align run` passes over what is finished, and refuses what was asked otherwise."""
+    file = work / f"{Path(judge.output).name}.yaml"
+    write_text(file, yaml.safe_dump(json.loads(judge.model_dump_json(by_alias=True)), sort_keys=False))
+    align("run", str(file))
+    found: Values = read_manifest(judge.output)["metrics"]["policies"]
     return found
 
 
@@ -177,7 +239,8 @@ def report(found: list[Values], reference: str, seconds: dict[str, float]) -> No
         texts = ["{:.3f} ± {:.3f}".format(*mean_and_half_width(values)) for values in (scores, judges)]
         time = "" if name == reference else f"{seconds[name]:.0f}"
         rows.append([name, time, *texts, f"{fmean(each[name][kl] for each in found):.2f}"])
-    show(f"{SAMPLED} seeds of sampling", ["policy", "seconds of training", "score", "judge", "KL"], rows)
+    title = f"one run each, {SAMPLED} seeds of sampling held-out prompts"
+    show(title, ["policy", "seconds of training", "score", "judge", "KL"], rows)
 
 
 if __name__ == "__main__":

@@ -186,6 +186,12 @@ def test_reward_runs_in_a_process_of_its_own(base, data, tmp_path):
     assert found["pairs/s"] > 0 and found["peak_mib"] > 100 and abs(found["first_loss"] - 0.69) < 0.2
 
 
+def test_it_is_a_command():
+    command = [sys.executable, "scripts/bench.py", "reward", "--help"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=_environment())
+    assert done.returncode == 0 and "--data" in done.stdout
+
+
 def test_dpo_runs_on_pairs_from_an_adapter_that_is_not_at_zero(bench, base, data, tmp_path):
     words = ["dpo", "--model", base, "--data", data / "pairs.jsonl", "--steps", 2]
     report = report_of(bench, tmp_path, *words)

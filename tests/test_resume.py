@@ -128,7 +128,10 @@ def test_two_processes_do_what_one_does(base, data, runs, tmp_path):
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
     one = finish(write_recipe("ppo", base, data, runs, tmp_path / "one"))
-    run_apart(values_of(write_recipe("ppo", base, data, runs, tmp_path / "two")), tmp_path)
+    path = write_recipe("ppo", base, data, runs, tmp_path / "two", launch="ddp")
+    done = subprocess.run(**command("-m", "align.cli", "run", path), timeout=TIMEOUT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "2 processes" in done.stdout
     assert tiny.largest_difference(one, tmp_path / "two" / "ppo") <= 1e-5
     for a, b in zip(read_metrics(one), read_metrics(tmp_path / "two" / "ppo"), strict=True):
         for key in ("score", "kl", "kl_coef", "policy_loss", "value_loss", "entropy", "grad_norm_policy", "eval_score"):

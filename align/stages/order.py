@@ -10,7 +10,10 @@ import torch
 
 
 def steps_of(num_rows: int, rows_a_step: int, num_epochs: float, max_steps: int) -> int:
-    """Optimiser steps of a run; `max_steps` > 0 overrides the epochs. None is short: the last one goes on."""
+    """Optimiser steps of a run; `max_steps` > 0 overrides the epochs.
+
+    No step is short: the last takes rows of the next epoch.
+    """
     return max_steps if max_steps > 0 else math.ceil(num_rows * num_epochs / rows_a_step)
 
 

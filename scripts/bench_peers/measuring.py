@@ -134,8 +134,8 @@ def use_free_pad(tokenizer: Any, rows: Iterable[Iterable[int]]) -> None:
 
 
 def classifier(reward_model: dict[str, Any]) -> Any:
-    """One of our reward runs as transformers' sequence classifier: the adapter merged, and the scores' mean and
-    deviation, by which ours are normalised, in the head."""
+    """One of our reward runs as transformers' sequence classifier, all of it trainable: the adapter merged, and the
+    scores' mean and deviation, by which ours are normalised, in the head."""
     plain = AutoModelForSequenceClassification.from_pretrained(reward_model["base"], num_labels=1, dtype=torch.float32)
     model = PeftModel.from_pretrained(plain, reward_model["run"]).merge_and_unload()
     head = torch.nn.Linear(model.score.in_features, 1)
@@ -143,7 +143,33 @@ def classifier(reward_model: dict[str, Any]) -> Any:
         head.weight.copy_(model.score.weight / reward_model["score_std"])
         head.bias.fill_(-reward_model["score_mean"] / reward_model["score_std"])
     model.score = head
-    return model.eval()
+    model.requires_grad_(True)  # PEFT has frozen what it merged into
+    return model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def scorer(work: dict[str, Any], tokenizer: Any) -> Callable[[list[list[int]], list[list[int]]], list[float]]:
+    """Scores of prompts and answers (ids without padding) as our stage gives them: an answer that has ended is closed
+    as the reward model has learnt to read it (`closing` in the place of the end token), and one that was cut off has
+    the stage's penalty."""
+    model, pad, eos = classifier(work["reward_model"]), tokenizer.pad_token_id, tokenizer.eos_token_id
+    model.config.pad_token_id = pad
+    penalty, replaces = work["missing_eos_penalty"], work["missing_eos"] == "replace"
+
+    @torch.inference_mode()
+    def score(prompts: list[list[int]], answers: list[list[int]]) -> list[float]:
+        ended = [answer[-1:] == [eos] for answer in answers]
+        rows = [
+            [*prompt, *(answer[:-1] + work["closing"] if end else answer)]
+            for prompt, answer, end in zip(prompts, answers, ended, strict=True)
+        ]
+        batch = tokenizer.pad({"input_ids": rows}, return_tensors="pt", padding_side="right").to(model.device)
+        scores: list[float] = model(**batch).logits[:, 0].tolist()
+        if penalty is None:
+            return scores
+        cut = [min(s, -penalty) if replaces else s - penalty for s in scores]
+        return [s if end else less for s, less, end in zip(scores, cut, ended, strict=True)]
+
+    return score
 
 
 def save_merged(policy: Any, tokenizer: Any, folder: str) -> None:

@@ -12,11 +12,11 @@ from measuring import (
     Answers,
     Clock,
     Ticks,
-    classifier,
     force_answers,
     peak_mib,
     run,
     save_merged,
+    scorer,
     seed_lora,
     use_free_pad,
 )
@@ -35,23 +35,15 @@ def function_of(reference: str) -> Callable[..., Any]:
 
 
 def learned(work: dict[str, Any]) -> Callable[..., list[float]]:
-    """The reward model's scores of the very tokens that were sampled: as text an answer would lose its end. One that
-    has none loses `missing_eos_penalty`, as in TRL's PPO."""
+    """The reward model's scores of the very tokens that were sampled: as text an answer would lose its end."""
     tokenizer = AutoTokenizer.from_pretrained(work["model"])
-    eos = tokenizer.eos_token_id
     use_free_pad(tokenizer, [prompt["ids"] for prompt in work["prompts"]])
-    model = classifier(work["reward_model"])
-    model.config.pad_token_id = tokenizer.pad_token_id
+    score, ids = scorer(work, tokenizer), {prompt["text"]: prompt["ids"] for prompt in work["prompts"]}
 
-    @torch.inference_mode()
-    def score(prompts: list[str], completion_ids: list[list[int]], **columns: Any) -> list[float]:
-        rows = [[*ids, *answer] for ids, answer in zip(tokenizer(prompts)["input_ids"], completion_ids, strict=True)]
-        batch = tokenizer.pad({"input_ids": rows}, return_tensors="pt", padding_side="right")
-        scores: list[float] = model(**batch).logits[:, 0].tolist()
-        ended = [eos in answer for answer in completion_ids]
-        return [s if end else s - work["missing_eos_penalty"] for s, end in zip(scores, ended, strict=True)]
+    def reward(prompts: list[str], completion_ids: list[list[int]], **columns: Any) -> list[float]:
+        return score([ids[prompt] for prompt in prompts], [list(answer) for answer in completion_ids])
 
-    return score
+    return reward
 
 
 def program(work: dict[str, Any]) -> dict[str, Any]:
@@ -60,6 +52,10 @@ def program(work: dict[str, Any]) -> dict[str, Any]:
     tokenizer, prompts, peer = AutoTokenizer.from_pretrained(work["model"]), work["prompts"], work["peer"]
     policy = AutoModelForCausalLM.from_pretrained(work["model"], dtype=torch.float32)
     name, clock, are_foreseen = work["trainer"], Clock(), "answers" in prompts[0]
+    if any(tokenizer(prompt["text"])["input_ids"] != prompt["ids"] for prompt in prompts):
+        raise RuntimeError("a prompt has other tokens here than on the other side")
+    accumulated = peer["gradient_accumulation_steps"]
+    steps = peer["num_iterations"] * peer.get("steps_per_generation", accumulated) // accumulated  # of a generation
     config = getattr(trl, f"{name}Config")(
         output_dir=work["out"],
         use_cpu=not torch.cuda.is_available(),
@@ -68,7 +64,7 @@ def program(work: dict[str, Any]) -> dict[str, Any]:
         disable_tqdm=True,
         save_strategy="no",
         logging_steps=1,
-        max_steps=work["iterations"] * peer["num_iterations"],
+        max_steps=work["iterations"] * steps,
         max_completion_length=work["max_new_tokens"],
         gradient_checkpointing=False,
         disable_dropout=True,
@@ -81,7 +77,7 @@ def program(work: dict[str, Any]) -> dict[str, Any]:
         reward_funcs=function_of(work["reward"]) if are_foreseen else learned(work),
         train_dataset=Dataset.from_list([{"prompt": p["text"]} for p in prompts]),
         peft_config=LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"),
-        callbacks=[Ticks(clock, every=peer["num_iterations"])],
+        callbacks=[Ticks(clock, every=steps)],
     )
     if are_foreseen:
         force_answers(trainer.model, Answers(prompts), tokenizer.eos_token_id)

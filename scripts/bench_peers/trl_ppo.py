@@ -15,6 +15,7 @@ from measuring import (
     peak_mib,
     run,
     save_merged,
+    scorer,
     seed_lora,
     use_free_pad,
 )
@@ -32,6 +33,20 @@ def fix_scores(reward_model: Any, prompts: list[dict[str, Any]], pad_id: int) ->
             return plain(model, ids, pad, context_length)
         found = [scores[tuple(token for token in row if token != pad_id)] for row in ids[:, :context_length].tolist()]
         return None, torch.tensor(found, device=ids.device), None
+
+    ppo_trainer.get_reward = get_reward
+
+
+def give_our_scores(reward_model: Any, work: dict[str, Any], tokenizer: Any) -> None:
+    """For a race: the reward model's scores as our stage reads them."""
+    score, plain, pad_id = scorer(work, tokenizer), ppo_trainer.get_reward, tokenizer.pad_token_id
+
+    def get_reward(model: Any, ids: torch.Tensor, pad: int, context_length: int) -> Any:
+        if model is not reward_model:
+            return plain(model, ids, pad, context_length)
+        sides = (ids[:, :context_length], ids[:, context_length:])
+        prompts, answers = ([[i for i in row if i != pad_id] for row in side.tolist()] for side in sides)
+        return None, torch.tensor(score(prompts, answers), device=ids.device), None
 
     ppo_trainer.get_reward = get_reward
 
@@ -67,8 +82,7 @@ def program(work: dict[str, Any]) -> dict[str, Any]:
         total_episodes=peer["per_device_train_batch_size"] * peer["gradient_accumulation_steps"] * work["iterations"],
         response_length=work["max_new_tokens"],
         stop_token="eos",
-        temperature=1.0,
-        **peer,
+        **{"temperature": 1.0} | peer,
     )
     trainer = PPOTrainer(
         args=config,
@@ -87,6 +101,8 @@ def program(work: dict[str, Any]) -> dict[str, Any]:
         seed_lora(trainer.policy_model)
         torch.nn.init.zeros_(value_model.score.weight)
         fix_scores(reward_model, prompts, tokenizer.pad_token_id)
+    if "reward_model" in work:
+        give_our_scores(reward_model, work, tokenizer)
     clock.start()
     trainer.train()
     if "save" in work:
