@@ -14,7 +14,7 @@ from align.algorithms import compare_algorithms, order_of_algorithms
 from align.errors import BadInput
 from align.manifest import read_manifest
 from align.maths.intervals import mean_and_half_width
-from align.report.algorithms import Algorithms, Point, Run, advice, at_equal, common, score_at, table, write
+from align.report.algorithms import Algorithms, Point, Run, advice, at_equal, common, score_within, table, write
 from align.track import read_metrics
 from tests import tiny
 
@@ -198,22 +198,34 @@ def made(*runs, **changes):
     return Algorithms("recipe.yaml", "gold", "3 minutes", {"sft": 0.4}, runs, (), (), "x86_64", **changes)
 
 
-def test_scores_are_taken_where_a_run_first_had_so_much():
-    run = run_of("a", 0, [0.0, 1.0, 0.5, 3.0], [0.0, 2.0, 1.0, 4.0], [0.0, 10.0, 20.0, 30.0])
-    found = [score_at(run, "kl", place) for place in (0.0, 1.0, 2.0, 3.0, 4.0)]
-    assert found == pytest.approx([0.0, 0.5, 1.0, 0.5 + 2.5 * 2 / 3, 3.0])
-    assert [score_at(run, "seconds", place) for place in (5.0, 15.0, 25.0)] == [0.5, 0.75, 1.75]
+def test_scores_are_of_the_last_policy_within_so_much():
+    run = run_of("a", 0, [0.0, 1.0, 0.5, 3.0], [1e-7, 2.0, 1.0, 4.0], [0.0, 10.0, 20.0, 30.0])
+    assert [score_within(run, "kl", place) for place in (0.0, 0.9, 1.0, 3.9, 4.0, 9.0)] == [
+        0.0,
+        0.0,
+        0.5,
+        0.5,
+        3.0,
+        3.0,
+    ]
+    assert [score_within(run, "seconds", place) for place in (5.0, 15.0, 25.0, 90.0)] == [0.0, 1.0, 0.5, 3.0]
 
 
-def test_what_is_common_is_what_the_shortest_run_had():
-    one = run_of("a", 0, [0.0, 1.0], [0.0, 2.0], [0.0, 10.0])
-    other = run_of("b", 0, [0.0, 2.0], [0.0, 8.0], [0.0, 5.0])
-    both = made(one, other)
-    assert (common(both, "kl"), common(both, "seconds")) == (2.0, 5.0)
-    assert {name: each.mean for name, each in at_equal(both, "kl").items()} == {"a": 1.0, "b": 0.5}
-    assert {name: each.mean for name, each in at_equal(both, "seconds").items()} == {"a": 0.5, "b": 2.0}
-    unseen = made(one, run_of("b", 0, [2.0], [0.0], [0.0]))
-    assert common(unseen, "kl") is None and math.isnan(at_equal(unseen, "kl")["a"].mean)
+def test_all_are_compared_within_the_median_of_what_runs_came_to():
+    runs = [run_of(name, 0, [0.0, score], [0.0, kl], [0.0, time]) for name, score, kl, time in TO_COMPARE]
+    all_of_them = made(*runs)
+    assert (common(all_of_them, "kl"), common(all_of_them, "seconds")) == (3.0, 10.0)
+    assert {name: each.mean for name, each in at_equal(all_of_them, "kl").items()} == {"a": 1.0, "b": 0.0, "c": 3.0}
+    assert {name: each.mean for name, each in at_equal(all_of_them, "seconds").items()} == {
+        "a": 1.0,
+        "b": 2.0,
+        "c": 0.0,
+    }
+    unseen = made(run_of("b", 0, [2.0], [0.0], [0.0]))
+    assert common(unseen, "kl") is None and math.isnan(at_equal(unseen, "kl")["b"].mean)
+
+
+TO_COMPARE = [("a", 1.0, 2.0, 10.0), ("b", 2.0, 8.0, 5.0), ("c", 3.0, 3.0, 40.0)]  # score, KL, time
 
 
 def three(name, scores, end, **changes):
@@ -224,7 +236,7 @@ def three(name, scores, end, **changes):
 ADVICE = {
     "one of both": (
         [*three("a", (0.80, 0.81, 0.82), 2.0), *three("b", (0.60, 0.61, 0.62), 2.0, peak_mib=50.0)],
-        ["Take a: none is clearly better at equal time or KL (0.810 ± 0.025 after 10 s", "The least memory has b (50 MiB"],
+        ["Take a: none is clearly better at equal time or KL (0.810 ± 0.025 within 10 s", "The least memory has b (50 MiB"],
     ),
     "two alike": (
         [*three("a", (0.80, 0.81, 0.82), 2.0), *three("b", (0.79, 0.80, 0.81), 2.0)],
@@ -232,12 +244,17 @@ ADVICE = {
     ),
     "one for each": (
         [*three("a", (0.80, 0.81, 0.82), 8.0), *three("b", (0.70, 0.71, 0.72), 2.0)],
-        ["Where time is short take a (0.810", "stay near its start take b (0.710 ± 0.025 at 2 nats)"],
+        ["Where time is short take a (0.810", "stay near its start take b (0.710 ± 0.025 within 5 nats)"],
+    ),
+    "one that takes long": (
+        [*three("a", (0.80, 0.81, 0.82), 2.0), *three("b", (0.60, 0.61, 0.62), 2.0)]
+        + [run_of("c", i, [0.4, score], [0.0, 9.0], [0.0, 40.0]) for i, score in enumerate((0.94, 0.95, 0.96))],
+        ["Take a", "With all of its time c ends higher (0.950 ± 0.025 after 40 s)."],
     ),
     "one seed": ([run_of("a", 0, [0.4, 0.9], [0.0, 1.0], [0.0, 9.0])], ["Take a", "fewer than three seeds"]),
     "none evaluated": (
         [Run("a", 0, (), 0.9, 1.0, 9.0, 9.0, 100.0, "runs/x")],
-        ["Take a: the best last policy (0.900)", "too little in common"],
+        ["Take a: the best last policy (0.900)", "were not evaluated on their way"],
     ),
     "one evaluated": (
         [*three("a", (0.80, 0.81, 0.82), 2.0), Run("b", 0, (), 0.99, 1.0, 9.0, 9.0, 100.0, "runs/x")],
@@ -264,8 +281,8 @@ def test_advice(case, tmp_path):
 
 def test_a_table_has_a_row_for_each_algorithm():
     columns, (one, other) = table(made(*ADVICE["one for each"][0]))
-    assert columns == ["algorithm", "score", "KL", "at 2 nats", "at 10 s", "tokens", "time s", "MiB"]
-    assert one == ["a", "0.810 ± 0.025", "8.00", "0.503 ± 0.006", "0.810 ± 0.025", "9.0", "10", "100"]
+    assert columns == ["algorithm", "score", "KL", "in 5 nats", "in 10 s", "tokens", "time s", "MiB"]
+    assert one == ["a", "0.810 ± 0.025", "8.00", "0.400 ± 0.000", "0.810 ± 0.025", "9.0", "10", "100"]
     assert other[:4] == ["b", "0.710 ± 0.025", "2.00", "0.710 ± 0.025"]
 
 

@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,8 +23,8 @@ if TYPE_CHECKING:
 
 JUDGE = "judge"  # the name of the judge's score at a run's evaluations
 LEGEND = (
-    "±: half of the 95 % interval over seeds. KL: of an answer to where the policy starts, nats. At equal KL and time: "
-    "by the evaluations of each run, where it first had so much."
+    "±: half of the 95 % interval over seeds. KL: of an answer to where the policy starts, nats. Within so much KL or "
+    "time (the medians of what the runs came to): each run's last evaluation within it."
 )
 LESS_NEEDED = (2, 6, 5, 7)  # columns of the table, the more needed first: KL, time, tokens, memory
 AXES = {"kl": "KL to where the policy starts (nats an answer)", "seconds": "training time (s)"}
@@ -94,28 +95,26 @@ def over_seeds(values: Sequence[float]) -> Estimate:
 
 
 def common(comparison: Algorithms, axis: str) -> float | None:
-    """The most KL, or time, that every run which was evaluated has had by its last evaluation; None: there is none."""
-    ends = [max(getattr(point, axis) for point in run.points) for run in comparison.runs if run.points]
-    return min(ends) if ends and min(ends) > 0 else None
+    """The KL, or time, to compare all within: the median of what the runs came to by their last evaluations; None: none
+    was evaluated. Within the least that any came to, those that go further would not be told apart from their start."""
+    ends = [getattr(run.points[-1], axis) for run in comparison.runs if run.points]
+    place = statistics.median(ends) if ends else 0.0
+    return place if place > 0 else None
 
 
-def score_at(run: Run, axis: str, place: float) -> float:
-    """The judge's score where a run first had so much KL, or time: on the line between two evaluations."""
-    reached = np.maximum.accumulate([getattr(point, axis) for point in run.points])
-    after = int(np.searchsorted(reached, place))  # the first evaluation with as much
-    if after == 0:
-        return run.points[0].score
-    one, two = run.points[after - 1], run.points[after]
-    share = (place - getattr(one, axis)) / (getattr(two, axis) - getattr(one, axis))
-    return float(one.score + share * (two.score - one.score))
+def score_within(run: Run, axis: str, place: float) -> float:
+    """The judge's score at a run's last evaluation that had at most so much KL, or time: the policy to keep where no
+    more is to be spent. One that ended before is at its end."""
+    within = [point for point in run.points if getattr(point, axis) <= place]
+    return (within or run.points)[-1 if within else 0].score
 
 
 def at_equal(comparison: Algorithms, axis: str) -> dict[str, Estimate]:
-    """Of each algorithm, the score at what all have in common of KL or time."""
+    """Of each algorithm, the score within the same KL or time."""
     place = common(comparison, axis)
     if place is None:
         return dict.fromkeys(comparison.names, NOT_KNOWN)
-    told = {name: [score_at(r, axis, place) for r in comparison.of(name) if r.points] for name in comparison.names}
+    told = {name: [score_within(r, axis, place) for r in comparison.of(name) if r.points] for name in comparison.names}
     return {name: over_seeds(scores) for name, scores in told.items()}
 
 
@@ -145,22 +144,27 @@ def advice(comparison: Algorithms) -> str:
     if by_time is None or by_kl is None:
         by_time, near = _best(ends)
         assert by_time is not None
+        taken = {by_time}
         said.append(f"Take {by_time}: the best last policy ({ends[by_time]}){_alike(near, ends)}.")
-        said.append("They have too little in common of time or of KL to be compared at equal ones.")
+        said.append("They were not evaluated on their way, and cannot be compared at equal time or KL.")
     elif by_time == by_kl or by_time in near_kl or by_kl in near:
         take = by_time if by_time == by_kl or by_time in near_kl else by_kl
+        taken = {take}
         others = sorted(set(near) & {*near_kl, by_kl} - {take})
-        where = f"{time[take]} after {common(comparison, 'seconds'):.0f} s of training, {kl[take]} at " + (
+        where = f"{time[take]} within {common(comparison, 'seconds'):.0f} s of training, {kl[take]} within " + (
             f"{common(comparison, 'kl'):.2g} nats"
         )
         said.append(f"Take {take}: none is clearly better at equal time or KL ({where}){_alike(others, time)}.")
     else:
-        seconds = f"{time[by_time]} after {common(comparison, 'seconds'):.0f} s"
+        taken = {by_time, by_kl}
+        seconds = f"{time[by_time]} within {common(comparison, 'seconds'):.0f} s"
         said.append(f"Where time is short take {by_time} ({seconds}){_alike(near, time)};")
-        said.append(
-            f"where the policy should stay near its start take {by_kl} ({kl[by_kl]} at {common(comparison, 'kl'):.2g} "
-            f"nats){_alike(near_kl, kl)}."
-        )
+        nats = f"{kl[by_kl]} within {common(comparison, 'kl'):.2g} nats"
+        said.append(f"where the policy should stay near its start take {by_kl} ({nats}){_alike(near_kl, kl)}.")
+    best, alike = _best(ends)
+    if best is not None and not taken & {best, *alike}:
+        seconds = over_seeds([run.seconds for run in comparison.of(best)]).mean
+        said.append(f"With all of its time {best} ends higher ({ends[best]} after {seconds:.0f} s).")
     memory = {name: max(run.peak_mib for run in comparison.of(name)) for name in comparison.names}
     least = min(memory, key=lambda name: memory[name])
     said.append(f"The least memory has {least} ({memory[least]:,.0f} MiB, {ends[least]} at its end).")
@@ -179,8 +183,8 @@ def table(comparison: Algorithms) -> tuple[list[str], list[list[str]]]:
     kl, time = (common(comparison, axis) for axis in ("kl", "seconds"))
     columns = ["algorithm", "score", "KL", "at equal KL", "at equal time", "tokens", "time s", "MiB"]
     columns[3:5] = [
-        "at equal KL" if kl is None else f"at {kl:.2g} nats",
-        "at equal time" if time is None else f"at {time:.0f} s",
+        "at equal KL" if kl is None else f"in {kl:.2g} nats",
+        "at equal time" if time is None else f"in {time:.0f} s",
     ]
     by_kl, by_time, ends, rows = (
         at_equal(comparison, "kl"),
@@ -232,18 +236,23 @@ def show(comparison: Algorithms, console: "Console | None" = None) -> None:
 
 
 def _curves(axis: Any, comparison: Algorithms, of: str) -> None:
-    """The judge's score against KL or time: a line for the mean over seeds, as far as all of an algorithm's runs go,
-    each run thinly behind it."""
+    """The judge's score against KL or time: a line for the mean over seeds of what runs had within so much, each run's
+    own way thinly behind it."""
+    ends = [getattr(run.points[-1], of) for run in comparison.runs if run.points]
+    # a KL that shot up on the way, and came back, is not shown whole
+    limit = (1.25 if of == "kl" else 1.03) * max(ends, default=0.0)
     for number, name in enumerate(comparison.names):
         runs, colour = [run for run in comparison.of(name) if run.points], f"C{number % 10}"
         for run in runs:
-            xs = np.maximum.accumulate([getattr(point, of) for point in run.points])
-            axis.plot(xs, [point.score for point in run.points], color=colour, linewidth=0.6, alpha=0.35)
+            xs = [getattr(point, of) for point in run.points]
+            axis.plot(xs, [point.score for point in run.points], color=colour, linewidth=0.6, alpha=0.25)
         if runs:
-            end = min(max(getattr(point, of) for point in run.points) for run in runs)
-            places = np.linspace(0.0, end, 60)
-            means = [np.mean([score_at(run, of, place) for run in runs]) for place in places]
-            axis.plot(places, means, color=colour, linewidth=1.8, label=plain(name, 20))
+            reached = {max(0.0, getattr(point, of)) for run in runs for point in run.points}
+            places = sorted(place for place in reached if place <= limit)
+            means = [np.mean([score_within(run, of, place) for run in runs]) for place in places]
+            axis.plot(places, means, color=colour, linewidth=1.8, drawstyle="steps-post", label=plain(name, 20))
+    if limit > 0:
+        axis.set_xlim(-0.03 * limit, limit)
     for name, score in comparison.start.items():
         axis.axhline(score, color=PALE, linewidth=1.0, linestyle="--")
         axis.annotate(
