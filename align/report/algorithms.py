@@ -163,8 +163,8 @@ def advice(comparison: Algorithms) -> str:
         said.append(f"where the policy should stay near its start take {by_kl} ({nats}){_alike(near_kl, kl)}.")
     best, alike = _best(ends)
     if best is not None and not taken & {best, *alike}:
-        seconds = over_seeds([run.seconds for run in comparison.of(best)]).mean
-        said.append(f"With all of its time {best} ends higher ({ends[best]} after {seconds:.0f} s).")
+        spent = over_seeds([run.seconds for run in comparison.of(best)]).mean
+        said.append(f"With all of its time {best} ends higher ({ends[best]} after {spent:.0f} s).")
     memory = {name: max(run.peak_mib for run in comparison.of(name)) for name in comparison.names}
     least = min(memory, key=lambda name: memory[name])
     said.append(f"The least memory has {least} ({memory[least]:,.0f} MiB, {ends[least]} at its end).")
