@@ -147,12 +147,14 @@ def classifier(reward_model: dict[str, Any]) -> Any:
     return model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def scorer(work: dict[str, Any], tokenizer: Any) -> Callable[[list[list[int]], list[list[int]]], list[float]]:
-    """Scores of prompts and answers (ids without padding) as our stage gives them: an answer that has ended is closed
-    as the reward model has learnt to read it (`closing` in the place of the end token), and one that was cut off has
-    the stage's penalty."""
-    model, pad, eos = classifier(work["reward_model"]), tokenizer.pad_token_id, tokenizer.eos_token_id
-    model.config.pad_token_id = pad
+def scorer(
+    model: Any, work: dict[str, Any], tokenizer: Any
+) -> Callable[[list[list[int]], list[list[int]]], list[float]]:
+    """The classifier's scores of prompts and answers (ids without padding) as our stage gives them: an answer that has
+    ended is closed as the reward model has learnt to read it (`closing` in the place of the end token), and one that
+    was cut off has the stage's penalty."""
+    eos = tokenizer.eos_token_id
+    model.config.pad_token_id = tokenizer.pad_token_id
     penalty, replaces = work["missing_eos_penalty"], work["missing_eos"] == "replace"
 
     @torch.inference_mode()

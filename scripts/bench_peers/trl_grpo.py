@@ -12,6 +12,7 @@ from measuring import (
     Answers,
     Clock,
     Ticks,
+    classifier,
     force_answers,
     peak_mib,
     run,
@@ -38,7 +39,8 @@ def learned(work: dict[str, Any]) -> Callable[..., list[float]]:
     """The reward model's scores of the very tokens that were sampled: as text an answer would lose its end."""
     tokenizer = AutoTokenizer.from_pretrained(work["model"])
     use_free_pad(tokenizer, [prompt["ids"] for prompt in work["prompts"]])
-    score, ids = scorer(work, tokenizer), {prompt["text"]: prompt["ids"] for prompt in work["prompts"]}
+    score = scorer(classifier(work["reward_model"]), work, tokenizer)
+    ids = {prompt["text"]: prompt["ids"] for prompt in work["prompts"]}
 
     def reward(prompts: list[str], completion_ids: list[list[int]], **columns: Any) -> list[float]:
         return score([ids[prompt] for prompt in prompts], [list(answer) for answer in completion_ids])

@@ -39,7 +39,7 @@ def fix_scores(reward_model: Any, prompts: list[dict[str, Any]], pad_id: int) ->
 
 def give_our_scores(reward_model: Any, work: dict[str, Any], tokenizer: Any) -> None:
     """For a race: the reward model's scores as our stage reads them."""
-    score, plain, pad_id = scorer(work, tokenizer), ppo_trainer.get_reward, tokenizer.pad_token_id
+    score, plain, pad_id = scorer(reward_model, work, tokenizer), ppo_trainer.get_reward, tokenizer.pad_token_id
 
     def get_reward(model: Any, ids: torch.Tensor, pad: int, context_length: int) -> Any:
         if model is not reward_model:
