@@ -66,6 +66,27 @@ def curves_drawn_once():
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def no_waiting_for_the_disk():
+    """What a process has written outlives it; whether it outlives the machine, for which files are synced, no test sees."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda file: None)
+        yield
+
+
+@pytest.fixture
+def no_pictures(monkeypatch):
+    """Pictures have tests of their own, and drawing them takes longer than some runs here."""
+
+    def savefig(figure, file, **options):
+        if hasattr(file, "write"):
+            file.write("<svg></svg>")
+        else:
+            Path(file).write_bytes(b"")
+
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", savefig)
+
+
 def _looks_of(axis):
     lines = [(line.get_label(), _looks(line.get_xdata()), _looks(line.get_ydata())) for line in axis.lines]
     return (

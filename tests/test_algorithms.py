@@ -58,6 +58,7 @@ def order(path, *overrides, **changes):
     return order_of_algorithms(path, overrides, **asked | changes)
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_every_algorithm_is_run_with_every_seed_from_one_start_and_judged(recipe, started, tmp_path, capsys):
     asked = order(recipe())
     assert list(order(recipe(), algorithms="dpo").shared) == ["sft"]
@@ -96,6 +97,7 @@ def test_every_algorithm_is_run_with_every_seed_from_one_start_and_judged(recipe
     assert started == ["rloo-2", "rloo-2-judged"]
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_what_fails_is_told_and_the_others_are_compared(recipe, started, monkeypatch, capsys):
     run = attempts.run
     monkeypatch.setattr(
@@ -111,11 +113,13 @@ def test_what_fails_is_told_and_the_others_are_compared(recipe, started, monkeyp
     assert not (asked.out / "dpo-0.failed.json").exists()
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_a_start_that_fails_ends_it_all(recipe, started, monkeypatch):
     monkeypatch.setattr(attempts, "run", lambda *given: (1, "no"))
     assert compare_algorithms(order(recipe())) == 1
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_a_budget_of_too_few_steps_is_one_line(recipe, started, tmp_path):
     asked = order(recipe(), "stages.ppo.critic.warmup_iterations=1", algorithms="ppo", seeds=1, budget="0.0001m")
     with pytest.raises(
@@ -125,6 +129,7 @@ def test_a_budget_of_too_few_steps_is_one_line(recipe, started, tmp_path):
     assert started[-1] == "ppo-pilot"
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_what_cannot_be_judged_on_the_way_is_said(recipe, started, capsys):
     asked = order(recipe(), "stages.ppo.ppo.eval_steps=0", algorithms="dpo,ppo,rloo", seeds=1)
     assert compare_algorithms(asked) == 0
@@ -133,6 +138,7 @@ def test_what_cannot_be_judged_on_the_way_is_said(recipe, started, capsys):
     assert "Take rloo: none is clearly better" in out or "Take dpo: none is clearly better" in out
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_minutes_are_turned_into_steps_by_a_pilot(recipe, started, monkeypatch):
     asked = order(recipe(), algorithms="ppo,dpo", seeds=1, budget="0.01m")
     assert compare_algorithms(asked) == 0
@@ -175,6 +181,7 @@ def test_what_cannot_be_asked_is_one_line(case, recipe):
         order(recipe(), *changes.pop("overrides", ()), **changes)
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_a_pipeline_without_a_judge_is_refused_and_what_is_unsound_starts_nothing(recipe, started, tmp_path):
     values = yaml.safe_load(Path(recipe()).read_text())
     judge = values["stages"].pop("evaluate")

@@ -36,7 +36,7 @@ from tests import test_loop, tiny
 IS_FULL = os.environ.get("ALIGN_DAMAGE") == "full"
 SHARE, SHARE_OF_RUNS = 10, 20  # of the damages, one in so many is tried in the quick test; of those that train, fewer
 OTHER_JSON = b'{"name": "something else", "values": [1, 2, 3]}\n'
-pytestmark = pytest.mark.timeout(0 if IS_FULL else 300)
+pytestmark = [pytest.mark.timeout(0 if IS_FULL else 300), pytest.mark.usefixtures("no_pictures")]
 TIMES = ("seconds", "tokens_per_second", "peak_mib", "runtime", "per_second")  # of figures that are no result
 
 # ------------------------------------------------------------------------------------------------------------ damages

@@ -20,6 +20,8 @@ from align.track import Tracker, read_metrics
 from tests import tiny
 from tests.apart import run_apart
 
+pytestmark = pytest.mark.usefixtures("no_pictures")
+
 CALM = {
     "weight_norm": 1.0,
     "grad_norm": 0.5,

@@ -14,6 +14,8 @@ from align.stages import kl_budget
 from align.track import read_metrics
 from tests import tiny
 
+pytestmark = pytest.mark.usefixtures("no_pictures")
+
 
 def test_mean_and_error_are_those_of_all_values():
     rng = random.Random(0)

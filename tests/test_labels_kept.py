@@ -28,6 +28,8 @@ from tests import databases
 from tests.databases import fill
 from tests.test_loop import recipe
 
+pytestmark = pytest.mark.usefixtures("no_pictures")
+
 
 def stopped(settings, path):
     """A stage that is stopped before it does anything."""

@@ -37,6 +37,8 @@ from align.settings.loop import LoopSettings
 from align.stages import checkpoint, in_its_precision
 from tests import tiny
 
+pytestmark = pytest.mark.usefixtures("no_pictures")
+
 GOLD = '''
 def gold(prompts, completions, **columns):
     """A word of thanks is worth most, and other words are worth a little."""

@@ -33,6 +33,8 @@ from align.worker import Stopped
 from tests import tiny
 from tests.drawing import sample, uniforms
 
+pytestmark = pytest.mark.usefixtures("no_pictures")
+
 CPU = torch.device("cpu")
 PRECISIONS = ("float32", "nf4")
 KEYS = {
@@ -62,12 +64,6 @@ def thanks(prompts, completions, **columns):
 TREES = [Tree([2, 4, 9, 10, 3], [[5, 11, 12, 3], [7, 8]]), Tree([2, 4, 13], [[6, 18, 3]])]
 ROW = [2, 4, 9, 10, 7, 3]
 END, PAD = 3, 0
-
-
-@pytest.fixture(autouse=True)
-def no_pictures(monkeypatch):
-    """Curves have tests of their own, and drawing one takes longer than a run here."""
-    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda self, path, **kwargs: Path(path).write_bytes(b""))
 
 
 def method_of(name):

@@ -18,6 +18,8 @@ from align.track import read_metrics
 from align.worker import Worker
 from tests import tiny
 
+pytestmark = pytest.mark.usefixtures("no_pictures")
+
 LORA = {"kind": "lora", "r": 4}
 CRITICS = {  # -> the policy and the critic of a run
     "a head on the trunk": ({"from": "sft"}, {"kind": "trunk"}),

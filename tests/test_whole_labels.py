@@ -17,6 +17,8 @@ from align.loop.training_pairs import write_labels
 from align.manifest import read_lines
 from tests import slowly, tiny
 
+pytestmark = pytest.mark.usefixtures("no_pictures")
+
 WORLD = '''
 def gold(prompts, completions, **columns):
     """Words that differ are worth something, and two of them more."""

@@ -16,6 +16,8 @@ from torch import Tensor
 
 from tests import slowly, tiny
 
+pytestmark = pytest.mark.usefixtures("no_pictures")
+
 END = 3
 OWN = """import json, os, pathlib
 
