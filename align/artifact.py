@@ -4,6 +4,7 @@ manifest.json       kind, what it says of its runs, status, base and its fingerp
                     metrics, digests of the files
 metrics.jsonl       one line a logged step
 checkpoints/step-*  whole training state, each folder complete or absent
+drawn/, served/     while a server draws the answers: those since the last checkpoint, and the policy for it to load
 (weights)           PEFT's or transformers' own files, beside the manifest
 """
 
@@ -27,6 +28,7 @@ from align.settings import StageSettings
 DISTRIBUTION = "align-rlhf"  # the import's name is another project's on the index
 VERSIONED = ("align", "torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate")
 CHECKPOINTS = "checkpoints"
+DRAWN, SERVED = "drawn", "served"  # answers from a server that no checkpoint has yet; the policy as a server reads it
 READ_LATER = ("*.safetensors", "*.index.json", "generation_config.json", "*.jsonl", "results.json")
 
 
@@ -76,6 +78,7 @@ def finish(folder: str | Path, **values: Any) -> None:
     files = {path.name: of_whole_file(path) for glob in READ_LATER for path in sorted(folder.glob(glob))}
     clear_temporaries(folder)
     write_manifest(folder, manifest | values | kept | {"files": files, "status": "finished"})
+    _clear(folder, DRAWN, SERVED)
 
 
 def tidy(folder: str | Path) -> None:
@@ -85,7 +88,11 @@ def tidy(folder: str | Path) -> None:
     clear_temporaries(place)
     clear_temporaries(place.parent, of=place.name)
     (place.parent / f".{place.name}.status.json").unlink(missing_ok=True)
-    for path in (Path(folder) / CHECKPOINTS, *Path(folder).glob("best-*")):
+    _clear(Path(folder), CHECKPOINTS, "best-*", DRAWN, SERVED)
+
+
+def _clear(folder: Path, *names: str) -> None:
+    for path in (path for name in names for path in folder.glob(name)):
         shutil.rmtree(path, ignore_errors=True)
 
 

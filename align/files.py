@@ -133,8 +133,11 @@ def write_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> int:
 
 
 @contextmanager
-def folder_in_one_go(folder: Path) -> Iterator[Path]:
+def folder_in_one_go(folder: Path, *, first_stays: bool = False) -> Iterator[Path]:
     """A temporary folder that becomes `folder` when the block ends well: complete or absent, never half.
+
+    `first_stays`: where another process has put it there meanwhile, with the same in it, that one's is left alone, as
+    it may be read already.
 
     Raises:
         RunFailed: the disk refuses it; `folder` is as it was.
@@ -150,9 +153,13 @@ def folder_in_one_go(folder: Path) -> Iterator[Path]:
                 if file.is_file():
                     with file.open("rb") as handle:
                         os.fsync(handle.fileno())
-            if folder.exists():  # the same step saved again after a resume
+            if folder.exists() and not first_stays:  # the same step saved again after a resume
                 shutil.rmtree(folder)
-            os.replace(temporary, folder)
+            try:
+                os.replace(temporary, folder)
+            except OSError:
+                if not (first_stays and folder.is_dir()):
+                    raise
         finally:
             shutil.rmtree(temporary, ignore_errors=True)  # gives the room back, where it was too little
 

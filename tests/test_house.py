@@ -22,7 +22,8 @@ from tests import tiny
 ROOT = Path(__file__).resolve().parents[1]
 FLOORS = [  # a module may import from lower floors and from its own package
     {"errors", "libraries", "registering", "resources", "processes", "wording", "plain_json", "maths"},
-    {"endings", "files", "hub", "limits", "locks", "plugins", "records"},
+    {"endings", "files", "hub", "limits", "locks", "plugins", "records", "servers"},
+    {"replies"},
     {"settings"},
     {"identity", "recipe_file"},
     {"recipe_errors"},

@@ -18,12 +18,14 @@ from types import SimpleNamespace
 
 import pytest
 
+from align import servers
 from align.errors import BadInput, RunFailed
 from align.launch import plan, run_stage
+from align.replies import Replies
 from align.resources import recipes_folder
 from align.rewards import judge_server
 from align.rewards.judge import Question, build_judge
-from align.rewards.judge_server import Cache, Position, Reply, letter_in, probability_of, retry_after
+from align.rewards.judge_server import Letter, Position, letter_in, probability_of
 from align.settings import JudgeSettings
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -68,7 +70,7 @@ def serving(respond):
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    monkeypatch.setattr(judge_server, "FIRST_WAIT", 0.01)
+    monkeypatch.setattr(servers, "FIRST_WAIT", 0.01)
     monkeypatch.setenv("no_proxy", "127.0.0.1")
 
 
@@ -180,10 +182,10 @@ def test_a_busy_server_is_asked_again():
 
 def test_what_a_server_may_ask_to_wait():
     asked = {None: 0.0, "7": 7.0, "soon": 0.0, "": 0.0, "-3": 0.0, "nan": 0.0, "inf": 600.0, "9" * 400: 600.0}
-    assert {value: retry_after(value) for value in asked} == asked
-    assert retry_after("Thu, 99 Jan 99999 00:00:00 GMT") == 0.0
+    assert {value: servers.retry_after(value) for value in asked} == asked
+    assert servers.retry_after("Thu, 99 Jan 99999 00:00:00 GMT") == 0.0
     later = format_datetime(datetime.now(UTC) + timedelta(seconds=60), usegmt=True)
-    assert 50.0 < retry_after(later) <= 60.0
+    assert 50.0 < servers.retry_after(later) <= 60.0
 
 
 def test_a_server_that_stays_down_ends_the_run_with_a_reason(tmp_path):
@@ -283,7 +285,7 @@ def test_a_damaged_line_of_the_cache_is_asked_again_with_a_word(tmp_path, capsys
 def test_a_cache_takes_nothing_that_is_no_reply(line, tmp_path, capsys):
     path = tmp_path / "judge.jsonl"
     path.write_text(f'{line}\n{{"key": "b", "probability": 0.5, "tokens": 3}}\n\n')  # of an earlier version
-    assert Cache(path).replies == {"b": Reply(0.5, 3)}
+    assert Replies(Letter, path).found == {"b": Letter(key="b", probability=0.5, tokens=3)}
     assert "a line is damaged (line 1)" in capsys.readouterr().out
 
 
@@ -464,7 +466,7 @@ def test_a_signal_ends_every_wait_at_once(kind, tmp_path):
 
 
 def test_trying_has_an_end_that_no_server_can_move(monkeypatch):
-    monkeypatch.setattr(judge_server, "LONGEST_TRYING", 1.0)
+    monkeypatch.setattr(servers, "LONGEST_TRYING", 1.0)
     begun = time.monotonic()
     ended = pytest.raises(RunFailed, match="failed [23] times: HTTP 429")
     with serving(lambda body, number: (429, {}, {"Retry-After": "0.4"})) as server, ended:

@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
 
 from align.data import looks_like_hub_id
 from align.data.conversations import Text, words_of
@@ -128,7 +127,10 @@ def check_judge(settings: JudgeSettings, key: str) -> None:
         return
     _template(settings.question, key)
     if kind == "server":
-        _check_url(str(settings.url), f"{key}.url")
+        from align.servers import check_url  # a tenth of a second: only for a server
+
+        secret = ", and put a key in the variable of `api_key_env`"
+        check_url(str(settings.url), f"{key}.url", example="http://127.0.0.1:8000/v1", secret=secret)
         _api_key(settings.api_key_env, f"{key}.api_key_env")
     elif settings.model is not None:
         _check_model(settings.model, f"{key}.model")
@@ -383,25 +385,6 @@ def _rendered(template: Any, prompt: str, a: str, b: str, where: str) -> str:
         return str(template.render(prompt=prompt, a=a, b=b))
     except Exception as error:  # the user's template may raise anything
         raise BadInput(f"{where} cannot be rendered: {one_line(error)}") from error
-
-
-def _check_url(url: str, key: str) -> None:
-    cure = "write it as in http://127.0.0.1:8000/v1"
-    try:
-        parts = urlsplit(url)
-        _ = parts.port  # raises where it is no number
-    except ValueError as error:
-        raise BadInput(f"`{key}` is no address ({one_line(error)}); {cure}") from error
-    if parts.username or parts.password or parts.query or parts.fragment:  # not shown: it may hold a key
-        raise BadInput(f"`{key}` holds more than an address; {cure}, and put a key in the variable of `api_key_env`")
-    if parts.scheme not in ("http", "https") or not parts.hostname or any(c.isspace() for c in url):
-        raise BadInput(f"`{key}`: {url} is no http or https address; {cure}")
-    import httpx  # a tenth of a second: only for a server
-
-    try:
-        httpx.URL(url)
-    except httpx.InvalidURL as error:
-        raise BadInput(f"`{key}`: {url} is no address ({one_line(error)}); {cure}") from error
 
 
 def _api_key(name: str | None, key: str) -> str | None:

@@ -35,6 +35,10 @@ def sampler_of(role: Role, sampling: Sampling, **how: Any) -> Sampler:
         raise BadInput(
             "`sampling.sampler: slots`: this attention takes padded batches only; take `generate`, or `auto`"
         )
+    if kind == "vllm":
+        from align.rollout.vllm import Server, VllmSampler  # asks over HTTP, as no other does
+
+        return VllmSampler(role=role, server=Server(sampling, how.get("folder")), **how)
     if kind in SAMPLERS:
         return SAMPLERS[kind](role=role, **how)
     cls, how = own_sampler(kind), how | {"batch_size": how.get("batch_size") or ANSWERS}

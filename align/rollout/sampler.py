@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -31,6 +32,11 @@ class Seeds:
         drawn = [np.random.default_rng([self.seed, 2, self.stream, self.step, row]).random(width) for row in self.rows]
         return torch.from_numpy(np.stack(drawn)) if drawn else torch.zeros(0, width, dtype=torch.float64)
 
+    def numbers(self) -> list[int]:
+        """One whole number in [0, 2**63) a row, for engines whose generators are their own."""
+        keys = ([self.seed, 2, self.stream, self.step, row] for row in self.rows)
+        return [int(np.random.default_rng(key).integers(2**63)) for key in keys]
+
 
 @dataclass(frozen=True)
 class Sampled:
@@ -56,6 +62,7 @@ class Sampler(ABC):
     batch_size: int | None = None  # answers at a time; None: as memory allows
     max_batch_tokens: int | None = None  # prompts' tokens in a pass; None: as memory allows
     phase: Phase = SAMPLING
+    folder: Path | None = None  # the run's, in which a sampler may keep what it has drawn
 
     def num_at_a_time(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> int:
         """Answers to begin with: fewer than `batch_size` where there are fewer prompts."""
@@ -72,3 +79,9 @@ class Sampler(ABC):
             Diverged: the policy's logits are not finite.
             RunFailed: no answers can be had.
         """
+
+    def forget(self) -> None:  # noqa: B027 - most keep nothing
+        """Nothing that it has drawn will be asked for again: a checkpoint has it. All processes call it."""
+
+    def close(self) -> None:  # noqa: B027
+        """The role's policy will not be drawn from any more; one process calls it, when all have done."""

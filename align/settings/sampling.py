@@ -14,6 +14,8 @@ from align.settings.fields import (
 )
 from align.wording import did_you_mean
 
+OF_A_SERVER = ("url", "adapter_dir", "api_key_env", "tolerance", "max_retries", "timeout")  # keys that it alone has
+
 
 class Sampling(Settings):
     """How answers are drawn. top_k and top_p other than none are not the distribution PPO differentiates."""
@@ -22,19 +24,38 @@ class Sampling(Settings):
     temperature: Positive = 1.0
     top_k: Interval = 0
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
-    sampler: Location = "auto"  # slots (ours), generate (transformers'), or file.py:Class; auto: slots where they can
+    # slots (ours), generate (transformers'), vllm (a server of its own), or file.py:Class; auto: slots where they can
+    sampler: Location = "auto"
     enforce_eager: bool = False  # true: on CUDA too, a token's step is launched operation by operation
     cache_implementation: Literal["dynamic", "static"] = "dynamic"  # static: transformers' generate, compiled on a GPU
+    url: str | None = (
+        None  # of `sampler: vllm`: such as http://127.0.0.1:8000; `align serve RECIPE` says how to start it
+    )
+    adapter_dir: Location | None = None  # that it and we see, for each version of the policy; None: in the run's folder
+    api_key_env: str | None = None  # the environment variable that holds the server's key
+    tolerance: Positive | None = None  # nats a token that its log-probabilities may be off; None: by the precision
+    max_retries: Interval = 10  # of a request: about five minutes
+    timeout: Positive = 600.0  # seconds of a request, from its first byte to the last of its response
 
     @model_validator(mode="after")
     def _one_that_there_is(self) -> "Sampling":
-        named = ("auto", "slots", "generate")
+        named = ("auto", "slots", "generate", "vllm")
         if self.sampler not in named and not is_reference(self.sampler):
             hint = did_you_mean(self.sampler, named)
             raise ValueError(f"`sampler`: {self.sampler} is none of {', '.join(named)} or file.py:Class{hint}")
         if self.cache_implementation == "static" and self.sampler not in ("auto", "generate"):
             raise ValueError(f"`cache_implementation: static` is generate's; the sampler is {self.sampler}")
+        if self.sampler == "vllm" and not self.url:
+            raise ValueError("`sampler: vllm` needs the server's `url`, such as http://127.0.0.1:8000")
+        of_server = [name for name in OF_A_SERVER if getattr(self, name) != type(self).model_fields[name].default]
+        if of_server and self.sampler != "vllm":
+            raise ValueError(f"`{of_server[0]}` is of `sampler: vllm`; the sampler is {self.sampler}")
         return self
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether in float32 what draws is what is trained, to the last digits."""
+        return not self.is_ones_own and self.sampler != "vllm"
 
     @property
     def is_ones_own(self) -> bool:

@@ -56,6 +56,9 @@ def run(settings: CollectSettings, worker: Worker) -> None:
                 for i, answer in zip(mine, answers, strict=True):
                     own = {"template": dict(rows[i].template)} if rows[i].template else {}
                     found[i, name, draw] = {"prompt": rows[i].prompt, "columns": rows[i].columns} | own | answer
+            worker.wait()
+            if worker.is_main:
+                sampler.close()
             tracker.log(number, {"policy": name, "answers": sum(key[1] == name for key in found)})
         whole = worker.merged(found)
         if worker.is_main:
@@ -79,6 +82,7 @@ def _sampler(bases: Bases, folder: str | None, settings: CollectSettings) -> Sam
         pad_id=tokenizer.pad_token_id,
         batch_size=settings.batch_size,
         phase=SAMPLING,
+        folder=Path(settings.output),
     )
 
 

@@ -35,9 +35,11 @@ class Course:
         learners: dict[str, Learner],
         start: dict[str, Any],
         beside: Callable[[dict[str, Any]], Iterable[Path]] = lambda progress: (),
+        saved: Callable[[], None] = lambda: None,
     ):
+        """`saved` is called on all processes after each checkpoint."""
         self.output, self.settings, self.worker = output, settings, worker
-        self.roles, self.learners, self._seed, self._beside = roles, learners, seed, beside
+        self.roles, self.learners, self._seed, self._beside, self._saved = roles, learners, seed, beside, saved
         found = self._resume()
         self.words = found.words
         self.progress: dict[str, Any] = dict(found.progress or {"step": 0, **start})
@@ -75,6 +77,7 @@ class Course:
             progress=self.progress,
             good=(guard.good(self.progress["guard"]), guard.good(self.progress["guard"], "sound")),
         )
+        self._saved()
 
     def judge(self, step: int, metrics: dict[str, Any], *, kl_budget: float | None = None) -> str | None:
         """Looks at a step's figures and adds to them what it sees; says it where the guard only warns. All processes

@@ -9,6 +9,7 @@ import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -175,6 +176,7 @@ def run(settings: DpoSettings, worker: Worker) -> None:
     if not pairs:
         raise BadInput(f"`data`: no pair is left to train on; {said}")
     policy = bases.role(start, method=method, trainable=True)
+    speaker = _speaker(settings, bases, policy, tokenizer)
     switch_dropout_off(policy)  # the reference has none, and an adapter may bring its own
     reference = bases.role(start if settings.reference is None else settings.reference.path)
     train(
@@ -182,7 +184,7 @@ def run(settings: DpoSettings, worker: Worker) -> None:
         worker,
         bases,
         policy,
-        Preferences(settings, pairs, reference, _speaker(settings, bases, policy, tokenizer)),
+        Preferences(settings, pairs, reference, speaker),
         [[pair] for pair in pairs],
         held_out,
         order=TRAINERS,
@@ -194,7 +196,7 @@ def run(settings: DpoSettings, worker: Worker) -> None:
             *remarks_on_parents(settings),
             NOT_ITS_DISTRIBUTION if settings.sampling.top_k or settings.sampling.top_p < 1.0 else "",
         ),
-        ending=partial(_ending, settings, bases, policy),
+        ending=partial(_ending, settings, bases, policy, speaker),
     )
 
 
@@ -209,6 +211,7 @@ def _speaker(settings: DpoSettings, bases: Bases, policy: Role, tokenizer: Any) 
         batch_size=None,
         max_batch_tokens=settings.train.max_batch_tokens,
         phase=ANSWERING,
+        folder=Path(settings.output),
     )
     budget = settings.train.max_batch_tokens
     return Speaker(
@@ -223,10 +226,17 @@ def _speaker(settings: DpoSettings, bases: Bases, policy: Role, tokenizer: Any) 
 
 
 def _ending(
-    settings: DpoSettings, bases: Bases, policy: Role, metrics: dict[str, float], cost: dict[str, float]
+    settings: DpoSettings,
+    bases: Bases,
+    policy: Role,
+    speaker: Speaker | None,
+    metrics: dict[str, float],
+    cost: dict[str, float],
 ) -> str:
     dpo_curves(save(settings, bases, policy))
     end(settings, bases, policy, metrics, cost)
+    if speaker is not None:
+        speaker.sampler.close()
     figures = {"accuracy": "eval_accuracy", "KL": "eval_kl"}
     shown = [f"{word} {metrics[name]:.3f}" for word, name in figures.items() if name in metrics]
     return ", ".join([f"policy in {settings.output}", *shown])

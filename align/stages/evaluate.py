@@ -134,8 +134,15 @@ def _judge(
     mine = list(worker.mine(len(rows)))
     role, tokenizer, sampling = speaker.role, speaker.tokenizer, settings.sampling
     end_ids = end_token_ids(tokenizer, stop_ids(role.causal))
-    how = {"end_ids": end_ids, "pad_id": tokenizer.pad_token_id, "batch_size": settings.batch_size, "phase": SAMPLING}
-    sampler = sampler_of(role, sampling, **how)
+    sampler = sampler_of(
+        role,
+        sampling,
+        end_ids=end_ids,
+        pad_id=tokenizer.pad_token_id,
+        batch_size=settings.batch_size,
+        phase=SAMPLING,
+        folder=Path(settings.output),
+    )
     prompts, seeds = [encode_prompt(tokenizer, rows[i]) for i in mine], Seeds(settings.seed, STREAM, 0, mine)
     rollouts = worker.agreed(lambda: sampler.sample(prompts, sampling, seeds)).rollouts
     own, others = (  # both read in one way, so that the reference is at 0 from itself
@@ -153,6 +160,8 @@ def _judge(
     tokens, lengths, kl, entropies, scores = worker.gather_rows(
         mine, len(rows), *tokens_of(rollouts), kl, entropies, own_scores.T
     )
+    if worker.is_main:
+        sampler.close()
     whole = rollouts_of([[] for _ in rows], answers_of(tokens, lengths), end_ids=end_ids)
     extra = worker.merged(
         {i: {name: x for each in told.values() for name, x in each.extra[k].items()} for k, i in enumerate(mine)}

@@ -112,6 +112,7 @@ def run(settings: PpoSettings, worker: Worker) -> None:
             learners=learners,
             start={"kl_coef": settings.ppo.kl_coef, "best": None, "score_moments": moments_of_scores(settings)},
             beside=partial(best_policy.kept_beside, settings),
+            saved=roles.sampler.forget,
         )
         course.tracker = tracker = track(
             total=settings.ppo.num_iterations,
@@ -338,4 +339,5 @@ def _finish(this: _Run) -> None:
         )
         checkpoint.clear(settings.output)
         best_policy.clear(settings)
+        roles.sampler.close()
         tracker.say(f"policy in {settings.output}")

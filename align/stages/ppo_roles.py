@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -108,6 +109,7 @@ def load_roles(settings: PpoSettings, worker: Worker) -> Roles:
         batch_size=settings.ppo.sampling_batch_size,
         max_batch_tokens=settings.ppo.max_batch_tokens,
         phase=SAMPLING,
+        folder=Path(settings.output),
     )
     roles = Roles(bases, base, tokenizer, policy, reference, began, critic, over, rewards, beside, sampler)
     for role in roles.trained.values():  # the adapters bring dropout of their own

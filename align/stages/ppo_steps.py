@@ -284,7 +284,7 @@ def importance_cap(policy: Role, settings: PpoSettings) -> float | None:
     cap = settings.ppo.importance_cap
     if cap != "auto":
         return cap
-    return None if policy.is_float32 and not settings.sampling.is_ones_own else IMPORTANCE_CAP
+    return None if policy.is_float32 and settings.sampling.is_exact else IMPORTANCE_CAP
 
 
 def end_penalty(scores: Tensor, ended: Tensor, ppo: Ppo, scale: Scale = AS_GIVEN) -> Tensor:
