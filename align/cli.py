@@ -160,6 +160,22 @@ def loop(recipe: RecipeName, overrides: Overrides = None, changes: Changes = Non
 
 
 @app.command()
+def serve(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    start: Annotated[bool, typer.Option("--start", help="Start it here, and end it when this command ends.")] = False,
+) -> None:
+    """Print the command of the vLLM server that a recipe's `sampling.sampler: vllm` draws from."""
+    from align.recipe import load_recipe
+    from align.serve import command_of, in_lines, serve_here
+
+    command = command_of(load_recipe(recipe, overrides or []))
+    typer.echo(in_lines(command))
+    if start:
+        raise typer.Exit(serve_here(command))
+
+
+@app.command()
 def merge(
     run: Annotated[str, typer.Argument(metavar="RUN", callback=_at_home, help="Folder of an sft, dpo or ppo run.")],
     out: Annotated[str, typer.Argument(metavar="OUT", callback=_at_home, help="A new folder.")],

@@ -54,6 +54,7 @@ def check_parents(settings: StageSettings, made: dict[str, StageSettings]) -> No
         if maker is not None:
             _check_stage_before(settings, folder, key, made, wanted)
             _check_speech(settings, folder, key, made)
+            _check_served(settings, folder, key, made)
             continue
         check_start(folder, wanted, f"`{key}`")
         if (Path(folder) / MANIFEST).is_file():
@@ -64,6 +65,7 @@ def check_parents(settings: StageSettings, made: dict[str, StageSettings]) -> No
         else:
             _check_made_elsewhere(settings, folder, key)
             _check_speech(settings, folder, key, made)
+        _check_served(settings, folder, key, made)
 
 
 def resolved(folder: str) -> str:
@@ -90,6 +92,34 @@ def check_prefix(settings: StageSettings, key: str, what: str) -> None:
     if drawn.is_generates:
         key = "cache_implementation" if drawn.cache_implementation == "static" else "sampler"
         raise BadInput(f"{what} cannot sample with `sampling.{key}: {getattr(drawn, key)}`; leave it out")
+
+
+def check_lora(kind: str, uses_dora: bool, what: str) -> None:
+    """vLLM takes policies as LoRA adapters alone, over the base that it serves."""
+    if kind.lower() not in ("lora", "qlora") or uses_dora:
+        how = "DoRA" if uses_dora else f"`{kind.lower()}`"
+        raise BadInput(
+            f"{what} ({how}) cannot be drawn from by `sampling.sampler: vllm`, which takes LoRA alone: use "
+            "`kind: lora` or `qlora`, or leave `sampling.sampler` out"
+        )
+
+
+def _check_served(settings: StageSettings, folder: str, key: str, made: dict[str, StageSettings]) -> None:
+    """What is drawn from by a server is what it takes."""
+    drawn = settings.draws()
+    if drawn is None or drawn.sampler != "vllm" or not key.startswith(("policy.", "policies.")):
+        return
+    if key == settings.starts_at and settings.tuned_by() is not None:
+        return  # a whole model, which is what is served, below a method of this stage's own
+    maker, place, what = made.get(resolved(folder)), _place(folder), f"`{key}`: the policy in {folder}"
+    if maker is not None:
+        method = maker.tuned_by()
+        if method is not None:
+            check_lora(str(method.kind), getattr(method, "use_dora", False), what)
+    elif place is not None:
+        is_adapter = (place / ADAPTER_CONFIG).is_file()
+        config = _adapter_config(str(place)) if is_adapter else {"peft_type": "full"}
+        check_lora(str(config.get("peft_type")), bool(config.get("use_dora")), what)
 
 
 def check_start(folder: str, wanted: tuple[str, ...], where: str) -> None:

@@ -18,7 +18,7 @@ from align.models.facts import (
     check_tokenizer,
     read_facts,
 )
-from align.parents import SPEAKERS, check_parents, check_prefix, is_on_hub, method_key, resolved
+from align.parents import SPEAKERS, check_lora, check_parents, check_prefix, is_on_hub, method_key, resolved
 from align.plugins import is_reference, users_code
 from align.recipe import Recipe
 from align.resumption import named_none, state_of
@@ -151,12 +151,20 @@ def check_columns_beside(settings: StageSettings) -> None:
 
 
 def check_sampler(settings: StageSettings) -> None:
-    """A sampler of the user's own, where the stage samples with one.
+    """A sampler of the user's own, or a server, where the stage samples with one.
 
     Raises:
-        BadInput: its file has none.
+        BadInput: its file has none; the server's address is none, or it takes no policy of this stage's method.
     """
-    drawn = settings.draws()
+    drawn, method = settings.draws(), settings.tuned_by()
+    if drawn is not None and drawn.sampler == "vllm":
+        from align.servers import api_key_of, check_url  # a tenth of a second: only for a server
+
+        secret = ", and put a key in the variable of `sampling.api_key_env`"
+        check_url(str(drawn.url), "sampling.url", example="http://127.0.0.1:8000", secret=secret)
+        api_key_of(drawn.api_key_env, "sampling.api_key_env")
+        if method is not None:
+            check_lora(str(method.kind), getattr(method, "use_dora", False), f"`{method_key(settings)}`")
     if drawn is not None and is_reference(drawn.sampler):
         from align.rollout.choose import own_sampler  # heavy, and only here
 

@@ -17,7 +17,7 @@ from align.identity import (
 )
 from align.locks import LOCKS
 from align.manifest import MANIFEST, at_key, check_whole, note, parents_of, read_manifest, recipe_of
-from align.settings import StageSettings
+from align.settings import StageSettings, sampling
 from align.wording import brief
 
 MEMORY_AND_SPEED = (  # keys of any section that change neither what is learnt nor what is kept
@@ -31,6 +31,9 @@ MEMORY_AND_SPEED = (  # keys of any section that change neither what is learnt n
     "logging_steps",
     "num_sample_rows",
 )
+
+# where a server is that draws, and how it is asked: what it draws from is looked at
+OF_A_SERVER = tuple(f"sampling.{name}" for name in sampling.OF_A_SERVER)
 
 CHANGEABLE = re.compile(  # keys of a run under way that may become others where its user says so
     r"seed|guard(\.\w+)?|critic\.learning_rate|rewards\[\d+\]\.weight"
@@ -173,9 +176,12 @@ def goes_on(key: str, value: Any) -> bool:
 
 
 def is_harmless(key: str) -> bool:
-    """Whether a key changes memory or speed alone. An argument of a user's function may have such a name too."""
+    """Whether a key changes memory or speed alone, or where answers are drawn. An argument of a user's function may
+    have such a name too."""
     name = key.rpartition(".")[2]
-    return name == "max_batch_tokens" if FUNCTIONS.match(key) else name in MEMORY_AND_SPEED
+    if FUNCTIONS.match(key):
+        return name == "max_batch_tokens"
+    return name in MEMORY_AND_SPEED or key in OF_A_SERVER
 
 
 def _as_parts(runs: dict[str, dict[str, str]]) -> dict[str, dict[str, str]]:

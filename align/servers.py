@@ -215,6 +215,23 @@ def check_url(url: str, key: str, *, example: str, secret: str = "") -> None:
         raise BadInput(f"`{key}`: {url} is no address ({one_line(error)}); {cure}") from error
 
 
+def api_key_of(name: str | None, key: str) -> str | None:
+    """A server's key, which no message may show, from the environment variable of that name. `key`: the recipe's, that
+    names it.
+
+    Raises:
+        BadInput: it is not set, or holds none.
+    """
+    if name is None:
+        return None
+    value = os.environ.get(name, "").strip()
+    if not value:
+        raise BadInput(f"`{key}`: the environment variable {name} is not set; export it with the server's key")
+    if not (value.isascii() and value.isprintable()):
+        raise BadInput(f"`{key}`: the environment variable {name} holds characters that no key has; set it again")
+    return value
+
+
 def retry_after(value: str | None) -> float:
     """Seconds that a Retry-After header asks to wait, LONGEST_ASKED at the most; it holds seconds or a date."""
     try:

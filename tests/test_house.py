@@ -38,7 +38,7 @@ FLOORS = [  # a module may import from lower floors and from its own package
     {"parents"},
     {"worker", "preflight", "launch"},
     {"stages", "attempts"},
-    {"pipeline", "entry", "compare", "loop"},
+    {"pipeline", "entry", "compare", "loop", "serve"},
     {"algorithms"},
     {"cli", "public"},
 ]

@@ -5,7 +5,6 @@ both orders: the probability is the mean of both, and a verdict that turns with 
 """
 
 import math
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -127,11 +126,11 @@ def check_judge(settings: JudgeSettings, key: str) -> None:
         return
     _template(settings.question, key)
     if kind == "server":
-        from align.servers import check_url  # a tenth of a second: only for a server
+        from align.servers import api_key_of, check_url  # a tenth of a second: only for a server
 
         secret = ", and put a key in the variable of `api_key_env`"
         check_url(str(settings.url), f"{key}.url", example="http://127.0.0.1:8000/v1", secret=secret)
-        _api_key(settings.api_key_env, f"{key}.api_key_env")
+        api_key_of(settings.api_key_env, f"{key}.api_key_env")
     elif settings.model is not None:
         _check_model(settings.model, f"{key}.model")
 
@@ -154,11 +153,12 @@ def _compare_of(settings: JudgeSettings, bases: "Bases", cache: Path | None, key
     if kind == "model":
         return _by_model(settings, bases, key)
     from align.rewards.judge_server import Server
+    from align.servers import api_key_of
 
     server = Server(
         str(settings.url),
         str(settings.model),
-        api_key=_api_key(settings.api_key_env, f"{key}.api_key_env"),
+        api_key=api_key_of(settings.api_key_env, f"{key}.api_key_env"),
         cache=cache,
         max_retries=settings.max_retries,
         timeout=settings.timeout,
@@ -385,15 +385,3 @@ def _rendered(template: Any, prompt: str, a: str, b: str, where: str) -> str:
         return str(template.render(prompt=prompt, a=a, b=b))
     except Exception as error:  # the user's template may raise anything
         raise BadInput(f"{where} cannot be rendered: {one_line(error)}") from error
-
-
-def _api_key(name: str | None, key: str) -> str | None:
-    """The key, which no message may show."""
-    if name is None:
-        return None
-    value = os.environ.get(name, "").strip()
-    if not value:
-        raise BadInput(f"`{key}`: the environment variable {name} is not set; export it with the server's key")
-    if not (value.isascii() and value.isprintable()):
-        raise BadInput(f"`{key}`: the environment variable {name} holds characters that no key has; set it again")
-    return value

@@ -13,7 +13,6 @@ was killed goes on with the same answers. A server that was started again is giv
 import asyncio
 import hashlib
 import json
-import os
 import shutil
 import uuid
 from collections.abc import Iterable, Sequence
@@ -38,7 +37,7 @@ from align.replies import Replies, Reply
 from align.rollout.reading import read_all
 from align.rollout.rollouts import by_row, cut_at_end, rollouts_of
 from align.rollout.sampler import Sampled, Sampler, Seeds
-from align.servers import Again, Checked, Endpoint, Response, Schema, all_of, read_as
+from align.servers import Again, Checked, Endpoint, Response, Schema, all_of, api_key_of, read_as
 from align.settings import Sampling
 
 AT_ONCE = 256  # answers that are asked for, unless `batch_size` says how many: the server itself makes its batches
@@ -156,16 +155,13 @@ class Server:
 
     def __init__(self, sampling: Sampling, folder: Path | None):
         assert sampling.url is not None, "the settings see to it"
-        key = None if sampling.api_key_env is None else os.environ.get(sampling.api_key_env, "").strip()
-        if key == "":
-            raise BadInput(f"`sampling.api_key_env`: {sampling.api_key_env} is not set; export it, or leave it out")
         self.endpoint = Endpoint(
             sampling.url.rstrip("/").removesuffix("/v1"),
             key="sampling.url",
             timeout=sampling.timeout,
             max_retries=sampling.max_retries,
             most_bytes=MAX_BYTES,
-            api_key=key,
+            api_key=api_key_of(sampling.api_key_env, "sampling.api_key_env"),
         )
         self.tolerance = sampling.tolerance
         self.adapters = _adapters(sampling, folder)

@@ -1,0 +1,154 @@
+"""The vLLM server that a recipe draws from: the command that starts it, and how to start it here.
+
+vLLM has an environment of its own (it wants an older transformers), so it is asked for over HTTP alone and found as
+`vllm` on PATH, or in the environment that ALIGN_VLLM names.
+"""
+
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from urllib.parse import urlsplit
+
+from align.errors import BadInput
+from align.identity import has_adapter
+from align.launch import plan
+from align.models.facts import read_adapter
+from align.parents import resolved
+from align.preflight import check_recipe
+from align.processes import die_with_parent
+from align.recipe import Recipe
+from align.records import ADAPTER_CONFIG
+from align.settings import Lora, StageSettings
+
+RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM's kernels have
+IN_FLIGHT = 2  # adapters at once: a version of the policy, and the one before it until that is unloaded
+WHERE = "ALIGN_VLLM"
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command line, and what its environment needs."""
+
+    words: tuple[str, ...]
+    environment: dict[str, str]
+
+
+def command_of(recipe: Recipe) -> Command:
+    """The server for all stages of a recipe that draw by vLLM.
+
+    Raises:
+        BadInput: there is none, or they need different servers.
+    """
+    check_recipe(recipe)
+    stages = [stage for stage in recipe.stages.values() if _url(stage) is not None]
+    if not stages:
+        raise BadInput(
+            f"{recipe.path}: no stage draws by vLLM; write `sampling: {{sampler: vllm, url: ...}}` where one may"
+        )
+    for what, found in (("sampling.url", {_url(s) for s in stages}), ("model.base", {_base(s) for s in stages})):
+        if len(found) > 1:
+            raise BadInput(f"{recipe.path}: its stages have different `{what}` ({', '.join(sorted(map(str, found)))})")
+    first = stages[0]
+    at = urlsplit(str(_url(first)))
+    revision = () if first.model.revision is None else ("--revision", first.model.revision)
+    return Command(
+        (
+            "vllm", "serve", _base(first), *revision,
+            "--host", str(at.hostname), "--port", str(at.port or 8000),
+            "--dtype", _dtype(first),
+            "--max-model-len", str(max(length for stage in stages for length in stage.lengths().values())),
+            "--enable-lora", "--max-lora-rank", str(_rank(stages, recipe)), "--max-loras", str(IN_FLIGHT),
+            "--logprobs-mode", "processed_logprobs",  # of softmax(logits / temperature), as the token was drawn
+            "--generation-config", "vllm",  # a request says how to sample, and not what came with the model
+        ),
+        {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True"},
+    )  # fmt: skip
+
+
+def in_lines(command: Command) -> str:
+    """As one types it, an option a line."""
+    head = [f"{name}={shlex.quote(value)}" for name, value in command.environment.items()]
+    lines = [" ".join([*head, *map(shlex.quote, command.words[:3])])]
+    for word in map(shlex.quote, command.words[3:]):
+        if word.startswith("--"):
+            lines.append(word)
+        else:
+            lines[-1] += f" {word}"
+    return " \\\n  ".join(lines)
+
+
+def serve_here(command: Command) -> int:
+    """Starts it as a child that ends when this process does, however that ends; its exit code."""
+    own = os.environ.get(WHERE)
+    program = shutil.which("vllm") if own is None else shutil.which(str(Path(own) / "bin" / "vllm"))
+    if program is None:
+        where = "on PATH" if own is None else f"in {own} ({WHERE})"
+        raise BadInput(
+            f"`--start`: there is no vllm {where}; install it in an environment of its own and let {WHERE} name it"
+        )
+    parent = os.getpid()
+    child = subprocess.Popen(
+        [program, *command.words[1:]],
+        env=os.environ | command.environment,
+        preexec_fn=lambda: die_with_parent(signal.SIGTERM, parent=parent),
+    )
+
+    def pass_on(number: int, frame: FrameType | None) -> None:
+        child.send_signal(signal.SIGTERM)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, pass_on)
+    code = child.wait()
+    return code if code >= 0 else 128 - code
+
+
+def _url(stage: StageSettings) -> str | None:
+    drawn = stage.draws()
+    return drawn.url if drawn is not None and drawn.sampler == "vllm" else None
+
+
+def _base(stage: StageSettings) -> str:
+    """What the policy is an adapter over: the recipe's base, or a whole model that the stage starts from."""
+    start = stage.start()
+    is_whole = start is not None and stage.tuned_by() is not None and not has_adapter(start)
+    base = str(start) if is_whole else stage.model.base
+    return os.path.abspath(base) if Path(base).is_dir() else base
+
+
+def _dtype(stage: StageSettings) -> str:
+    """What the stage itself computes in; over a base in 4 bits 16, as vLLM takes none of bitsandbytes'."""
+    load_in = stage.model.load_in
+    if load_in == "auto":
+        return "bfloat16" if plan(stage.launch).expected_device == "cuda" else "float32"
+    return "bfloat16" if load_in == "nf4" else load_in
+
+
+def _rank(stages: Sequence[StageSettings], recipe: Recipe) -> int:
+    """The smallest that vLLM has for every policy."""
+    makers = {resolved(stage.output): stage for stage in recipe.stages.values()}
+    largest = max(max(_ranks(stage, makers), default=1) for stage in stages)
+    if largest > RANKS[-1]:
+        raise BadInput(f"a policy has LoRA of rank {largest}, and vLLM takes {RANKS[-1]} at most; use a smaller `r`")
+    return next(rank for rank in RANKS if rank >= largest)
+
+
+def _ranks(stage: StageSettings, makers: Mapping[str, StageSettings]) -> Iterator[int]:
+    """Of what the stage draws from: the adapter that it trains, and those that it reads, made already or not."""
+    method = stage.tuned_by()
+    if isinstance(method, Lora):
+        yield method.r
+    for key, (folder, _) in stage.parents().items():
+        if not key.startswith(("policy.", "policies.")):
+            continue
+        if (Path(folder) / ADAPTER_CONFIG).is_file():
+            config = read_adapter(folder).model_dump(exclude_unset=True)
+            yield int(config.get("r") or 1)
+            yield from map(int, (config.get("rank_pattern") or {}).values())
+        elif resolved(folder) in makers:
+            yield from _ranks(makers[resolved(folder)], makers)
