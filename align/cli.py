@@ -165,7 +165,7 @@ def serve(
     overrides: Overrides = None,
     start: Annotated[bool, typer.Option("--start", help="Start it here, and end it when this command ends.")] = False,
 ) -> None:
-    """Print the command of the vLLM server that a recipe's `sampling.sampler: vllm` draws from."""
+    """Print the command of the vLLM server that a recipe's `sampling.engine: vllm` draws from."""
     from align.recipe import load_recipe
     from align.serve import command_of, in_lines, serve_here
 

@@ -90,7 +90,7 @@ def check_prefix(settings: StageSettings, key: str, what: str) -> None:
     if drawn is None or not (key == method_key(settings) or key.startswith(("policy.", "policies."))):
         return  # nothing is sampled from it
     if drawn.is_generates:
-        key = "cache_implementation" if drawn.cache_implementation == "static" else "sampler"
+        key = "cache_implementation" if drawn.cache_implementation == "static" else "engine"
         raise BadInput(f"{what} cannot sample with `sampling.{key}: {getattr(drawn, key)}`; leave it out")
 
 
@@ -99,15 +99,15 @@ def check_lora(kind: str, uses_dora: bool, what: str) -> None:
     if kind.lower() not in ("lora", "qlora") or uses_dora:
         how = "DoRA" if uses_dora else f"`{kind.lower()}`"
         raise BadInput(
-            f"{what} ({how}) cannot be drawn from by `sampling.sampler: vllm`, which takes LoRA alone: use "
-            "`kind: lora` or `qlora`, or leave `sampling.sampler` out"
+            f"{what} ({how}) cannot be drawn from by `sampling.engine: vllm`, which takes LoRA alone: use "
+            "`kind: lora` or `qlora`, or leave `sampling.engine` out"
         )
 
 
 def _check_served(settings: StageSettings, folder: str, key: str, made: dict[str, StageSettings]) -> None:
     """What is drawn from by a server is what it takes."""
     drawn = settings.draws()
-    if drawn is None or drawn.sampler != "vllm" or not key.startswith(("policy.", "policies.")):
+    if drawn is None or drawn.engine != "vllm" or not key.startswith(("policy.", "policies.")):
         return
     if key == settings.starts_at and settings.tuned_by() is not None:
         return  # a whole model, which is what is served, below a method of this stage's own

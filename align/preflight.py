@@ -157,7 +157,7 @@ def check_sampler(settings: StageSettings) -> None:
         BadInput: its file has none; the server's address is none, or it takes no policy of this stage's method.
     """
     drawn, method = settings.draws(), settings.tuned_by()
-    if drawn is not None and drawn.sampler == "vllm":
+    if drawn is not None and drawn.engine == "vllm":
         from align.servers import api_key_of, check_url  # a tenth of a second: only for a server
 
         secret = ", and put a key in the variable of `sampling.api_key_env`"
@@ -165,10 +165,10 @@ def check_sampler(settings: StageSettings) -> None:
         api_key_of(drawn.api_key_env, "sampling.api_key_env")
         if method is not None:
             check_lora(str(method.kind), getattr(method, "use_dora", False), f"`{method_key(settings)}`")
-    if drawn is not None and is_reference(drawn.sampler):
+    if drawn is not None and is_reference(drawn.engine):
         from align.rollout.choose import own_sampler  # heavy, and only here
 
-        own_sampler(drawn.sampler)
+        own_sampler(drawn.engine)
 
 
 def check_model(settings: StageSettings) -> None:

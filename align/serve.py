@@ -18,13 +18,14 @@ from urllib.parse import urlsplit
 from align.errors import BadInput
 from align.identity import has_adapter
 from align.launch import plan
-from align.models.facts import read_adapter
+from align.models.facts import read_adapter, read_facts
 from align.parents import resolved
 from align.preflight import check_recipe
 from align.processes import die_with_parent
 from align.recipe import Recipe
 from align.records import ADAPTER_CONFIG
 from align.settings import Lora, StageSettings
+from align.surroundings import cached_folder
 
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM's kernels have
 IN_FLIGHT = 2  # adapters at once: a version of the policy, and the one before it until that is unloaded
@@ -49,7 +50,7 @@ def command_of(recipe: Recipe) -> Command:
     stages = [stage for stage in recipe.stages.values() if _url(stage) is not None]
     if not stages:
         raise BadInput(
-            f"{recipe.path}: no stage draws by vLLM; write `sampling: {{sampler: vllm, url: ...}}` where one may"
+            f"{recipe.path}: no stage draws by vLLM; write `sampling: {{engine: vllm, url: ...}}` where one may"
         )
     for what, found in (("sampling.url", {_url(s) for s in stages}), ("model.base", {_base(s) for s in stages})):
         if len(found) > 1:
@@ -62,7 +63,7 @@ def command_of(recipe: Recipe) -> Command:
             "vllm", "serve", _base(first), *revision,
             "--host", str(at.hostname), "--port", str(at.port or 8000),
             "--dtype", _dtype(first),
-            "--max-model-len", str(max(length for stage in stages for length in stage.lengths().values())),
+            "--max-model-len", str(_longest(stages)),
             "--enable-lora", "--max-lora-rank", str(_rank(stages, recipe)), "--max-loras", str(IN_FLIGHT),
             "--logprobs-mode", "processed_logprobs",  # of softmax(logits / temperature), as the token was drawn
             "--generation-config", "vllm",  # a request says how to sample, and not what came with the model
@@ -110,7 +111,7 @@ def serve_here(command: Command) -> int:
 
 def _url(stage: StageSettings) -> str | None:
     drawn = stage.draws()
-    return drawn.url if drawn is not None and drawn.sampler == "vllm" else None
+    return drawn.url if drawn is not None and drawn.engine == "vllm" else None
 
 
 def _base(stage: StageSettings) -> str:
@@ -127,6 +128,14 @@ def _dtype(stage: StageSettings) -> str:
     if load_in == "auto":
         return "bfloat16" if plan(stage.launch).expected_device == "cuda" else "float32"
     return "bfloat16" if load_in == "nf4" else load_in
+
+
+def _longest(stages: Sequence[StageSettings]) -> int:
+    """Tokens of a sequence; vLLM takes no more than the base was trained for."""
+    longest = max(length for stage in stages for length in stage.lengths().values())
+    place = _base(stages[0]) if Path(_base(stages[0])).is_dir() else cached_folder(_base(stages[0]), None)
+    known = None if place is None else read_facts(Path(place)).positions()
+    return longest if known is None else min(longest, known[0])
 
 
 def _rank(stages: Sequence[StageSettings], recipe: Recipe) -> int:

@@ -132,7 +132,7 @@ def test_other_scores_of_an_evaluation_s_answers_are_told(base, data, runs, tmp_
         "        file.write(json.dumps(rows) + '\\n')\n    return [1.0] * len(prompts)\n"
     )
     beside = {name: {"use": f"{tmp_path}/own.py:{name}"} for name in ("length", "asked")}
-    echo = {"sampler": f"{ROOT}/recipes/custom/echo.py:Echo", "max_new_tokens": 30}
+    echo = {"engine": f"{ROOT}/recipes/custom/echo.py:Echo", "max_new_tokens": 30}
     changes = {"beside": beside, "dpo": {"max_eval_prompts": 3}, "sampling": echo}
     tiny.run(settings(base, data, runs, tmp_path / "dpo", **changes))
     rows = [row for row in read_metrics(tmp_path / "dpo") if "eval_kl" in row]

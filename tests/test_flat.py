@@ -350,7 +350,7 @@ def both_ways(role: Role, numbers: torch.Tensor, sampling: Sampling, batch_size:
     """Answers and reading of the slots, after a check that transformers' `generate` draws the same as likely."""
     how = {"end_ids": [END], "pad_id": PAD, "batch_size": batch_size}
     rollouts, reading = sample(role, prompts, numbers, sampling, **how)
-    generate = sampling.model_copy(update={"sampler": "generate"})
+    generate = sampling.model_copy(update={"engine": "generate"})
     padded = sampler_of(role, generate, **how).sample(prompts, generate, Numbers(numbers))
     assert padded.rollouts.answers == rollouts.answers and padded.reading is None
     torch.testing.assert_close(padded.logprobs, reading.logprobs, rtol=0, atol=1e-5)

@@ -42,13 +42,13 @@ def role(tmp_path_factory):
 
 def test_each_name_is_its_sampler_and_auto_the_slots_where_they_can(role, monkeypatch):
     for name, cls in SAMPLERS.items():
-        assert type(sampler_of(role, Sampling(sampler=name), **HOW)) is cls
+        assert type(sampler_of(role, Sampling(engine=name), **HOW)) is cls
     assert type(sampler_of(role, Sampling(), **HOW)) is SAMPLERS["slots"]
     assert type(sampler_of(role, Sampling(cache_implementation="static"), **HOW)) is SAMPLERS["generate"]
     monkeypatch.setattr(type(role), "is_flat", False)
     assert type(sampler_of(role, Sampling(), **HOW)) is SAMPLERS["generate"]
-    with pytest.raises(BadInput, match=r"sampler: slots`.*padded batches only; take `generate`"):
-        sampler_of(role, Sampling(sampler="slots"), **HOW)
+    with pytest.raises(BadInput, match=r"engine: slots`.*padded batches only; take `generate`"):
+        sampler_of(role, Sampling(engine="slots"), **HOW)
 
 
 def test_all_give_the_same_answers_as_likely(role):
@@ -101,7 +101,7 @@ WRONG = {
 @pytest.mark.parametrize("body", WRONG)
 def test_what_one_of_ones_own_does_wrong_is_one_line(body, role, tmp_path):
     (tmp_path / "own.py").write_text(f"{HEAD}        {body}\n")
-    sampling = Sampling(sampler=f"{tmp_path}/own.py:Own", max_new_tokens=4)
+    sampling = Sampling(engine=f"{tmp_path}/own.py:Own", max_new_tokens=4)
     with pytest.raises(RunFailed, match=WRONG[body]) as caught:
         sampler_of(role, sampling, **HOW).sample(PROMPTS, sampling, Numbers(torch.zeros(2, 4)))
     assert "own.py:Own`" in str(caught.value) and "\n" not in str(caught.value)
@@ -110,7 +110,7 @@ def test_what_one_of_ones_own_does_wrong_is_one_line(body, role, tmp_path):
 def test_what_one_of_ones_own_gives_is_made_plain(role, tmp_path):
     body = "return Sampled(made([[5], [6]]), torch.zeros(2, 1, dtype=torch.float64, requires_grad=True))"
     (tmp_path / "own.py").write_text(f"{HEAD}        {body}\n")
-    sampling = Sampling(sampler=f"{tmp_path}/own.py:Own", max_new_tokens=4)
+    sampling = Sampling(engine=f"{tmp_path}/own.py:Own", max_new_tokens=4)
     asked = [list(prompt) for prompt in PROMPTS]
     found = sampler_of(role, sampling, **HOW).sample(asked, sampling, Numbers(torch.zeros(2, 4)))
     assert found.logprobs.dtype == torch.float32 and not found.logprobs.requires_grad
@@ -119,11 +119,11 @@ def test_what_one_of_ones_own_gives_is_made_plain(role, tmp_path):
 @pytest.mark.parametrize(
     ("sampling", "says"),
     [
-        ({"sampler": "slot"}, "slot is none of auto, slots, generate.*did you mean `slots`"),
-        ({"sampler": "slots", "cache_implementation": "static"}, "static` is generate's"),
-        ({"sampler": "nowhere.py:Own"}, "nowhere.py is not there"),
-        ({"sampler": "align.errors:BadInput"}, "is no sampler; let it be a class that extends"),
-        ({"sampler": "align.rollout.sampler:Sampler"}, "does not say how it draws; give it a method `sample`"),
+        ({"engine": "slot"}, "slot is none of auto, slots, generate.*did you mean `slots`"),
+        ({"engine": "slots", "cache_implementation": "static"}, "static` is generate's"),
+        ({"engine": "nowhere.py:Own"}, "nowhere.py is not there"),
+        ({"engine": "align.errors:BadInput"}, "is no sampler; let it be a class that extends"),
+        ({"engine": "align.rollout.sampler:Sampler"}, "does not say how it draws; give it a method `sample`"),
     ],
 )
 def test_what_is_no_sampler_is_found_at_the_door(sampling, says, base, data, runs, tmp_path):
@@ -141,14 +141,14 @@ def test_ppo_learns_from_a_sampler_of_ones_own_and_says_how_far_it_is_from_the_p
     values = tiny.recipe("ppo", base, data, tmp_path / "ppo")
     values |= {"policy": {"from": str(runs / "sft")}, "critic": {"kind": "adapter"}}
     values["rewards"] = [{"use": f"{ROOT}/recipes/custom/brevity.py:brevity"}]
-    values["sampling"] |= {"sampler": ECHO}
+    values["sampling"] |= {"engine": ECHO}
     path = tmp_path / "ppo.yaml"
     path.write_text(yaml.safe_dump(values))
     tiny.run(load_recipe(str(path)).stages["ppo"])
     echoed = [row for row in read_metrics(tmp_path / "ppo") if "sampler_kl" in row]
     assert echoed and all(row["sampler_kl"] > 1.0 for row in echoed)  # nobody else is so certain of prompts' ends
     assert all(0.0 < row["importance_weight"] < 0.5 and row["importance_capped"] == 0.0 for row in echoed)
-    values["sampling"] |= {"sampler": "generate"}
+    values["sampling"] |= {"engine": "generate"}
     values["output"] = str(tmp_path / "plain")
     path.write_text(yaml.safe_dump(values))
     tiny.run(load_recipe(str(path)).stages["ppo"])

@@ -78,7 +78,7 @@ def move(role, seed):
 
 
 def sampling_of(engine, **changes):
-    return Sampling(**{"sampler": "vllm", "url": engine.url, "max_new_tokens": 6, "temperature": 0.7} | changes)
+    return Sampling(**{"engine": "vllm", "url": engine.url, "max_new_tokens": 6, "temperature": 0.7} | changes)
 
 
 def drawn(role, engine, folder, prompts=PROMPTS, seeds=SEEDS, **changes):
@@ -311,7 +311,7 @@ def values_of(stage, base, data, runs, out, engine, **changes):
     values = tiny.recipe(stage, base, data, out)
     values |= {
         "policy": {"from": str(runs / "sft")},
-        "sampling": {"sampler": "vllm", "url": engine.url, "max_new_tokens": 8},
+        "sampling": {"engine": "vllm", "url": engine.url, "max_new_tokens": 8},
     }
     if stage == "ppo":
         values |= {"critic": {"from": str(runs / "reward")}}
@@ -379,7 +379,7 @@ def test_policies_are_compared_and_answers_collected_by_it(base, data, runs, tmp
     few.write_text("".join((data / "prompts.jsonl").read_text().splitlines(keepends=True)[:6]))
     common |= {
         "prompts": {"train": str(few)},
-        "sampling": {"sampler": "vllm", "url": engine.url, "max_new_tokens": 8},
+        "sampling": {"engine": "vllm", "url": engine.url, "max_new_tokens": 8},
     }
     rewards = [{"use": "learned", "from": str(runs / "reward")}]
     evaluate = common | {"stage": "evaluate", "rewards": rewards, "output": str(tmp_path / "evaluate")}
@@ -396,11 +396,11 @@ def test_policies_are_compared_and_answers_collected_by_it(base, data, runs, tmp
 
 
 REFUSED = [
-    ({"sampling": {"sampler": "vllm"}}, "`sampler: vllm` needs the server's `url`"),
-    ({"sampling": {"url": "http://127.0.0.1:1"}}, "`url` is of `sampler: vllm`; the sampler is auto"),
-    ({"sampling": {"sampler": "vllm", "url": "127.0.0.1:1"}}, "`sampling.url`.* no .*address; write it as in http://127"),
-    ({"sampling": {"sampler": "vllm", "url": "http://a:b@c"}}, "`sampling.url` holds more than an address"),
-    ({"sampling": {"sampler": "vllm", "url": "http://127.0.0.1:1", "api_key_env": "NO_KEY_HERE"}}, "NO_KEY_HERE is not set"),
+    ({"sampling": {"engine": "vllm"}}, "`engine: vllm` needs the server's `url`"),
+    ({"sampling": {"url": "http://127.0.0.1:1"}}, "`url` is of `engine: vllm`; the engine is auto"),
+    ({"sampling": {"engine": "vllm", "url": "127.0.0.1:1"}}, "`sampling.url`.* no .*address; write it as in http://127"),
+    ({"sampling": {"engine": "vllm", "url": "http://a:b@c"}}, "`sampling.url` holds more than an address"),
+    ({"sampling": {"engine": "vllm", "url": "http://127.0.0.1:1", "api_key_env": "NO_KEY_HERE"}}, "NO_KEY_HERE is not set"),
     ({"policy": {"method": {"kind": "ia3"}}}, r"`policy.method` \(`ia3`\) cannot be drawn from"),
     ({"policy": {"method": {"kind": "lora", "use_dora": True}}}, r"`policy.method` \(DoRA\) cannot be drawn from"),
     ({"policy": {"method": {"kind": "full"}}}, r"`policy.method` \(`full`\) cannot .* use `kind: lora` or `qlora`"),
@@ -431,7 +431,7 @@ def test_a_run_of_another_method_is_refused_at_the_door(base, data, runs, tmp_pa
 
 def test_a_run_goes_on_with_a_server_at_another_place():
     assert all(is_harmless(f"sampling.{name}") for name in ("url", "adapter_dir", "api_key_env", "max_retries"))
-    assert not is_harmless("sampling.sampler") and not is_harmless("judge.url")
+    assert not is_harmless("sampling.engine") and not is_harmless("judge.url")
 
 
 # ----------------------------------------------------------------------------------------------------------- align serve
@@ -449,7 +449,7 @@ def test_the_command_of_the_server(base, data, runs, tmp_path, engine):
     assert (options["--host"], options["--port"]) == (host, port)
     assert options["--dtype"] == "float32" and options["--max-lora-rank"] == "8"  # r 4, and vLLM has 1, 8, 16, ...
     (stage,) = load_recipe(str(tmp_path / "recipe.yaml")).stages.values()
-    assert int(options["--max-model-len"]) == stage.max_prompt_length + 8
+    assert int(options["--max-model-len"]) == min(stage.max_prompt_length + 8, 128)  # tiny's positions
     assert options["--logprobs-mode"] == "processed_logprobs"
     with pytest.raises(BadInput, match="no stage draws by vLLM"):
         CliRunner().invoke(app, ["serve", str(ROOT / "recipes/quickstart/quickstart.yaml")], catch_exceptions=False)
@@ -486,3 +486,86 @@ def is_running(pid):
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except FileNotFoundError:
         return False
+
+
+# ----------------------------------------------------------------------------------------------------------- a real one
+
+
+REAL = os.environ.get("ALIGN_VLLM")
+MODEL = ROOT / "recipes" / "quickstart" / "model"
+
+
+class Real:
+    """`align serve --start` as a process of its own."""
+
+    def __init__(self, folder):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.url = f"http://127.0.0.1:{free.getsockname()[1]}"
+        self.folder, self.process = folder, None
+        stage = {"stage": "collect", "model": {"base": str(MODEL), "load_in": "float32"}, "output": str(folder / "run")}
+        stage |= {"policies": {"base": None}, "prompts": {"train": str(MODEL.parent / "data" / "prompts.jsonl")}}
+        stage |= {"sampling": {"engine": "vllm", "url": self.url, "max_new_tokens": 24}, "max_prompt_length": 100}
+        (folder / "recipe.yaml").write_text(yaml.safe_dump(stage))
+
+    def start(self):
+        own = {} if torch.cuda.is_available() else {"VLLM_TARGET_DEVICE": "cpu", "VLLM_CPU_KVCACHE_SPACE": "1"}
+        command = [sys.executable, "-m", "align.cli", "serve", str(self.folder / "recipe.yaml"), "--start"]
+        with (self.folder / "log").open("ab") as log:
+            self.process = subprocess.Popen(command, env=os.environ | own, stdout=log, stderr=log, cwd=ROOT)
+
+    def is_up(self):
+        assert self.process.poll() is None, (self.folder / "log").read_text()[-2000:]
+        try:
+            return urllib.request.urlopen(f"{self.url}/health", timeout=5).status == 200
+        except OSError:
+            return False
+
+    def kill(self):
+        self.process.kill()
+        self.process.wait()
+        waited_for(lambda: not self.is_listening())
+
+    def is_listening(self):
+        try:
+            urllib.request.urlopen(f"{self.url}/health", timeout=5).close()
+        except OSError:
+            return False
+        return True
+
+
+@pytest.mark.timeout(1200)
+@pytest.mark.skipif(REAL is None, reason="ALIGN_VLLM names no environment with a vLLM")
+def test_a_real_one(tmp_path, monkeypatch):
+    """Policies in turn, the base, several ends, and a kill in the middle."""
+    whole = Bases(Model(base=str(MODEL), load_in="float32"), torch.device("cpu"))
+    role, ends = whole.role(None, method=Lora(r=16), trainable=True), [2, 17]
+    prompts = [[1, 40 + i, 50, 60] for i in range(24)]
+    engine = Real(tmp_path)
+    engine.start()
+    try:
+        waited_for(engine.is_up, 600)
+        sampling = sampling_of(engine, max_new_tokens=24, max_retries=300)
+        sampler = sampler_of(role, sampling, folder=tmp_path / "run", end_ids=ends, pad_id=0)
+
+        def check(turn):
+            move(role, turn % 2)
+            found = sampler.sample(prompts, sampling, Seeds(1, 2, turn, range(24)))
+            own = read_all(role, found.rollouts, temperature=0.7)
+            torch.testing.assert_close(found.logprobs, own.logprobs, rtol=0, atol=1e-4)
+            assert {answer[-1] for answer in found.rollouts.answers} & set(ends)
+
+        for turn in range(4):
+            check(turn)
+        base = sampler_of(whole.role(None), sampling, folder=tmp_path / "run", end_ids=ends, pad_id=0)
+        found = base.sample(prompts, sampling, SEEDS)
+        own = read_all(base.role, found.rollouts, temperature=0.7)
+        torch.testing.assert_close(found.logprobs, own.logprobs, rtol=0, atol=1e-4)
+        monkeypatch.setattr(servers, "LONGEST_WAIT", 2.0)
+        engine.kill()
+        engine.start()
+        check(5)  # while it is still starting
+        sampler.close()
+    finally:
+        engine.process.terminate()
+        engine.process.wait()

@@ -174,12 +174,12 @@ class ByHand:
         """Of the weights of tokens, where they are weighed: by themselves where another sampler draws."""
         cap = self.ppo.importance_cap
         if cap == "auto":
-            return 2.0 if ":" in self.settings.sampling.sampler else None
+            return 2.0 if ":" in self.settings.sampling.engine else None
         return cap
 
     def drift(self, token: int) -> float:
         """How much likelier the policy held a token than what drew it says."""
-        return math.exp(-0.6 * (token % 3 - 1)) if ":" in self.settings.sampling.sampler else 1.0
+        return math.exp(-0.6 * (token % 3 - 1)) if ":" in self.settings.sampling.engine else 1.0
 
     def weight(self, token: int) -> float:
         return 1.0 if self.cap is None else min(self.drift(token), self.cap)
@@ -443,17 +443,17 @@ CASES: dict[str, dict[str, Any]] = {
     "rloo": {"critic": NO_CRITIC, "ppo": {"advantage": "rloo", "gamma": 1.0, "num_generations": 3, "prompts_per_iteration": 2}},
     "grpo": {"critic": NO_CRITIC, "ppo": {"advantage": "grpo", "gamma": 1.0, "loss_norm": "sequence", "num_generations": 3, "prompts_per_iteration": 2}},
     "grpo over the batch": {"critic": NO_CRITIC, "ppo": {"advantage": "grpo", "scale_rewards": "batch", "gamma": 1.0, "dual_clip": 1.1}},
-    "dr. grpo": {"critic": NO_CRITIC, "sampling": {"sampler": "shifted.py:Shifted"}, "ppo": {"advantage": "grpo", "gamma": 1.0, "scale_rewards": "none", "loss_norm": "constant", "entropy_coef": 0.05}},
+    "dr. grpo": {"critic": NO_CRITIC, "sampling": {"engine": "shifted.py:Shifted"}, "ppo": {"advantage": "grpo", "gamma": 1.0, "scale_rewards": "none", "loss_norm": "constant", "entropy_coef": 0.05}},
     "reinforce++": {"critic": NO_CRITIC, "ppo": {"advantage": "reinforce++", "num_generations": 1, "prompts_per_iteration": 6, "cliprange": 0.15, "cliprange_high": 0.5}},
     "reinforce": {"critic": NO_CRITIC, "ppo": {"advantage": "reinforce++", "whiten_advantages": False, "whiten_rewards": True}},
     "the KL in the loss": {"ppo": {"kl_in": "loss", "kl_coef": 0.3, "warmup_ratio": 0.5, "learning_rate": 2e-2}},
     "a held KL in the loss": {"ppo": {"kl_in": "loss", "kl_estimator": "k2", "kl_coef": 0.3, "entropy_coef": 0.1, "warmup_ratio": 0.3, "lr_scheduler_type": "constant"}},
-    "grpo, the KL in the loss": {"critic": NO_CRITIC, "sampling": {"sampler": "shifted.py:Shifted"},
+    "grpo, the KL in the loss": {"critic": NO_CRITIC, "sampling": {"engine": "shifted.py:Shifted"},
                                  "ppo": {"advantage": "grpo", "gamma": 1.0, "kl_in": "loss", "kl_estimator": "k3", "kl_coef": 0.3, "loss_norm": "sequence", "missing_eos": "mask", "num_mini_batches": 1}},
     "what is cut off teaches nothing": {"ppo": {"missing_eos": "mask", "whiten_rewards": True, "entropy_coef": 0.02, "num_mini_batches": 1}},
     "no further than": {"critic": {"kind": "adapter"},
                         "ppo": {"target_kl": 0.01, "num_ppo_epochs": 4, "num_mini_batches": 1, "num_iterations": 3, "learning_rate": 2e-2}},
-    "another sampler": {"sampling": {"sampler": "shifted.py:Shifted"}, "ppo": {"importance_cap": 1.5, "dual_clip": 1.2}},
+    "another sampler": {"sampling": {"engine": "shifted.py:Shifted"}, "ppo": {"importance_cap": 1.5, "dual_clip": 1.2}},
     "by running moments": {"ppo": {"normalize_scores": "running", "num_iterations": 3, "missing_eos_penalty": 0.4}},
     "rloo by running moments": {"critic": NO_CRITIC, "ppo": {"normalize_scores": "running", "advantage": "rloo", "gamma": 1.0, "missing_eos": "subtract", "missing_eos_penalty": 0.3}},
     "some earned on the way": {"along": True, "ppo": {"missing_eos_penalty": 0.4}},
@@ -462,8 +462,8 @@ CASES: dict[str, dict[str, Any]] = {
     "a reference that follows": {"reference": {"reset_every": 2}, "ppo": {"num_iterations": 4, "num_ppo_epochs": 1, "learning_rate": 2e-2}},
     "a reference that follows a new adapter": {"policy": {"method": {"kind": "lora", "r": 2, "target_modules": ["q_proj", "v_proj"]}}, "reference": {"reset_every": 1}, "critic": {"kind": "trunk"}},
     "our sampler, weighed": {"ppo": {"importance_cap": 1.0}},
-    "another sampler as it comes": {"sampling": {"sampler": "shifted.py:Shifted"}},
-    "another sampler that is believed": {"sampling": {"sampler": "shifted.py:Shifted"}, "ppo": {"importance_cap": None}},
+    "another sampler as it comes": {"sampling": {"engine": "shifted.py:Shifted"}},
+    "another sampler that is believed": {"sampling": {"engine": "shifted.py:Shifted"}, "ppo": {"importance_cap": None}},
 }  # fmt: skip
 
 
@@ -473,8 +473,8 @@ def settings_of(folder: Path, output: Path, case: dict[str, Any]) -> Any:
            "learning_rate": 3e-3, "eval_steps": 0, "gamma": 0.97, "lam": 0.9}  # fmt: skip
     learned = {"use": "learned", "from": str(folder / "reward"), "weight": 0.8}
     sampling = dict(case.get("sampling", {}))
-    if "sampler" in sampling:
-        sampling["sampler"] = f"{folder}/{sampling['sampler']}"
+    if "engine" in sampling:
+        sampling["engine"] = f"{folder}/{sampling['engine']}"
     changes: dict[str, Any] = {
         "policy": case.get("policy", {"from": str(folder / "sft")}),
         "critic": case.get("critic", {"from": str(folder / "reward")}),

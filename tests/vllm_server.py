@@ -1,4 +1,4 @@
-"""Speaks vLLM's protocol over transformers and PEFT, as far as `sampler: vllm` uses it: a real one needs gigabytes.
+"""Speaks vLLM's protocol over transformers and PEFT, as far as `engine: vllm` uses it: a real one needs gigabytes.
 
 test_vllm.py runs the same tests against a real vLLM where ALIGN_VLLM names one. `faults` are what a server may do wrong.
 """

@@ -23,18 +23,16 @@ SAMPLERS: dict[str, type[Sampler]] = {"slots": SlotSampler, "generate": Generate
 
 
 def sampler_of(role: Role, sampling: Sampling, **how: Any) -> Sampler:
-    """The sampler that `sampling.sampler` names, over `role`; `how` is what every `Sampler` is made with beside it.
+    """The sampler that `sampling.engine` names, over `role`; `how` is what every `Sampler` is made with beside it.
 
     Raises:
         BadInput: this architecture has no such sampler, or one of the user's own cannot be made.
     """
-    kind = sampling.sampler
+    kind = sampling.engine
     if kind == "auto":
         kind = "slots" if role.is_flat and sampling.cache_implementation == "dynamic" else "generate"
     if kind == "slots" and not role.is_flat:
-        raise BadInput(
-            "`sampling.sampler: slots`: this attention takes padded batches only; take `generate`, or `auto`"
-        )
+        raise BadInput("`sampling.engine: slots`: this attention takes padded batches only; take `generate`, or `auto`")
     if kind == "vllm":
         from align.rollout.vllm import Server, VllmSampler  # asks over HTTP, as no other does
 
@@ -42,7 +40,7 @@ def sampler_of(role: Role, sampling: Sampling, **how: Any) -> Sampler:
     if kind in SAMPLERS:
         return SAMPLERS[kind](role=role, **how)
     cls, how = own_sampler(kind), how | {"batch_size": how.get("batch_size") or ANSWERS}
-    with users_code(kind, what=f"`sampling.sampler: {kind}`", raises=BadInput):
+    with users_code(kind, what=f"`sampling.engine: {kind}`", raises=BadInput):
         own = cls(role=role, **how)
     return _Checked(role=role, **how, own=own, name=kind)
 
@@ -56,11 +54,11 @@ def own_sampler(reference: str) -> type[Sampler]:
     cls = load_object(reference)
     if not (isinstance(cls, type) and issubclass(cls, Sampler)):
         raise BadInput(
-            f"`sampling.sampler: {reference}` is no sampler; let it be a class that extends "
+            f"`sampling.engine: {reference}` is no sampler; let it be a class that extends "
             "align.rollout.sampler.Sampler"
         )
     if inspect.isabstract(cls):
-        raise BadInput(f"`sampling.sampler: {reference}` does not say how it draws; give it a method `sample`")
+        raise BadInput(f"`sampling.engine: {reference}` does not say how it draws; give it a method `sample`")
     return cls
 
 

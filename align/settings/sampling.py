@@ -25,12 +25,10 @@ class Sampling(Settings):
     top_k: Interval = 0
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
     # slots (ours), generate (transformers'), vllm (a server of its own), or file.py:Class; auto: slots where they can
-    sampler: Location = "auto"
+    engine: Location = "auto"
     enforce_eager: bool = False  # true: on CUDA too, a token's step is launched operation by operation
     cache_implementation: Literal["dynamic", "static"] = "dynamic"  # static: transformers' generate, compiled on a GPU
-    url: str | None = (
-        None  # of `sampler: vllm`: such as http://127.0.0.1:8000; `align serve RECIPE` says how to start it
-    )
+    url: str | None = None  # of `engine: vllm`: such as http://127.0.0.1:8000 (`align serve RECIPE` starts one)
     adapter_dir: Location | None = None  # that it and we see, for each version of the policy; None: in the run's folder
     api_key_env: str | None = None  # the environment variable that holds the server's key
     tolerance: Positive | None = None  # nats a token that its log-probabilities may be off; None: by the precision
@@ -40,29 +38,29 @@ class Sampling(Settings):
     @model_validator(mode="after")
     def _one_that_there_is(self) -> "Sampling":
         named = ("auto", "slots", "generate", "vllm")
-        if self.sampler not in named and not is_reference(self.sampler):
-            hint = did_you_mean(self.sampler, named)
-            raise ValueError(f"`sampler`: {self.sampler} is none of {', '.join(named)} or file.py:Class{hint}")
-        if self.cache_implementation == "static" and self.sampler not in ("auto", "generate"):
-            raise ValueError(f"`cache_implementation: static` is generate's; the sampler is {self.sampler}")
-        if self.sampler == "vllm" and not self.url:
-            raise ValueError("`sampler: vllm` needs the server's `url`, such as http://127.0.0.1:8000")
+        if self.engine not in named and not is_reference(self.engine):
+            hint = did_you_mean(self.engine, named)
+            raise ValueError(f"`engine`: {self.engine} is none of {', '.join(named)} or file.py:Class{hint}")
+        if self.cache_implementation == "static" and self.engine not in ("auto", "generate"):
+            raise ValueError(f"`cache_implementation: static` is generate's; the engine is {self.engine}")
+        if self.engine == "vllm" and not self.url:
+            raise ValueError("`engine: vllm` needs the server's `url`, such as http://127.0.0.1:8000")
         of_server = [name for name in OF_A_SERVER if getattr(self, name) != type(self).model_fields[name].default]
-        if of_server and self.sampler != "vllm":
-            raise ValueError(f"`{of_server[0]}` is of `sampler: vllm`; the sampler is {self.sampler}")
+        if of_server and self.engine != "vllm":
+            raise ValueError(f"`{of_server[0]}` is of `engine: vllm`; the engine is {self.engine}")
         return self
 
     @property
     def is_exact(self) -> bool:
         """Whether in float32 what draws is what is trained, to the last digits."""
-        return not self.is_ones_own and self.sampler != "vllm"
+        return not self.is_ones_own and self.engine != "vllm"
 
     @property
     def is_ones_own(self) -> bool:
         """Whether a class of the user's own draws."""
-        return is_reference(self.sampler)
+        return is_reference(self.engine)
 
     @property
     def is_generates(self) -> bool:
         """Whether transformers' `generate` was asked for."""
-        return self.sampler == "generate" or self.cache_implementation == "static"
+        return self.engine == "generate" or self.cache_implementation == "static"

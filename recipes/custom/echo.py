@@ -1,4 +1,4 @@
-"""A sampler of your own, `sampling: {sampler: recipes/custom/echo.py:Echo}`: the prompt's end comes back as the answer.
+"""A sampler of your own, `sampling: {engine: recipes/custom/echo.py:Echo}`: the prompt's end comes back as the answer.
 
 A server or an engine of yours stands in the same place: it gets token ids and gives token ids, with its own
 log-probabilities of them. The trainer reads its own, and weighs the loss of each token by its probability under the
