@@ -7,10 +7,12 @@ asked too.
 import itertools
 import json
 import os
+import socket
 import subprocess
 import sys
 import threading
 import time
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -558,7 +560,7 @@ def test_a_real_one(tmp_path, monkeypatch):
         for turn in range(4):
             check(turn)
         base = sampler_of(whole.role(None), sampling, folder=tmp_path / "run", end_ids=ends, pad_id=0)
-        found = base.sample(prompts, sampling, SEEDS)
+        found = base.sample(prompts[:12], sampling, SEEDS)
         own = read_all(base.role, found.rollouts, temperature=0.7)
         torch.testing.assert_close(found.logprobs, own.logprobs, rtol=0, atol=1e-4)
         monkeypatch.setattr(servers, "LONGEST_WAIT", 2.0)
