@@ -6,6 +6,7 @@ Validates again (the stage may be started by hand), runs, and writes its exit co
 import contextlib
 import faulthandler
 import os
+import shutil
 import signal
 import sys
 import time
@@ -16,7 +17,8 @@ from align.artifact import tidy
 from align.endings import FAILED, Ending, ending_of, open_streams, tell
 from align.errors import BadInput
 from align.libraries import loading, quiet_libraries, seed_everything
-from align.locks import at_work_in, beside, clear_locks
+from align.locks import MACHINES, at_work_in, beside, clear_locks
+from align.machines import watched
 from align.preflight import check_stage
 from align.processes import PARENT_PID, die_with_parent, read_status, write_status
 from align.recipe import Recipe, load_recipe
@@ -41,8 +43,21 @@ def run_stage(settings: StageSettings) -> None:
         worker = Worker()
         if not _is_first():  # where all have met, the first has the lock: it holds until the last of them ends
             stack.enter_context(beside(settings.output))
+        stack.enter_context(watched(settings.output, worker, _end_at_once))
         _run(settings, worker)
+    if worker.is_main:
+        shutil.rmtree(Path(settings.output) / MACHINES, ignore_errors=True)
     clear_locks(settings.output)  # that of an `align run` which was killed
+
+
+def _end_at_once(why: str) -> None:
+    """From a thread, while the work waits for what never comes."""
+    told = os.environ.get("ALIGN_STATUS_FILE")
+    if told:
+        write_status(Path(told), FAILED, why)
+    else:
+        tell(why)
+    os._exit(FAILED)
 
 
 def _is_finished(settings: StageSettings) -> bool:
@@ -92,7 +107,7 @@ def main(kind: str | None = None, arguments: list[str] | None = None) -> None:
 
 def _tell(error: BaseException | None, folders: list[str]) -> int:
     """The exit code. `align run` is told how this ended, and says it when no process is left; else it is said here."""
-    is_first, told = _is_first(), os.environ.get("ALIGN_STATUS_FILE")
+    is_first, told = os.environ.get("LOCAL_RANK", "0") == "0", os.environ.get("ALIGN_STATUS_FILE")  # of its machine
     if not is_first:
         time.sleep(1.0)  # let the first process say it first
     earlier = read_status(Path(told)) if told else None

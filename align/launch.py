@@ -91,6 +91,8 @@ class LaunchPlan:
     expected_processes: int
     expected_device: Literal["cpu", "cuda"]
     description: str  # "2 processes on the CPU", and the config file where it is the user's own
+    machine: int = 0  # of several, each of which starts its own
+    num_machines: int = 1
 
 
 def plan(launch: str | None) -> LaunchPlan:
@@ -237,6 +239,9 @@ def _plan_from_file(path: Path, num_processes: int | None = None) -> LaunchPlan:
             f"{path}: {kind} with {num_processes} processes starts only one; "
             f"use MULTI_GPU (on a CPU with use_cpu: true, as recipes/accelerate/ddp_cpu.yaml)"
         )
+    machine = int(config.get("machine_rank") or 0)
+    if num_machines > 1:
+        _check_machines(config, path)
     environment = {"ACCELERATE_USE_CPU": str(device == "cpu").lower()}
     if kind != "MULTI_GPU" and device == "cpu":
         arguments.append("--cpu")  # accelerate overwrites ACCELERATE_USE_CPU here
@@ -251,7 +256,24 @@ def _plan_from_file(path: Path, num_processes: int | None = None) -> LaunchPlan:
     description = f"{what} on the {'CPU' if device == 'cpu' else 'GPU'}"
     if path.parent != recipes_folder() / "accelerate":  # a file of the user's own, maybe not the one in mind
         description += f" ({path})"
-    return LaunchPlan(tuple(arguments), environment, num_processes, device, description)
+    if num_machines > 1:
+        description += f", machine {machine} of {num_machines}"
+    return LaunchPlan(tuple(arguments), environment, num_processes, device, description, machine, num_machines)
+
+
+def _check_machines(config: dict[str, Any], path: Path) -> None:
+    """Raises BadInput where a file does not say how its machine finds the others."""
+    for key in ("machine_rank", "main_process_ip", "main_process_port"):
+        if config.get(key) is None:
+            raise BadInput(
+                f"{path}: {config['num_machines']} machines need `{key}`: on each its own number, and on all the "
+                "address and a free port of machine 0"
+            )
+    if config["num_processes"] % config["num_machines"]:
+        raise BadInput(
+            f"{path}: num_processes ({config['num_processes']}) counts those of all {config['num_machines']} machines, "
+            "each of which starts as many; make it a multiple"
+        )
 
 
 def _num_cores() -> int:
@@ -262,7 +284,13 @@ def _num_cores() -> int:
 
 
 def start(launch: LaunchPlan, settings: StageSettings, path: Path) -> tuple[int, str]:
-    """Writes the keys that a stage was given to `path`, and runs it; its exit code and last words."""
+    """Writes the keys that a stage was given to `path`, and runs it; its exit code and last words.
+
+    Raises:
+        BadInput: on several machines, where each would have to know what the others are at.
+    """
+    if launch.num_machines > 1:
+        raise BadInput(f"{launch.description}: only `align run` goes over several machines; use one here")
     values = json.loads(settings.model_dump_json(by_alias=True, exclude_unset=True))
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, f"# align run {path}\n" + yaml.safe_dump(values, sort_keys=False, allow_unicode=True))

@@ -19,7 +19,8 @@ from pathlib import Path
 from align.errors import BadInput
 
 LOCK, RUN_LOCK = ".lock", ".run.lock"  # of a stage's own processes, and of the `align run` that starts them
-LOCKS = (LOCK, RUN_LOCK)
+MACHINES = ".machines"  # what several machines that are at one stage tell each other
+LOCKS = (LOCK, RUN_LOCK, MACHINES)
 PATIENCE = 10.0  # seconds: a run that was just stopped or killed may still be saving
 SAID_AFTER = 1.0
 LOOK_EVERY = 0.05
@@ -77,7 +78,7 @@ def check_free(folder: str | Path, where: str = "`output`") -> None:
 def clear_locks(folder: str | Path) -> None:
     """Takes away what killed processes have left of their locks. One that is held stays: who takes a lock looks
     whether its file is still there, so that nobody holds one that is gone."""
-    for name in LOCKS:
+    for name in (LOCK, RUN_LOCK):
         with suppress(OSError):
             _leave(Path(folder) / name, os.open(Path(folder) / name, os.O_RDWR))
 

@@ -42,11 +42,14 @@ def run_recipe(recipe: Recipe, overrides: list[str], changes: Sequence[str] = ()
     """
     states = check_recipe(recipe, changes)
     plans = launches(recipe, states)
-    with _alone([Path(stage.output) for name, stage in recipe.stages.items() if states[name] != "finished"]):
+    # of several machines, the first has the folders
+    own = [stage for name, stage in recipe.stages.items() if name in plans and plans[name].machine == 0]
+    with _alone([Path(stage.output) for stage in own]):
         for remark in remarks(recipe):
             print(safe(f"note: {remark}"), flush=True)
         for name, stage in recipe.stages.items():
-            for line in change(stage, recipe.names(name, changes)) if states[name] == "running" else ():
+            is_changed = states[name] == "running" and stage in own
+            for line in change(stage, recipe.names(name, changes)) if is_changed else ():
                 print(safe(f"changed: {line}"), flush=True)
         return _run(recipe, overrides, states, plans)
 
@@ -78,7 +81,8 @@ def _run(recipe: Recipe, overrides: list[str], states: dict[str, str], plans: di
         goes_on = "goes on in" if states[name] == "running" else "writes"
         print(f"{title}: {goes_on} {stage.output}, {plans[name].description}", flush=True)
         begun = time.perf_counter()
-        status = Path(stage.output).resolve().parent / f".{Path(stage.output).name}.status.json"
+        machine = plans[name].machine  # of several, which may share this folder
+        status = Path(stage.output).resolve().parent / f".{Path(stage.output).name}.status{machine or ''}.json"
         status.parent.mkdir(parents=True, exist_ok=True)
         try:
             ended = run_stage(plans[name], [str(recipe.path), "--stage", name, *overrides], status)

@@ -16,6 +16,7 @@ K = TypeVar("K")
 T = TypeVar("T")
 TERMINATED = 143
 INTERRUPTED = 130
+NO_GROUP = (("RANK", 0), ("WORLD_SIZE", 1))
 
 
 class Stopped(Exception):
@@ -42,6 +43,9 @@ class Worker:
         self.device: torch.device = self.accelerator.device
         self.rank, self.num_processes = self.accelerator.process_index, self.accelerator.num_processes
         self.is_main = self.accelerator.is_main_process
+        # as torch's launcher has it: each machine, of this many, starts processes of its own
+        self.machine, self.num_machines = (int(os.environ.get(f"GROUP_{name}") or d) for name, d in NO_GROUP)
+        self.is_first_here = self.accelerator.is_local_main_process
         plain = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
         if self.accelerator.distributed_type not in plain:
             raise BadInput(

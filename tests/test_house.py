@@ -37,7 +37,7 @@ FLOORS = [  # a module may import from lower floors and from its own package
     {"report"},
     {"parents"},
     {"worker", "preflight", "launch"},
-    {"stages", "attempts"},
+    {"stages", "attempts", "machines"},
     {"pipeline", "entry", "compare", "loop", "serve"},
     {"algorithms"},
     {"cli", "public"},
