@@ -6,7 +6,6 @@ Validates again (the stage may be started by hand), runs, and writes its exit co
 import contextlib
 import faulthandler
 import os
-import shutil
 import signal
 import sys
 import time
@@ -17,7 +16,7 @@ from align.artifact import tidy
 from align.endings import FAILED, Ending, ending_of, open_streams, tell
 from align.errors import BadInput
 from align.libraries import loading, quiet_libraries, seed_everything
-from align.locks import MACHINES, at_work_in, beside, clear_locks
+from align.locks import at_work_in, beside, clear_locks
 from align.machines import watched
 from align.preflight import check_stage
 from align.processes import PARENT_PID, die_with_parent, read_status, write_status
@@ -45,8 +44,6 @@ def run_stage(settings: StageSettings) -> None:
             stack.enter_context(beside(settings.output))
         stack.enter_context(watched(settings.output, worker, _end_at_once))
         _run(settings, worker)
-    if worker.is_main:
-        shutil.rmtree(Path(settings.output) / MACHINES, ignore_errors=True)
     clear_locks(settings.output)  # that of an `align run` which was killed
 
 

@@ -7,6 +7,7 @@ folder, and ends where another machine's count stands still.
 
 import os
 import platform
+import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -34,24 +35,22 @@ def watched(output: str, worker: Worker, on_death: Callable[[str], None]) -> Ite
         yield
         return
     folder = Path(output).resolve() / MACHINES
-    launch = worker.gather_objects(uuid4().hex)[0]
-    if worker.is_main:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / launch).touch()
-    worker.agreed(lambda: _check_seen(folder / launch, output))
-    if not worker.is_first_here:
-        yield
-        return
-    if worker.is_main:
-        (folder / launch).unlink()
-    over = threading.Event()
-    thread = threading.Thread(target=_watch, args=(folder, launch, worker, over, on_death), daemon=True)
-    thread.start()
+    launch, over = worker.gather_objects(uuid4().hex)[0], threading.Event()
+    watch = threading.Thread(target=_watch, args=(folder, launch, worker, over, on_death), daemon=True)
     try:
+        if worker.is_main:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / launch).touch()
+        worker.agreed(lambda: _check_seen(folder / launch, output))
+        if worker.is_first_here:
+            watch.start()
         yield
     finally:
         over.set()
-        thread.join()
+        if watch.ident is not None:
+            watch.join()
+        if worker.is_main:  # the others are past what all do together, or this one is not going to meet them any more
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _check_seen(file: Path, output: str) -> None:

@@ -182,10 +182,15 @@ def test_a_machine_that_is_not_heard_of_is_held_for_dead(tmp_path, monkeypatch):
         waited_for(lambda: dead, 10)
     assert "machine 1 has not been heard of for 0.2 s" in dead[0]
     dead.clear()
-    (folder / "1").write_text("launch ended")
     with watched(str(tmp_path), worker(0), dead.append):
+        (folder / "1").write_text("launch ended")
         time.sleep(0.5)
-    assert not dead and (folder / "0").read_text() == "launch ended"
+    assert not dead and not folder.exists()
+    folder.mkdir()
+    (folder / "launch").touch()
+    with watched(str(tmp_path), worker(1), dead.append):
+        pass
+    assert (folder / "1").read_text() == "launch ended"
 
 
 @pytest.mark.parametrize(
