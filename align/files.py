@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 from align.errors import BadInput, RunFailed
 from align.plain_json import dumps
@@ -142,9 +143,12 @@ def folder_in_one_go(folder: Path, *, first_stays: bool = False) -> Iterator[Pat
     Raises:
         RunFailed: the disk refuses it; `folder` is as it was.
     """
-    temporary = temporary_beside(folder)
-    clear_temporaries(folder.parent, of=folder.name)
-    shutil.rmtree(temporary, ignore_errors=True)
+    if first_stays:  # perhaps another machine's, whose numbers of processes say nothing here
+        temporary = folder.with_name(f".{folder.name}.{uuid4().hex}.{os.getpid()}.tmp")
+    else:
+        temporary = temporary_beside(folder)
+        clear_temporaries(folder.parent, of=folder.name)
+        shutil.rmtree(temporary, ignore_errors=True)
     with writing(folder):
         try:
             temporary.mkdir(parents=True)

@@ -113,8 +113,10 @@ def _check_served(settings: StageSettings, folder: str, key: str, made: dict[str
         return  # a whole model, which is what is served, below a method of this stage's own
     maker, place, what = made.get(resolved(folder)), _place(folder), f"`{key}`: the policy in {folder}"
     if maker is not None:
-        method = maker.tuned_by()
-        if method is not None:
+        method, before = maker.tuned_by(), maker.start()
+        if method is None and before is not None:  # it goes on with that one's adapter
+            _check_served(settings, before, key, made)
+        elif method is not None:
             check_lora(str(method.kind), getattr(method, "use_dora", False), what)
     elif place is not None:
         is_adapter = (place / ADAPTER_CONFIG).is_file()

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
+from typing import cast
 from urllib.parse import urlsplit
 
 from align.errors import BadInput
@@ -24,10 +25,12 @@ from align.preflight import check_recipe
 from align.processes import die_with_parent
 from align.recipe import Recipe
 from align.records import ADAPTER_CONFIG
-from align.settings import Lora, StageSettings
+from align.servers import api_key_of
+from align.settings import Lora, Sampling, StageSettings
 from align.surroundings import cached_folder
 
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM's kernels have
+PORTS = {"http": 80, "https": 443}
 IN_FLIGHT = 2  # adapters at once: a version of the policy, and the one before it until that is unloaded
 WHERE = "ALIGN_VLLM"
 
@@ -38,6 +41,7 @@ class Command:
 
     words: tuple[str, ...]
     environment: dict[str, str]
+    api_key_env: str | None  # the variable that holds the key without which it lets nobody in
 
 
 def command_of(recipe: Recipe) -> Command:
@@ -47,21 +51,22 @@ def command_of(recipe: Recipe) -> Command:
         BadInput: there is none, or they need different servers.
     """
     check_recipe(recipe)
-    stages = [stage for stage in recipe.stages.values() if _url(stage) is not None]
+    stages = [stage for stage in recipe.stages.values() if _drawn(stage) is not None]
     if not stages:
         raise BadInput(
             f"{recipe.path}: no stage draws by vLLM; write `sampling: {{engine: vllm, url: ...}}` where one may"
         )
-    for what, found in (("sampling.url", {_url(s) for s in stages}), ("model.base", {_base(s) for s in stages})):
+    urls, bases = {drawn.url for stage in stages if (drawn := _drawn(stage))}, {_base(stage) for stage in stages}
+    for what, found in (("sampling.url", urls), ("model.base", bases)):
         if len(found) > 1:
             raise BadInput(f"{recipe.path}: its stages have different `{what}` ({', '.join(sorted(map(str, found)))})")
-    first = stages[0]
-    at = urlsplit(str(_url(first)))
+    first, drawn = stages[0], cast(Sampling, _drawn(stages[0]))
+    at = urlsplit(str(drawn.url))
     revision = () if first.model.revision is None else ("--revision", first.model.revision)
     return Command(
         (
             "vllm", "serve", _base(first), *revision,
-            "--host", str(at.hostname), "--port", str(at.port or 8000),
+            "--host", str(at.hostname), "--port", str(at.port or PORTS[at.scheme]),
             "--dtype", _dtype(first),
             "--max-model-len", str(_longest(stages)),
             "--enable-lora", "--max-lora-rank", str(_rank(stages, recipe)), "--max-loras", str(IN_FLIGHT),
@@ -69,12 +74,14 @@ def command_of(recipe: Recipe) -> Command:
             "--generation-config", "vllm",  # a request says how to sample, and not what came with the model
         ),
         {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True"},
+        drawn.api_key_env,
     )  # fmt: skip
 
 
 def in_lines(command: Command) -> str:
     """As one types it, an option a line."""
     head = [f"{name}={shlex.quote(value)}" for name, value in command.environment.items()]
+    head += [] if command.api_key_env is None else [f'VLLM_API_KEY="${command.api_key_env}"']
     lines = [" ".join([*head, *map(shlex.quote, command.words[:3])])]
     for word in map(shlex.quote, command.words[3:]):
         if word.startswith("--"):
@@ -93,10 +100,10 @@ def serve_here(command: Command) -> int:
         raise BadInput(
             f"`--start`: there is no vllm {where}; install it in an environment of its own and let {WHERE} name it"
         )
-    parent = os.getpid()
+    parent, key = os.getpid(), api_key_of(command.api_key_env, "sampling.api_key_env")
     child = subprocess.Popen(
         [program, *command.words[1:]],
-        env=os.environ | command.environment,
+        env=os.environ | command.environment | ({} if key is None else {"VLLM_API_KEY": key}),
         preexec_fn=lambda: die_with_parent(signal.SIGTERM, parent=parent),
     )
 
@@ -109,9 +116,10 @@ def serve_here(command: Command) -> int:
     return code if code >= 0 else 128 - code
 
 
-def _url(stage: StageSettings) -> str | None:
+def _drawn(stage: StageSettings) -> Sampling | None:
+    """How a stage draws, if by vLLM."""
     drawn = stage.draws()
-    return drawn.url if drawn is not None and drawn.engine == "vllm" else None
+    return drawn if drawn is not None and drawn.engine == "vllm" else None
 
 
 def _base(stage: StageSettings) -> str:

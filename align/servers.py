@@ -1,7 +1,7 @@
 """Asks a server over HTTP: whole responses within a time limit, tries with waits between, many requests at once.
 
-A key goes into a request's header and nowhere else. Every wait has an end, and is cut short where the run is asked to
-stop. Used by the judge behind a server and by vLLM as a sampler.
+A key goes into a request's header and nowhere else. Every wait has an end, and is cut short where `beat` says so. Used
+by the judge behind a server and by vLLM as a sampler.
 """
 
 import asyncio
@@ -13,6 +13,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
+from functools import partial
 from typing import Any, TypeVar
 from urllib.parse import urljoin, urlsplit
 
@@ -94,9 +95,19 @@ class Endpoint:
         BadInput: the environment names a proxy or a certificate that cannot be used.
     """
 
-    def __init__(self, url: str, *, key: str, timeout: float, max_retries: int, most_bytes: int, api_key: str | None):
+    def __init__(
+        self,
+        url: str,
+        *,
+        key: str,
+        timeout: float,
+        max_retries: int,
+        most_bytes: int,
+        api_key: str | None,
+        longest_wait: float = LONGEST_WAIT,
+    ):
         self.url, self.key, self.timeout, self.max_retries = url, key, timeout, max_retries
-        self._most_bytes, self._api_key = most_bytes, api_key
+        self._most_bytes, self._api_key, self._longest_wait = most_bytes, api_key, longest_wait
         self.client()  # what cannot be is refused before any work
 
     def client(self) -> httpx.AsyncClient:
@@ -109,6 +120,7 @@ class Endpoint:
             return httpx.AsyncClient(
                 timeout=self.timeout,
                 mounts=direct,
+                limits=httpx.Limits(),  # as many at once as whoever asks has on the way
                 follow_redirects=False,
                 headers={"User-Agent": "align", "Accept": "application/json", "Accept-Encoding": "identity"},
             )
@@ -156,7 +168,7 @@ class Endpoint:
         tries = AsyncRetrying(
             retry=retry_if_exception_type(Again),
             stop=stop_after_attempt(self.max_retries + 1) | stop_before_delay(LONGEST_TRYING),
-            wait=_wait,
+            wait=partial(_wait, longest=self._longest_wait),
         )
         try:
             return await tries(ask)
@@ -182,7 +194,8 @@ class Endpoint:
 
 
 async def all_of(work: Sequence[Awaitable[None]], beat: Beat = lambda: None) -> None:
-    """Everything at once, `beat` every half second; what fails first, or `beat` raises, ends the others."""
+    """Everything at once, `beat` every half second, in a thread of its own, so that nothing waits for it; what fails
+    first, or `beat` raises, ends the others."""
     tasks = [asyncio.ensure_future(each) for each in work]
     waiting = set(tasks)
     try:
@@ -190,7 +203,7 @@ async def all_of(work: Sequence[Awaitable[None]], beat: Beat = lambda: None) -> 
             done, waiting = await asyncio.wait(waiting, timeout=BEAT, return_when=asyncio.FIRST_EXCEPTION)
             for task in done:
                 task.result()
-            beat()
+            await asyncio.to_thread(beat)
     finally:  # one failed, or the run is to stop: the others need not wait for their next try
         for task in tasks:
             task.cancel()
@@ -249,10 +262,10 @@ def _seconds_until(date: str) -> float:
         return 0.0
 
 
-def _wait(state: RetryCallState) -> float:
+def _wait(state: RetryCallState, *, longest: float) -> float:
     """Seconds until the next try: not all questions at the same moment; and not by the run's own random numbers."""
     asked = getattr(state.outcome and state.outcome.exception(), "wait", 0.0)
-    chosen = wait_exponential(multiplier=FIRST_WAIT, max=LONGEST_WAIT)(state)
+    chosen = wait_exponential(multiplier=FIRST_WAIT, max=longest)(state)
     return max(asked, chosen * random.SystemRandom().uniform(0.5, 1.0))
 
 

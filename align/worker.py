@@ -57,6 +57,7 @@ class Worker:
         if self.device.type == "cpu":
             keep_freed_memory()
         self._signal: int | None = None  # None: the system answers it
+        self._is_meeting = False
 
     def _check_mode(self) -> None:
         """Accelerate quietly runs another mode than the one asked for on some machines: then stop."""
@@ -181,6 +182,28 @@ class Worker:
             if each is not None:
                 raise each
         return found  # type: ignore[return-value]  # `call` came back
+
+    def at_length(self, call: Callable[[], T]) -> T:
+        """As `agreed`, of what may take longer than a collective waits: `call` calls `beat` now and then, and all
+        processes meet there until each has come back from it."""
+        self._is_meeting = self.num_processes > 1
+
+        def work() -> T:
+            try:
+                return call()
+            finally:
+                while self._is_meeting and self._maxima(0.0)[0] > 0.0:
+                    pass
+
+        try:
+            return self.agreed(work)
+        finally:
+            self._is_meeting = False
+
+    def beat(self) -> None:
+        """From within `at_length`, from whatever thread: this process is still at work."""
+        if self._is_meeting:
+            self._maxima(1.0)
 
     def by_one(self, call: Callable[[Callable[[], None]], T] | None) -> T | None:
         """`call(beat)` on the one process that has a `call`; the others wait, longer than a collective of theirs would.

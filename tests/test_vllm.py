@@ -24,7 +24,7 @@ from typer.testing import CliRunner
 from align import servers
 from align.artifact import DRAWN, SERVED
 from align.cli import app
-from align.errors import BadInput, RunFailed
+from align.errors import BadInput, Diverged, RunFailed
 from align.models.roles import Bases
 from align.preflight import check_recipe
 from align.recipe import load_recipe
@@ -128,7 +128,8 @@ def test_two_policies_in_turn_are_never_taken_for_each_other(role, engine, tmp_p
         found = sampler.sample(PROMPTS, sampling, Seeds(1, 2, turn, range(12)))
         own = read_all(role, found.rollouts, temperature=0.7)
         torch.testing.assert_close(found.logprobs, own.logprobs, rtol=0, atol=1e-5)
-        assert list(engine.adapters) == [version_of(role)]  # the one before is gone
+        (name,) = engine.adapters  # the one before is gone
+        assert name.startswith(version_of(role)) and [path.name for path in (tmp_path / SERVED).iterdir()] == [name]
     assert engine.loads == [engine.loads[0], engine.loads[1]] * 3
 
 
@@ -159,14 +160,29 @@ def test_what_was_drawn_is_not_drawn_again(role, engine, tmp_path, capsys):
     assert len(answers_asked(engine)) == len(PROMPTS) * 3 + 1
     sampling = sampling_of(engine)
     sampler = sampler_of(role, sampling, folder=tmp_path, **HOW)
-    (tmp_path / SERVED / "align-before").mkdir()
-    sampler.forget()
-    assert not list((tmp_path / DRAWN).iterdir())
-    assert [each.name for each in (tmp_path / SERVED).iterdir()] == [version_of(role)]
+    sampler.forget()  # the checkpoint may be damaged: what is older than it stays until the next
     sampler.sample(PROMPTS, sampling, SEEDS)
+    sampler.sample(PROMPTS, sampling, Seeds(1, 2, 5, range(12)))
     assert len(answers_asked(engine)) == len(PROMPTS) * 4 + 1
+    sampler.forget()
+    (kept,) = (tmp_path / DRAWN).iterdir()
+    assert len(kept.read_text().splitlines()) == len(PROMPTS)
+    sampler.sample(PROMPTS, sampling, Seeds(1, 2, 5, range(12)))
+    assert len(answers_asked(engine)) == len(PROMPTS) * 4 + 1
+    sampler.sample(PROMPTS, sampling, SEEDS)
+    assert len(answers_asked(engine)) == len(PROMPTS) * 5 + 1
     sampler.close()
     assert not engine.adapters and not (tmp_path / SERVED).exists()
+
+
+def test_runs_of_the_same_policy_leave_each_others_alone(role, engine, tmp_path):
+    for name in ("one", "two"):
+        drawn(role, engine, tmp_path / name)
+    one, two = engine.adapters
+    assert one.rpartition("-")[0] == two.rpartition("-")[0] == version_of(role)
+    sampler_of(role, sampling_of(engine), folder=tmp_path / "one", **HOW).close()
+    assert list(engine.adapters) == [two]
+    drawn(role, engine, tmp_path / "two", seeds=Seeds(1, 2, 4, range(12)))
 
 
 def test_runs_that_share_a_folder_of_adapters_leave_each_others_alone(role, engine, tmp_path):
@@ -185,7 +201,9 @@ def test_a_policy_that_is_not_this_one_ends_the_run(role, engine, tmp_path):
     drawn(role, engine, tmp_path)
     engine.faults.add("stale")
     move(role, 1)
-    with pytest.raises(RunFailed, match=r"does not serve this policy: align-\w+ is off by \d\.\d+ nats .* over 0\.001"):
+    with pytest.raises(
+        RunFailed, match=r"does not serve this policy: align-[\w-]+ is off by [\d.]+ nats .* over 0\.001"
+    ):
         drawn(role, engine, tmp_path)
 
 
@@ -257,7 +275,18 @@ def test_a_server_that_is_away_is_waited_for(role, base, tmp_path):
     assert again.rollouts.answers == first.rollouts.answers
 
 
+def test_weights_that_are_not_finite_go_to_no_server(role, engine, tmp_path):
+    with torch.no_grad():
+        for _, parameter in role.trained():
+            parameter.fill_(torch.nan)
+    for prompts in (PROMPTS, [[2]] * 12):
+        with pytest.raises(Diverged):
+            drawn(role, engine, tmp_path, prompts)
+    assert not engine.loads
+
+
 WRONG = {
+    "rank": (BadInput, r"does not take the policy in .*rank 4 is greater than.*; start it as `align serve"),
     "no adapters": (BadInput, "takes no adapters while it runs; start it as `align serve RECIPE` says"),
     "403": (BadInput, "lets nobody in with this key; set what `sampling.api_key_env` names"),
     "500": (RunFailed, r"failed 2 times: HTTP 500: .*out of order.*; see to it and run the same command again"),
@@ -375,21 +404,23 @@ def test_two_processes_draw_what_one_does(base, data, runs, tmp_path, engine):
     assert not engine.adapters
 
 
-def test_policies_are_compared_and_answers_collected_by_it(base, data, runs, tmp_path, engine):
-    common = {"model": {"base": str(base)}, "launch": "cpu", "policies": {"base": None, "sft": str(runs / "sft")}}
+def test_two_processes_compare_policies_and_collect_their_answers_by_it(base, data, runs, tmp_path, engine):
     few = tmp_path / "prompts.jsonl"
     few.write_text("".join((data / "prompts.jsonl").read_text().splitlines(keepends=True)[:6]))
-    common |= {
+    tiny.run(tiny.settings("sft", base, data, tmp_path / "other", seed=1))
+    common = {
+        "model": {"base": str(base)},
+        "launch": "cpu",
+        "policies": {"base": None, "sft": str(runs / "sft"), "other": str(tmp_path / "other")},
         "prompts": {"train": str(few)},
         "sampling": {"engine": "vllm", "url": engine.url, "max_new_tokens": 8},
     }
     rewards = [{"use": "learned", "from": str(runs / "reward")}]
-    evaluate = common | {"stage": "evaluate", "rewards": rewards, "output": str(tmp_path / "evaluate")}
-    tiny.run(settings_of(evaluate, tmp_path))
+    run_apart(common | {"stage": "evaluate", "rewards": rewards, "output": str(tmp_path / "evaluate")}, tmp_path)
     found = json.loads((tmp_path / "evaluate" / "results.json").read_text())["policies"]
-    assert found["base"]["kl_to_base"] == 0.0 < found["sft"]["kl_to_base"]
-    tiny.run(settings_of(common | {"stage": "collect", "output": str(tmp_path / "collect")}, tmp_path))
-    assert len((tmp_path / "collect" / "candidates.jsonl").read_text().splitlines()) == 6 * 2 * 4
+    assert found["base"]["kl_to_base"] == 0.0 < found["sft"]["kl_to_base"] != found["other"]["kl_to_base"]
+    run_apart(common | {"stage": "collect", "output": str(tmp_path / "collect")}, tmp_path)
+    assert len((tmp_path / "collect" / "candidates.jsonl").read_text().splitlines()) == 6 * 3 * 4
     assert not engine.adapters
     assert not [path for name in (DRAWN, SERVED) for path in tmp_path.glob(f"*/{name}")]
 

@@ -25,6 +25,8 @@ class Engine:
         self.room = 256
 
     def load(self, name, path):
+        if "rank" in self.faults:
+            return 500, {"error": {"message": "LoRA rank 4 is greater than max_lora_rank 1.", "code": 500}}
         if name in self.adapters:
             return 400, f"The lora adapter '{name}' has already been loaded."
         if not (Path(path) / "adapter_config.json").is_file():
@@ -66,7 +68,8 @@ class Handler(BaseHTTPRequestHandler):
         engine = self.server.engine
         listed = [{"id": engine.name, "parent": None, "max_model_len": engine.room}]
         listed += [{"id": name, "parent": engine.name} for name in engine.adapters]
-        self._answer(200, {"data": listed})
+        is_well = self.path != "/health" or "500" not in engine.faults
+        self._answer(200 if is_well else 500, {"data": listed})
 
     def do_POST(self):
         body, engine = json.loads(self.rfile.read(int(self.headers["Content-Length"]))), self.server.engine

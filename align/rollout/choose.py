@@ -77,6 +77,14 @@ class _Checked(Sampler):
             raise RunFailed(f"the sampler `{self.name}` gave {wrong}")
         return replace(found, logprobs=found.logprobs.detach().float().cpu())
 
+    def forget(self) -> None:
+        with users_code(self.name, what=f"the sampler `{self.name}`"):
+            self.own.forget()
+
+    def close(self) -> None:
+        with users_code(self.name, what=f"the sampler `{self.name}`"):
+            self.own.close()
+
 
 def _what_is_wrong(found: Any, prompts: Sequence[Sequence[int]], sampling: Sampling, num_tokens: int) -> str | None:
     if not isinstance(found, Sampled) or not isinstance(found.rollouts, Rollouts):

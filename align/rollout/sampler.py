@@ -1,7 +1,7 @@
 """What draws answers: an object with one method, from prompts, sampling and seeds to rollouts."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,8 +43,9 @@ class Sampled:
     """B answers, and how likely the sampler held each token to be."""
 
     rollouts: Rollouts
-    # (B, R) of the sampler's own softmax(logits / temperature), float32, zero outside the mask; where that may differ
-    # from the trainer's, PPO weighs a token's loss by the trainer's probability over this one (`ppo.importance_cap`)
+    # (B, R) of the sampler's own softmax(logits / temperature), float32, zero outside the mask (of what top-k and top-p
+    # leave of it, where vLLM draws); where that may differ from the trainer's, PPO weighs a token's loss by the
+    # trainer's probability over this one (`ppo.importance_cap`)
     logprobs: Tensor
     reading: Reading | None = None  # the trainer's, where a training pass sees the sampler's numbers; None: to be read
 
@@ -63,6 +64,7 @@ class Sampler(ABC):
     max_batch_tokens: int | None = None  # prompts' tokens in a pass; None: as memory allows
     phase: Phase = SAMPLING
     folder: Path | None = None  # the run's, in which a sampler may keep what it has drawn
+    beat: Callable[[], None] = lambda: None  # to be called now and then by one that waits long, from whatever thread
 
     def num_at_a_time(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> int:
         """Answers to begin with: fewer than `batch_size` where there are fewer prompts."""
@@ -81,7 +83,7 @@ class Sampler(ABC):
         """
 
     def forget(self) -> None:  # noqa: B027 - most keep nothing
-        """Nothing that it has drawn will be asked for again: a checkpoint has it. All processes call it."""
+        """A checkpoint has what became of all that was drawn so far. All processes call it."""
 
     def close(self) -> None:  # noqa: B027
         """The role's policy will not be drawn from any more; one process calls it, when all have done."""

@@ -19,7 +19,7 @@ from align.models.roles import Bases
 from align.rollout.choose import sampler_of
 from align.rollout.sampler import Sampler, Seeds
 from align.settings import CollectSettings
-from align.stages.running import running
+from align.stages.running import close, running
 from align.worker import Worker
 
 STREAM = 3  # of random numbers
@@ -49,16 +49,14 @@ def run(settings: CollectSettings, worker: Worker) -> None:
                 f"{len(rows) - len(kept)} of {len(rows)} prompts left out: over {settings.max_prompt_length} tokens"
             )
         for number, (name, folder) in enumerate(settings.policies.items(), 1):
-            sampler, tokenizer = _sampler(bases, folder, settings), bases.tokenizer(folder)
+            sampler, tokenizer = _sampler(bases, folder, settings, worker), bases.tokenizer(folder)
             for draw in range(settings.num_generations.get(name, NUM_GENERATIONS)):
                 mine = [kept[i] for i in worker.mine(len(kept))]
                 answers = _answers(sampler, tokenizer, name, draw, mine, prompts[name], settings, worker)
                 for i, answer in zip(mine, answers, strict=True):
                     own = {"template": dict(rows[i].template)} if rows[i].template else {}
                     found[i, name, draw] = {"prompt": rows[i].prompt, "columns": rows[i].columns} | own | answer
-            worker.wait()
-            if worker.is_main:
-                sampler.close()
+            close(sampler, worker)
             tracker.log(number, {"policy": name, "answers": sum(key[1] == name for key in found)})
         whole = worker.merged(found)
         if worker.is_main:
@@ -73,7 +71,7 @@ def _encoded(tokenizer: Any, rows: Sequence[Prompt]) -> list[list[int]]:
     return [encode_prompt(tokenizer, row) for row in rows]
 
 
-def _sampler(bases: Bases, folder: str | None, settings: CollectSettings) -> Sampler:
+def _sampler(bases: Bases, folder: str | None, settings: CollectSettings, worker: Worker) -> Sampler:
     role, tokenizer = bases.role(folder), bases.tokenizer(folder)
     return sampler_of(
         role,
@@ -83,6 +81,7 @@ def _sampler(bases: Bases, folder: str | None, settings: CollectSettings) -> Sam
         batch_size=settings.batch_size,
         phase=SAMPLING,
         folder=Path(settings.output),
+        beat=worker.beat,
     )
 
 
@@ -101,7 +100,7 @@ def _answers(
     sampling = settings.sampling.model_copy(update={"temperature": temperatures[draw % len(temperatures)]})
     seeds = Seeds(settings.seed, STREAM, zlib.crc32(f"{name} {draw}".encode()), rows)
     asked = [prompts[i] for i in rows]
-    rollouts = worker.agreed(lambda: sampler.sample(asked, sampling, seeds)).rollouts
+    rollouts = worker.at_length(lambda: sampler.sample(asked, sampling, seeds)).rollouts
     return [
         {
             "policy": name,

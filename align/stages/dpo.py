@@ -129,7 +129,7 @@ class Speaker:
         prompts = [list(ids) for ids in dict.fromkeys(tuple(pair.tokens.prompt_ids) for pair in pairs)][: self.most]
         mine = list(worker.mine(len(prompts)))
         seeds = Seeds(self.seed, 1, 0, mine)
-        sampled = worker.agreed(lambda: self.sampler.sample([prompts[i] for i in mine], self.sampling, seeds))
+        sampled = worker.at_length(lambda: self.sampler.sample([prompts[i] for i in mine], self.sampling, seeds))
         rollouts, temperature, budget = sampled.rollouts, self.sampling.temperature, self.max_batch_tokens
         own, usual = (
             read_all(role, rollouts, temperature=temperature, max_batch_tokens=budget, phase=READING).logprobs
@@ -139,6 +139,7 @@ class Speaker:
         kl, lengths, ended = worker.gather_rows(
             mine, len(prompts), gap, rollouts.lengths.float(), rollouts.ended.float()
         )
+        self.sampler.forget()  # an evaluation that is killed is made anew
         mean, error = mean_and_error([moments(kl)])
         texts = [decode_completion(self.tokenizer, ids, self.sampler.end_ids) for ids in rollouts.answers]
         answers = Answers(
@@ -176,7 +177,7 @@ def run(settings: DpoSettings, worker: Worker) -> None:
     if not pairs:
         raise BadInput(f"`data`: no pair is left to train on; {said}")
     policy = bases.role(start, method=method, trainable=True)
-    speaker = _speaker(settings, bases, policy, tokenizer)
+    speaker = _speaker(settings, bases, policy, tokenizer, worker)
     switch_dropout_off(policy)  # the reference has none, and an adapter may bring its own
     reference = bases.role(start if settings.reference is None else settings.reference.path)
     train(
@@ -200,7 +201,7 @@ def run(settings: DpoSettings, worker: Worker) -> None:
     )
 
 
-def _speaker(settings: DpoSettings, bases: Bases, policy: Role, tokenizer: Any) -> Speaker | None:
+def _speaker(settings: DpoSettings, bases: Bases, policy: Role, tokenizer: Any, worker: Worker) -> Speaker | None:
     if settings.draws() is None:
         return None
     sampler = sampler_of(
@@ -212,6 +213,7 @@ def _speaker(settings: DpoSettings, bases: Bases, policy: Role, tokenizer: Any) 
         max_batch_tokens=settings.train.max_batch_tokens,
         phase=ANSWERING,
         folder=Path(settings.output),
+        beat=worker.beat,
     )
     budget = settings.train.max_batch_tokens
     return Speaker(
@@ -234,9 +236,9 @@ def _ending(
     cost: dict[str, float],
 ) -> str:
     dpo_curves(save(settings, bases, policy))
-    end(settings, bases, policy, metrics, cost)
     if speaker is not None:
         speaker.sampler.close()
+    end(settings, bases, policy, metrics, cost)
     figures = {"accuracy": "eval_accuracy", "KL": "eval_kl"}
     shown = [f"{word} {metrics[name]:.3f}" for word, name in figures.items() if name in metrics]
     return ", ".join([f"policy in {settings.output}", *shown])

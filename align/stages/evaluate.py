@@ -38,7 +38,7 @@ from align.settings import EvaluateSettings
 from align.stages.beside import build_beside
 from align.stages.judging import CACHE, ask
 from align.stages.reward import encode_pairs, evaluate_pairs
-from align.stages.running import running
+from align.stages.running import close, running
 from align.stages.unseen import seen_prompts
 from align.track import Tracker
 from align.worker import Worker
@@ -142,9 +142,10 @@ def _judge(
         batch_size=settings.batch_size,
         phase=SAMPLING,
         folder=Path(settings.output),
+        beat=worker.beat,
     )
     prompts, seeds = [encode_prompt(tokenizer, rows[i]) for i in mine], Seeds(settings.seed, STREAM, 0, mine)
-    rollouts = worker.agreed(lambda: sampler.sample(prompts, sampling, seeds)).rollouts
+    rollouts = worker.at_length(lambda: sampler.sample(prompts, sampling, seeds)).rollouts
     own, others = (  # both read in one way, so that the reference is at 0 from itself
         read_all(each, rollouts, temperature=sampling.temperature, entropies=True, phase=READING)
         for each in (role, reference)
@@ -160,8 +161,7 @@ def _judge(
     tokens, lengths, kl, entropies, scores = worker.gather_rows(
         mine, len(rows), *tokens_of(rollouts), kl, entropies, own_scores.T
     )
-    if worker.is_main:
-        sampler.close()
+    close(sampler, worker)
     whole = rollouts_of([[] for _ in rows], answers_of(tokens, lengths), end_ids=end_ids)
     extra = worker.merged(
         {i: {name: x for each in told.values() for name, x in each.extra[k].items()} for k, i in enumerate(mine)}

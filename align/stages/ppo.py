@@ -331,6 +331,7 @@ def _finish(this: _Run) -> None:
             save_critic(roles.valuer, roles.critic_base, roles.tokenizer, folder)
         save_tokenizer(roles.tokenizer, folder)
         ppo_curves(folder)
+        roles.sampler.close()
         finish(
             folder,
             cost=cost_of_run(folder, roles.policy) | ({} if moved is None else {"kl_to_base": moved}),
@@ -339,5 +340,4 @@ def _finish(this: _Run) -> None:
         )
         checkpoint.clear(settings.output)
         best_policy.clear(settings)
-        roles.sampler.close()
         tracker.say(f"policy in {settings.output}")

@@ -110,6 +110,7 @@ def load_roles(settings: PpoSettings, worker: Worker) -> Roles:
         max_batch_tokens=settings.ppo.max_batch_tokens,
         phase=SAMPLING,
         folder=Path(settings.output),
+        beat=worker.beat,
     )
     roles = Roles(bases, base, tokenizer, policy, reference, began, critic, over, rewards, beside, sampler)
     for role in roles.trained.values():  # the adapters bring dropout of their own

@@ -140,7 +140,7 @@ def sample_and_score(
         known = range(len(prompts)) if numbers is None else numbers
         places = [known[i // num_generations] * num_generations + i % num_generations for i in mine]
         seeds = Seeds(settings.seed, stream, step, places)
-        sampled = worker.agreed(lambda: roles.sampler.sample([row.ids for row in rows], sampling, seeds))
+        sampled = worker.at_length(lambda: roles.sampler.sample([row.ids for row in rows], sampling, seeds))
         rollouts = sampled.rollouts
     with phases("score"):
         reader = _reader(settings)

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 
 from align.artifact import begin
+from align.rollout.sampler import Sampler
 from align.settings import StageSettings
 from align.track import Tracker
 from align.worker import Worker
@@ -29,4 +30,12 @@ def running(
             return tracker
 
         yield track
+    worker.wait()
+
+
+def close(sampler: Sampler, worker: Worker) -> None:
+    """Where all processes have drawn what they will from its policy, and before any draws from the next."""
+    worker.wait()
+    if worker.is_main:
+        sampler.close()
     worker.wait()
