@@ -75,6 +75,7 @@ FAMILIES = (
     *("MASTER_", "TORCHELASTIC_", "ACCELERATE_", "FSDP_", "MEGATRON_LM_", "DEEPSPEED_", "PARALLELISM_CONFIG_"),
     *("FP8_", "PMI_", "PMIX_", "OMPI_COMM_", "MV2_COMM_", "MPI_LOCAL", "PET_"),
 )
+MACHINE_RANK = "ALIGN_MACHINE_RANK"  # which of several machines this is, where one config file serves all
 _LOOK_EVERY = 0.1  # seconds
 
 
@@ -239,9 +240,10 @@ def _plan_from_file(path: Path, num_processes: int | None = None) -> LaunchPlan:
             f"{path}: {kind} with {num_processes} processes starts only one; "
             f"use MULTI_GPU (on a CPU with use_cpu: true, as recipes/accelerate/ddp_cpu.yaml)"
         )
-    machine = int(config.get("machine_rank") or 0)
+    machine = 0
     if num_machines > 1:
-        _check_machines(config, path)
+        machine = _check_machines(config, path)
+        arguments += ["--machine_rank", str(machine)]
     environment = {"ACCELERATE_USE_CPU": str(device == "cpu").lower()}
     if kind != "MULTI_GPU" and device == "cpu":
         arguments.append("--cpu")  # accelerate overwrites ACCELERATE_USE_CPU here
@@ -261,19 +263,22 @@ def _plan_from_file(path: Path, num_processes: int | None = None) -> LaunchPlan:
     return LaunchPlan(tuple(arguments), environment, num_processes, device, description, machine, num_machines)
 
 
-def _check_machines(config: dict[str, Any], path: Path) -> None:
-    """Raises BadInput where a file does not say how its machine finds the others."""
-    for key in ("machine_rank", "main_process_ip", "main_process_port"):
+def _check_machines(config: dict[str, Any], path: Path) -> int:
+    """The number of this machine. Raises BadInput where a file does not say how its machine finds the others."""
+    count, given = config["num_machines"], os.environ.get(MACHINE_RANK)
+    for key in ("main_process_ip", "main_process_port"):
         if config.get(key) is None:
-            raise BadInput(
-                f"{path}: {config['num_machines']} machines need `{key}`: on each its own number, and on all the "
-                "address and a free port of machine 0"
-            )
+            raise BadInput(f"{path}: {count} machines need `{key}`: the address and a free port of machine 0, on all")
+    if given is None and config.get("machine_rank") is None:
+        raise BadInput(f"{path}: which of the {count} machines is this? Set {MACHINE_RANK}, 0 to {count - 1}, on each")
+    if given is not None and not (given.isdecimal() and int(given) < count):
+        raise BadInput(f"{MACHINE_RANK}={given} is no number from 0 to {count - 1}, of {path}'s {count} machines")
     if config["num_processes"] % config["num_machines"]:
         raise BadInput(
             f"{path}: num_processes ({config['num_processes']}) counts those of all {config['num_machines']} machines, "
             "each of which starts as many; make it a multiple"
         )
+    return int(config["machine_rank"] if given is None else given)
 
 
 def _num_cores() -> int:

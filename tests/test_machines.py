@@ -196,7 +196,7 @@ def test_a_machine_that_is_not_heard_of_is_held_for_dead(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"machine_rank": None}, "2 machines need `machine_rank`: on each its own number"),
+        ({"machine_rank": None}, "which of the 2 machines is this.. Set ALIGN_MACHINE_RANK, 0 to 1, on each"),
         ({"main_process_ip": None}, "need `main_process_ip`"),
         ({"main_process_port": None}, "need `main_process_port`"),
         ({"num_processes": 3}, r"num_processes \(3\) counts those of all 2 machines"),
@@ -207,8 +207,15 @@ def test_a_config_that_does_not_say_how_they_find_each_other_is_refused(changes,
         plan(str(config(tmp_path, 1, 29500, **changes)))
 
 
-def test_a_plan_says_which_machine_it_is_and_what_steps_alone_takes_one(base, data, tmp_path):
+def test_a_plan_says_which_machine_it_is_and_what_goes_alone_takes_one(base, data, tmp_path, monkeypatch):
     found = plan(str(config(tmp_path, 1, 29500)))
+    monkeypatch.setenv("ALIGN_MACHINE_RANK", "1")
+    again = plan(str(ROOT / "recipes" / "accelerate" / "machines_cpu.yaml"))
+    assert (again.machine, again.num_machines, again.arguments[-1]) == (1, 2, "1")
+    monkeypatch.setenv("ALIGN_MACHINE_RANK", "2")
+    with pytest.raises(BadInput, match="ALIGN_MACHINE_RANK=2 is no number from 0 to 1"):
+        plan(str(config(tmp_path, 1, 29500)))
+    monkeypatch.delenv("ALIGN_MACHINE_RANK")
     assert (found.machine, found.num_machines) == (1, 2) and found.description.endswith("machine 1 of 2")
     with pytest.raises(BadInput, match="only `align run` goes over several machines"):
         start(found, tiny.settings("sft", base, data, tmp_path / "run"), tmp_path / "x.yaml")
