@@ -194,6 +194,53 @@ def test_runs_that_share_a_folder_of_adapters_leave_each_others_alone(role, engi
     assert [path.name.partition("-")[0] for path in (tmp_path / "both").iterdir()] == ["two"]
 
 
+def test_what_is_drawn_ahead_is_the_policys_of_then(role, engine, tmp_path):
+    sampling = sampling_of(engine)
+    sampler = sampler_of(role, sampling, folder=tmp_path, **HOW)
+    sampler.ahead(PROMPTS, sampling, SEEDS)
+    (old,) = engine.adapters
+    move(role, 1)
+    sampler.sample(PROMPTS[:3], sampling, Seeds(1, 9, 0, range(3)))  # an evaluation meanwhile, of the policy of now
+    assert old in engine.adapters and len(engine.adapters) == 2
+    found = sampler.sample(PROMPTS, sampling, SEEDS)
+    move(role, 0)
+    own = read_all(role, found.rollouts, temperature=0.7)
+    torch.testing.assert_close(found.logprobs, own.logprobs, rtol=0, atol=1e-5)
+    assert len(answers_asked(engine)) == len(PROMPTS) + 3
+    move(role, 1)
+    sampler.ahead(PROMPTS, sampling, Seeds(1, 2, 4, range(12)))
+    sampler.sample(PROMPTS, sampling, Seeds(1, 2, 4, range(12)))
+    move(role, 2)
+    sampler.sample(PROMPTS, sampling, Seeds(1, 2, 5, range(12)))
+    assert len(engine.adapters) == 1 and old not in engine.adapters
+
+
+def test_what_was_drawn_ahead_of_a_kill_is_gone_on_with(role, engine, tmp_path):
+    sampling = sampling_of(engine)
+    sampler_of(role, sampling, folder=tmp_path, **HOW).ahead(PROMPTS, sampling, SEEDS)
+    waited_for(lambda: len(answers_asked(engine)) == len(PROMPTS))
+    (file,) = (tmp_path / DRAWN).iterdir()
+    waited_for(lambda: len(file.read_text().splitlines()) == len(PROMPTS) + 1)
+    file.write_text("".join(file.read_text().splitlines(keepends=True)[:-4]))  # four were still on their way
+    engine.adapters.clear()
+    move(role, 1)
+    found = sampler_of(role, sampling, folder=tmp_path, **HOW).sample(PROMPTS, sampling, SEEDS)
+    move(role, 0)
+    own = read_all(role, found.rollouts, temperature=0.7)
+    torch.testing.assert_close(found.logprobs, own.logprobs, rtol=0, atol=1e-5)
+    assert len(answers_asked(engine)) == len(PROMPTS) + 4
+
+
+def test_what_fails_ahead_is_told_when_it_is_asked_for(role, engine, tmp_path):
+    sampling = sampling_of(engine, max_retries=0)
+    sampler = sampler_of(role, sampling, folder=tmp_path, **HOW)
+    complete = engine.complete
+    engine.complete = lambda body: complete(body) if "prompt_logprobs" in body else (500, {"error": "out of order"})
+    sampler.ahead(PROMPTS, sampling, SEEDS)
+    with pytest.raises(RunFailed, match="out of order"):
+        sampler.sample(PROMPTS, sampling, SEEDS)
+
+
 # ------------------------------------------------------------------------------------------------------ what goes wrong
 
 
@@ -225,7 +272,7 @@ def test_a_small_step_is_told_from_none_where_much_is_let_pass(role, engine, tmp
 
 def test_log_probabilities_of_another_temperature_end_the_run(role, engine, tmp_path):
     engine.faults.add("raw")
-    with pytest.raises(RunFailed, match=r"see to its base, its --dtype and --logprobs-mode"):
+    with pytest.raises(RunFailed, match=r"see to its base, --dtype and --logprobs-mode"):
         drawn(role, engine, tmp_path)
 
 
@@ -359,15 +406,18 @@ def settings_of(values, folder):
     return stage
 
 
+@pytest.mark.parametrize("staleness", [0, 1])
 def test_ppo_learns_from_it_and_a_killed_run_goes_on_with_the_same_answers(
-    base, data, runs, tmp_path, engine, monkeypatch
+    staleness, base, data, runs, tmp_path, engine, monkeypatch
 ):
     values = values_of("ppo", base, data, runs, tmp_path / "whole", engine)
-    values["ppo"] |= {"save_steps": 2}
+    values["ppo"] |= {"save_steps": 2, "staleness": staleness}
     tiny.run(settings_of(values, tmp_path))
     rows = [row for row in read_metrics(tmp_path / "whole") if "sampler_kl" in row]
-    assert len(rows) == 4 and all(abs(row["sampler_kl"]) < 1e-5 for row in rows)
-    assert all(row["importance_weight"] == pytest.approx(1.0, abs=1e-4) for row in rows)
+    stale, fresh = (rows[1:], rows[:1]) if staleness else ([], rows)
+    assert len(rows) == 4 and all(row["sampler_kl"] > 1e-5 for row in stale)
+    assert all(abs(row["sampler_kl"]) < 1e-5 for row in fresh)
+    assert all(row["importance_weight"] == pytest.approx(1.0, abs=1e-4) for row in fresh)
     assert not (tmp_path / "whole" / DRAWN).exists() and not (tmp_path / "whole" / SERVED).exists()
     assert not engine.adapters
     asked = len(answers_asked(engine))
@@ -394,7 +444,7 @@ def test_ppo_learns_from_it_and_a_killed_run_goes_on_with_the_same_answers(
 
 def test_two_processes_draw_what_one_does(base, data, runs, tmp_path, engine):
     values = values_of("ppo", base, data, runs, tmp_path / "one", engine)
-    values["ppo"] |= {"num_iterations": 2}
+    values["ppo"] |= {"num_iterations": 3, "staleness": 1}
     tiny.run(settings_of(values, tmp_path))
     values |= {"output": str(tmp_path / "two")}
     run_apart(values, tmp_path)
@@ -429,6 +479,8 @@ def test_two_processes_compare_policies_and_collect_their_answers_by_it(base, da
 
 
 REFUSED = [
+    ({"sampling": {}, "ppo": {"staleness": 1}}, "`ppo.staleness: 1` draws while the policy is trained, which a server"),
+    ({"ppo": {"staleness": 1, "importance_cap": None}}, "which `importance_cap` weighs: leave `importance_cap: null` out"),
     ({"sampling": {"engine": "vllm"}}, "`engine: vllm` needs the server's `url`"),
     ({"sampling": {"url": "http://127.0.0.1:1"}}, "`url` is of `engine: vllm`; the engine is auto"),
     ({"sampling": {"engine": "vllm", "url": "127.0.0.1:1"}}, "`sampling.url`.* no .*address; write it as in http://127"),

@@ -82,6 +82,10 @@ class Sampler(ABC):
             RunFailed: no answers can be had.
         """
 
+    def ahead(self, prompts: Sequence[Sequence[int]], sampling: Sampling, seeds: Seeds) -> None:  # noqa: B027
+        """Begins, if it can do so beside training, what `sample` will next be asked for with these seeds: from the
+        policy as it is now, whatever becomes of it meanwhile."""
+
     def forget(self) -> None:  # noqa: B027 - most keep nothing
         """A checkpoint has what became of all that was drawn so far. All processes call it."""
 

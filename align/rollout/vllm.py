@@ -15,10 +15,12 @@ import hashlib
 import json
 import shutil
 import tempfile
+import threading
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Sequence
+from concurrent.futures import Future
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -39,7 +41,7 @@ from align.rollout.reading import read_all
 from align.rollout.rollouts import by_row, cut_at_end, rollouts_of
 from align.rollout.sampler import Sampled, Sampler, Seeds
 from align.rollout.vllm_api import AS_IT_SAYS, PLAIN, Api, Choice, Gone
-from align.servers import Again, all_of
+from align.servers import Again, Checked, all_of, read_as
 from align.settings import Sampling
 
 AT_ONCE = 256  # answers that are asked for, unless `batch_size` says how many: the server itself makes its batches
@@ -49,13 +51,26 @@ ANSWERED = 8  # tokens of its answer to it, at the most
 # over a base in 4 bits here, and in 16 there, by what the 4 bits cost
 TOLERANCES = {torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.1}
 IN_4_BITS = 0.5
+KNOWN = "known.json"  # in a version's folder: what it is known by
 CURE = "see to it and run the same command again: what it has drawn is kept"
 
 
-class _Drawn(Reply):
-    """An answer, by the hash of the policy, the prompt, its seed and the sampling."""
+Request = dict[str, Any]
 
-    tokens: tuple[int, ...]
+
+class _Drawn(Reply):
+    """An answer, by the hash of the policy, the prompt, its seed and the sampling. Without one: which `version` the
+    answers of a step are drawn from, by the hash of its seed, stream and number."""
+
+    tokens: tuple[int, ...] = ()
+    logprobs: tuple[float, ...] = ()
+    version: str | None = None
+
+
+class _Known(Checked):
+    """A prompt's tokens, and how likely a version of the policy holds each but the first: what it is known by."""
+
+    ids: tuple[int, ...]
     logprobs: tuple[float, ...]
 
 
@@ -67,18 +82,22 @@ class VllmSampler(Sampler):
 
     def sample(self, prompts: Sequence[Sequence[int]], sampling: Sampling, seeds: Seeds) -> Sampled:
         """There is no reading: another engine's numbers are its own."""
-        version = version_of(self.role)
-        numbers = seeds.numbers()
-        asked = [self._request(version, *row, sampling) for row in zip(prompts, numbers, strict=True)]
-        keys = [hashlib.sha256(json.dumps(request).encode()).hexdigest() for request in asked]
-        kept = self.server.drawn
-        missing = {key: request for key, request in zip(keys, asked, strict=True) if key not in kept.found}
-        if missing:
-            at_once = self.batch_size or AT_ONCE
-            asyncio.run(self.server.answer(self.role, version, missing, self.end_ids, at_once, self.beat))
-        answers = [kept.found[key] for key in keys]
+        own = version_of(self.role)
+        version = self.server.begun(_key_of(seeds)) or own
+        asked = self._requests(version, prompts, sampling, seeds)
+        if version != own and self.server.lacks(asked) and not self.server.has(version):
+            version, asked = own, self._requests(own, prompts, sampling, seeds)  # its folder is gone
+        if self.server.lacks(asked):
+            policy = self._policy(version, is_own=version == own)
+            asyncio.run(self.server.answer(policy, asked, self.batch_size or AT_ONCE, self.beat))
+        answers = [self.server.drawn.found[key] for key in asked]
         rollouts = rollouts_of(prompts, [answer.tokens for answer in answers], end_ids=self.end_ids)
         return Sampled(rollouts, by_row([answer.logprobs for answer in answers], rollouts.width))
+
+    def ahead(self, prompts: Sequence[Sequence[int]], sampling: Sampling, seeds: Seeds) -> None:
+        policy = self._policy(version_of(self.role), is_own=True)
+        asked = self._requests(policy.version, prompts, sampling, seeds)
+        self.server.begin(policy, _key_of(seeds), asked, self.batch_size or AT_ONCE)
 
     def forget(self) -> None:
         self.server.forget()
@@ -86,18 +105,35 @@ class VllmSampler(Sampler):
     def close(self) -> None:
         asyncio.run(self.server.close())
 
-    def _request(self, version: str | None, prompt: Sequence[int], seed: int, sampling: Sampling) -> dict[str, Any]:
-        """All that an answer depends on."""
-        return {
+    def _policy(self, version: str | None, *, is_own: bool) -> "Policy":
+        tolerance = self.server.tolerance or tolerance_of(self.role)
+        return Policy(version, self.role if is_own else None, self.role.num_logits, tolerance)
+
+    def _requests(
+        self, version: str | None, prompts: Sequence[Sequence[int]], sampling: Sampling, seeds: Seeds
+    ) -> dict[str, Request]:
+        """All that each answer depends on, by its hash."""
+        common = PLAIN | {
             "model": version,
-            "prompt": list(prompt),
-            "seed": seed,
             "max_tokens": sampling.max_new_tokens,
             "temperature": sampling.temperature,
             "top_k": sampling.top_k or -1,
             "top_p": sampling.top_p,
             "stop_token_ids": list(self.end_ids),
-        } | PLAIN
+        }
+        rows = zip(prompts, seeds.numbers(), strict=True)
+        asked = [common | {"prompt": list(prompt), "seed": seed} for prompt, seed in rows]
+        return {_hash(request): request for request in asked}
+
+
+@dataclass(frozen=True)
+class Policy:
+    """What answers are asked of. `role`: the policy itself, unless it has been trained since."""
+
+    version: str | None  # None: the base alone
+    role: Role | None
+    num_tokens: int  # of the vocabulary
+    tolerance: float  # mean nats a token that a probe may be off
 
 
 class Server:
@@ -110,7 +146,7 @@ class Server:
 
     def __init__(self, sampling: Sampling, folder: Path | None):
         self.api, self.tolerance = Api(sampling), sampling.tolerance
-        self._run = hashlib.sha256(str(folder and folder.resolve()).encode()).hexdigest()[:12]
+        self._run = _hash(str(folder and folder.resolve()))[:12]
         self.adapters = _adapters(sampling, folder, self._run)
         self._place = None if folder is None else folder / DRAWN
         earlier = [] if self._place is None else sorted(self._place.glob("*.jsonl"))
@@ -120,19 +156,14 @@ class Server:
             self.drawn.read(file)
         self._old = set[str]()  # keys of what was drawn before the last checkpoint
         self._ready: dict[str | None, str] = {}  # version -> the name that the server has for it
-        self._loaded = set[str]()
-        self._probe: tuple[list[int], Tensor] | None = None  # the tokens, and what the last version says of them
+        self._last: _Known | None = None  # of the version that was made ready last
+        self._ahead: tuple[str, Future[None]] | None = None  # what is drawn meanwhile: the key of its step
+        self._keeping = threading.Lock()  # of `drawn`, which that adds to
 
     # ------------------------------------------------------------------------------------------------------- answers
 
     async def answer(
-        self,
-        role: Role,
-        version: str | None,
-        asked: dict[str, dict[str, Any]],
-        end_ids: Sequence[int],
-        at_once: int,
-        beat: Callable[[], None],
+        self, policy: Policy, asked: dict[str, Request], at_once: int, beat: Callable[[], None] = lambda: None
     ) -> None:
         """Has `drawn` hold an answer to each of `asked`.
 
@@ -141,43 +172,76 @@ class Server:
             Diverged: the policy's logits are not finite.
             RunFailed: it fails again and again, or what it serves is another policy; what was drawn is kept.
         """
-        free, alone = asyncio.Semaphore(at_once), asyncio.Lock()
-        api, longest = self.api, max(len(request["prompt"]) + request["max_tokens"] for request in asked.values())
+        free, alone, api = asyncio.Semaphore(at_once), asyncio.Lock(), self.api
 
-        async def one(client: httpx.AsyncClient, key: str, request: dict[str, Any]) -> None:
+        async def one(client: httpx.AsyncClient, key: str, request: Request) -> None:
             async def once() -> _Drawn:
                 async with alone:
-                    name = await self._made_ready(client, role, version, request)
+                    name = await self._made_ready(client, policy, request)
                 try:
                     choice = await api.complete(client, request | {"model": name})
                 except Gone:
-                    self._drop(version)
+                    self._ready.pop(policy.version, None)
                     raise
-                self._check_answer(choice, request["max_tokens"], role, end_ids)
+                self._check_answer(choice, request, policy)
                 return _Drawn(key=key, tokens=choice.token_ids, logprobs=choice.logprobs.token_logprobs)
 
             async with free:
-                self.drawn.add(await api.endpoint.tried(once, api.name, CURE))
+                self._keep(await api.endpoint.tried(once, api.name, CURE))
 
+        missing = {key: request for key, request in asked.items() if key not in self.drawn.found}
         async with api.endpoint.client() as client:
-            await api.endpoint.tried(partial(self._check_room, client, longest), api.name, CURE)
-            await all_of([one(client, key, request) for key, request in asked.items()], beat)
+            await api.endpoint.tried(partial(self._check_room, client, asked.values()), api.name, CURE)
+            await all_of([one(client, key, request) for key, request in missing.items()], beat)
 
-    async def _check_room(self, client: httpx.AsyncClient, longest: int) -> None:
+    def begin(self, policy: Policy, step: str, asked: dict[str, Request], at_once: int) -> None:
+        """Has the policy as it is made ready, and its answers drawn in a thread, until `begun` is asked for them."""
+
+        async def made_ready() -> None:
+            async with self.api.endpoint.client() as client:
+                first = next(iter(asked.values()))
+                await self.api.endpoint.tried(partial(self._made_ready, client, policy, first), self.api.name, CURE)
+
+        if asked:
+            asyncio.run(made_ready())
+        self._keep(_Drawn(key=step, version=policy.version))
+        work = self.answer(replace(policy, role=None), asked, at_once)
+        self._ahead = step, _in_a_thread(work)
+
+    def begun(self, step: str) -> str | None:
+        """The version that this step's answers are drawn from, where that was begun before, and perhaps by a run that
+        was killed since; waits until they are there."""
+        if self._ahead is not None and self._ahead[0] == step:
+            future, self._ahead = self._ahead[1], None
+            future.result()
+        found = self.drawn.found.get(step)
+        return None if found is None else found.version
+
+    def lacks(self, asked: Iterable[str]) -> bool:
+        """Whether any of these answers has still to be drawn."""
+        return any(key not in self.drawn.found for key in asked)
+
+    def has(self, version: str | None) -> bool:
+        """Whether a version that is no role's any more can be drawn from."""
+        return version in self._ready or (self._folder(version) / KNOWN).is_file()
+
+    async def _check_room(self, client: httpx.AsyncClient, requests: Iterable[Request]) -> None:
         room = (await self.api.base(client)).max_model_len
+        longest = max((len(request["prompt"]) + request["max_tokens"] for request in requests), default=0)
         if room is not None and longest > room:
             raise self.api.unfit(
                 f"holds {room} tokens, and a prompt with `sampling.max_new_tokens` has {longest}: start it with "
                 f"--max-model-len {longest} or more"
             )
 
-    def _check_answer(self, choice: Choice, most: int, role: Role, end_ids: Sequence[int]) -> None:
+    def _check_answer(self, choice: Choice, request: Request, policy: Policy) -> None:
         tokens, logprobs = choice.token_ids, choice.logprobs.token_logprobs
+        most, end_ids = request["max_tokens"], request["stop_token_ids"]
         wrong = None
         if not 1 <= len(tokens) <= most or len(logprobs) != len(tokens):
             wrong = f"{len(tokens)} tokens, where {most} are most, and {len(logprobs)} log-probabilities"
-        elif not all(0 <= token < role.num_logits for token in tokens):
-            wrong = f"tokens that the base does not have ({max(tokens)}, of {role.num_logits})"
+        elif not all(0 <= token < policy.num_tokens for token in tokens):
+            wrong = f"tokens that the base does not have ({max(tokens)}, of {policy.num_tokens})"
         elif len(cut_at_end(tokens, end_ids)) < len(tokens):
             wrong = "an answer that goes on after its end token"
         elif len(tokens) < most and tokens[-1] not in end_ids:
@@ -187,77 +251,96 @@ class Server:
 
     # ------------------------------------------------------------------------------------------------------- versions
 
-    async def _made_ready(
-        self, client: httpx.AsyncClient, role: Role, version: str | None, request: dict[str, Any]
-    ) -> str:
+    async def _made_ready(self, client: httpx.AsyncClient, policy: Policy, request: Request) -> str:
         """The name to ask for: the version's, loaded and probed, or the base's."""
-        if version in self._ready:
-            return self._ready[version]
-        ids, before = self._probe or (list(request["prompt"][-PROBED:]), torch.empty(0))
-        own = _logprobs(role, ids[:1], [*ids[1:], request["stop_token_ids"][0]], 1.0)
-        check_finite(own)
-        own = own[:-1]  # without the end that no prompt has: it was there for a prompt of one token
-        if version is None:
+        if policy.version in self._ready:
+            return self._ready[policy.version]
+        known = self._known(policy, request)
+        if policy.version is None:
             name = (await self.api.base(client)).id
         else:
-            name = f"{version}-{self._run}"  # a run's own: another may leave the same policy
-            self._loaded.add(name)
-            await self.api.load(client, name, self._written(role, name))
-        await self._check(client, role, name, request | {"prompt": ids}, own, before)
-        self._probe, self._ready = (ids, own), {version: name}
-        for old in sorted(self._loaded - {name}):
-            await self._unload(client, old)
+            name = self._name(policy.version)
+            await self.api.load(client, name, self._written(policy, known))
+        await self._check(client, policy, name, request, known)
+        self._last, self._ready[policy.version] = known, name
+        ahead = self._ahead and self.drawn.found[self._ahead[0]].version
+        for old in [version for version in self._ready if version not in (policy.version, ahead)]:
+            await self._unload(client, self._ready.pop(old))
         return name
 
-    def _drop(self, version: str | None) -> None:
-        self._loaded.discard(self._ready.pop(version, ""))
+    def _known(self, policy: Policy, request: Request) -> _Known:
+        """What the policy is known by: as it says itself, or as it once said.
 
-    def _written(self, role: Role, name: str) -> str:
+        Raises:
+            Diverged: its logits are not finite.
+        """
+        if policy.role is None:
+            return read_as(_Known, (self._folder(policy.version) / KNOWN).read_bytes())
+        ids = request["prompt"][-PROBED:] if self._last is None else self._last.ids
+        own = _logprobs(policy.role, ids[:1], [*ids[1:], request["stop_token_ids"][0]], 1.0)
+        check_finite(own)
+        return _Known(ids=ids, logprobs=tuple(own[:-1].tolist()))  # the end was there for a prompt of one token
+
+    def _name(self, version: str) -> str:
+        """A run's own: another may leave the same policy while this one needs it."""
+        return f"{version}-{self._run}"
+
+    def _folder(self, version: str | None) -> Path:
+        return self.adapters / self._name(version or "base")
+
+    def _written(self, policy: Policy, known: _Known) -> str:
         """The folder of this version, made by whichever process comes first."""
-        folder = self.adapters / name
-        if not folder.is_dir():
+        folder = self._folder(policy.version)
+        if not folder.is_dir() and policy.role is not None:
             self.adapters.mkdir(parents=True, exist_ok=True)
             with folder_in_one_go(folder, first_stays=True) as temporary:
-                save_role(Role(role.model), temporary, base_name=str(role.causal.config.name_or_path))
+                save_role(Role(policy.role.model), temporary, base_name=str(policy.role.causal.config.name_or_path))
+                (temporary / KNOWN).write_text(known.model_dump_json(), encoding="utf-8")
         return str(folder.resolve())
 
     async def _unload(self, client: httpx.AsyncClient, name: str) -> None:
-        self._loaded.discard(name)
         with suppress(Again):  # gone itself, perhaps, and the adapter with it
             await self.api.unload(client, name)
         shutil.rmtree(self.adapters / name, ignore_errors=True)
 
     async def _check(
-        self, client: httpx.AsyncClient, role: Role, name: str, request: dict[str, Any], own: Tensor, before: Tensor
+        self, client: httpx.AsyncClient, policy: Policy, name: str, request: Request, known: _Known
     ) -> None:
-        """Whether what is served under this name is the policy as it is here: by the tokens of a prompt, whose
-        log-probabilities are `own` here and were `before` by the last version, and by those that it answers with."""
-        ids, few = request["prompt"], min(ANSWERED, request["max_tokens"])
-        plain = {"model": name, "max_tokens": few, "top_k": -1, "top_p": 1.0, "seed": 0, "prompt_logprobs": 0}
-        choice = await self.api.complete(client, request | plain)
-        self._check_answer(choice, few, role, request["stop_token_ids"])
-        listed = choice.prompt_logprobs or ()
-        said = [at[token].logprob for at, token in zip(listed[1:], ids[1:], strict=False) if at and token in at]
-        if len(said) != len(own):
+        """Whether what is served under this name is the policy that it should be: by the tokens of a prompt, and, where
+        the policy itself is here, by those that it answers with, at the temperature."""
+        few = min(ANSWERED, request["max_tokens"])
+        plain = {"model": name, "prompt": list(known.ids), "max_tokens": few, "seed": 0, "top_k": -1, "top_p": 1.0}
+        asked = request | plain | {"prompt_logprobs": 0}
+        choice = await self.api.complete(client, asked)
+        self._check_answer(choice, asked, policy)
+        listed, rest = choice.prompt_logprobs or (), known.ids[1:]
+        said = [at[token].logprob for at, token in zip(listed[1:], rest, strict=False) if at and token in at]
+        if len(said) != len(rest):
             raise self.api.unfit("does not tell how likely the tokens of a prompt are; vLLM does")
-        drawn = _logprobs(role, ids, choice.token_ids, request["temperature"])
-        check_finite(drawn)
-        theirs, of_prompt = torch.tensor([*said, *choice.logprobs.token_logprobs]), slice(len(own))
-        off = (theirs - torch.cat([own, drawn])).abs()
-        tolerance = self.tolerance or tolerance_of(role)
-        if not float(off.mean()) <= tolerance:
+        theirs, own = torch.tensor(said), torch.tensor(known.logprobs)
+        off = (theirs - own).abs()
+        if policy.role is not None:
+            drawn = _logprobs(policy.role, known.ids, choice.token_ids, request["temperature"])
+            check_finite(drawn)
+            off = torch.cat([off, (torch.tensor(choice.logprobs.token_logprobs) - drawn).abs()])
+        if len(off) and not float(off.mean()) <= policy.tolerance:
             raise RunFailed(
                 f"{self.api.name} does not serve this policy: {name} is off by {float(off.mean()):.2g} nats a token of "
-                f"the probe, over {tolerance:g}; see to its base, its --dtype and --logprobs-mode ({AS_IT_SAYS}), or "
-                "give `sampling.tolerance` if the precision explains it"
+                f"the probe, over {policy.tolerance:g}; see to its base, --dtype and --logprobs-mode ({AS_IT_SAYS}), "
+                "or give `sampling.tolerance` if the precision explains it"
             )
-        if len(before) and (theirs[of_prompt] - before).abs().mean() < 0.5 * off[of_prompt].mean():
+        before = None if self._last is None or self._last.ids != known.ids else torch.tensor(self._last.logprobs)
+        if before is not None and len(before) and (theirs - before).abs().mean() < 0.5 * (theirs - own).abs().mean():
             raise RunFailed(
                 f"{self.api.name} still answers with the policy before {name}: its log-probabilities are nearer to "
                 "that one's; restart it and run the same command again"
             )
 
     # -------------------------------------------------------------------------------------------------- what is kept
+
+    def _keep(self, drawn: _Drawn) -> None:
+        with self._keeping:
+            self.drawn.add(drawn)
 
     def _new_drawn(self) -> Replies[_Drawn]:
         path = None if self._place is None else self._place / f"{uuid.uuid4().hex}.jsonl"
@@ -267,13 +350,14 @@ class Server:
     def forget(self) -> None:
         """A checkpoint has what became of it. What the last one has goes; what came since stays until the next, since
         a newest checkpoint that is damaged is passed over."""
-        for file in self._files.pop(0) if len(self._files) > 1 else ():
-            file.unlink(missing_ok=True)
-        found = {key: reply for key, reply in self.drawn.found.items() if key not in self._old}
-        self._old = set(found)
-        self._files.append([])
-        self.drawn = self._new_drawn()
-        self.drawn.found.update(found)
+        with self._keeping:
+            for file in self._files.pop(0) if len(self._files) > 1 else ():
+                file.unlink(missing_ok=True)
+            found = {key: reply for key, reply in self.drawn.found.items() if key not in self._old}
+            self._old = set(found)
+            self._files.append([])
+            self.drawn = self._new_drawn()
+            self.drawn.found.update(found)
 
     async def close(self) -> None:
         """Unloads whatever of this run is there, by whichever of its processes, and deletes its folders."""
@@ -282,9 +366,31 @@ class Server:
                 names = [model.id for model in await self.api.models(client) if model.id.endswith(f"-{self._run}")]
                 for name in names:
                     await self._unload(client, name)
-        self._loaded.clear()
         self._ready.clear()
         shutil.rmtree(self.adapters, ignore_errors=True)
+
+
+def _in_a_thread(work: Coroutine[Any, Any, None]) -> Future[None]:
+    """What it comes to; a process that ends does not wait for it."""
+    future: Future[None] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(asyncio.run(work))
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return future
+
+
+def _hash(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
+
+
+def _key_of(seeds: Seeds) -> str:
+    """Of a step, on one process."""
+    return _hash([seeds.seed, seeds.stream, seeds.step, list(seeds.rows)])
 
 
 def tolerance_of(role: Role) -> float:

@@ -198,8 +198,10 @@ class Ppo(Settings):
     target_kl: Positive | None = None  # an iteration's updates end where `approx_kl` of a minibatch is 1.5 times this
     entropy_coef: NonNegative = 0.0  # of the bonus for entropy (nats a token) in the policy's loss
     # most that a token's probability under the policy over that under what drew it weighs its loss with; auto: 2 where
-    # the two may differ (16 bits, 4 bits, a sampler of one's own), else, and with null, nothing is weighed
+    # the two may differ (16 bits, 4 bits, vLLM, a sampler of one's own), else, and with null, nothing is weighed
     importance_cap: Literal["auto"] | Annotated[float, Field(ge=1.0)] | None = "auto"
+    # 1: while an iteration is scored and learnt from, vLLM draws the next one's answers, from the policy before it
+    staleness: Literal[0, 1] = 0
     cliprange_value: Positive = 0.2  # a critic's, as the next: in units of a score
     vf_coef: NonNegative = 0.1
     whiten_rewards: bool = False
@@ -318,6 +320,16 @@ class PpoSettings(SamplingSettings, PolicySettings):
     @model_validator(mode="after")
     def _every_key_is_used(self) -> "PpoSettings":
         self._advantage_and_critic_agree()
+        if self.ppo.staleness and self.sampling.engine != "vllm":
+            raise ValueError(
+                "`ppo.staleness: 1` draws while the policy is trained, which a server alone can: write "
+                "`sampling: {engine: vllm, url: ...}`, or leave it out"
+            )
+        if self.ppo.staleness and self.ppo.importance_cap is None:
+            raise ValueError(
+                "`ppo.staleness: 1` learns from answers of an earlier policy, which `importance_cap` weighs: leave "
+                "`importance_cap: null` out"
+            )
         if self.resets and self.ppo.kl_budget is not None:
             raise ValueError(
                 "`ppo.kl_budget` is a distance to where the policy starts, and with `reference.reset_every` KL is "

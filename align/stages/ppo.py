@@ -11,7 +11,7 @@ processes samples the same answers.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -43,6 +43,7 @@ from align.stages.ppo_roles import PromptRow, Roles, load_roles, make_learners, 
 from align.stages.ppo_steps import (
     Scale,
     Scored,
+    asked_of,
     assess,
     beside,
     figures,
@@ -176,7 +177,7 @@ def _iterate(this: _Run, iteration: int) -> dict[str, Any]:
     rows = row_order(len(this.train), ppo.prompts_per_iteration, iteration - 1, settings.seed)
     this.tell_rewards(iteration - 1)
 
-    def answer(numbers: Sequence[int], stream: int) -> Scored:
+    def answer(numbers: Sequence[int], stream: int, meanwhile: Callable[[], None] = lambda: None) -> Scored:
         return sample_and_score(
             roles,
             [this.train[rows[number]] for number in numbers],
@@ -187,9 +188,24 @@ def _iterate(this: _Run, iteration: int) -> dict[str, Any]:
             stream=stream,
             step=iteration,
             numbers=numbers,
+            meanwhile=meanwhile,
         )
 
-    first = answer(range(len(rows)), TRAIN)
+    def begin_the_next() -> None:
+        if ppo.staleness and iteration < ppo.num_iterations:
+            coming = row_order(len(this.train), ppo.prompts_per_iteration, iteration, settings.seed)
+            asked = asked_of(
+                [this.train[row] for row in coming],
+                range(len(coming)),
+                settings,
+                this.worker,
+                num_generations=ppo.num_generations,
+                stream=TRAIN,
+                step=iteration + 1,
+            )
+            this.worker.agreed(lambda: roles.sampler.ahead(asked.ids, settings.sampling, asked.seeds))
+
+    first = answer(range(len(rows)), TRAIN, begin_the_next)
     if ppo.normalize_scores == "running":
         progress["score_moments"] = with_batch(progress.get("score_moments") or NOTHING_YET, first.scores)
     scale = scale_of(progress.get("score_moments"))

@@ -118,6 +118,36 @@ class Experience:
     is_learnt: Tensor  # (B,) whether anything is learnt from the answer
 
 
+@dataclass(frozen=True)
+class Asked:
+    """What a process asks its sampler for: N answers, by their numbers among those of all processes."""
+
+    mine: list[int]
+    rows: list[PromptRow]
+    seeds: Seeds
+
+    @property
+    def ids(self) -> list[list[int]]:
+        return [row.ids for row in self.rows]
+
+
+def asked_of(
+    prompts: Sequence[PromptRow],
+    numbers: Sequence[int],
+    settings: PpoSettings,
+    worker: Worker,
+    *,
+    num_generations: int,
+    stream: int,
+    step: int,
+) -> Asked:
+    """This process's share of `num_generations` answers to each of `prompts`, whose `numbers` their seeds come from."""
+    mine = [p * num_generations + g for p in worker.mine(len(prompts)) for g in range(num_generations)]
+    places = [numbers[i // num_generations] * num_generations + i % num_generations for i in mine]
+    rows = [prompts[i // num_generations] for i in mine]
+    return Asked(mine, rows, Seeds(settings.seed, stream, step, places))
+
+
 def sample_and_score(
     roles: Roles,
     prompts: list[PromptRow],
@@ -129,19 +159,19 @@ def sample_and_score(
     stream: int,
     step: int,
     numbers: Sequence[int] | None = None,
+    meanwhile: Callable[[], None] = lambda: None,
 ) -> Scored:
     """`num_generations` answers to each of `prompts` and what every role says of them: B = prompts x generations rows,
     the answers to a prompt side by side. Prompts are dealt over the processes; the result is whole on each. `numbers`
-    are those of the prompts, by which their random numbers are drawn; None: they are counted."""
-    mine = [p * num_generations + g for p in worker.mine(len(prompts)) for g in range(num_generations)]
-    rows = [prompts[i // num_generations] for i in mine]
-    sampling = settings.sampling
+    are those of the prompts, by which their random numbers are drawn; None: they are counted. `meanwhile` is called as
+    soon as the answers are there."""
+    known = range(len(prompts)) if numbers is None else numbers
+    share = asked_of(prompts, known, settings, worker, num_generations=num_generations, stream=stream, step=step)
+    mine, rows = share.mine, share.rows
     with phases("sample"):
-        known = range(len(prompts)) if numbers is None else numbers
-        places = [known[i // num_generations] * num_generations + i % num_generations for i in mine]
-        seeds = Seeds(settings.seed, stream, step, places)
-        sampled = worker.at_length(lambda: roles.sampler.sample([row.ids for row in rows], sampling, seeds))
+        sampled = worker.at_length(lambda: roles.sampler.sample(share.ids, settings.sampling, share.seeds))
         rollouts = sampled.rollouts
+        meanwhile()
     with phases("score"):
         reader = _reader(settings)
         policy = sampled.reading or reader(roles.policy, rollouts, entropies=True, values=roles.valuer is roles.policy)
