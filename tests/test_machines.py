@@ -196,7 +196,7 @@ def test_a_machine_that_is_not_heard_of_is_held_for_dead(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"machine_rank": None}, "which of the 2 machines is this.. Set ALIGN_MACHINE_RANK, 0 to 1, on each"),
+        ({"machine_rank": None}, "which of the 2 machines is this.? Set ALIGN_MACHINE_RANK, 0 to 1, on each"),
         ({"main_process_ip": None}, "need `main_process_ip`"),
         ({"main_process_port": None}, "need `main_process_port`"),
         ({"num_processes": 3}, r"num_processes \(3\) counts those of all 2 machines"),

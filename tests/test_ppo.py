@@ -278,18 +278,20 @@ def test_the_first_ratio_may_be_off_by_what_a_dtype_rounds(dtype, is_float32, la
 
 
 @pytest.mark.parametrize(
-    ("given", "sampler", "is_float32", "cap"),
+    ("given", "engine", "is_float32", "cap"),
     [
         ("auto", "auto", True, None),
         ("auto", "generate", True, None),
         ("auto", "slots", False, 2.0),
         ("auto", "mine.py:Mine", True, 2.0),
+        ("auto", "vllm", True, 2.0),
         (None, "mine.py:Mine", False, None),
         (1.5, "slots", True, 1.5),
     ],
 )
-def test_tokens_are_weighed_where_their_sampler_may_differ(given, sampler, is_float32, cap, base, data, runs, tmp_path):
-    chosen = settings(base, data, runs, tmp_path / "ppo", ppo={"importance_cap": given}, sampling={"sampler": sampler})
+def test_tokens_are_weighed_where_their_sampler_may_differ(given, engine, is_float32, cap, base, data, runs, tmp_path):
+    sampling = {"engine": engine} | ({"url": "http://127.0.0.1:8000"} if engine == "vllm" else {})
+    chosen = settings(base, data, runs, tmp_path / "ppo", ppo={"importance_cap": given}, sampling=sampling)
     assert importance_cap(SimpleNamespace(is_float32=is_float32), chosen) == cap
 
 
