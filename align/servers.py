@@ -193,7 +193,7 @@ class Endpoint:
         return one_line(safe(text if self._api_key is None else text.replace(self._api_key, "***")))
 
 
-async def all_of(work: Sequence[Awaitable[None]], beat: Beat = lambda: None) -> None:
+async def all_of(work: Sequence[Awaitable[Any]], beat: Beat = lambda: None) -> None:
     """Everything at once, `beat` every half second, in a thread of its own, so that nothing waits for it; what fails
     first, or `beat` raises, ends the others."""
     tasks = [asyncio.ensure_future(each) for each in work]

@@ -17,8 +17,8 @@ import shutil
 import tempfile
 import threading
 import uuid
-from collections.abc import Callable, Coroutine, Iterable, Sequence
-from concurrent.futures import Future
+from collections.abc import Callable, Coroutine, Sequence
+from concurrent.futures import Future, wait
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -41,7 +41,7 @@ from align.rollout.reading import read_all
 from align.rollout.rollouts import by_row, cut_at_end, rollouts_of
 from align.rollout.sampler import Sampled, Sampler, Seeds
 from align.rollout.vllm_api import AS_IT_SAYS, PLAIN, Api, Choice, Gone
-from align.servers import Again, Checked, all_of, read_as
+from align.servers import BEAT, Again, Checked, all_of, read_as
 from align.settings import Sampling
 
 AT_ONCE = 256  # answers that are asked for, unless `batch_size` says how many: the server itself makes its batches
@@ -83,21 +83,21 @@ class VllmSampler(Sampler):
     def sample(self, prompts: Sequence[Sequence[int]], sampling: Sampling, seeds: Seeds) -> Sampled:
         """There is no reading: another engine's numbers are its own."""
         own = version_of(self.role)
-        version = self.server.begun(_key_of(seeds)) or own
+        version = self.server.begun(_key_of(seeds), self.beat) or own
         asked = self._requests(version, prompts, sampling, seeds)
         if version != own and self.server.lacks(asked) and not self.server.has(version):
             version, asked = own, self._requests(own, prompts, sampling, seeds)  # its folder is gone
         if self.server.lacks(asked):
             policy = self._policy(version, is_own=version == own)
             asyncio.run(self.server.answer(policy, asked, self.batch_size or AT_ONCE, self.beat))
-        answers = [self.server.drawn.found[key] for key in asked]
+        answers = [self.server.drawn.found[_hash(request)] for request in asked]
         rollouts = rollouts_of(prompts, [answer.tokens for answer in answers], end_ids=self.end_ids)
         return Sampled(rollouts, by_row([answer.logprobs for answer in answers], rollouts.width))
 
     def ahead(self, prompts: Sequence[Sequence[int]], sampling: Sampling, seeds: Seeds) -> None:
         policy = self._policy(version_of(self.role), is_own=True)
         asked = self._requests(policy.version, prompts, sampling, seeds)
-        self.server.begin(policy, _key_of(seeds), asked, self.batch_size or AT_ONCE)
+        self.server.begin(policy, _key_of(seeds), asked, self.batch_size or AT_ONCE, self.beat)
 
     def forget(self) -> None:
         self.server.forget()
@@ -111,8 +111,8 @@ class VllmSampler(Sampler):
 
     def _requests(
         self, version: str | None, prompts: Sequence[Sequence[int]], sampling: Sampling, seeds: Seeds
-    ) -> dict[str, Request]:
-        """All that each answer depends on, by its hash."""
+    ) -> list[Request]:
+        """All that each answer depends on."""
         common = PLAIN | {
             "model": version,
             "max_tokens": sampling.max_new_tokens,
@@ -122,8 +122,7 @@ class VllmSampler(Sampler):
             "stop_token_ids": list(self.end_ids),
         }
         rows = zip(prompts, seeds.numbers(), strict=True)
-        asked = [common | {"prompt": list(prompt), "seed": seed} for prompt, seed in rows]
-        return {_hash(request): request for request in asked}
+        return [common | {"prompt": list(prompt), "seed": seed} for prompt, seed in rows]
 
 
 @dataclass(frozen=True)
@@ -163,7 +162,7 @@ class Server:
     # ------------------------------------------------------------------------------------------------------- answers
 
     async def answer(
-        self, policy: Policy, asked: dict[str, Request], at_once: int, beat: Callable[[], None] = lambda: None
+        self, policy: Policy, asked: Sequence[Request], at_once: int, beat: Callable[[], None] = lambda: None
     ) -> None:
         """Has `drawn` hold an answer to each of `asked`.
 
@@ -189,18 +188,20 @@ class Server:
             async with free:
                 self._keep(await api.endpoint.tried(once, api.name, CURE))
 
-        missing = {key: request for key, request in asked.items() if key not in self.drawn.found}
+        missing = {key: request for request in asked if (key := _hash(request)) not in self.drawn.found}
         async with api.endpoint.client() as client:
-            await api.endpoint.tried(partial(self._check_room, client, asked.values()), api.name, CURE)
+            await api.endpoint.tried(partial(self._check_room, client, asked), api.name, CURE)
             await all_of([one(client, key, request) for key, request in missing.items()], beat)
 
-    def begin(self, policy: Policy, step: str, asked: dict[str, Request], at_once: int) -> None:
+    def begin(
+        self, policy: Policy, step: str, asked: Sequence[Request], at_once: int, beat: Callable[[], None]
+    ) -> None:
         """Has the policy as it is made ready, and its answers drawn in a thread, until `begun` is asked for them."""
 
         async def made_ready() -> None:
             async with self.api.endpoint.client() as client:
-                first = next(iter(asked.values()))
-                await self.api.endpoint.tried(partial(self._made_ready, client, policy, first), self.api.name, CURE)
+                once = partial(self._made_ready, client, policy, asked[0])
+                await all_of([self.api.endpoint.tried(once, self.api.name, CURE)], beat)
 
         if asked:
             asyncio.run(made_ready())
@@ -208,24 +209,26 @@ class Server:
         work = self.answer(replace(policy, role=None), asked, at_once)
         self._ahead = step, _in_a_thread(work)
 
-    def begun(self, step: str) -> str | None:
+    def begun(self, step: str, beat: Callable[[], None]) -> str | None:
         """The version that this step's answers are drawn from, where that was begun before, and perhaps by a run that
         was killed since; waits until they are there."""
         if self._ahead is not None and self._ahead[0] == step:
             future, self._ahead = self._ahead[1], None
+            while not wait([future], timeout=BEAT).done:
+                beat()
             future.result()
         found = self.drawn.found.get(step)
         return None if found is None else found.version
 
-    def lacks(self, asked: Iterable[str]) -> bool:
-        """Whether any of these answers has still to be drawn."""
-        return any(key not in self.drawn.found for key in asked)
+    def lacks(self, asked: Sequence[Request]) -> bool:
+        """Whether any of these has still to be answered."""
+        return any(_hash(request) not in self.drawn.found for request in asked)
 
     def has(self, version: str | None) -> bool:
         """Whether a version that is no role's any more can be drawn from."""
         return version in self._ready or (self._folder(version) / KNOWN).is_file()
 
-    async def _check_room(self, client: httpx.AsyncClient, requests: Iterable[Request]) -> None:
+    async def _check_room(self, client: httpx.AsyncClient, requests: Sequence[Request]) -> None:
         room = (await self.api.base(client)).max_model_len
         longest = max((len(request["prompt"]) + request["max_tokens"] for request in requests), default=0)
         if room is not None and longest > room:

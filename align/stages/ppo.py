@@ -203,7 +203,7 @@ def _iterate(this: _Run, iteration: int) -> dict[str, Any]:
                 stream=TRAIN,
                 step=iteration + 1,
             )
-            this.worker.agreed(lambda: roles.sampler.ahead(asked.ids, settings.sampling, asked.seeds))
+            this.worker.at_length(lambda: roles.sampler.ahead(asked.ids, settings.sampling, asked.seeds))
 
     first = answer(range(len(rows)), TRAIN, begin_the_next)
     if ppo.normalize_scores == "running":
