@@ -241,6 +241,20 @@ class Worker:
         """The positions among `count` that are this process's to compute."""
         return range(self.rank, count, self.num_processes)
 
+    def dealt(self, sizes: Sequence[int]) -> list[int]:
+        """The positions among so many pieces of work that are this process's to do, in rising order: dealt by their
+        sizes, so that none waits long for the others. The largest first, each to whoever has the least (Graham 1969).
+        """
+        if self.num_processes == 1:
+            return list(range(len(sizes)))
+        given, mine = [0] * self.num_processes, []
+        for position in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
+            to = given.index(min(given))
+            given[to] += sizes[position]
+            if to == self.rank:
+                mine.append(position)
+        return sorted(mine)
+
     def wait(self) -> None:
         """Until every process is here."""
         if self.num_processes > 1:

@@ -5,7 +5,9 @@ import json
 import math
 import os
 import platform
+import random
 import shutil
+import statistics
 import subprocess
 import sys
 
@@ -212,6 +214,27 @@ def test_worker_alone_is_one_process():
     assert worker.num_processes == 1 and list(worker.mine(3)) == [0, 1, 2]
     assert worker.gather_objects({"a": 1}) == [{"a": 1}] and worker.maximum(2.0) == 2.0
     assert worker.agreed(lambda: 3) == 3
+    assert worker.dealt([5, 1, 9]) == [0, 1, 2]
+
+
+@pytest.mark.parametrize("processes", [2, 3, 8])
+def test_work_is_dealt_by_its_size(processes):
+    """Everything once, and nobody has more than the fair share and one piece; by turns it was up to a third more."""
+    rng = random.Random(0)
+    workers = [Worker() for _ in range(processes)]
+    for rank, worker in enumerate(workers):
+        worker.rank, worker.num_processes = rank, processes
+    ratios = []
+    for _ in range(30):
+        sizes = [int(rng.lognormvariate(5.0, 0.8)) for _ in range(4 * processes)]
+        dealt = [worker.dealt(sizes) for worker in workers]
+        assert sorted(position for own in dealt for position in own) == list(range(len(sizes)))
+        assert all(own == sorted(own) for own in dealt)
+        loads = [sum(sizes[position] for position in own) for own in dealt]
+        assert max(loads) <= max(sum(sizes) / processes + max(sizes) * (1 - 1 / processes), max(sizes))
+        by_turns = max(sum(sizes[position] for position in worker.mine(len(sizes))) for worker in workers)
+        ratios.append(max(loads) / by_turns)
+    assert statistics.fmean(ratios) < 0.9 and workers[-1].dealt([7]) == []
 
 
 @pytest.mark.parametrize(("ranks", "count"), [(2, 5), (3, 2), (4, 8)])

@@ -247,7 +247,7 @@ def _reader(settings: PpoSettings) -> Callable[..., Reading]:
 
 def kl_to(role: Role, scored: Scored, settings: PpoSettings, worker: Worker) -> float:
     """Mean sequence KL of the answers to another role than the reference (nats). All processes call it."""
-    mine = list(worker.mine(len(scored.texts)))
+    mine = worker.dealt([len(p.ids) + len(a) for p, a in zip(scored.prompts, scored.rollouts.answers, strict=True)])
     prompts, answers = [scored.prompts[row].ids for row in mine], [scored.rollouts.answers[row] for row in mine]
     rollouts = rollouts_of(prompts, answers, end_ids=())
     other = _reader(settings)(role, rollouts).logprobs  # (own rows, R)
@@ -400,7 +400,7 @@ def _minibatch(
     """Gradients of one minibatch, gathered over this process's passes; figures over all processes."""
     ppo, rollouts = settings.ppo, experience.rollouts
     num_tokens = sum(len(rollouts.answers[row]) for row in rows if experience.is_learnt[row])
-    mine = [row for row in _dealt(rows, experience.group, worker) if experience.is_learnt[row]]
+    mine = [row for row in _dealt(rows, experience, worker) if experience.is_learnt[row]]
     trained = roles.trained.values()
     if ppo.gradient_checkpointing:
         for role in trained:
@@ -447,10 +447,14 @@ def _minibatch(
     }
 
 
-def _dealt(rows: list[int], num_generations: int, worker: Worker) -> list[int]:
-    """This process's rows: the answers to a prompt go to one process, as long as the minibatch holds them all."""
-    group = num_generations if len(rows) % num_generations == 0 else 1
-    return [rows[i * group + g] for i in worker.mine(len(rows) // group) for g in range(group)]
+def _dealt(rows: list[int], experience: Experience, worker: Worker) -> list[int]:
+    """This process's rows, by their tokens: the answers to a prompt go to one process, as long as the minibatch holds
+    them all, and are read with the prompt once."""
+    group = experience.group if len(rows) % experience.group == 0 else 1
+    groups = [rows[i : i + group] for i in range(0, len(rows), group)]
+    prompts, answers = experience.rollouts.prompts, experience.rollouts.answers
+    sizes = [len(prompts[own[0]]) + sum(len(answers[row]) for row in own) for own in groups]
+    return [row for i in worker.dealt(sizes) for row in groups[i]]
 
 
 def _losses(

@@ -159,7 +159,7 @@ def evaluate_pairs(
 ) -> dict[str, float]:
     """Accuracy (ties half; soft labels by their side), loss, mean margin towards the labels' side and calibration error
     on `pairs`."""
-    mine = list(worker.mine(len(pairs)))
+    mine = worker.dealt([pair.tree.num_tokens for pair in pairs])
     scores = score_sequences(
         role,
         [pairs[i].tokens.prompt_ids for i in mine for _ in range(2)],

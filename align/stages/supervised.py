@@ -68,7 +68,8 @@ class Task(ABC, Generic[Example]):
         it."""
         with torch.no_grad():
             budget = training_tokens(role.causal, max_batch_tokens)
-            sums = _summed(self, role, examples, worker, EVALUATION, budget, lambda loss: None)
+            mine = _dealt(self, examples, worker)
+            sums = _summed(self, role, mine, worker, EVALUATION, budget, lambda loss: None)
         return {f"eval_{name}": value for name, value in self.means(sums).items()}
 
     def means(self, sums: dict[str, float]) -> dict[str, float]:
@@ -225,6 +226,7 @@ def _step(this: _Run[Any], step: int) -> tuple[dict[str, float], dict[str, Any]]
     numbers = this.order.rows(len(this.rows), course.progress["rows_a_step"], step - 1, course.seed)
     examples = [example for number in numbers for example in this.rows[number]]
     divisor = sum(map(task.count, examples)) * task.mean_weight
+    mine = _dealt(task, examples, worker)
     learner = course.learners[task.name]
     this.costs.begin_step()
     role.train()
@@ -233,11 +235,11 @@ def _step(this: _Run[Any], step: int) -> tuple[dict[str, float], dict[str, Any]]
         def use(loss: Tensor) -> None:
             (loss / (divisor / scale)).backward()
 
-        return _summed(task, role, examples, worker, TRAINING, this.max_tokens, use, undo=learner.clear)
+        return _summed(task, role, mine, worker, TRAINING, this.max_tokens, use, undo=learner.clear)
 
     sums = gathered([learner], worker, gather)
     role.eval()
-    this.costs.tokens += sum(task.tree(examples[i]).num_tokens for i in worker.mine(len(examples)))
+    this.costs.tokens += sum(task.tree(example).num_tokens for example in mine)
     rate, norm = learner.learning_rate, learner.step()
     this.costs.end_step()
     if step == 1 and norm == 0.0:
@@ -245,18 +247,23 @@ def _step(this: _Run[Any], step: int) -> tuple[dict[str, float], dict[str, Any]]
     return sums, {"grad_norm": norm, "learning_rate": rate, "weight_norm": course.weight_norm()}
 
 
+def _dealt(task: Task[Any], examples: Sequence[Any], worker: Worker) -> list[Any]:
+    """This process's, by their tokens."""
+    return [examples[i] for i in worker.dealt([task.tree(example).num_tokens for example in examples])]
+
+
 def _summed(
     task: Task[Any],
     role: Role,
-    examples: Sequence[Any],
+    mine: Sequence[Any],
     worker: Worker,
     phase: Phase,
     max_tokens: int,
     use: Callable[[Tensor], None],
     undo: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:
-    """`loss`, figures and `count` summed over the examples, which the processes share; `use` gets each pass's loss."""
-    mine = [examples[i] for i in worker.mine(len(examples))]
+    """`loss`, figures and `count` summed over the examples of all processes; `use` gets the loss of each pass over this
+    one's."""
 
     def work(numbers: list[int]) -> dict[str, Tensor]:
         batch = [mine[i] for i in numbers]
