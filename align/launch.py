@@ -38,6 +38,7 @@ from align.locks import clear_locks
 from align.processes import (
     LAUNCH_ID,
     PARENT_PID,
+    SHARD,
     Status,
     die_with_parent,
     kill_launch,
@@ -53,9 +54,9 @@ from align.wording import brief, did_you_mean, one_line
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-NAMED = ("cpu", "gpu", "ddp")
+NAMED = ("cpu", "gpu", "ddp", "fsdp")
 ALLOCATOR = {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"}  # torch's settings of it, and their former name
-SUPPORTED = ("NO", "MULTI_CPU", "MULTI_GPU")
+SUPPORTED = ("NO", "MULTI_CPU", "MULTI_GPU", "FSDP")
 OBEYED = (
     *("compute_environment", "distributed_type", "use_cpu", "num_processes", "num_machines", "machine_rank"),
     *("main_process_ip", "main_process_port", "gpu_ids", "rdzv_backend", "same_network", "enable_cpu_affinity"),
@@ -92,6 +93,7 @@ class LaunchPlan:
     expected_processes: int
     expected_device: Literal["cpu", "cuda"]
     description: str  # "2 processes on the CPU", and the config file where it is the user's own
+    is_sharded: bool = False  # bases are spread over its processes
     machine: int = 0  # of several, each of which starts its own
     num_machines: int = 1
 
@@ -120,9 +122,10 @@ def plan(launch: str | None) -> LaunchPlan:
         if not _num_gpus():
             raise BadInput("launch `gpu`: torch sees no GPU on this machine; use `cpu`")
         return _plan_from_file(folder / "gpu.yaml")
-    if launch == "ddp":
+    if launch in ("ddp", "fsdp"):
         num_gpus = _num_gpus()
-        return _plan_from_file(folder / "ddp.yaml", num_gpus) if num_gpus else _plan_from_file(folder / "ddp_cpu.yaml")
+        named = folder / (f"{launch}.yaml" if num_gpus else f"{launch}_cpu.yaml")
+        return _plan_from_file(named, num_gpus or None)
     if not Path(launch).is_file():
         near = difflib.get_close_matches(launch, NAMED, n=1)
         hint = f"; did you mean `{near[0]}`?" if near else ""
@@ -156,6 +159,11 @@ def _read_config(path: Path) -> dict[str, Any]:
     kind = config.get("distributed_type")
     if kind is False:
         raise BadInput(f"{path}: write distributed_type: 'NO' in quotes; YAML reads a bare NO as false")
+    if kind == "DEEPSPEED":
+        raise BadInput(
+            f"{path}: DeepSpeed's engine owns step and hooks of one model, where roles are views over one base: use "
+            "`launch: fsdp`, which spreads the base over the processes, or `ddp`"
+        )
     if kind not in SUPPORTED:
         raise BadInput(
             f"{path}: distributed_type {one_line(kind)} is not supported; the stages run under {', '.join(SUPPORTED)}"
@@ -195,7 +203,7 @@ def _check_obeyed(config: dict[str, Any], path: Path) -> None:
             "`model.load_in` says; set it to 'no' here, and there `model.load_in: bfloat16`"
         )
     for key in NOT_OBEYED:
-        value = config.get(key)
+        value = None if key == "fsdp_config" and config["distributed_type"] == "FSDP" else config.get(key)
         given = [v for k, v in value.items() if k != "dynamo_use_fullgraph"] if isinstance(value, dict) else [value]
         if not all(_is_off(each) for each in given):
             raise BadInput(f"{path}: {key} is not obeyed by the stages ({brief(value)}); remove it")
@@ -219,7 +227,11 @@ def _plan_from_file(path: Path, num_processes: int | None = None) -> LaunchPlan:
     """The plan for a config file, with `num_processes` in place of the file's own where it is given."""
     config = _read_config(path)
     kind, num_machines = config["distributed_type"], config["num_machines"]
-    arguments = ["--config_file", str(path)]
+    arguments, is_sharded = ["--config_file", str(path)], kind == "FSDP"
+    if is_sharded:  # accelerate starts the processes; what they do with the base is ours
+        _check_fsdp(config, path)
+        kind = "MULTI_GPU"
+        arguments.append("--multi_gpu")
     if num_processes is None:
         num_processes = int(config["num_processes"])
     else:
@@ -260,7 +272,26 @@ def _plan_from_file(path: Path, num_processes: int | None = None) -> LaunchPlan:
         description += f" ({path})"
     if num_machines > 1:
         description += f", machine {machine} of {num_machines}"
-    return LaunchPlan(tuple(arguments), environment, num_processes, device, description, machine, num_machines)
+    if is_sharded:
+        environment[SHARD] = "1"
+        description += ", the base spread over them"
+    return LaunchPlan(
+        tuple(arguments), environment, num_processes, device, description, is_sharded, machine, num_machines
+    )
+
+
+def _check_fsdp(config: dict[str, Any], path: Path) -> None:
+    """Raises BadInput for what the spreading of a base does not do."""
+    asked = config.get("fsdp_config") or {}
+    version = asked.get("fsdp_version", 1) if isinstance(asked, dict) else None
+    if version != 2:
+        raise BadInput(
+            f"{path}: `fsdp_config.fsdp_version` is {brief(version)}; write 2: version 1 has a model's weights in one "
+            "flat tensor, of which roles cannot share the layers"
+        )
+    for key, value in asked.items():
+        if key not in ("fsdp_version", "fsdp_reshard_after_forward") or (key != "fsdp_version" and value is not True):
+            raise BadInput(f"{path}: `fsdp_config.{key}: {brief(value)}` is not obeyed; remove it")
 
 
 def _check_machines(config: dict[str, Any], path: Path) -> int:

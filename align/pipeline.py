@@ -10,7 +10,7 @@ from align.endings import last
 from align.errors import BadInput
 from align.launch import LaunchPlan, plan, run_stage
 from align.locks import RUN_LOCK, at_work_in, check_free, clear_locks
-from align.preflight import check_recipe, remarks
+from align.preflight import check_recipe, check_sharded, remarks
 from align.recipe import Recipe
 from align.resumption import change
 from align.wording import safe
@@ -27,6 +27,8 @@ def launches(recipe: Recipe, states: dict[str, str]) -> dict[str, LaunchPlan]:
         try:
             if states[name] != "finished":
                 found[name] = plan(stage.launch)
+                if found[name].is_sharded:
+                    check_sharded(stage)
         except BadInput as error:
             raise BadInput(f"{recipe.path}: {f'stage `{name}`: ' if recipe.is_pipeline else ''}{error}") from error
     return found

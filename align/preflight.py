@@ -171,6 +171,24 @@ def check_sampler(settings: StageSettings) -> None:
         own_sampler(drawn.engine)
 
 
+def check_sharded(settings: StageSettings) -> None:
+    """Whether a stage can do its work over a base that is spread over processes.
+
+    Raises:
+        BadInput: with the key, the reason and the cure.
+    """
+    cure = "use another `launch`"
+    if settings.model.load_in == "nf4":
+        raise BadInput(
+            f"`model.load_in: nf4`: a base in 4 bits is not spread over processes yet; load 16 bits, or {cure}"
+        )
+    if isinstance(settings.tuned_by(), Full):
+        raise BadInput(f"`{method_key(settings)}.kind: full` trains a copy that is whole on each process; {cure}")
+    for key, judge in settings.judges().items():
+        if judge.use == "model":
+            raise BadInput(f"`{key}`: a model that judges is asked by one process alone; {cure}, or a server")
+
+
 def check_model(settings: StageSettings) -> None:
     """Its base, chat template and tuning method, and whether they go together.
 

@@ -14,6 +14,7 @@ from pathlib import Path
 LAUNCH_ID = "ALIGN_LAUNCH_ID"
 # The process that a launched process must not outlive.
 PARENT_PID = "ALIGN_PARENT_PID"
+SHARD = "ALIGN_SHARD"  # 1: the launch asks for bases that are spread over its processes
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from align.errors import BadInput, RunFailed
 from align.libraries import keep_freed_memory
+from align.processes import SHARD
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -37,6 +38,7 @@ class Worker:
 
         use_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
         from align.models.backoff import forget
+        from align.models.lockstep import spread_over
 
         forget()
         self.accelerator = Accelerator(cpu=use_cpu or not torch.cuda.is_available())
@@ -49,15 +51,21 @@ class Worker:
         plain = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
         if self.accelerator.distributed_type not in plain:
             raise BadInput(
-                f"accelerate's mode {self.accelerator.distributed_type.value} shards the base, which roles "
-                "share whole; use `launch: cpu`, `gpu` or `ddp`"
+                f"accelerate's mode {self.accelerator.distributed_type.value} is not for a base that roles share: "
+                "start it by `align run` with `launch: fsdp`, which spreads the base, or `cpu`, `gpu`, `ddp`"
             )
         self._check_mode()
         self._check_precision()
         if self.device.type == "cpu":
             keep_freed_memory()
+        spread_over(self._mesh() if os.environ.get(SHARD) == "1" and self.num_processes > 1 else None)
         self._signal: int | None = None  # None: the system answers it
         self._is_meeting = False
+
+    def _mesh(self) -> Any:
+        from torch.distributed.device_mesh import init_device_mesh
+
+        return init_device_mesh(self.device.type, (self.num_processes,))
 
     def _check_mode(self) -> None:
         """Accelerate quietly runs another mode than the one asked for on some machines: then stop."""

@@ -212,8 +212,8 @@ def test_a_single_worker_is_the_launcher_itself(tmp_path: Path, gpu_ids: str, lo
 
 
 REFUSED = {
-    "FSDP": "distributed_type: FSDP",
-    "DEEPSPEED": "distributed_type: DEEPSPEED",
+    "fsdp_version` is 1; write 2": "{distributed_type: FSDP, num_processes: 2}",
+    "DeepSpeed's engine owns": "distributed_type: DEEPSPEED",
     "MEGATRON_LM": "distributed_type: MEGATRON_LM",
     "XLA": "distributed_type: XLA",
     "None": "num_processes: 2",

@@ -14,13 +14,14 @@ import sys
 from collections.abc import Callable, Iterator, Sequence, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch import Tensor
 
 from align.errors import RunFailed
+from align.models.lockstep import in_lock_step
 from align.wording import one_line
 
 Piece = TypeVar("Piece", bound=Sized)
@@ -74,10 +75,13 @@ def in_passes(
     work: Callable[[Piece], T],
     *,
     undo: Callable[[], None] = lambda: None,
+    idle: Callable[[], Any] | None = None,
 ) -> list[tuple[Piece, T]]:
     """`work` on each of the passes that `split(max_tokens)` makes; the passes with what it gave.
 
-    `undo` is called before the first pass, and takes back what passes of a failed attempt have changed.
+    `undo` is called before the first pass, and takes back what passes of a failed attempt have changed. `idle` is a
+    pass that changes nothing, for a process that has fewer than another one, where a base is spread over them (None:
+    what `work` needs is not).
 
     Raises:
         RunFailed: memory is too small for a pass of one row.
@@ -85,7 +89,12 @@ def in_passes(
 
     def attempt(size: int) -> list[tuple[Piece, T]]:
         undo()
-        return [(one, _worked(phase, work, one)) for one in split(size)]
+        passes = split(size)
+        left = 0 if idle is None else in_lock_step(len(passes)) - len(passes)  # before the first: all gather together
+        found = [(one, _worked(phase, work, one)) for one in passes]
+        for _ in range(left):
+            cast(Callable[[], Any], idle)()
+        return found
 
     def smaller(size: int) -> int:
         """Half, or less where half would make the very passes that do not fit."""

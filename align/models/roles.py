@@ -31,6 +31,7 @@ from align.models.linear import PlainLinear
 from align.models.loading import check_patterns, load_adapter_config, load_adapter_weights
 from align.models.lora import fuse
 from align.models.methods import has_weights, inject, prefix_of, with_method
+from align.models.sharding import spread, whole
 from align.models.tokenizer import tokenizer_of
 from align.settings import AnyMethod, Full, Model
 
@@ -177,6 +178,12 @@ class Role(nn.Module):
         return [(name, p) for name, p in self.named_parameters() if p.requires_grad]
 
 
+def idle_pass(role: Role) -> None:
+    """A pass over nothing of interest, without gradients, for a process that has none left where others have."""
+    layout = role.layout([Tree([0], [[0]])])
+    role.states(layout, layout.before)
+
+
 def view(model: PreTrainedModel) -> PreTrainedModel:
     """A module tree of its own over the very same leaves: modules that own weights and hold no other modules.
 
@@ -215,6 +222,7 @@ class Bases:
         if key not in self._loaded:
             check_large(base)
             self._loaded[key] = load_base(settings, self.device)
+            spread(self._loaded[key].model)
         return self._loaded[key]
 
     def base_of(self, folder: str | None) -> Base:
@@ -258,15 +266,17 @@ class Bases:
                 f"{folder} already holds an adapter, and a second method cannot be put over it: leave "
                 "`method` out to go on with it, or merge it first (`align merge`)"
             )
-        model: PreTrainedModel | PeftModel
         if trainable and not is_adapter and method is None:
             raise ValueError("a whole model is trained by a method: pass one")
-        if is_adapter:
-            assert folder is not None
-            base = over or self.base_of(folder)
+        base = (over if is_adapter else None) or self.base_of(folder)
+        with whole():  # a method may look at weights, or copy some
+            return self._over(base, folder, method=method, trainable=trainable, head=head)
+
+    def _over(self, base: Base, folder: str | None, *, method: AnyMethod | None, trainable: bool, head: bool) -> Role:
+        model: PreTrainedModel | PeftModel
+        if folder is not None and has_adapter(folder):
             model, weight = _with_saved_adapter(view(base.model), folder, trainable)
         else:
-            base = self.base_of(folder)
             model, weight = _with_new_method(base, method, trainable, head), _saved_head(folder)
         computes_in = base.model.dtype if isinstance(method, Full) and base.model.dtype != torch.float32 else None
         if not head:

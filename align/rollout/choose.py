@@ -10,7 +10,9 @@ from torch import Tensor
 
 from align.errors import BadInput, RunFailed
 from align.models.budget import ANSWERS
+from align.models.lockstep import meshes
 from align.models.roles import Role
+from align.models.sharding import whole
 from align.plugins import load_object, users_code
 from align.rollout.generate import GenerateSampler
 from align.rollout.rollouts import Reading, Rollouts
@@ -33,6 +35,13 @@ def sampler_of(role: Role, sampling: Sampling, **how: Any) -> Sampler:
         kind = "slots" if role.is_flat and sampling.cache_implementation == "dynamic" else "generate"
     if kind == "slots" and not role.is_flat:
         raise BadInput("`sampling.engine: slots`: this attention takes padded batches only; take `generate`, or `auto`")
+    if meshes and kind != "vllm":
+        return _OverTheWhole(role=role, **how, own=sampler_over(role, kind, sampling, **how))
+    return sampler_over(role, kind, sampling, **how)
+
+
+def sampler_over(role: Role, kind: str, sampling: Sampling, **how: Any) -> Sampler:
+    """The sampler of this kind, over a base that is whole on each process, or that a server has."""
     if kind == "vllm":
         from align.rollout.vllm import Server, VllmSampler  # asks over HTTP, as no other does
 
@@ -60,6 +69,23 @@ def own_sampler(reference: str) -> type[Sampler]:
     if inspect.isabstract(cls):
         raise BadInput(f"`sampling.engine: {reference}` does not say how it draws; give it a method `sample`")
     return cls
+
+
+@dataclass(frozen=True, kw_only=True)
+class _OverTheWhole(Sampler):
+    """Has a base that is spread over processes gathered once for all the tokens of a call."""
+
+    own: Sampler
+
+    def sample(self, prompts: Sequence[Sequence[int]], sampling: Sampling, seeds: Seeds) -> Sampled:
+        with whole():
+            return self.own.sample(prompts, sampling, seeds)
+
+    def forget(self) -> None:
+        self.own.forget()
+
+    def close(self) -> None:
+        self.own.close()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -26,6 +26,7 @@ from align.maths.kl import mean_and_error, moments, next_kl_coef
 from align.maths.running import NOTHING_YET, with_batch
 from align.models.roles import Role
 from align.models.saving import become, save_role, save_tokenizer
+from align.models.sharding import whole
 from align.parents import remarks_on_parents
 from align.phases import Phases
 from align.report.curves import ppo_curves
@@ -128,7 +129,11 @@ def run(settings: PpoSettings, worker: Worker) -> None:
             tracker.say(message)
         while not _loop(this):
             pass  # it has gone back
-        _finish(this)
+        if settings.ppo.kl_budget is not None and kl_budget.kept(this.progress) is None:
+            _evaluate(this, this.progress["step"])  # an earlier version kept none that was over the budget
+        with whole():  # what the first process does alone, it does over a base of its own
+            _finish(this)
+            worker.wait()
 
 
 def _loop(this: _Run) -> bool:
@@ -329,8 +334,6 @@ def _finish(this: _Run) -> None:
     """Saves the last policy, or the one that the KL budget keeps, and the pictures."""
     settings, roles, worker, progress, tracker = this.settings, this.roles, this.worker, this.progress, this.tracker
     budget = settings.ppo.kl_budget
-    if budget is not None and kl_budget.kept(progress) is None:
-        _evaluate(this, progress["step"])  # an earlier version kept none that was over the budget
     if worker.is_main:
         folder, judged = Path(settings.output), {"seen_prompts": this.seen.figure} if this.held_out else {}
         if progress.get("score_moments"):

@@ -418,6 +418,11 @@ def _minibatch(
         summed, policy = _losses(roles, experience, part.trees, in_part, settings, divisor, token_weight)
         return summed, float(policy.ratio_max), float(policy.max_abs_logratio)
 
+    def idle() -> None:
+        row = min(rows, key=lambda row: len(rollouts.prompts[row]) + len(rollouts.answers[row]))
+        tree = Tree(list(rollouts.prompts[row]), [list(rollouts.answers[row])])
+        _losses(roles, experience, [tree], [row], settings, math.inf, token_weight)  # over so many tokens it is nothing
+
     def undo() -> None:  # gradients begin with the minibatch: a pass that failed in the middle has left some
         for role in trained:
             role.zero_grad()
@@ -432,7 +437,7 @@ def _minibatch(
     passes = gathered(
         learners.values(),
         worker,
-        lambda scale: in_passes(UPDATE, max_tokens, split, partial(work, scale=scale), undo=undo),
+        lambda scale: in_passes(UPDATE, max_tokens, split, partial(work, scale=scale), undo=undo, idle=idle),
     )
     sums = Sums(SUMMED + (OF_CRITIC if roles.valuer is not None else ()), worker.device)
     ratio_max = logratio_max = 0.0

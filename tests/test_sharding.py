@@ -1,0 +1,129 @@
+"""A base that is spread over two processes (FSDP2 over gloo): every stage does what one process does."""
+
+import json
+import os
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from align.errors import BadInput
+from align.launch import plan
+from align.preflight import check_sharded
+from align.settings import STAGES, EvaluateSettings
+from align.track import read_metrics
+from tests import tiny
+from tests.apart import run_apart
+
+pytestmark = [pytest.mark.timeout(240), pytest.mark.usefixtures("no_pictures")]
+WEIGHTS = "adapter_model.safetensors"
+
+
+def spread():
+    """Of each process, before it begins."""
+    os.environ["ALIGN_SHARD"] = "1"
+
+
+def same_weights(one, two):
+    ours, theirs = (load_file(folder / WEIGHTS) for folder in (one, two))
+    assert ours.keys() == theirs.keys()
+    for key in ours:
+        torch.testing.assert_close(ours[key], theirs[key], rtol=0, atol=1e-5)
+
+
+def same_figures(one, two):
+    rows = [
+        [{k: v for k, v in row.items() if "second" not in k and "mib" not in k} for row in read_metrics(folder)]
+        for folder in (one, two)
+    ]
+    assert len(rows[0]) == len(rows[1]) > 0
+    for ours, theirs in zip(*rows, strict=True):
+        assert ours.keys() == theirs.keys()
+        for key, value in ours.items():
+            if isinstance(value, float) and "tokens_per" not in key:
+                assert theirs[key] == pytest.approx(value, rel=1e-4, abs=2e-5), key
+
+
+@pytest.mark.parametrize("stage", ["sft", "reward", "dpo", "ppo"])
+def test_a_stage_over_a_spread_base_is_the_stage(stage, base, data, runs, tmp_path):
+    values = tiny.recipe(stage, base, data, tmp_path / "one")
+    if stage in ("dpo", "ppo"):
+        values |= {"policy": {"from": str(runs / "sft")}}
+    if stage == "ppo":
+        values |= {"critic": {"kind": "adapter", "from": str(runs / "reward")}}
+        values["rewards"] = [{"use": "learned", "from": str(runs / "reward")}]
+    if stage != "ppo":
+        values["train"] |= {"max_batch_tokens": 40}  # passes of a row or two: not the same number on each process
+    tiny.run(STAGES[stage](**values))
+    values |= {"output": str(tmp_path / "two")}
+    if stage != "ppo":
+        values["train"] |= {"per_device_train_batch_size": values["train"]["per_device_train_batch_size"] // 2}
+    run_apart(values, tmp_path, spread)
+    same_weights(tmp_path / "one", tmp_path / "two")
+    same_figures(tmp_path / "one", tmp_path / "two")
+
+
+def test_an_evaluation_over_a_spread_base_is_the_evaluation(base, data, runs, tmp_path):
+    values = {
+        "stage": "evaluate", "model": {"base": str(base)}, "launch": "cpu", "output": str(tmp_path / "one"),
+        "policies": {"base": None, "sft": str(runs / "sft")}, "compare": [["sft", "base"]],
+        "rewards": [{"use": "learned", "from": str(runs / "reward")}],
+        "prompts": {"train": str(data / "prompts.jsonl")}, "sampling": {"max_new_tokens": 8}, "max_prompts": 3,
+    }  # fmt: skip
+    tiny.run(EvaluateSettings(**values))
+    run_apart(values | {"output": str(tmp_path / "two")}, tmp_path, spread)
+    ours, theirs = (json.loads((tmp_path / name / "results.json").read_text()) for name in ("one", "two"))
+    for name, figures in ours["policies"].items():
+        assert theirs["policies"][name] == pytest.approx(figures, rel=1e-4, abs=1e-5)
+
+
+def report_resident():
+    spread()
+    from align.models import roles
+
+    load = roles.Bases.load
+
+    def told(self, *arguments, **how):
+        found = load(self, *arguments, **how)
+        layers = [p for name, p in found.model.named_parameters() if ".layers." in name]
+        resident = sum((p.to_local() if hasattr(p, "to_local") else p).untyped_storage().nbytes() for p in layers)
+        print("resident", resident / sum(p.numel() * p.itemsize for p in layers), flush=True)
+        return found
+
+    roles.Bases.load = told
+
+
+def test_each_process_holds_half_of_the_layers(base, data, tmp_path):
+    said = run_apart(tiny.recipe("sft", base, data, tmp_path / "run"), tmp_path, report_resident)
+    for each in said:
+        (share,) = {float(line.split()[1]) for line in each.splitlines() if line.startswith("resident")}
+        assert share <= 0.55
+
+
+def test_it_is_a_launch_and_what_it_cannot_do_is_one_line(base, data, runs, tmp_path):
+    found = plan("fsdp")
+    assert found.is_sharded and found.expected_processes >= 2 and "spread over them" in found.description
+    assert not plan("ddp").is_sharded
+    cases = [
+        (
+            tiny.settings("sft", base, data, tmp_path / "a", model={"base": str(base), "load_in": "nf4"}),
+            "4 bits is not",
+        ),
+        (tiny.settings("sft", base, data, tmp_path / "b", method={"kind": "full"}), "copy that is whole on each"),
+    ]
+    for settings, words in cases:
+        with pytest.raises(BadInput, match=words):
+            check_sharded(settings)
+    config = tmp_path / "config.yaml"
+    for text, words in (
+        ("distributed_type: FSDP\nnum_processes: 2\nfsdp_config: {fsdp_version: 1}", "write 2: version 1 has"),
+        ("distributed_type: FSDP\nnum_processes: 2", "`fsdp_config.fsdp_version` is 1"),
+        (
+            "distributed_type: FSDP\nnum_processes: 2\nfsdp_config: {fsdp_version: 2, fsdp_offload_params: true}",
+            "not obeyed",
+        ),
+        ("distributed_type: DEEPSPEED\nnum_processes: 2", "`launch: fsdp`, which spreads the base"),
+    ):
+        config.write_text(text)
+        with pytest.raises(BadInput, match=words):
+            plan(str(config))
