@@ -18,8 +18,8 @@ from align.errors import BadInput
 from align.libraries import loading, quiet_libraries, seed_everything
 from align.locks import at_work_in, beside, clear_locks
 from align.machines import watched
-from align.preflight import check_stage
-from align.processes import PARENT_PID, die_with_parent, read_status, write_status
+from align.preflight import check_sharded, check_stage
+from align.processes import PARENT_PID, SHARD, die_with_parent, read_status, write_status
 from align.recipe import Recipe, load_recipe
 from align.resumption import state_of
 from align.settings import StageSettings
@@ -49,12 +49,13 @@ def run_stage(settings: StageSettings) -> None:
 
 def _end_at_once(why: str) -> None:
     """From a thread, while the work waits for what never comes."""
-    told = os.environ.get("ALIGN_STATUS_FILE")
-    if told:
-        write_status(Path(told), FAILED, why)
-    else:
-        tell(why)
-    os._exit(FAILED)
+    try:
+        if told := os.environ.get("ALIGN_STATUS_FILE"):
+            write_status(Path(told), FAILED, why)
+        else:
+            tell(why)
+    finally:  # a disk that is full, or gone, too
+        os._exit(FAILED)
 
 
 def _is_finished(settings: StageSettings) -> bool:
@@ -92,6 +93,8 @@ def main(kind: str | None = None, arguments: list[str] | None = None) -> None:
         recipe, name = _chosen(list(sys.argv[1:] if arguments is None else arguments), kind)
         folders.append(recipe.stages[name].output)
         check_stage(recipe, name)
+        if os.environ.get(SHARD) == "1":
+            check_sharded(recipe.stages[name])
         run_stage(recipe.stages[name])
         error: BaseException | None = None
     except BaseException as raised:  # a library's SystemExit too, which would pass for success

@@ -124,6 +124,8 @@ def plan(launch: str | None) -> LaunchPlan:
         return _plan_from_file(folder / "gpu.yaml")
     if launch in ("ddp", "fsdp"):
         num_gpus = _num_gpus()
+        if launch == "fsdp" and num_gpus == 1:
+            raise BadInput("launch `fsdp`: a base is spread over two GPUs or more, and there is one; use `gpu`")
         named = folder / (f"{launch}.yaml" if num_gpus else f"{launch}_cpu.yaml")
         return _plan_from_file(named, num_gpus or None)
     if not Path(launch).is_file():
@@ -288,6 +290,10 @@ def _check_fsdp(config: dict[str, Any], path: Path) -> None:
         raise BadInput(
             f"{path}: `fsdp_config.fsdp_version` is {brief(version)}; write 2: version 1 has a model's weights in one "
             "flat tensor, of which roles cannot share the layers"
+        )
+    if config["num_processes"] < 2:
+        raise BadInput(
+            f"{path}: a base is spread over two processes or more, not {config['num_processes']}; use `gpu` or `cpu`"
         )
     for key, value in asked.items():
         if key not in ("fsdp_version", "fsdp_reshard_after_forward") or (key != "fsdp_version" and value is not True):

@@ -19,9 +19,9 @@ from align.errors import BadInput
 from align.locks import MACHINES
 from align.worker import Worker
 
-SEEN_AFTER = 15.0  # seconds: a network's file system shows a new file to others late
-BEAT, LONGEST = 2.0, 40.0  # seconds between two counts, and without one until a machine is held for dead
-ENDED = "ended"
+SEEN_AFTER = 60.0  # seconds: a network's file system shows a new file to others late
+BEAT, LONGEST = 2.0, 50.0  # seconds between two counts, and without one until a machine is held for dead
+ENDED, FAILED = "ended", "failed"
 
 
 @contextmanager
@@ -36,15 +36,18 @@ def watched(output: str, worker: Worker, on_death: Callable[[str], None]) -> Ite
         return
     folder = Path(output).resolve() / MACHINES
     launch, over = worker.gather_objects(uuid4().hex)[0], threading.Event()
-    watch = threading.Thread(target=_watch, args=(folder, launch, worker, over, on_death), daemon=True)
+    end: list[str] = []  # how it did, once it has
+    watch = threading.Thread(target=_watch, args=(folder, launch, worker, over, end, on_death), daemon=True)
     try:
         if worker.is_main:
             folder.mkdir(parents=True, exist_ok=True)
             (folder / launch).touch()
+        worker.wait()
         worker.agreed(lambda: _check_seen(folder / launch, output))
         if worker.is_first_here:
             watch.start()
         yield
+        end.append(ENDED)
     finally:
         over.set()
         if watch.ident is not None:
@@ -64,7 +67,14 @@ def _check_seen(file: Path, output: str) -> None:
         time.sleep(0.1)
 
 
-def _watch(folder: Path, launch: str, worker: Worker, over: threading.Event, on_death: Callable[[str], None]) -> None:
+def _watch(
+    folder: Path,
+    launch: str,
+    worker: Worker,
+    over: threading.Event,
+    end: list[str],
+    on_death: Callable[[str], None],
+) -> None:
     own, count = folder / str(worker.machine), 0
     others = {machine: ("", time.monotonic()) for machine in range(worker.num_machines) if machine != worker.machine}
     while not over.is_set():
@@ -72,6 +82,11 @@ def _watch(folder: Path, launch: str, worker: Worker, over: threading.Event, on_
         _say(own, f"{launch} {count}")
         for machine, (before, since) in others.items():
             said = _said(folder / str(machine))
+            if said == f"{launch} {FAILED}":
+                over.wait(BEAT)  # what it met may be met here too, and is told better then
+                if not over.is_set():
+                    on_death(f"the stage has failed on machine {machine}, which says why")
+                return
             if said.startswith(launch) and said != before:
                 others[machine] = said, time.monotonic()
             elif not before.endswith(ENDED) and time.monotonic() - since > LONGEST:
@@ -81,7 +96,7 @@ def _watch(folder: Path, launch: str, worker: Worker, over: threading.Event, on_
                 )
                 return
         over.wait(BEAT)
-    _say(own, f"{launch} {ENDED}")
+    _say(own, f"{launch} {end[0] if end else FAILED}")
 
 
 def _say(file: Path, words: str) -> None:

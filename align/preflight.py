@@ -184,6 +184,9 @@ def check_sharded(settings: StageSettings) -> None:
         )
     if isinstance(settings.tuned_by(), Full):
         raise BadInput(f"`{method_key(settings)}.kind: full` trains a copy that is whole on each process; {cure}")
+    drawn = settings.draws()
+    if drawn is not None and drawn.engine == "vllm":
+        raise BadInput(f"`sampling.engine: vllm` does not go with a base that is spread over processes yet; {cure}")
     for key, judge in settings.judges().items():
         if judge.use == "model":
             raise BadInput(f"`{key}`: a model that judges is asked by one process alone; {cure}, or a server")

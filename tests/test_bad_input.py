@@ -475,7 +475,7 @@ OUTPUTS = [
 LAUNCHES = [
     sft("near one", {"launch": "gppu"}, "launch `gppu`", "did you mean `gpu`?"),
     sft("a missing file", {"launch": "missing.yaml"}, "launch `missing.yaml`: no such file", "cpu, gpu, ddp"),
-    sft("FSDP", {"launch": "a.yaml"}, "a.yaml", "FSDP", "MULTI_GPU", files={"a.yaml": "distributed_type: FSDP\n"}),
+    sft("FSDP", {"launch": "a.yaml"}, "a.yaml", "fsdp_version", "write 2", files={"a.yaml": "distributed_type: FSDP\n"}),
     sft("a bare NO", {"launch": "a.yaml"}, "a.yaml", "'NO' in quotes", files={"a.yaml": "distributed_type: NO\n"}),
     sft("a list", {"launch": "a.yaml"}, "a.yaml", "accelerate config", files={"a.yaml": "- 1\n"}),
     sft("no YAML", {"launch": "a.yaml"}, "a.yaml", "YAML", files={"a.yaml": "a: {\n"}),

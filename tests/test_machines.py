@@ -164,7 +164,7 @@ def waited_for(look, seconds=90.0):
 def worker(machine, count=2):
     return SimpleNamespace(
         machine=machine, num_machines=count, is_main=machine == 0, is_first_here=True,
-        gather_objects=lambda value: ["launch"], agreed=lambda call: call(),
+        gather_objects=lambda value: ["launch"], agreed=lambda call: call(), wait=lambda: None,
     )  # fmt: skip
 
 
@@ -191,6 +191,13 @@ def test_a_machine_that_is_not_heard_of_is_held_for_dead(tmp_path, monkeypatch):
     with watched(str(tmp_path), worker(1), dead.append):
         pass
     assert (folder / "1").read_text() == "launch ended"
+    with pytest.raises(RuntimeError), watched(str(tmp_path), worker(1), dead.append):
+        raise RuntimeError
+    assert (folder / "1").read_text() == "launch failed" and not dead
+    with watched(str(tmp_path), worker(0), dead.append):
+        (folder / "launch").touch()
+        waited_for(lambda: dead, 10)
+    assert dead == ["the stage has failed on machine 1, which says why"]
 
 
 @pytest.mark.parametrize(

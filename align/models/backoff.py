@@ -21,7 +21,7 @@ from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch import Tensor
 
 from align.errors import RunFailed
-from align.models.lockstep import in_lock_step
+from align.models.lockstep import in_lock_step, must_keep_step
 from align.wording import one_line
 
 Piece = TypeVar("Piece", bound=Sized)
@@ -126,7 +126,7 @@ def halving(
             found = attempt(size)
             break
         except Exception as error:
-            if not is_out_of_memory(error):
+            if not is_out_of_memory(error) or must_keep_step():  # the others are in the midst of the same passes
                 raise
             if size <= 1:
                 raise _too_large(phase, error) from error
@@ -183,7 +183,7 @@ def _worked(phase: Phase, work: Callable[[Piece], T], one: Piece) -> T:
     try:
         return work(one)
     except Exception as error:
-        if len(one) == 1 and is_out_of_memory(error):
+        if len(one) == 1 and is_out_of_memory(error) and not must_keep_step():
             raise _too_large(phase, error) from error
         raise
 

@@ -14,10 +14,15 @@ def spread_over(mesh: Any | None) -> None:
     meshes[:] = [] if mesh is None else [mesh]
 
 
+def must_keep_step() -> bool:
+    """Whether the processes need each other for each pass."""
+    return bool(meshes) and not holding
+
+
 def in_lock_step(count: int) -> int:
     """Passes that every process has to make, where this one has `count`. All processes call it, unless bases are whole
     for now."""
-    if not meshes or holding:
+    if not must_keep_step():
         return count
     most = torch.tensor(count, device=meshes[0].device_type)
     dist.all_reduce(most, op=dist.ReduceOp.MAX)

@@ -31,7 +31,7 @@ from align.models.linear import PlainLinear
 from align.models.loading import check_patterns, load_adapter_config, load_adapter_weights
 from align.models.lora import fuse
 from align.models.methods import has_weights, inject, prefix_of, with_method
-from align.models.sharding import spread, whole
+from align.models.sharding import forget_units, spread, whole_bases
 from align.models.tokenizer import tokenizer_of
 from align.settings import AnyMethod, Full, Model
 
@@ -211,6 +211,7 @@ class Bases:
         self.settings, self.device = settings, device
         self._loaded: dict[str, Base] = {}
         self._tokenizers: dict[str, PreTrainedTokenizerBase] = {}
+        forget_units()  # of bases that are needed no more: a process has one `Bases` at a time
         self.main = self.load(settings.base)
 
     def load(self, base: str, *, revision: str | None = None) -> Base:
@@ -269,7 +270,7 @@ class Bases:
         if trainable and not is_adapter and method is None:
             raise ValueError("a whole model is trained by a method: pass one")
         base = (over if is_adapter else None) or self.base_of(folder)
-        with whole():  # a method may look at weights, or copy some
+        with whole_bases():  # a method may look at weights, or copy some
             return self._over(base, folder, method=method, trainable=trainable, head=head)
 
     def _over(self, base: Base, folder: str | None, *, method: AnyMethod | None, trainable: bool, head: bool) -> Role:

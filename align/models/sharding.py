@@ -69,6 +69,11 @@ class _Ends(torch.autograd.Function):
         return slopes[0], None
 
 
+def forget_units() -> None:
+    """The bases that were spread before are not gathered by `whole_bases` any more."""
+    _units.clear()
+
+
 def spread(model: PreTrainedModel) -> None:
     """Spreads a base's decoder layers over the processes, if they are to be; views made of it later gather them."""
     for mesh in meshes:
@@ -108,7 +113,7 @@ def _around(layer: nn.Module, unit: Unit) -> None:
 
 
 @contextmanager
-def whole() -> Iterator[None]:
+def whole_bases() -> Iterator[None]:
     """While this holds, every process has the bases whole. All processes come here together; each may leave alone."""
     for unit in _units:
         unit.gather()

@@ -12,7 +12,7 @@ from align.errors import BadInput, RunFailed
 from align.models.budget import ANSWERS
 from align.models.lockstep import meshes
 from align.models.roles import Role
-from align.models.sharding import whole
+from align.models.sharding import whole_bases
 from align.plugins import load_object, users_code
 from align.rollout.generate import GenerateSampler
 from align.rollout.rollouts import Reading, Rollouts
@@ -78,7 +78,7 @@ class _OverTheWhole(Sampler):
     own: Sampler
 
     def sample(self, prompts: Sequence[Sequence[int]], sampling: Sampling, seeds: Seeds) -> Sampled:
-        with whole():
+        with whole_bases():
             return self.own.sample(prompts, sampling, seeds)
 
     def forget(self) -> None:

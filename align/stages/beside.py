@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import torch
 
 from align.models.roles import Bases
+from align.models.sharding import whole_bases
 from align.rewards import Answers, RewardMix, build_rewards
 from align.settings import Reward
 from align.worker import Worker
@@ -28,7 +29,8 @@ def figures_beside(
     `rows` of them all. All processes call it."""
     if not beside:
         return {}
-    told = worker.agreed(lambda: [mix.told(answers).totals for mix in beside.values()])
+    with whole_bases():
+        told = worker.agreed(lambda: [mix.told(answers).totals for mix in beside.values()])
     own = torch.tensor(told, dtype=torch.float64).T  # (own rows, rewards)
     (scores,) = worker.gather_rows(rows, count, own.reshape(len(rows), len(beside)))
     means = scores.nanmean(0).tolist()

@@ -25,6 +25,7 @@ from align.models.backoff import Phase
 from align.models.base import stop_ids
 from align.models.roles import Bases, Role
 from align.models.scoring import reads_whole
+from align.models.sharding import whole_bases
 from align.parents import remarks_on_parents
 from align.report.page import unseen, wins
 from align.report.tables import markdown_table, result_table, save_samples
@@ -156,7 +157,8 @@ def _judge(
     asked = [rows[i] for i in mine]
     answers = Answers(asked, rollouts.prompts, texts, rollouts.answers, rollouts.ended.tolist(), tokenizer)
     mixes = {"": judge} | beside
-    told = worker.agreed(lambda: {name: mix.told(answers) for name, mix in mixes.items()})
+    with whole_bases():  # a process may have no rows, or fail
+        told = worker.agreed(lambda: {name: mix.told(answers) for name, mix in mixes.items()})
     own_scores = torch.tensor([each.totals for each in told.values()], dtype=torch.float64)  # (mixes, own rows)
     tokens, lengths, kl, entropies, scores = worker.gather_rows(
         mine, len(rows), *tokens_of(rollouts), kl, entropies, own_scores.T

@@ -33,6 +33,7 @@ from align.models.backoff import Phase, in_passes
 from align.models.budget import training_tokens
 from align.models.layout import Part, Tree, parts_of
 from align.models.roles import Role
+from align.models.sharding import whole_bases
 from align.phases import Phases
 from align.rewards import Answers, means_of
 from align.rollout.reading import read_all
@@ -181,7 +182,8 @@ def sample_and_score(
         asked = [row.prompt for row in rows]
         ended = rollouts.ended.tolist()
         answers = Answers(asked, rollouts.prompts, texts, rollouts.answers, ended, roles.tokenizer)
-        told = worker.agreed(partial(roles.rewards.told, answers))
+        with whole_bases():  # a process may have no rows, or fail
+            told = worker.agreed(partial(roles.rewards.told, answers))
     own_scores = torch.tensor([told.totals, *told.parts.values()], dtype=torch.float64)  # (1 + rewards, own rows)
     earned = torch.zeros(sampled.logprobs.shape)
     for row, own in enumerate(told.earned):
@@ -419,7 +421,8 @@ def _minibatch(
         return summed, float(policy.ratio_max), float(policy.max_abs_logratio)
 
     def idle() -> None:
-        row = min(rows, key=lambda row: len(rollouts.prompts[row]) + len(rollouts.answers[row]))
+        learnt = [row for row in rows if experience.is_learnt[row]] or rows
+        row = min(learnt, key=lambda row: len(rollouts.prompts[row]) + len(rollouts.answers[row]))
         tree = Tree(list(rollouts.prompts[row]), [list(rollouts.answers[row])])
         _losses(roles, experience, [tree], [row], settings, math.inf, token_weight)  # over so many tokens it is nothing
 

@@ -21,7 +21,7 @@ from align.models.budget import training_tokens
 from align.models.layout import Tree, passes_of
 from align.models.roles import Bases, Role
 from align.models.saving import save_role, save_tokenizer
-from align.models.sharding import whole
+from align.models.sharding import whole_bases
 from align.settings import LearningSettings, Training
 from align.stages import checkpoint
 from align.stages.costs import Costs, adapter_bytes, kl_to_base
@@ -155,7 +155,7 @@ def train(
             while not _loop(this):
                 pass  # it has gone back
         metrics, cost = this.found or _evaluate(this), this.costs.figures(role, bases)
-        with whole():  # what the first process does alone, it does over a base of its own
+        with whole_bases():  # what the first process does alone, it does over a base of its own
             if worker.is_main:
                 tracker.say(ending(metrics, cost))
             worker.wait()
