@@ -28,7 +28,7 @@ from align import attempts
 from align.compare import budget_of
 from align.endings import last
 from align.errors import BadInput
-from align.launch import plan
+from align.launch_plan import plan
 from align.locks import at_work_in
 from align.manifest import read_manifest
 from align.parents import resolved

@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from align.files import write_json
-from align.launch import LaunchPlan, start
+from align.launch import start
+from align.launch_plan import LaunchPlan
 from align.manifest import recipe_of
 from align.resumption import state_of
 from align.settings import StageSettings

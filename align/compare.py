@@ -27,7 +27,7 @@ from align import attempts
 from align.data import load
 from align.endings import last
 from align.errors import BadInput
-from align.launch import LaunchPlan, plan
+from align.launch_plan import LaunchPlan, plan
 from align.locks import at_work_in
 from align.manifest import read_manifest
 from align.plugins import is_reference

@@ -8,7 +8,8 @@ from pathlib import Path
 from align.artifact import tidy
 from align.endings import last
 from align.errors import BadInput
-from align.launch import LaunchPlan, plan, run_stage
+from align.launch import run_stage
+from align.launch_plan import LaunchPlan, plan
 from align.locks import RUN_LOCK, at_work_in, check_free, clear_locks
 from align.preflight import check_recipe, check_sharded, remarks
 from align.recipe import Recipe

@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 
 from align.errors import BadInput
 from align.identity import has_adapter
-from align.launch import plan
+from align.launch_plan import plan
 from align.models.facts import read_adapter, read_facts
 from align.parents import resolved
 from align.preflight import check_recipe

@@ -17,7 +17,6 @@ K = TypeVar("K")
 T = TypeVar("T")
 TERMINATED = 143
 INTERRUPTED = 130
-NO_GROUP = (("RANK", 0), ("WORLD_SIZE", 1))
 
 
 class Stopped(Exception):
@@ -38,15 +37,16 @@ class Worker:
 
         use_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
         from align.models.backoff import forget
-        from align.models.lockstep import spread_over
+        from align.models.lockstep import spreading
 
         forget()
         self.accelerator = Accelerator(cpu=use_cpu or not torch.cuda.is_available())
         self.device: torch.device = self.accelerator.device
         self.rank, self.num_processes = self.accelerator.process_index, self.accelerator.num_processes
         self.is_main = self.accelerator.is_main_process
-        # as torch's launcher has it: each machine, of this many, starts processes of its own
-        self.machine, self.num_machines = (int(os.environ.get(f"GROUP_{name}") or d) for name, d in NO_GROUP)
+        # of several, each of which starts processes of its own: as torch's launcher has it
+        self.machine = int(os.environ.get("GROUP_RANK") or 0)
+        self.num_machines = int(os.environ.get("GROUP_WORLD_SIZE") or 1)
         self.is_first_here = self.accelerator.is_local_main_process
         plain = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
         if self.accelerator.distributed_type not in plain:
@@ -58,7 +58,7 @@ class Worker:
         self._check_precision()
         if self.device.type == "cpu":
             keep_freed_memory()
-        spread_over(self._mesh() if os.environ.get(SHARD) == "1" and self.num_processes > 1 else None)
+        spreading.mesh = self._mesh() if os.environ.get(SHARD) == "1" else None
         self._signal: int | None = None  # None: the system answers it
         self._is_meeting = False
 

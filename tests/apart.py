@@ -83,3 +83,15 @@ def _one(recipe: Path, file: Path, before: Callable[..., None] | None, environme
     if before is not None:
         before()
     entry.main(arguments=[str(recipe)])
+
+
+def worker_of(recipe: Path, mark: str) -> int:
+    """The process that trains in an `align run` of this file, with `mark` in its environment (RANK=1)."""
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            command, environment = ((folder / name).read_text().split("\0") for name in ("cmdline", "environ"))
+        except OSError:
+            continue
+        if "align.entry" in command and mark in environment and str(recipe) in command:
+            return int(folder.name)
+    raise AssertionError("no such process")

@@ -21,7 +21,7 @@ import yaml
 from align.artifact import begin
 from align.errors import BadInput
 from align.identity import fingerprint
-from align.launch import plan
+from align.launch_plan import plan
 from align.preflight import check_recipe
 from align.recipe import load_recipe
 

@@ -36,6 +36,7 @@ FLOORS = [  # a module may import from lower floors and from its own package
     {"rewards", "rollout"},
     {"report"},
     {"parents"},
+    {"launch_plan"},
     {"worker", "preflight", "launch"},
     {"stages", "attempts", "machines"},
     {"pipeline", "entry", "compare", "loop", "serve"},

@@ -20,7 +20,8 @@ import pytest
 
 from align import servers
 from align.errors import BadInput, RunFailed
-from align.launch import plan, run_stage
+from align.launch import run_stage
+from align.launch_plan import plan
 from align.replies import Replies
 from align.resources import recipes_folder
 from align.rewards import judge_server

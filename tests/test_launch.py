@@ -13,9 +13,10 @@ from typing import Any
 
 import pytest
 
-from align import launch as launching
+from align import launch_plan as launching
 from align.errors import BadInput
-from align.launch import LaunchPlan, plan, run_stage
+from align.launch import run_stage
+from align.launch_plan import LaunchPlan, plan
 from align.processes import Status, kill_launch, processes_of, read_status, write_status
 from align.resources import recipes_folder
 
@@ -49,7 +50,7 @@ def started(tmp_path: Path) -> Iterator[Any]:
 
     def start(launch: str, what: str, *, num_ranks: int = 1, grace: float = 60) -> tuple[Any, str]:
         code = (
-            "import sys; from pathlib import Path; from align.launch import plan, run_stage; "
+            "import sys; from pathlib import Path; from align.launch import run_stage; from align.launch_plan import plan; "
             f"end = run_stage(plan({launch!r}), [{what!r}, {str(tmp_path)!r}], Path({str(tmp_path)!r}) / 'status', "
             f"grace_seconds={grace}, module={WORKER!r}); print(end.message, file=sys.stderr); sys.exit(end.exit_code)"
         )
@@ -312,5 +313,5 @@ def test_a_failure_that_is_written_stays(tmp_path: Path) -> None:
 
 
 def test_planning_for_the_cpu_imports_nothing_heavy() -> None:
-    code = "import sys; from align.launch import plan; plan('cpu'); sys.exit('torch' in sys.modules)"
+    code = "import sys; from align.launch_plan import plan; plan('cpu'); sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -17,11 +17,13 @@ from safetensors.torch import load_file
 
 from align import machines
 from align.errors import BadInput
-from align.launch import plan, start
+from align.launch import start
+from align.launch_plan import plan
 from align.locks import MACHINES
 from align.machines import watched
 from tests import tiny
-from tests.apart import run_apart
+from tests.apart import run_apart, worker_of
+from tests.waiting import waited_for
 
 IS_FULL = os.environ.get("ALIGN_MACHINES") == "full"
 TRAIN = {"learning_rate": 3e-3, "per_device_train_batch_size": 4, "save_steps": 1, "max_steps": 4, "logging_steps": 1}
@@ -129,33 +131,11 @@ def test_one_that_dies_ends_both_and_the_same_commands_go_on(base, data, tmp_pat
     checkpoints = tmp_path / "run" / "checkpoints"
     waited_for(lambda: checkpoints.is_dir() and any(checkpoints.glob("step-*")))
     began = time.monotonic()
-    os.kill(worker_of_the_second(tmp_path), signal.SIGKILL)
+    os.kill(worker_of(recipe, "GROUP_RANK=1"), signal.SIGKILL)
     assert all(ended(processes)) and time.monotonic() - began < 60, said(tmp_path)
     assert ended(started(recipe, tmp_path)) == [0, 0], said(tmp_path)
     same_as_one(base, data, tmp_path, tmp_path / "run")
     assert not list(tmp_path.glob(".run*"))
-
-
-def worker_of_the_second(folder):
-    """The process that trains on machine 1."""
-    for pid in (int(path.name) for path in Path("/proc").glob("[0-9]*")):
-        try:
-            command, environment = (
-                Path(f"/proc/{pid}/{name}").read_text().split("\0") for name in ("cmdline", "environ")
-            )
-        except OSError:
-            continue
-        if "align.entry" in command and "GROUP_RANK=1" in environment and str(folder / "recipe.yaml") in command:
-            return pid
-    raise AssertionError("no such process")
-
-
-def waited_for(look, seconds=90.0):
-    end = time.monotonic() + seconds
-    while not (found := look()):
-        assert time.monotonic() < end, "it did not come"
-        time.sleep(0.02)
-    return found
 
 
 # --------------------------------------------------------------------------------------------- an eye on each other

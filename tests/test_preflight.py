@@ -13,7 +13,8 @@ import yaml
 import align.surroundings as surroundings
 from align import preflight
 from align.errors import BadInput
-from align.launch import INHERITED, _environment, plan
+from align.launch import INHERITED, _environment
+from align.launch_plan import plan
 from align.models.facts import Facts, check_classifier
 from align.preflight import check_recipe, remarks
 from align.recipe import load_recipe

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 from sqlalchemy import create_engine, inspect
 
-from align import hub, launch
+from align import hub, launch, launch_plan
 from align.data import Prompt, rendering
 from align.data.templates import render
 from align.errors import BadInput
@@ -161,7 +161,7 @@ def test_the_hub_is_asked_for_what_a_recipe_names(tmp_path, monkeypatch):
 def test_a_stage_may_ask_for_what_its_pipeline_or_loop_names(tmp_path, monkeypatch):
     monkeypatch.setattr(hub, "_named", set())
     hub.name_all("owner/model")
-    environment = launch._environment(launch.plan("cpu"), tmp_path / "status.json", "id", 1.0)
+    environment = launch._environment(launch_plan.plan("cpu"), tmp_path / "status.json", "id", 1.0)
     code = "from align import hub; assert hub.may_ask('owner/model') and not hub.may_ask('other/model')"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, env=environment)
 

@@ -39,6 +39,7 @@ from align.track import read_metrics
 from tests import tiny
 from tests.apart import run_apart
 from tests.vllm_server import serving
+from tests.waiting import waited_for
 
 ROOT = Path(__file__).resolve().parents[1]
 PROMPTS = [[2, 4, 9, 10], [2, 4], [2, 4, 13, 6, 7]] * 4
@@ -522,7 +523,7 @@ def test_a_run_goes_on_with_a_server_at_another_place():
 # ----------------------------------------------------------------------------------------------------------- align serve
 
 
-def test_the_command_of_the_server(base, data, runs, tmp_path, engine):
+def test_the_command_of_the_server(base, data, runs, tmp_path, engine, monkeypatch):
     values = values_of("ppo", base, data, runs, tmp_path / "ppo", engine)
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(values))
     said = CliRunner().invoke(app, ["serve", str(tmp_path / "recipe.yaml")])
@@ -536,6 +537,9 @@ def test_the_command_of_the_server(base, data, runs, tmp_path, engine):
     (stage,) = load_recipe(str(tmp_path / "recipe.yaml")).stages.values()
     assert int(options["--max-model-len"]) == min(stage.max_prompt_length + 8, 128)  # tiny's positions
     assert options["--logprobs-mode"] == "processed_logprobs"
+    monkeypatch.setenv("MY_KEY", "sk-secret")
+    said = CliRunner().invoke(app, ["serve", str(tmp_path / "recipe.yaml"), "sampling.api_key_env=MY_KEY"])
+    assert 'VLLM_API_KEY="$MY_KEY" vllm serve' in said.stdout and "secret" not in said.stdout
     with pytest.raises(BadInput, match="no stage draws by vLLM"):
         CliRunner().invoke(app, ["serve", str(ROOT / "recipes/quickstart/quickstart.yaml")], catch_exceptions=False)
 
@@ -556,14 +560,6 @@ def test_it_starts_one_that_ends_with_it(base, data, runs, tmp_path, engine):
     process.kill()  # not even asked
     process.wait()
     waited_for(lambda: not is_running(int(pid)))
-
-
-def waited_for(look, seconds=60.0):
-    end = time.monotonic() + seconds
-    while not (found := look()):
-        assert time.monotonic() < end, "it did not come"
-        time.sleep(0.02)
-    return found
 
 
 def is_running(pid):

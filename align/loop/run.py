@@ -20,7 +20,8 @@ from align.feedback.store import Store
 from align.files import clear_temporaries
 from align.hub import name_all
 from align.identity import changed_part, data_parts, equal_paths, model_parts
-from align.launch import plan, start
+from align.launch import start
+from align.launch_plan import plan
 from align.locks import LOCK, at_work_in
 from align.loop.context import Context, Halt, Result, Start
 from align.loop.keeping import keep, open_loop, put_away_damaged, tell_store, told_of

@@ -14,14 +14,14 @@ import sys
 from collections.abc import Callable, Iterator, Sequence, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch import Tensor
 
 from align.errors import RunFailed
-from align.models.lockstep import in_lock_step, must_keep_step
+from align.models.lockstep import in_lock_step, spreading
 from align.wording import one_line
 
 Piece = TypeVar("Piece", bound=Sized)
@@ -90,10 +90,10 @@ def in_passes(
     def attempt(size: int) -> list[tuple[Piece, T]]:
         undo()
         passes = split(size)
-        left = 0 if idle is None else in_lock_step(len(passes)) - len(passes)  # before the first: all gather together
+        most = in_lock_step(len(passes)) if idle else len(passes)  # before the first: all gather together
         found = [(one, _worked(phase, work, one)) for one in passes]
-        for _ in range(left):
-            cast(Callable[[], Any], idle)()
+        for _ in range(len(passes), most):
+            idle()  # type: ignore[misc]  # else there are none
         return found
 
     def smaller(size: int) -> int:
@@ -126,7 +126,7 @@ def halving(
             found = attempt(size)
             break
         except Exception as error:
-            if not is_out_of_memory(error) or must_keep_step():  # the others are in the midst of the same passes
+            if not is_out_of_memory(error) or spreading.must_keep_step:  # others are in it
                 raise
             if size <= 1:
                 raise _too_large(phase, error) from error
@@ -183,7 +183,7 @@ def _worked(phase: Phase, work: Callable[[Piece], T], one: Piece) -> T:
     try:
         return work(one)
     except Exception as error:
-        if len(one) == 1 and is_out_of_memory(error) and not must_keep_step():
+        if len(one) == 1 and is_out_of_memory(error) and not spreading.must_keep_step:
             raise _too_large(phase, error) from error
         raise
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from align.errors import BadInput, RunFailed
 from align.models.budget import ANSWERS
-from align.models.lockstep import meshes
+from align.models.lockstep import spreading
 from align.models.roles import Role
 from align.models.sharding import whole_bases
 from align.plugins import load_object, users_code
@@ -35,13 +35,12 @@ def sampler_of(role: Role, sampling: Sampling, **how: Any) -> Sampler:
         kind = "slots" if role.is_flat and sampling.cache_implementation == "dynamic" else "generate"
     if kind == "slots" and not role.is_flat:
         raise BadInput("`sampling.engine: slots`: this attention takes padded batches only; take `generate`, or `auto`")
-    if meshes and kind != "vllm":
-        return _OverTheWhole(role=role, **how, own=sampler_over(role, kind, sampling, **how))
-    return sampler_over(role, kind, sampling, **how)
+    own = _sampler_over(role, kind, sampling, **how)
+    return own if spreading.mesh is None else _OverTheWhole(role=role, **how, own=own)
 
 
-def sampler_over(role: Role, kind: str, sampling: Sampling, **how: Any) -> Sampler:
-    """The sampler of this kind, over a base that is whole on each process, or that a server has."""
+def _sampler_over(role: Role, kind: str, sampling: Sampling, **how: Any) -> Sampler:
+    """The sampler of this kind, over a base that is whole on each process."""
     if kind == "vllm":
         from align.rollout.vllm import Server, VllmSampler  # asks over HTTP, as no other does
 

@@ -31,7 +31,7 @@ from peft import PeftModel
 from torch import Tensor
 
 from align.artifact import DRAWN, SERVED
-from align.errors import RunFailed
+from align.errors import BadInput, RunFailed
 from align.files import folder_in_one_go
 from align.models.roles import Role, adapter_weights
 from align.models.saving import save_role
@@ -289,7 +289,8 @@ class Server:
         return f"{version}-{self._run}"
 
     def _folder(self, version: str | None) -> Path:
-        return self.adapters / self._name(version or "base")
+        assert version is not None, "the base alone is nobody's folder"
+        return self.adapters / self._name(version)
 
     def _written(self, policy: Policy, known: _Known) -> str:
         """The folder of this version, made by whichever process comes first."""
@@ -365,7 +366,7 @@ class Server:
     async def close(self) -> None:
         """Unloads whatever of this run is there, by whichever of its processes, and deletes its folders."""
         async with self.api.endpoint.client() as client:
-            with suppress(Again):
+            with suppress(Again, BadInput):  # the run is done, whatever becomes of the server
                 names = [model.id for model in await self.api.models(client) if model.id.endswith(f"-{self._run}")]
                 for name in names:
                     await self._unload(client, name)

@@ -32,7 +32,7 @@ class Sampling(Settings):
     adapter_dir: Location | None = None  # that it and we see, for each version of the policy; None: in the run's folder
     api_key_env: str | None = None  # the environment variable that holds the server's key
     tolerance: Positive | None = None  # nats a token that its log-probabilities may be off; None: by the precision
-    max_retries: Interval = 60  # of a request, ten seconds at the most between two: some seven minutes
+    max_retries: Interval = 60  # of a request, ten seconds at the most between two
     timeout: Positive = 600.0  # seconds of a request, from its first byte to the last of its response
 
     @model_validator(mode="after")
