@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from align.manifest import read_manifest
-from align.models import backoff, kv_slots, varlen
+from align.models import backoff, varlen
 from align.models.attention import tree_attention
 from align.models.layout import flat_layout
 from align.models.roles import Bases
@@ -174,20 +174,20 @@ def test_a_capture_that_fails_leaves_a_process_that_samples_and_trains(llama, cu
 
 @pytest.mark.parametrize("load_in", ["float32", "bfloat16", "nf4"])
 def test_a_step_waits_for_nothing(llama, cuda, load_in, monkeypatch):
-    """torch raises where it would: between a step's begin and the host's look."""
+    """torch raises where it would: from a step to the host's look."""
     role = Bases(Model(base=str(llama.folder), load_in=load_in), cuda).role(None, method=Lora(r=4), trainable=True)
-    begin, look, seen = kv_slots.Slots.step, slots._Made.look, []
+    step, look, seen = graphs.Replayed.__call__, slots._Made.look, []
 
-    def stepping(self, rows, width):
+    def stepping(self, shape):
         torch.cuda.set_sync_debug_mode("error")
-        seen.append(rows)
-        return begin(self, rows, width)
+        seen.append(shape)
+        return step(self, shape)
 
     def looking(self, *which):
         torch.cuda.set_sync_debug_mode("default")
         return look(self, *which)
 
-    monkeypatch.setattr(kv_slots.Slots, "step", stepping)
+    monkeypatch.setattr(graphs.Replayed, "__call__", stepping)
     monkeypatch.setattr(slots._Made, "look", looking)
     numbers = uniforms(3, 0, 1, range(len(PROMPTS)), SAMPLING.max_new_tokens)
     try:
@@ -281,7 +281,8 @@ def test_a_run_on_a_full_card_goes_on_in_smaller_passes(big, tmp_path, capfd, st
         rows.append(read_metrics(tmp_path / name))
         size = int(held + share * (peak_of(tmp_path / "whole") - held))
         said = re.findall("out of memory (.*?):.*from here on", capfd.readouterr().err)
-        assert bool(said) == (name == "full") and len(said) == len(set(said))
+        figures = {"held": held, "after": torch.cuda.memory_allocated(), "room": size, "peak": peak_of(tmp_path / name)}
+        assert bool(said) == (name == "full") and len(said) == len(set(said)), figures
     assert peak_of(tmp_path / "full") <= size
     assert len(rows[0]) == len(rows[1])
     first, other = rows[0][0], rows[1][0]
