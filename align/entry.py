@@ -73,9 +73,12 @@ def _is_first() -> bool:
 
 def _run(settings: StageSettings, worker: Worker) -> None:
     from align.models.backoff import in_words
+    from align.models.gathering import spreading
 
     try:
         seed_everything(settings.seed, full_determinism=settings.full_determinism)
+        if (drawn := settings.draws()) is not None:
+            spreading.gather = drawn.gather
         with in_words():
             runner(settings)(settings, worker)
     finally:
@@ -93,7 +96,7 @@ def main(kind: str | None = None, arguments: list[str] | None = None) -> None:
         recipe, name = _chosen(list(sys.argv[1:] if arguments is None else arguments), kind)
         folders.append(recipe.stages[name].output)
         check_stage(recipe, name)
-        if os.environ.get(SHARD) == "1":
+        if SHARD in os.environ:
             check_sharded(recipe.stages[name])
         run_stage(recipe.stages[name])
         error: BaseException | None = None

@@ -24,6 +24,13 @@ OBEYED = (
     *("main_process_ip", "main_process_port", "gpu_ids", "rdzv_backend", "same_network", "enable_cpu_affinity"),
     *("debug", "main_training_function"),
 )
+# copies of a base, and the processes that each is over; then how other parallelisms would work, whose sizes must be 1
+GROUPS = ("parallelism_config_dp_replicate_size", "parallelism_config_dp_shard_size")
+OF_OTHERS = (
+    *("parallelism_config_cp_backend", "parallelism_config_cp_comm_strategy", "parallelism_config_sp_backend"),
+    *("parallelism_config_sp_seq_length", "parallelism_config_sp_seq_length_is_variable"),
+    "parallelism_config_sp_attn_implementation",
+)
 NOT_OBEYED = (
     *("downcast_bf16", "fp8_config", "dynamo_config", "deepspeed_config", "fsdp_config", "megatron_lm_config"),
     *("parallelism_config", "mpirun_config", "gradient_accumulation_steps", "command_file", "commands"),
@@ -161,7 +168,8 @@ def _check_obeyed(config: dict[str, Any], path: Path) -> None:
             "`model.load_in` says; set it to 'no' here, and there `model.load_in: bfloat16`"
         )
     for key in NOT_OBEYED:
-        value = None if key == "fsdp_config" and config["distributed_type"] == "FSDP" else config.get(key)
+        is_read = config["distributed_type"] == "FSDP" and key in ("fsdp_config", "parallelism_config")
+        value = None if is_read else config.get(key)
         given = [v for k, v in value.items() if k != "dynamo_use_fullgraph"] if isinstance(value, dict) else [value]
         if not all(_is_off(each) for each in given):
             raise BadInput(f"{path}: {key} is not obeyed by the stages ({brief(value)}); remove it")
@@ -187,7 +195,7 @@ def _plan_from_file(path: Path, num_processes: int | None = None) -> LaunchPlan:
     kind, num_machines = config["distributed_type"], config["num_machines"]
     arguments, is_sharded = ["--config_file", str(path)], kind == "FSDP"
     if is_sharded:  # accelerate starts the processes; what they do with the base is ours
-        _check_fsdp(config, path)
+        group = _check_fsdp(config, path)
         kind = "MULTI_GPU"
         arguments.append("--multi_gpu")
     if num_processes is None:
@@ -231,13 +239,14 @@ def _plan_from_file(path: Path, num_processes: int | None = None) -> LaunchPlan:
     if num_machines > 1:
         description += f", machine {machine} of {num_machines}"
     if is_sharded:
-        environment[SHARD] = "1"
-        description += ", the base spread over them"
+        environment[SHARD] = str(group or num_processes)
+        description += f", the base spread over {f'each {group} of them' if group else 'them'}"
     return LaunchPlan(tuple(arguments), environment, num_processes, device, description, machine, num_machines)
 
 
-def _check_fsdp(config: dict[str, Any], path: Path) -> None:
-    """Raises BadInput for what the spreading of a base does not do."""
+def _check_fsdp(config: dict[str, Any], path: Path) -> int | None:
+    """Over how many processes each copy of a base is spread; None: over all. Raises BadInput for what spreading does
+    not do."""
     asked = config.get("fsdp_config") or {}
     version = asked.get("fsdp_version", 1) if isinstance(asked, dict) else None
     if version != 2:
@@ -252,6 +261,32 @@ def _check_fsdp(config: dict[str, Any], path: Path) -> None:
     for key, value in asked.items():
         if key not in ("fsdp_version", "fsdp_reshard_after_forward") or (key != "fsdp_version" and value is not True):
             raise BadInput(f"{path}: `fsdp_config.{key}: {brief(value)}` is not obeyed; remove it")
+    return _group_size(config, path)
+
+
+def _group_size(config: dict[str, Any], path: Path) -> int | None:
+    """Of the processes that have a base between them, where accelerate's `parallelism_config` asks for several groups
+    (hybrid sharding). Raises BadInput for another parallelism, and where groups do not come to the processes."""
+    asked, total = config.get("parallelism_config") or {}, config["num_processes"]
+    if not isinstance(asked, dict):
+        raise BadInput(f"{path}: parallelism_config must hold `key: value` lines, not {brief(asked)}")
+    for key, value in asked.items():
+        if key in GROUPS and (not _is_count(value) or value < 1):
+            raise BadInput(f"{path}: `parallelism_config.{key}` must be a whole number from 1, not {brief(value)}")
+        if key not in (*GROUPS, *OF_OTHERS) and value != 1:
+            raise BadInput(
+                f"{path}: `parallelism_config.{key}: {value}` is not obeyed: a base is spread by layers, and rows are "
+                "dealt whole; remove it"
+            )
+    if not asked.keys() & set(GROUPS):
+        return None
+    copies, group = (asked.get(key, 1) for key in GROUPS)
+    if copies * group != total or group < 2:
+        raise BadInput(
+            f"{path}: {copies} copies of a base over {group} processes each (`{GROUPS[0]}`, `{GROUPS[1]}`) do not come "
+            f"to the {total} of `num_processes`, or are over one alone"
+        )
+    return group if copies > 1 else None
 
 
 def _check_machines(config: dict[str, Any], path: Path) -> int:

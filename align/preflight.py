@@ -178,13 +178,11 @@ def check_sharded(settings: StageSettings) -> None:
         BadInput: with the key, the reason and the cure.
     """
     cure = "use another `launch`"
-    if settings.model.load_in == "nf4":
-        raise BadInput(
-            f"`model.load_in: nf4`: a base in 4 bits is not spread over processes yet; load 16 bits, or {cure}"
-        )
     if isinstance(settings.tuned_by(), Full):
         raise BadInput(f"`{method_key(settings)}.kind: full` trains a copy that is whole on each process; {cure}")
     drawn = settings.draws()
+    if drawn is not None and drawn.cache_implementation == "static":
+        raise BadInput(f"`sampling.cache_implementation: static` compiles steps, whose weights may not move; {cure}")
     if drawn is not None and drawn.engine == "vllm":
         raise BadInput(f"`sampling.engine: vllm` does not go with a base that is spread over processes yet; {cure}")
     for key, judge in settings.judges().items():

@@ -14,7 +14,7 @@ from pathlib import Path
 LAUNCH_ID = "ALIGN_LAUNCH_ID"
 # The process that a launched process must not outlive.
 PARENT_PID = "ALIGN_PARENT_PID"
-SHARD = "ALIGN_SHARD"  # 1: the launch asks for bases that are spread over its processes
+SHARD = "ALIGN_SHARD"  # over how many processes the launch asks for each copy of a base to be spread
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 

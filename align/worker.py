@@ -37,7 +37,7 @@ class Worker:
 
         use_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
         from align.models.backoff import forget
-        from align.models.lockstep import spreading
+        from align.models.gathering import spreading
 
         forget()
         self.accelerator = Accelerator(cpu=use_cpu or not torch.cuda.is_available())
@@ -58,14 +58,18 @@ class Worker:
         self._check_precision()
         if self.device.type == "cpu":
             keep_freed_memory()
-        spreading.mesh = self._mesh() if os.environ.get(SHARD) == "1" else None
+        spreading.mesh = self._mesh(os.environ[SHARD]) if SHARD in os.environ else None
         self._signal: int | None = None  # None: the system answers it
         self._is_meeting = False
 
-    def _mesh(self) -> Any:
+    def _mesh(self, size: str) -> Any:
+        """Of this process's group: so many processes that follow each other, as those of a machine do."""
         from torch.distributed.device_mesh import init_device_mesh
 
-        return init_device_mesh(self.device.type, (self.num_processes,))
+        if not size.isdecimal() or int(size) < 2 or self.num_processes % int(size):
+            raise BadInput(f"{SHARD}={size} is no number of processes, 2 or more, that {self.num_processes} come to")
+        shape = self.num_processes // int(size), int(size)
+        return init_device_mesh(self.device.type, shape, mesh_dim_names=("copies", "fsdp"))["fsdp"]  # PEFT knows it so
 
     def _check_mode(self) -> None:
         """Accelerate quietly runs another mode than the one asked for on some machines: then stop."""
@@ -210,7 +214,9 @@ class Worker:
 
     def beat(self) -> None:
         """From within `at_length`, from whatever thread: this process is still at work."""
-        if self._is_meeting:
+        from align.models.gathering import spreading
+
+        if self._is_meeting and not spreading.is_in_turns:  # there they meet for each layer
             self._maxima(1.0)
 
     def by_one(self, call: Callable[[Callable[[], None]], T] | None) -> T | None:

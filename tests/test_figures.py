@@ -138,9 +138,7 @@ def test_training_counts_pairs_as_evaluation_does(base, data, tmp_path):
     torch.nn.init.normal_(role.head.weight)
     expected = reward.evaluate_pairs(role, pairs, worker)
     task = reward.Pairs(pairs, settings.center_rewards_coefficient)
-    sums = supervised._summed(
-        task, role, pairs, pairs[0], worker, supervised.TRAINING, 16, lambda loss: loss.backward()
-    )
+    sums = supervised._summed(task, role, pairs, worker, supervised.TRAINING, 16, lambda loss: loss.backward())
     found = task.means(sums)
     assert found["accuracy"] == pytest.approx(expected["eval_accuracy"], abs=1e-6)
     assert found["margin"] == pytest.approx(expected["eval_margin"], abs=1e-5)

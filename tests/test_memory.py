@@ -239,7 +239,7 @@ def test_what_is_done_in_one_piece_is_one_line(monkeypatch):
         RunFailed,
         match=r"^out of memory \(CUDA out of memory. Tried to allocate 2.00 GiB\.\) .*`model.load_in`.*checkpoint$",
     ):
-        entry._run(SimpleNamespace(seed=0, full_determinism=False), worker)
+        entry._run(SimpleNamespace(seed=0, full_determinism=False, draws=lambda: None), worker)
     assert ended
 
 

@@ -1,6 +1,7 @@
 """A base that is spread over processes (FSDP2 over gloo): every stage does what one process does.
 
-ALIGN_SHARDING=full tries more: other methods, four processes of which some have no rows, and kills of either process.
+ALIGN_SHARDING=full tries more: other methods and stages, 4 bits in all of them, four processes of which some have no
+rows, two copies of a base over two processes each, and kills of either process.
 """
 
 import json
@@ -8,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+from itertools import pairwise, product
 
 import pytest
 import torch
@@ -29,24 +31,74 @@ WEIGHTS = "adapter_model.safetensors"
 
 
 def spread():
-    """Of each process, before it begins."""
-    os.environ["ALIGN_SHARD"] = "1"
-
-
-def report_resident():
-    spread()
-    from align.models import roles
+    """Of each process, before it begins: what layers take of it is told when each base is loaded."""
+    os.environ["ALIGN_SHARD"] = os.environ["WORLD_SIZE"]
+    from align.models import gathering, roles
 
     load = roles.Bases.load
 
     def told(self, *arguments, **how):
         found = load(self, *arguments, **how)
-        layers = [p for name, p in found.model.named_parameters() if ".layers." in name]
-        resident = sum((p.to_local() if hasattr(p, "to_local") else p).untyped_storage().nbytes() for p in layers)
-        print("resident", resident / sum(p.numel() * p.itemsize for p in layers), flush=True)
+        units = gathering.spreading.units
+        resident = [p.to_local() if hasattr(p, "to_local") else p for unit in units for p in unit.parameters()]
+        for unit in units:  # and what is gathered, whose memory is there while it is whole
+            resident += unit.packed.values()
+            for each in unit._get_fsdp_state()._fsdp_param_group.fsdp_params:
+                resident += each.all_gather_outputs
+        size = sum({p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in resident}.values())
+        print("resident", size / sum(unit.size for unit in units), flush=True)
         return found
 
     roles.Bases.load = told
+
+
+def spread_by_layers():
+    """As where no process has room for a whole base."""
+    spread()
+    from align.models import gathering
+
+    gathering._fit_whole = lambda: False
+
+
+def spread_and_short_once():
+    """The second process has no memory for one layer of its first training pass."""
+    spread()
+    if os.environ["RANK"] == "1":
+        from align.models.gathering import spreading
+        from align.models.sharding import LayerUnit
+
+        make_whole, layers = LayerUnit.make_whole, []
+
+        def short(self):
+            make_whole(self)
+            if spreading.is_in_turns and torch.is_grad_enabled():
+                layers.append(self)
+                if len(layers) == 2:
+                    raise torch.OutOfMemoryError("no room for this layer")
+
+        LayerUnit.make_whole = short
+
+
+def spread_and_count():
+    """How many layers have been gathered is told after each training pass."""
+    spread()
+    from align.models.sharding import LayerUnit
+
+    make_whole, backward, gathered = LayerUnit.make_whole, torch.Tensor.backward, []
+
+    def counting(self):
+        gathered.append(self)
+        make_whole(self)
+
+    def telling(self, *arguments, **how):
+        backward(self, *arguments, **how)
+        print("gathered", len(gathered), flush=True)
+
+    LayerUnit.make_whole, torch.Tensor.backward = counting, telling
+
+
+def spread_in_twos():
+    os.environ["ALIGN_SHARD"] = "2"
 
 
 def same_weights(one, two):
@@ -72,14 +124,53 @@ def same_figures(one, two):
 only_in_full = pytest.mark.skipif(not IS_FULL, reason="ALIGN_SHARDING=full tries it: some minutes")
 
 
-@pytest.mark.parametrize("stage", ["sft", "reward", "ppo", *(["dpo"] if IS_FULL else [])])
-def test_a_stage_over_a_spread_base_is_the_stage(stage, base, data, runs, tmp_path):
-    values = recipe_of(stage, base, data, runs, tmp_path / "one")
+WAYS = {"whole": spread, "layers": spread_by_layers}
+SHORT = [("sft", "float32", "whole"), ("reward", "nf4", "layers"), ("ppo", "float32", "layers")]
+FULL = list(product(("sft", "reward", "dpo", "ppo"), ("float32", "nf4"), WAYS))
+
+
+@pytest.mark.parametrize("stage, load_in, way", FULL if IS_FULL else SHORT)
+def test_a_stage_over_a_spread_base_is_the_stage(stage, load_in, way, base, data, runs, tmp_path):
+    values = recipe_of(stage, base, data, runs, tmp_path / "one", model={"base": str(base), "load_in": load_in})
     if stage != "ppo":
         values["train"] |= {"max_batch_tokens": 40}  # passes of a row or two: not the same number on each process
-    for said in done_by_one_and(2, values, tmp_path, report_resident):
+    for said in done_by_one_and(2, values, tmp_path, WAYS[way]):
         shares = {float(line.split()[1]) for line in said.splitlines() if line.startswith("resident")}
-        assert min(shares) <= 0.55  # and whole while a role is made
+        assert (max if way == "layers" else min)(shares) <= 0.55
+
+
+@only_in_full
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("stage", ["sft", "ppo"])
+def test_in_16_bits_it_is_the_stage_but_for_roundings(stage, way, base, data, runs, tmp_path):
+    values = recipe_of(stage, base, data, runs, tmp_path / "x", model={"base": str(base), "load_in": "bfloat16"})
+    tiny.run(STAGES[stage](**values | {"output": str(tmp_path / "one")}))
+    if stage == "sft":
+        values["train"]["per_device_train_batch_size"] //= 2
+    run_apart(values, tmp_path, WAYS[way])
+    ours, theirs = (read_metrics(tmp_path / name)[-1] for name in ("one", "x"))
+    for key in ("loss", "grad_norm") if stage == "sft" else ("entropy", "weight_norm"):
+        assert theirs[key] == pytest.approx(ours[key], rel=0.05), key
+
+
+SOUR = """
+import os
+
+def sour(prompts, **_):
+    if os.environ["RANK"] == "1":
+        raise ValueError("sour")
+    return [0.0] * len(prompts)
+"""
+
+
+@only_in_full
+@pytest.mark.parametrize("way", WAYS)
+def test_what_fails_on_one_process_ends_all_of_them(way, base, data, runs, tmp_path):
+    (tmp_path / "sour.py").write_text(SOUR)
+    values = recipe_of("ppo", base, data, runs, tmp_path / "x")
+    values["rewards"].insert(0, {"use": f"{tmp_path}/sour.py:sour"})  # the other one goes on to what is learned
+    run_apart(values, tmp_path, WAYS[way], code=1)
+    assert "sour" in (tmp_path / "status.json").read_text()
 
 
 def recipe_of(stage, base, data, runs, output, **changes):
@@ -117,7 +208,15 @@ METHODS = {
 @only_in_full
 @pytest.mark.parametrize("method", METHODS)
 def test_other_methods_too(method, base, data, runs, tmp_path):
-    done_by_one_and(2, recipe_of("sft", base, data, runs, tmp_path / "x", method=METHODS[method]), tmp_path)
+    values = recipe_of("sft", base, data, runs, tmp_path / "x", method=METHODS[method])
+    done_by_one_and(2, values, tmp_path)
+    values["train"]["per_device_train_batch_size"] //= 2
+    if method in ("freeze", "dora"):
+        with pytest.raises(AssertionError, match="looks at the base's weights"):  # of what they have ended with
+            run_apart(values, tmp_path, spread_by_layers)
+    else:
+        run_apart(values, tmp_path, spread_by_layers)
+        same_weights(tmp_path / "one", tmp_path / "x")
 
 
 PPO = {  # where processes have different rows, or none
@@ -129,13 +228,75 @@ PPO = {  # where processes have different rows, or none
 
 
 @only_in_full
-@pytest.mark.parametrize("processes", [2, 4])
+@pytest.mark.parametrize("processes, way", [(2, "layers"), (4, "whole"), (4, "layers")])
 @pytest.mark.parametrize("case", PPO)
-def test_ppo_where_processes_have_different_rows_or_none(case, processes, base, data, runs, tmp_path):
+def test_ppo_where_processes_have_different_rows_or_none(case, processes, way, base, data, runs, tmp_path):
     changes, ppo = PPO[case]
     values = recipe_of("ppo", base, data, runs, tmp_path / "x", **changes)
     values["ppo"] |= ppo
-    done_by_one_and(processes, values, tmp_path)
+    done_by_one_and(processes, values, tmp_path, WAYS[way])
+
+
+@only_in_full
+@pytest.mark.parametrize("again", [False, True])
+def test_a_training_pass_gathers_each_layer_twice(again, base, data, runs, tmp_path):
+    """As scripts/on_paper.py reckons what is sent: forward and back, also where it is computed again."""
+    values = recipe_of("sft", base, data, runs, tmp_path / "x")
+    values["train"] |= {"max_batch_tokens": 1, "gradient_checkpointing": again, "max_steps": 1}
+    num_layers = json.loads((base / "config.json").read_text())["num_hidden_layers"]
+    for said in run_apart(values, tmp_path, spread_and_count):
+        so_far = [int(line.split()[1]) for line in said.splitlines() if line.startswith("gathered")]
+        assert len(so_far) > 1
+        assert {b - a for a, b in pairwise(so_far)} == {2 * num_layers - 1}  # the first is there from the pass before
+
+
+@only_in_full
+@pytest.mark.parametrize("stage", ["sft", "ppo"])
+def test_memory_runs_out_on_one_process_in_the_midst_of_a_layer(stage, base, data, runs, tmp_path):
+    values = recipe_of(stage, base, data, runs, tmp_path / "x")
+    said = done_by_one_and(2, values, tmp_path, spread_and_short_once)
+    assert "out of memory" not in said[0] and said[1].count("from here on") == 1
+
+
+@only_in_full
+@pytest.mark.parametrize("stage", ["sft", "ppo"])
+def test_two_copies_over_two_processes_each(stage, base, data, runs, tmp_path):
+    done_by_one_and(4, recipe_of(stage, base, data, runs, tmp_path / "x"), tmp_path, spread_in_twos)
+
+
+@only_in_full
+@pytest.mark.parametrize("way", WAYS)
+def test_answers_and_their_scores_over_a_spread_base(way, base, data, runs, tmp_path):
+    """Of one prompt: what a process has no rows of it does all the same."""
+    (tmp_path / "prompt.jsonl").write_text((data / "prompts.jsonl").read_text().splitlines()[0])
+    common = {"model": {"base": str(base)}, "launch": "cpu"}
+    collect = common | {
+        "stage": "collect", "policies": {"sft": str(runs / "sft"), "base": None}, "temperatures": [1.0, 0.5],
+        "num_generations": {"sft": 3, "base": 1}, "sampling": {"max_new_tokens": 8},
+        "prompts": {"train": str(tmp_path / "prompt.jsonl"), "validation_split": 0.0},
+    }  # fmt: skip
+    ensemble = tiny.recipe("reward", base, data, tmp_path / "ensemble") | {"stage": "ensemble", "num_members": 2}
+    tiny.run(STAGES["ensemble"](**ensemble))
+    score = common | {"stage": "score", "candidates": str(tmp_path / "one" / "collect"), "random_pairs": 1}
+    score |= {"ensemble": str(tmp_path / "ensemble")}
+    for values, file in ((collect, "candidates.jsonl"), (score, "pairs.jsonl")):
+        stage = str(values["stage"])
+        tiny.run(STAGES[stage](**values | {"output": str(tmp_path / "one" / stage)}))
+        run_apart(values | {"output": str(tmp_path / "two" / stage)}, tmp_path, WAYS[way])
+        ours, theirs = (
+            [json.loads(line) for line in (tmp_path / name / stage / file).read_text().splitlines()]
+            for name in ("one", "two")
+        )
+        assert len(ours) > 1 and [rounded(row) for row in ours] == [rounded(row) for row in theirs]
+
+
+def rounded(value):
+    """Numbers to four digits, in whatever they are."""
+    if isinstance(value, dict):
+        return {key: rounded(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [rounded(each) for each in value]
+    return round(value, 4) if isinstance(value, float) else value
 
 
 @only_in_full
@@ -162,12 +323,14 @@ def test_a_process_is_killed_and_the_same_command_goes_on(stage, rank, base, dat
     same_weights(tmp_path / "one", tmp_path / "killed")
 
 
-def test_an_evaluation_over_a_spread_base_is_the_evaluation(base, data, runs, tmp_path):
+@pytest.mark.parametrize("gather", ["auto", *(["layers"] if IS_FULL else [])])
+def test_an_evaluation_over_a_spread_base_is_the_evaluation(gather, base, data, runs, tmp_path):
     values = {
         "stage": "evaluate", "model": {"base": str(base)}, "launch": "cpu", "output": str(tmp_path / "one"),
         "policies": {"base": None, "sft": str(runs / "sft")}, "compare": [["sft", "base"]],
         "rewards": [{"use": "learned", "from": str(runs / "reward")}],
-        "prompts": {"train": str(data / "prompts.jsonl")}, "sampling": {"max_new_tokens": 8}, "max_prompts": 1,  # and none on the other
+        "prompts": {"train": str(data / "prompts.jsonl")}, "max_prompts": 1,  # and none on the other
+        "sampling": {"max_new_tokens": 8, "gather": gather},
     }  # fmt: skip
     tiny.run(EvaluateSettings(**values))
     run_apart(values | {"output": str(tmp_path / "two")}, tmp_path, spread)
@@ -179,12 +342,8 @@ def test_an_evaluation_over_a_spread_base_is_the_evaluation(base, data, runs, tm
 def test_it_is_a_launch_and_what_it_cannot_do_is_one_line(base, data, runs, tmp_path):
     found = plan("fsdp")
     assert found.is_sharded and found.expected_processes >= 2 and "spread over them" in found.description
-    assert not plan("ddp").is_sharded
+    assert not plan("ddp").is_sharded and found.environment["ALIGN_SHARD"] == str(found.expected_processes)
     cases = [
-        (
-            tiny.settings("sft", base, data, tmp_path / "a", model={"base": str(base), "load_in": "nf4"}),
-            "4 bits is not",
-        ),
         (tiny.settings("sft", base, data, tmp_path / "b", method={"kind": "full"}), "copy that is whole on each"),
         (
             tiny.settings("ppo", base, data, tmp_path / "c", sampling={"engine": "vllm", "url": "http://127.0.0.1:1"}),
@@ -195,7 +354,16 @@ def test_it_is_a_launch_and_what_it_cannot_do_is_one_line(base, data, runs, tmp_
         with pytest.raises(BadInput, match=words):
             check_sharded(settings)
     config = tmp_path / "config.yaml"
+    hybrid = "{distributed_type: FSDP, use_cpu: true, num_processes: 4, fsdp_config: {fsdp_version: 2}, "
+    hybrid += "parallelism_config: {parallelism_config_dp_replicate_size: %d, parallelism_config_dp_shard_size: %d%s}}"
+    config.write_text(hybrid % (2, 2, ", parallelism_config_tp_size: 1"))
+    assert plan(str(config)).environment["ALIGN_SHARD"] == "2"
+    assert "over each 2 of them" in plan(str(config)).description
     for text, words in (
+        (hybrid % (4, 1, ""), "4 copies of a base over 1 processes each"),
+        (hybrid % (3, 2, ""), "do not come to the 4 of `num_processes`"),
+        (hybrid % (2, 0, ""), "dp_shard_size` must be a whole number from 1, not 0"),
+        (hybrid % (2, 2, ", parallelism_config_tp_size: 2"), "tp_size: 2` is not obeyed: a base is spread by layers"),
         ("distributed_type: FSDP\nnum_processes: 2\nfsdp_config: {fsdp_version: 1}", "write 2: version 1 has"),
         ("distributed_type: FSDP\nnum_processes: 2", "`fsdp_config.fsdp_version` is 1"),
         ("distributed_type: FSDP\nnum_processes: 1\nfsdp_config: {fsdp_version: 2}", "processes or more, not 1"),

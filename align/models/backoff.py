@@ -14,14 +14,14 @@ import sys
 from collections.abc import Callable, Iterator, Sequence, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch import Tensor
 
 from align.errors import RunFailed
-from align.models.lockstep import in_lock_step, spreading
+from align.models.gathering import give_all_back, in_turns
 from align.wording import one_line
 
 Piece = TypeVar("Piece", bound=Sized)
@@ -75,13 +75,11 @@ def in_passes(
     work: Callable[[Piece], T],
     *,
     undo: Callable[[], None] = lambda: None,
-    idle: Callable[[], Any] | None = None,
 ) -> list[tuple[Piece, T]]:
     """`work` on each of the passes that `split(max_tokens)` makes; the passes with what it gave.
 
-    `undo` is called before the first pass, and takes back what passes of a failed attempt have changed. `idle` is a
-    pass that changes nothing, for a process that has fewer than another one, where a base is spread over them (None:
-    what `work` needs is not).
+    `undo` is called before the first pass, and takes back what passes of a failed attempt have changed. Where a base is
+    spread over processes all of them come here, each with passes of its own number.
 
     Raises:
         RunFailed: memory is too small for a pass of one row.
@@ -89,12 +87,7 @@ def in_passes(
 
     def attempt(size: int) -> list[tuple[Piece, T]]:
         undo()
-        passes = split(size)
-        most = in_lock_step(len(passes)) if idle else len(passes)  # before the first: all gather together
-        found = [(one, _worked(phase, work, one)) for one in passes]
-        for _ in range(len(passes), most):
-            idle()  # type: ignore[misc]  # else there are none
-        return found
+        return [(one, _worked(phase, work, one)) for one in split(size)]
 
     def smaller(size: int) -> int:
         """Half, or less where half would make the very passes that do not fit."""
@@ -103,7 +96,8 @@ def in_passes(
             size //= 2
         return size // 2
 
-    return halving(phase, max_tokens, attempt, what=TOKENS, smaller=smaller)
+    with in_turns():
+        return halving(phase, max_tokens, attempt, what=TOKENS, smaller=smaller)
 
 
 def halving(
@@ -126,7 +120,7 @@ def halving(
             found = attempt(size)
             break
         except Exception as error:
-            if not is_out_of_memory(error) or spreading.must_keep_step:  # others are in it
+            if not is_out_of_memory(error):
                 raise
             if size <= 1:
                 raise _too_large(phase, error) from error
@@ -183,7 +177,7 @@ def _worked(phase: Phase, work: Callable[[Piece], T], one: Piece) -> T:
     try:
         return work(one)
     except Exception as error:
-        if len(one) == 1 and is_out_of_memory(error) and not spreading.must_keep_step:
+        if len(one) == 1 and is_out_of_memory(error):
             raise _too_large(phase, error) from error
         raise
 
@@ -213,6 +207,7 @@ def _without_onednn_after(error: Exception) -> None:
 
 def _free() -> None:
     """Gives back what nothing holds: on a CPU to the kernel, for what is no block of the heap."""
+    give_all_back()
     clear_device_cache(garbage_collection=True)
     libc = ctypes.CDLL(None) if os.name == "posix" else None
     if libc is not None and hasattr(libc, "malloc_trim"):

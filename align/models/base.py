@@ -1,5 +1,6 @@
 """Loads a base model and its tokenizer, from a folder or the Hub."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,11 +27,16 @@ class Base:
     tokenizer: PreTrainedTokenizerBase
     fingerprint: str
     name: str  # the folder or Hub id that it was loaded from
-    revision: str | None = None  # of a Hub id: the commit, where it is known
+    revision: str | None  # of a Hub id: the commit, where it is known
+    bytes_per_parameter: float
+    bytes_per_4_bit_parameter: float  # of its 4-bit layers alone; 0 where it has none
 
 
-def load_base(settings: Model, device: torch.device) -> Base:
-    """Loads the causal language model frozen, in eval mode, on `device`.
+def load_base(
+    settings: Model, device: torch.device, spread: Callable[[PreTrainedModel, torch.device], None] | None = None
+) -> Base:
+    """Loads the causal language model frozen, in eval mode, on `device`. `spread` leaves a part of it there, before the
+    first pass, of weights that need not all have fitted (in 4 bits they must: they are quantised there).
 
     Raises:
         BadInput: the model cannot be loaded, or its logits are not its output layer applied to its trunk's states.
@@ -52,7 +58,7 @@ def load_base(settings: Model, device: torch.device) -> Base:
             dtype=compute_dtype(settings, device),
             attn_implementation=settings.attn_implementation,
             **quantisation,
-            device_map={"": device},
+            device_map={"": device if spread is None or settings.load_in == "nf4" else "cpu"},
         )
     except (OSError, ValueError, ImportError, SafetensorError) as error:
         if is_out_of_memory(error):
@@ -62,12 +68,15 @@ def load_base(settings: Model, device: torch.device) -> Base:
     switch_dropout_off(model)
     if settings.load_in == "nf4":
         _computes_in(model, compute_dtype(settings, device))
+    sizes = bytes_per_parameter(model), bytes_per_parameter(model, quantised_only=True)
     _same_4_bit_arithmetic(model)
+    if spread is not None:
+        spread(model, device)
     _plain_sampling(model)
     _check_trunk(model, settings.base)
     use_flat_attention(model, trunk_of(model))
     what = fingerprint(settings.base, settings.revision)
-    return Base(model, load_tokenizer(settings), what, settings.base, settings.revision)
+    return Base(model, load_tokenizer(settings), what, settings.base, settings.revision, *sizes)
 
 
 def _is_quantised(settings: Model) -> bool:

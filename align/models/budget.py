@@ -69,8 +69,14 @@ def _free(model: PreTrainedModel) -> int:
     """Bytes of the model's GPU that nothing held when it was first asked, of those that this process may have
     (`torch.cuda.set_per_process_memory_fraction`): passes keep their size during a run."""
     if model not in _free_at_first:
-        free, total = torch.cuda.mem_get_info(model.device)
-        reserved, held = torch.cuda.memory_reserved(model.device), torch.cuda.memory_allocated(model.device)
-        may_have = int(torch.cuda.get_per_process_memory_fraction(model.device) * total)
-        _free_at_first[model] = max(0, min(free + reserved, may_have) - held)
+        _free_at_first[model] = free_on(model.device)
     return _free_at_first[model]
+
+
+def free_on(device: torch.device) -> int:
+    """Bytes of a GPU that nothing holds, of those that this process may have
+    (`torch.cuda.set_per_process_memory_fraction`)."""
+    free, total = torch.cuda.mem_get_info(device)
+    reserved, held = torch.cuda.memory_reserved(device), torch.cuda.memory_allocated(device)
+    may_have = int(torch.cuda.get_per_process_memory_fraction(device) * total)
+    return max(0, min(free + reserved, may_have) - held)

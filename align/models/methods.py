@@ -24,6 +24,7 @@ from peft import (
 )
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
@@ -32,12 +33,17 @@ from align.models.attention import is_flat
 from align.models.backoff import is_out_of_memory
 from align.models.base import decoder_layers, trunk_of
 from align.models.bottleneck import BottleneckConfig
+from align.models.gathering import spreading
 from align.models.lora import torchs_own
 from align.plugins import check_arguments, load_object, users_code
 from align.settings import Adapter, AnyMethod, Freeze, Full, Ia3, Lora, OtherPeft, OwnMethod, Prefix
 from align.wording import did_you_mean, one_line
 
 TASK = "CAUSAL_LM"  # of every adapter: a scalar head, if any, is ours to place
+NOWHERE_WHOLE = (
+    "no process has them whole where layers are gathered one by one; use `kind: lora` as it begins by default, or a "
+    "`launch` that has the base whole"
+)
 PROBED = 4096  # elements of each base tensor that are compared before and after
 
 
@@ -51,6 +57,8 @@ def with_method(
     """
     assert not isinstance(method, Full), "a fully tuned role has weights of its own, and no adapter"
     if isinstance(method, OwnMethod):
+        if spreading.is_in_turns:
+            raise BadInput(f"`{method.kind}` would see a base that is spread: {NOWHERE_WHOLE}")
         with _base_unchanged(view, method.kind), users_code(method.kind, what=f"`{method.kind}`", raises=BadInput):
             model = load_object(method.kind)(view, **method.arguments)
         if not isinstance(model, PeftModel):
@@ -71,6 +79,8 @@ def inject(view: PreTrainedModel, config: PeftConfig) -> PeftModel:
     """
     _check_config(view, config)
     kind = _kind_of(config)
+    if spreading.is_in_turns and not _leaves_weights_alone(config):
+        raise BadInput(f"`kind: {kind.lower()}`, or how it begins, looks at the base's weights: {NOWHERE_WHOLE}")
     with _base_unchanged(view, kind.lower()), _trainable_copies(view, config), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of tied output layers, which `align merge` unties
         try:
@@ -103,6 +113,15 @@ def _check_config(view: PreTrainedModel, config: PeftConfig) -> None:
         )
     if getattr(config, "modules_to_save", None):
         raise BadInput("`modules_to_save` is no setting of roles: train those modules by `kind: freeze` instead")
+
+
+def _leaves_weights_alone(config: PeftConfig) -> bool:
+    """Whether an adapter is made from the shapes of the base's weights alone."""
+    values: Any = config
+    if _kind_of(config) != "LORA":
+        return _kind_of(config) in ("IA3", "BOTTLENECK", "PREFIX_TUNING")
+    is_plain = values.init_lora_weights in (True, False, "gaussian") and not values.use_dora
+    return is_plain and not getattr(values, "target_parameters", None)
 
 
 def _config(model: PreTrainedModel, method: AnyMethod, head: bool) -> PeftConfig:
@@ -268,13 +287,13 @@ def prefix_of(model: PeftModel) -> list[tuple[Tensor, Tensor]]:
 def _base_unchanged(model: PreTrainedModel, kind: str) -> Iterator[None]:
     """Checks that a block leaves the base as it is: its tensors where they are, frozen, with the same numbers, and the
     modules that own them doing what they did. To the block linear layers are torch's own."""
-    before = [(p, p.data_ptr(), _probe(p)) for p in model.parameters()]
+    before = [(p, _here(p).data_ptr(), _probe(p)) for p in model.parameters()]
     with torchs_own(model):
         modules = [(module, _doing(module)) for module in model.modules() if has_weights(module)]
         yield
         is_changed = any(_doing(module) != doing for module, doing in modules)
     for p, pointer, probe in before:
-        if p.data_ptr() != pointer or (probe is not None and not torch.equal(cast(Tensor, _probe(p)), probe)):
+        if _here(p).data_ptr() != pointer or (probe is not None and not torch.equal(cast(Tensor, _probe(p)), probe)):
             raise BadInput(f"`kind: {kind}` rewrites the base's weights, which all roles share; use another method")
         if p.requires_grad:
             raise BadInput(f"`kind: {kind}` trains the base's own weights, which all roles share; use another method")
@@ -289,4 +308,10 @@ def _doing(module: nn.Module) -> tuple[Any, ...]:
 
 
 def _probe(p: nn.Parameter) -> Tensor | None:
-    return None if p.is_meta else p.detach().flatten()[:PROBED].clone()
+    """Bytes: what 4 bits are spread as may be no numbers."""
+    return None if p.is_meta else _here(p).detach().flatten()[:PROBED].clone().view(torch.uint8)
+
+
+def _here(p: nn.Parameter) -> Tensor:
+    """What this process has of it."""
+    return p.to_local() if isinstance(p, DTensor) else p

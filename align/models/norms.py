@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 
 class FusedRMSNorm(nn.Module):
@@ -39,6 +40,7 @@ def _has_its_form(module: nn.Module) -> bool:
     weight = getattr(module, "weight", None)
     return (
         isinstance(weight, Tensor)
+        and not isinstance(weight, DTensor)  # of a base that is spread over processes: then it was asked before
         and weight.ndim == 1
         and weight.dtype in (torch.bfloat16, torch.float16)
         and isinstance(getattr(module, "variance_epsilon", None), float)

@@ -26,12 +26,13 @@ from align.maths.logprobs import chunked_choices, chunked_entropies, chunked_log
 from align.maths.products import wide_product
 from align.models.attention import Prefix, flat_states, is_flat, prefix_length, tree_attention
 from align.models.base import Base, load_base, trunk_of
+from align.models.gathering import each_its_own_way, spreading
 from align.models.layout import Layout, Tree, flat_layout, padded_layout
 from align.models.linear import PlainLinear
 from align.models.loading import check_patterns, load_adapter_config, load_adapter_weights
 from align.models.lora import fuse
 from align.models.methods import has_weights, inject, prefix_of, with_method
-from align.models.sharding import forget_units, spread, whole_bases
+from align.models.sharding import spread
 from align.models.tokenizer import tokenizer_of
 from align.settings import AnyMethod, Full, Model
 
@@ -178,12 +179,6 @@ class Role(nn.Module):
         return [(name, p) for name, p in self.named_parameters() if p.requires_grad]
 
 
-def idle_pass(role: Role) -> None:
-    """A pass over nothing of interest, without gradients, for a process that has none left where others have."""
-    layout = role.layout([Tree([0], [[0]])])
-    role.states(layout, layout.before)
-
-
 def view(model: PreTrainedModel) -> PreTrainedModel:
     """A module tree of its own over the very same leaves: modules that own weights and hold no other modules.
 
@@ -211,7 +206,7 @@ class Bases:
         self.settings, self.device = settings, device
         self._loaded: dict[str, Base] = {}
         self._tokenizers: dict[str, PreTrainedTokenizerBase] = {}
-        forget_units()  # of bases that are needed no more: a process has one `Bases` at a time
+        spreading.units.clear()  # of bases that are needed no more: a process has one `Bases` at a time
         self.main = self.load(settings.base)
 
     def load(self, base: str, *, revision: str | None = None) -> Base:
@@ -222,8 +217,7 @@ class Bases:
         key = fingerprint(base, settings.revision)
         if key not in self._loaded:
             check_large(base)
-            self._loaded[key] = load_base(settings, self.device)
-            spread(self._loaded[key].model)
+            self._loaded[key] = load_base(settings, self.device, None if spreading.mesh is None else spread)
         return self._loaded[key]
 
     def base_of(self, folder: str | None) -> Base:
@@ -270,7 +264,7 @@ class Bases:
         if trainable and not is_adapter and method is None:
             raise ValueError("a whole model is trained by a method: pass one")
         base = (over if is_adapter else None) or self.base_of(folder)
-        with whole_bases():  # a method may look at weights, or copy some
+        with each_its_own_way():  # a method may look at weights, or copy some
             return self._over(base, folder, method=method, trainable=trainable, head=head)
 
     def _over(self, base: Base, folder: str | None, *, method: AnyMethod | None, trainable: bool, head: bool) -> Role:

@@ -10,7 +10,7 @@ from torch import Tensor
 from align.models.backoff import Phase, in_passes
 from align.models.budget import reading_tokens
 from align.models.layout import Ids, Part, Tree, parts_of
-from align.models.roles import Role, idle_pass
+from align.models.roles import Role
 
 SCORING = Phase("while scoring answers")
 WHOLE = {"sequence": "whole"}  # what a reward run's manifest says of the sequences that it was trained on
@@ -45,6 +45,6 @@ def score_sequences(
     scores = torch.zeros(len(prefixes))
     split = partial(parts_of, prefixes, branches, is_flat=role.is_flat)
     budget = reading_tokens(role.causal, max_batch_tokens)
-    for part, found in in_passes(phase, budget, split, work, idle=partial(idle_pass, role)):
+    for part, found in in_passes(phase, budget, split, work):
         scores[part.rows] = found
     return scores

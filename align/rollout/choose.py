@@ -10,9 +10,8 @@ from torch import Tensor
 
 from align.errors import BadInput, RunFailed
 from align.models.budget import ANSWERS
-from align.models.lockstep import spreading
+from align.models.gathering import each_its_own_way, spreading
 from align.models.roles import Role
-from align.models.sharding import whole_bases
 from align.plugins import load_object, users_code
 from align.rollout.generate import GenerateSampler
 from align.rollout.rollouts import Reading, Rollouts
@@ -36,7 +35,7 @@ def sampler_of(role: Role, sampling: Sampling, **how: Any) -> Sampler:
     if kind == "slots" and not role.is_flat:
         raise BadInput("`sampling.engine: slots`: this attention takes padded batches only; take `generate`, or `auto`")
     own = _sampler_over(role, kind, sampling, **how)
-    return own if spreading.mesh is None else _OverTheWhole(role=role, **how, own=own)
+    return own if spreading.mesh is None else _OverProcesses(role=role, **how, own=own)
 
 
 def _sampler_over(role: Role, kind: str, sampling: Sampling, **how: Any) -> Sampler:
@@ -71,13 +70,13 @@ def own_sampler(reference: str) -> type[Sampler]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _OverTheWhole(Sampler):
-    """Has a base that is spread over processes gathered once for all the tokens of a call."""
+class _OverProcesses(Sampler):
+    """Draws from a base that is spread over processes, of which each takes steps of its own number."""
 
     own: Sampler
 
     def sample(self, prompts: Sequence[Sequence[int]], sampling: Sampling, seeds: Seeds) -> Sampled:
-        with whole_bases():
+        with each_its_own_way():
             return self.own.sample(prompts, sampling, seeds)
 
     def forget(self) -> None:

@@ -8,7 +8,7 @@ from torch import Tensor
 from align.models.backoff import Phase, in_passes
 from align.models.budget import reading_tokens
 from align.models.layout import Part, parts_of
-from align.models.roles import Role, idle_pass
+from align.models.roles import Role
 from align.rollout.rollouts import Reading, Rollouts, by_row
 
 READING = Phase("while reading the answers' log-probabilities")
@@ -44,7 +44,7 @@ def read_all(
 
     split = partial(parts_of, rollouts.prompts, rollouts.answers, is_flat=role.is_flat)
     budget = reading_tokens(role.causal, max_batch_tokens)
-    for part, columns in in_passes(phase, budget, split, work, idle=partial(idle_pass, role)):
+    for part, columns in in_passes(phase, budget, split, work):
         lengths = [len(rollouts.answers[row]) for row in part.rows]
         for series, column in zip(found, columns, strict=True):
             for row, numbers in zip(part.rows, column.split(lengths), strict=True):

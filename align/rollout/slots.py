@@ -21,6 +21,7 @@ from align.models.backoff import Phase, halving, or_else
 from align.models.base import trunk_of
 from align.models.budget import reading_tokens
 from align.models.decoder import Decoder, decoder_of
+from align.models.gathering import spreading
 from align.models.kv_slots import Slots
 from align.models.layout import Tree, flat_layout
 from align.models.merging import sampling_view
@@ -61,6 +62,8 @@ class SlotSampler(Sampler):
 
     def _prepared(self) -> tuple[Role, Decoder | None]:
         """The role as it samples, and what takes a token's step in few launches, if there is such a thing."""
+        if spreading.is_in_turns:  # neither has weights at hand
+            return self.role, None
         is_decoded, is_plain = self.role.device.type in DECODED, self.role.computes_in is None
         if is_decoded and is_plain and (decoder := self._decoder(self.role)) is not None:
             return self.role, decoder
@@ -99,7 +102,7 @@ class SlotSampler(Sampler):
                 states = states_of(made.last(first), positions, attend)
             made.take(states, first)
 
-        is_captured = role.device.type in CAPTURED and not sampling.enforce_eager
+        is_captured = role.device.type in CAPTURED and not (sampling.enforce_eager or spreading.is_in_turns)
         seen = _seen.setdefault(self.role.causal, {}).setdefault((decoder is None, sampling), Counter())
         replayed = Replayed(step, is_captured=is_captured, seen=seen)
         budget, most = reading_tokens(self.role.causal, self.max_batch_tokens), STEPS.get(role.device.type, 1)

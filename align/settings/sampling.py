@@ -26,6 +26,9 @@ class Sampling(Settings):
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
     # slots (ours), generate (transformers'), vllm (a server of its own), or file.py:Class; auto: slots where they can
     engine: Location = "auto"
+    # where `launch: fsdp` spreads the base over processes: whole on each while it samples, or layer by layer at each
+    # token; auto: whole where that takes no more than half of what is free
+    gather: Literal["auto", "whole", "layers"] = "auto"
     enforce_eager: bool = False  # true: on CUDA too, a token's step is launched operation by operation
     cache_implementation: Literal["dynamic", "static"] = "dynamic"  # static: transformers' generate, compiled on a GPU
     url: str | None = None  # of `engine: vllm`: such as http://127.0.0.1:8000 (`align serve RECIPE` starts one)

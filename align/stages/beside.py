@@ -5,8 +5,8 @@ from collections.abc import Sequence
 
 import torch
 
+from align.models.gathering import in_turns
 from align.models.roles import Bases
-from align.models.sharding import whole_bases
 from align.rewards import Answers, RewardMix, build_rewards
 from align.settings import Reward
 from align.worker import Worker
@@ -29,8 +29,12 @@ def figures_beside(
     `rows` of them all. All processes call it."""
     if not beside:
         return {}
-    with whole_bases():
-        told = worker.agreed(lambda: [mix.told(answers).totals for mix in beside.values()])
+
+    def tell() -> list[list[float]]:
+        with in_turns():  # a process may have no rows, or fail
+            return [mix.told(answers).totals for mix in beside.values()]
+
+    told = worker.agreed(tell)
     own = torch.tensor(told, dtype=torch.float64).T  # (own rows, rewards)
     (scores,) = worker.gather_rows(rows, count, own.reshape(len(rows), len(beside)))
     means = scores.nanmean(0).tolist()

@@ -7,7 +7,6 @@ import torch
 
 from align.maths.kl import exact_kl
 from align.models.backoff import Phase, in_passes
-from align.models.base import bytes_per_parameter
 from align.models.layout import Tree
 from align.models.roles import Bases, Role
 from align.phases import Phases
@@ -52,14 +51,14 @@ class Costs:
         """Seconds a step (median), tokens a second (of all processes), peak MiB (of this one), parameters trained, and
         bytes that the base takes a parameter (of its 4-bit layers alone, too). All processes call it together."""
         tokens = float(self.worker.sum_(torch.tensor(float(self.tokens), device=self.worker.device)))
-        total, base = sum(self.seconds), bases.main.model
+        total, base = sum(self.seconds), bases.main
         return {
             "seconds_per_step": sorted(self.seconds)[len(self.seconds) // 2] if self.seconds else 0.0,
             "tokens_per_second": tokens / total if total else 0.0,
             "peak_mib": self.phases.peak_mib.get("train", 0.0),
             "trainable_parameters": sum(p.numel() for _, p in role.trained()),
-            "base_bytes_per_parameter": bytes_per_parameter(base),
-            "base_bytes_per_4_bit_parameter": bytes_per_parameter(base, quantised_only=True),
+            "base_bytes_per_parameter": base.bytes_per_parameter,
+            "base_bytes_per_4_bit_parameter": base.bytes_per_4_bit_parameter,
         }
 
 

@@ -24,9 +24,9 @@ from align.data import ending_message, load, unread
 from align.errors import BadInput, Diverged
 from align.maths.kl import mean_and_error, moments, next_kl_coef
 from align.maths.running import NOTHING_YET, with_batch
+from align.models.gathering import each_its_own_way
 from align.models.roles import Role
 from align.models.saving import become, save_role, save_tokenizer
-from align.models.sharding import whole_bases
 from align.parents import remarks_on_parents
 from align.phases import Phases
 from align.report.curves import ppo_curves
@@ -131,9 +131,9 @@ def run(settings: PpoSettings, worker: Worker) -> None:
             pass  # it has gone back
         if settings.ppo.kl_budget is not None and kl_budget.kept(this.progress) is None:
             _evaluate(this, this.progress["step"])  # an earlier version kept none that was over the budget
-        with whole_bases():  # what the first process does alone, it does over a base of its own
+        with each_its_own_way():  # what follows, the first process does alone
             _finish(this)
-            worker.wait()
+        worker.wait()
 
 
 def _loop(this: _Run) -> bool:

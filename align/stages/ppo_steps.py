@@ -31,11 +31,12 @@ from align.maths.masking import masked_mean, whiten
 from align.maths.running import mean_and_deviation
 from align.models.backoff import Phase, in_passes
 from align.models.budget import training_tokens
+from align.models.gathering import in_turns
 from align.models.layout import Part, Tree, parts_of
 from align.models.roles import Role
-from align.models.sharding import whole_bases
 from align.phases import Phases
 from align.rewards import Answers, means_of
+from align.rewards.mix import Told
 from align.rollout.reading import read_all
 from align.rollout.rollouts import Reading, Rollouts, answers_of, rollouts_of, tokens_of
 from align.rollout.sampler import Seeds
@@ -182,8 +183,12 @@ def sample_and_score(
         asked = [row.prompt for row in rows]
         ended = rollouts.ended.tolist()
         answers = Answers(asked, rollouts.prompts, texts, rollouts.answers, ended, roles.tokenizer)
-        with whole_bases():  # a process may have no rows, or fail
-            told = worker.agreed(partial(roles.rewards.told, answers))
+
+        def tell() -> Told:
+            with in_turns():  # a process may have no rows, or fail
+                return roles.rewards.told(answers)
+
+        told = worker.agreed(tell)
     own_scores = torch.tensor([told.totals, *told.parts.values()], dtype=torch.float64)  # (1 + rewards, own rows)
     earned = torch.zeros(sampled.logprobs.shape)
     for row, own in enumerate(told.earned):
@@ -420,12 +425,6 @@ def _minibatch(
         summed, policy = _losses(roles, experience, part.trees, in_part, settings, divisor, token_weight)
         return summed, float(policy.ratio_max), float(policy.max_abs_logratio)
 
-    def idle() -> None:
-        learnt = [row for row in rows if experience.is_learnt[row]] or rows
-        row = min(learnt, key=lambda row: len(rollouts.prompts[row]) + len(rollouts.answers[row]))
-        tree = Tree(list(rollouts.prompts[row]), [list(rollouts.answers[row])])
-        _losses(roles, experience, [tree], [row], settings, math.inf, token_weight)  # over so many tokens it is nothing
-
     def undo() -> None:  # gradients begin with the minibatch: a pass that failed in the middle has left some
         for role in trained:
             role.zero_grad()
@@ -440,7 +439,7 @@ def _minibatch(
     passes = gathered(
         learners.values(),
         worker,
-        lambda scale: in_passes(UPDATE, max_tokens, split, partial(work, scale=scale), undo=undo, idle=idle),
+        lambda scale: in_passes(UPDATE, max_tokens, split, partial(work, scale=scale), undo=undo),
     )
     sums = Sums(SUMMED + (OF_CRITIC if roles.valuer is not None else ()), worker.device)
     ratio_max = logratio_max = 0.0

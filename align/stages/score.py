@@ -21,7 +21,7 @@ from align.manifest import read_lines
 from align.models.backoff import Phase, in_passes
 from align.models.budget import reading_tokens
 from align.models.layout import Part, parts_of
-from align.models.roles import Bases, Role, idle_pass
+from align.models.roles import Bases, Role
 from align.rewards import check_columns
 from align.rewards.answers import Answers, some_of
 from align.rewards.judge import Question, build_judge
@@ -160,6 +160,6 @@ def prompt_embeddings(role: Role, answers: Answers, max_batch_tokens: int | None
     empty: list[list[int]] = [[]] * len(answers.texts)
     split = partial(parts_of, answers.prompt_ids, empty, is_flat=role.is_flat)
     budget = reading_tokens(role.causal, max_batch_tokens)
-    for part, states in in_passes(EMBEDDING, budget, split, work, idle=partial(idle_pass, role)):
+    for part, states in in_passes(EMBEDDING, budget, split, work):
         found[part.rows] = states
     return found - found.mean(0)

@@ -18,10 +18,10 @@ from align.artifact import finish
 from align.errors import BadInput, Diverged, RunFailed
 from align.models.backoff import Phase, in_passes
 from align.models.budget import training_tokens
+from align.models.gathering import each_its_own_way
 from align.models.layout import Tree, passes_of
 from align.models.roles import Bases, Role
 from align.models.saving import save_role, save_tokenizer
-from align.models.sharding import whole_bases
 from align.settings import LearningSettings, Training
 from align.stages import checkpoint
 from align.stages.costs import Costs, adapter_bytes, kl_to_base
@@ -70,7 +70,7 @@ class Task(ABC, Generic[Example]):
         with torch.no_grad():
             budget = training_tokens(role.causal, max_batch_tokens)
             mine = _dealt(self, examples, worker)
-            sums = _summed(self, role, mine, examples[0], worker, EVALUATION, budget, lambda loss: None)
+            sums = _summed(self, role, mine, worker, EVALUATION, budget, lambda loss: None)
         return {f"eval_{name}": value for name, value in self.means(sums).items()}
 
     def means(self, sums: dict[str, float]) -> dict[str, float]:
@@ -154,11 +154,12 @@ def train(
         with this.costs.phases("train"):
             while not _loop(this):
                 pass  # it has gone back
-        metrics, cost = this.found or _evaluate(this), this.costs.figures(role, bases)
-        with whole_bases():  # what the first process does alone, it does over a base of its own
+        metrics = this.found or _evaluate(this)
+        cost = this.costs.figures(role, bases)
+        with each_its_own_way():  # what follows, the first process does alone
             if worker.is_main:
                 tracker.say(ending(metrics, cost))
-            worker.wait()
+        worker.wait()
 
 
 def save(settings: LearningSettings, bases: Bases, role: Role) -> Path:
@@ -238,8 +239,7 @@ def _step(this: _Run[Any], step: int) -> tuple[dict[str, float], dict[str, Any]]
         def use(loss: Tensor) -> None:
             (loss / (divisor / scale)).backward()
 
-        spare = min(examples, key=lambda example: task.tree(example).num_tokens)
-        return _summed(task, role, mine, spare, worker, TRAINING, this.max_tokens, use, undo=learner.clear)
+        return _summed(task, role, mine, worker, TRAINING, this.max_tokens, use, undo=learner.clear)
 
     sums = gathered([learner], worker, gather)
     role.eval()
@@ -260,7 +260,6 @@ def _summed(
     task: Task[Any],
     role: Role,
     mine: Sequence[Any],
-    spare: Any,
     worker: Worker,
     phase: Phase,
     max_tokens: int,
@@ -268,7 +267,7 @@ def _summed(
     undo: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:
     """`loss`, figures and `count` summed over the examples of all processes; `use` gets the loss of each pass over this
-    one's. `spare`: an example for a pass that comes to nothing."""
+    one's."""
 
     def work(numbers: list[int]) -> dict[str, Tensor]:
         batch = [mine[i] for i in numbers]
@@ -281,12 +280,9 @@ def _summed(
         use(loss)
         return {"loss": loss.detach(), "count": torch.tensor(sum(map(task.count, batch)), device=role.device)} | figures
 
-    def idle() -> None:
-        use(task.loss(role, [spare])[0] * 0.0)
-
     split = partial(passes_of, [task.tree(example) for example in mine], is_flat=role.is_flat)
     sums = Sums(("loss", "count", *task.figures), worker.device)
-    for _, figures in in_passes(phase, max_tokens, split, work, undo=undo, idle=idle):
+    for _, figures in in_passes(phase, max_tokens, split, work, undo=undo):
         sums.add(figures)
     return sums.over(worker)
 
