@@ -32,7 +32,7 @@ from align.launch_plan import plan
 from align.locks import at_work_in
 from align.manifest import read_manifest
 from align.parents import resolved
-from align.preflight import check_columns_beside, check_recipe
+from align.preflight import check_columns_beside, check_recipe, launches
 from align.recipe import Recipe, load_recipe
 from align.recipe_errors import first_error
 from align.report.algorithms import JUDGE, Algorithms, Point, Run, show, write
@@ -162,7 +162,9 @@ def compare_algorithms(order: Order) -> int:
     Raises:
         BadInput: something is wrong with the recipe; nothing was started.
     """
-    check_recipe(Recipe(order.recipe.path, dict(_all(order)), is_pipeline=True))
+    whole = Recipe(order.recipe.path, dict(_all(order)), is_pipeline=True)
+    check_recipe(whole)
+    launches(whole, whole.stages)
     with at_work_in(order.out, "`--out`"):
         print(f"{len(order.algorithms)} algorithms x {len(order.seeds)} seeds in {order.out}")
         for remark in remarks(order):

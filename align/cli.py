@@ -80,11 +80,10 @@ def check(recipe: RecipeName, overrides: Overrides = None) -> None:
     from align.recipe import load_recipe
 
     loaded = load_recipe(recipe, overrides or [])
-    from align.pipeline import launches
-    from align.preflight import check_recipe, remarks
+    from align.preflight import check_recipe, launches, remarks
 
     states = check_recipe(loaded)
-    plans = launches(loaded, states)
+    plans = launches(loaded, [name for name in loaded.stages if states[name] != "finished"])
     from align.libraries import quiet_libraries
 
     quiet_libraries()

@@ -31,7 +31,7 @@ from align.launch_plan import LaunchPlan, plan
 from align.locks import at_work_in
 from align.manifest import read_manifest
 from align.plugins import is_reference
-from align.preflight import check_recipe
+from align.preflight import check_recipe, launches
 from align.recipe import Recipe, load_recipe
 from align.recipe_errors import first_error
 from align.report.comparison import Comparison, Result, show, write
@@ -273,7 +273,9 @@ def _refusals(order: Order) -> tuple[list[tuple[str, str]], list[str]]:
         try:
             for steps in {order.steps or PILOT_STEPS, order.sweep_steps or PILOT_STEPS}:
                 settings = _settings(order, name, order.rates[name][0], steps, ".none")
-            check_recipe(Recipe(order.recipe.path, {name: settings}, is_pipeline=False))
+            one = Recipe(order.recipe.path, {name: settings}, is_pipeline=False)
+            check_recipe(one)
+            launches(one, [name])
             able.append(name)
         except ValidationError as error:
             raise BadInput(f"`--methods {name}`: {first_error(error, type(order.stage), '')}") from error

@@ -11,10 +11,11 @@ import sys
 import time
 from contextlib import ExitStack
 from pathlib import Path
+from types import NoneType
 
 from align.artifact import tidy
 from align.endings import FAILED, Ending, ending_of, open_streams, tell
-from align.errors import BadInput
+from align.errors import BadInput, RunFailed
 from align.libraries import loading, quiet_libraries, seed_everything
 from align.locks import at_work_in, beside, clear_locks
 from align.machines import watched
@@ -77,8 +78,8 @@ def _run(settings: StageSettings, worker: Worker) -> None:
 
     try:
         seed_everything(settings.seed, full_determinism=settings.full_determinism)
-        if (drawn := settings.draws()) is not None:
-            spreading.gather = drawn.gather
+        drawn = settings.draws()
+        spreading.gather = "auto" if drawn is None else drawn.gather
         with in_words():
             runner(settings)(settings, worker)
     finally:
@@ -113,6 +114,8 @@ def _tell(error: BaseException | None, folders: list[str]) -> int:
     is_first, told = os.environ.get("LOCAL_RANK", "0") == "0", os.environ.get("ALIGN_STATUS_FILE")  # of its machine
     if not is_first:
         time.sleep(1.0)  # let the first process say it first
+    elif int(os.environ.get("WORLD_SIZE", "1")) > 1 and not isinstance(error, (BadInput, RunFailed, Stopped, NoneType)):
+        time.sleep(2.0)  # but for what follows from another's end, which that one says
     earlier = read_status(Path(told)) if told else None
     if earlier is not None and earlier.exit_code != 0:  # what follows from that is no news
         return FAILED if error is not None else 0

@@ -7,32 +7,13 @@ from pathlib import Path
 
 from align.artifact import tidy
 from align.endings import last
-from align.errors import BadInput
 from align.launch import run_stage
-from align.launch_plan import LaunchPlan, plan
+from align.launch_plan import LaunchPlan
 from align.locks import RUN_LOCK, at_work_in, check_free, clear_locks
-from align.preflight import check_recipe, check_sharded, remarks
+from align.preflight import check_recipe, launches, remarks
 from align.recipe import Recipe
 from align.resumption import change
 from align.wording import safe
-
-
-def launches(recipe: Recipe, states: dict[str, str]) -> dict[str, LaunchPlan]:
-    """How each stage that is not finished will be started, by its name.
-
-    Raises:
-        BadInput: with the stage's name: it cannot be started so.
-    """
-    found: dict[str, LaunchPlan] = {}
-    for name, stage in recipe.stages.items():
-        try:
-            if states[name] != "finished":
-                found[name] = plan(stage.launch)
-                if found[name].is_sharded:
-                    check_sharded(stage)
-        except BadInput as error:
-            raise BadInput(f"{recipe.path}: {f'stage `{name}`: ' if recipe.is_pipeline else ''}{error}") from error
-    return found
 
 
 def run_recipe(recipe: Recipe, overrides: list[str], changes: Sequence[str] = ()) -> int:
@@ -44,7 +25,7 @@ def run_recipe(recipe: Recipe, overrides: list[str], changes: Sequence[str] = ()
         BadInput: something is wrong with the recipe; nothing was started and nothing was written.
     """
     states = check_recipe(recipe, changes)
-    plans = launches(recipe, states)
+    plans = launches(recipe, [name for name in recipe.stages if states[name] != "finished"])
     # of several machines, the first has the folders
     own = [stage for name, stage in recipe.stages.items() if name in plans and plans[name].machine == 0]
     with _alone([Path(stage.output) for stage in own]):

@@ -1,6 +1,6 @@
 """Everything that can be wrong with a recipe is found here, before models are loaded and anything is written."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from align.errors import BadInput
 from align.files import reading
 from align.hub import INDEX, WEIGHTS, name_all
 from align.identity import has_templates, has_tokenizer, template_of
+from align.launch_plan import LaunchPlan, plan
 from align.models.facts import (
     Facts,
     check_generates,
@@ -169,6 +170,23 @@ def check_sampler(settings: StageSettings) -> None:
         from align.rollout.choose import own_sampler  # heavy, and only here
 
         own_sampler(drawn.engine)
+
+
+def launches(recipe: Recipe, names: Iterable[str]) -> dict[str, LaunchPlan]:
+    """How each of these stages will be started, by its name.
+
+    Raises:
+        BadInput: with the stage's name: it cannot be started so.
+    """
+    found: dict[str, LaunchPlan] = {}
+    for name in names:
+        try:
+            found[name] = plan(recipe.stages[name].launch)
+            if found[name].is_sharded:
+                check_sharded(recipe.stages[name])
+        except BadInput as error:
+            raise BadInput(f"{recipe.path}: {f'stage `{name}`: ' if recipe.is_pipeline else ''}{error}") from error
+    return found
 
 
 def check_sharded(settings: StageSettings) -> None:

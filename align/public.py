@@ -74,7 +74,7 @@ def open_policy(
     manifest = read_manifest(folder)
     settings = Model.model_validate(manifest["recipe"]["model"])
     own = {"base": base_of(manifest, folder)} if has_adapter(folder) else {"base": str(folder), "revision": None}
-    bases = Bases(settings.over(**own), torch.device(device))
+    bases = Bases(settings.over(**own), torch.device(device), is_stages=False)
     role = bases.role(str(folder))
     if role.prefix is not None:
         raise BadInput(

@@ -25,6 +25,7 @@ MEMORY_AND_SPEED = (  # keys of any section that change neither what is learnt n
     "sampling_batch_size",
     "batch_size",
     "enforce_eager",
+    "gather",
     "full_determinism",
     "gradient_checkpointing",
     "save_steps",

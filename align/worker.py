@@ -195,6 +195,16 @@ class Worker:
                 raise each
         return found  # type: ignore[return-value]  # `call` came back
 
+    def agreed_in_turns(self, call: Callable[[], T]) -> T:
+        """As `agreed`, of what may pass through bases that are spread: a process may have no rows, or fail."""
+        from align.models.gathering import in_turns
+
+        def work() -> T:
+            with in_turns():
+                return call()
+
+        return self.agreed(work)
+
     def at_length(self, call: Callable[[], T]) -> T:
         """As `agreed`, of what may take longer than a collective waits: `call` calls `beat` now and then, and all
         processes meet there until each has come back from it."""

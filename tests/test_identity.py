@@ -251,6 +251,7 @@ HARMLESS = {
     "slots": {"ppo.sampling_batch_size": 2},
     "kernels that repeat": {"full_determinism": True},
     "steps without graphs": {"sampling.enforce_eager": True},
+    "where a spread base is whole": {"sampling.gather": "layers"},
     "the precision as it began": {"model.load_in": "auto"},
     "saves": {"ppo.save_steps": 7},
     "samples shown": {"ppo.num_sample_rows": 1},

@@ -30,7 +30,7 @@ from align.loop.rounds import OURS, Loop
 from align.loop.steps import STEPS, Prompts, bring_back_files, prompts_of, why_to_stop
 from align.manifest import MANIFEST, which_run
 from align.parents import check_start
-from align.preflight import check_model, check_recipe
+from align.preflight import check_model, check_recipe, launches
 from align.recipe import Recipe
 from align.recipe_errors import first_error
 from align.report.loop_page import report
@@ -177,6 +177,8 @@ def check_loop(loop: Loop) -> Prompts:
     for name, data in (("prompts", loop.settings.prompts), ("evaluation", loop.settings.evaluation.prompts)):
         stages[name] = reads.model_copy(update={"prompts": data, "output": str(loop.out / f".{name}")})
     check_recipe(Recipe(loop.path, stages, is_pipeline=True), [f"stages.{word}" for word in loop.changes])
+    later = {"score": loop.score(1), "ensemble": loop.reward(0), "ppo": loop.ppo(0, loop.sft_folder)}
+    launches(Recipe(loop.path, stages | later, is_pipeline=True), [*stages, *later])
     _check_sections(loop)
     _check_functions(loop)
     _check_output(loop)

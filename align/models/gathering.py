@@ -6,6 +6,7 @@ need, or that they need nothing any more; then all gather the first of what is n
 many passes another makes, or whether it makes one: those that have nothing left to do help the others.
 """
 
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -18,22 +19,24 @@ from align.models.budget import SHARE, free_on
 
 
 class Unit(Protocol):
-    """Weights that are gathered together. All processes call each of its methods together."""
+    """Weights that are gathered together."""
 
     is_whole: bool  # on this process
     size: int  # bytes, when it is whole
 
-    def make_whole(self) -> None: ...
+    def make_whole(self) -> None:
+        """All processes call it together."""
 
-    def spread(self) -> None: ...
+    def spread(self) -> None:
+        """This process keeps its part alone, if it had more."""
 
 
 @dataclass
 class Spreading:
     """How this process's bases stand. `mesh`: the processes over which they are spread, this one among them (None: each
     has them whole); `units`: of all bases, in the order in which they were loaded. `gather`: how they are had where
-    answers are drawn, as the recipe says; `fits`: of how many units it was found whether all can be whole. For now they
-    may be held whole, or be gathered in turns."""
+    answers are drawn, as the recipe says; `fits`: a number of units, and whether so many can be whole together. For now
+    they may be held whole, or be gathered in turns."""
 
     mesh: Any | None = None
     gather: Literal["auto", "whole", "layers"] = "auto"
@@ -77,12 +80,20 @@ def in_turns() -> Iterator[None]:
         yield
         return
     spreading.is_in_turns = True
+    failure: BaseException | None = None
     try:
         yield
+    except BaseException as error:
+        failure = error
+        _let_go(error)
+        raise
     finally:
-        give_all_back()
         try:
+            give_all_back()
             _take_turns(len(spreading.units))
+        except Exception:
+            if failure is None:  # else that is what is told
+                raise
         finally:
             spreading.is_in_turns = False
 
@@ -104,6 +115,14 @@ def each_its_own_way() -> Iterator[None]:
         finally:
             spreading.is_held = False
             give_all_back()
+
+
+def _let_go(error: BaseException) -> None:
+    """What the calls that failed have made takes no memory while the others are helped."""
+    seen: BaseException | None = error
+    while seen is not None:
+        traceback.clear_frames(seen.__traceback__)
+        seen = seen.__cause__ or seen.__context__
 
 
 def _fit_whole() -> bool:

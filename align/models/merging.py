@@ -124,7 +124,7 @@ def _merge(folder: Path, target: Path, manifest: dict[str, Any]) -> float:
         settings = Model.model_validate(manifest["recipe"]["model"])
     except ValidationError as error:
         raise BadInput(f"{folder / MANIFEST} is damaged (`recipe.model`); run its stage again") from error
-    bases = Bases(settings.over(base=base_of(manifest, folder)), device)
+    bases = Bases(settings.over(base=base_of(manifest, folder)), device, is_stages=False)
     tokenizer = _tokenizer_of(str(folder))
     ids = _probe_ids(tokenizer, device)
     before = _logits(bases.role(str(folder)), ids)

@@ -41,8 +41,8 @@ from align.wording import did_you_mean, one_line
 
 TASK = "CAUSAL_LM"  # of every adapter: a scalar head, if any, is ours to place
 NOWHERE_WHOLE = (
-    "no process has them whole where layers are gathered one by one; use `kind: lora` as it begins by default, or a "
-    "`launch` that has the base whole"
+    "no process has them whole where layers are gathered one by one (`sampling.gather: layers`, or `auto` where a base "
+    "takes more than half of what is free); use `kind: lora` as it begins by default, or another `launch`"
 )
 PROBED = 4096  # elements of each base tensor that are compared before and after
 

@@ -8,6 +8,7 @@ float32, which over a base in 16 bits are rounded for each product.
 """
 
 import copy
+import gc
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -202,11 +203,17 @@ def new_head(size: int, device: torch.device, *, bias: bool = False) -> nn.Linea
 class Bases:
     """The bases of a process, each loaded once, and the roles over them."""
 
-    def __init__(self, settings: Model, device: torch.device):
+    def __init__(self, settings: Model, device: torch.device, *, is_stages: bool = True):
+        """`is_stages`: whether they are a stage's, of which a process has one at a time; they are spread then, if its
+        processes have them so."""
         self.settings, self.device = settings, device
         self._loaded: dict[str, Base] = {}
         self._tokenizers: dict[str, PreTrainedTokenizerBase] = {}
-        spreading.units.clear()  # of bases that are needed no more: a process has one `Bases` at a time
+        self.are_spread = is_stages and spreading.mesh is not None
+        if self.are_spread:  # of a stage before, whose parts know each other
+            spreading.units.clear()
+            spreading.fits = (0, False)
+            gc.collect()
         self.main = self.load(settings.base)
 
     def load(self, base: str, *, revision: str | None = None) -> Base:
@@ -217,7 +224,7 @@ class Bases:
         key = fingerprint(base, settings.revision)
         if key not in self._loaded:
             check_large(base)
-            self._loaded[key] = load_base(settings, self.device, None if spreading.mesh is None else spread)
+            self._loaded[key] = load_base(settings, self.device, spread if self.are_spread else None)
         return self._loaded[key]
 
     def base_of(self, folder: str | None) -> Base:
@@ -264,7 +271,7 @@ class Bases:
         if trainable and not is_adapter and method is None:
             raise ValueError("a whole model is trained by a method: pass one")
         base = (over if is_adapter else None) or self.base_of(folder)
-        with each_its_own_way():  # a method may look at weights, or copy some
+        with each_its_own_way() if self.are_spread else nullcontext():  # a method may look at weights, or copy some
             return self._over(base, folder, method=method, trainable=trainable, head=head)
 
     def _over(self, base: Base, folder: str | None, *, method: AnyMethod | None, trainable: bool, head: bool) -> Role:

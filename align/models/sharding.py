@@ -55,6 +55,7 @@ class LayerUnit(nn.Module):
     def make_whole(self) -> None:
         cast(FSDPModule, self).unshard()
         for leaf, whole in self.packed.items():
+            assert whole.data_ptr() == cast(Tensor, leaf.weight).data_ptr(), "what is gathered has come elsewhere"
             leaf._parameters["weight"] = whole
         self.is_whole = True
 
@@ -80,17 +81,19 @@ class _InBackward(torch.autograd.Function):
 def spread(model: PreTrainedModel, device: torch.device) -> None:
     """Spreads a base's decoder layers over the processes, and has the rest on `device`; its layers, and those of views
     made of it later, gather their weights there."""
-    fuse_norms(model)  # as roles would: their weights are looked at
-    is_elsewhere = model.device.type != device.type
-    for layer in decoder_layers(model):
-        if is_elsewhere:
+    layers = decoder_layers(model)
+    inside = {id(module) for layer in layers for module in layer.modules()}
+    for module in model.modules():
+        if id(module) not in inside:
+            module._apply(lambda tensor: tensor.to(device), recurse=False)
+    for layer in layers:
+        if next(layer.parameters()).device.type != device.type:
             cast(nn.Module, layer).to(device)  # one after the other: all might not fit
+        fuse_norms(layer)  # as roles would: their weights are looked at
         leaves = [each for each in layer.modules() if has_weights(each) and next(each.children(), None) is None]
         unit = LayerUnit(leaves)
         spreading.units.append(unit)
         _around(layer, unit)
-    if is_elsewhere:
-        cast(nn.Module, model).to(device)
 
 
 def _around(layer: nn.Module, unit: LayerUnit) -> None:

@@ -64,7 +64,9 @@ class Sampler(ABC):
     max_batch_tokens: int | None = None  # prompts' tokens in a pass; None: as memory allows
     phase: Phase = SAMPLING
     folder: Path | None = None  # the run's, in which a sampler may keep what it has drawn
-    beat: Callable[[], None] = lambda: None  # to be called now and then by one that waits long, from whatever thread
+    # to be called now and then by one that waits long, from whatever thread (over a base that is gathered by layers it
+    # does nothing: there no process waits longer for another than a collective does)
+    beat: Callable[[], None] = lambda: None
 
     def num_at_a_time(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> int:
         """Answers to begin with: fewer than `batch_size` where there are fewer prompts."""

@@ -64,7 +64,9 @@ class SlotSampler(Sampler):
         """The role as it samples, and what takes a token's step in few launches, if there is such a thing."""
         if spreading.is_in_turns:  # neither has weights at hand
             return self.role, None
-        is_decoded, is_plain = self.role.device.type in DECODED, self.role.computes_in is None
+        # what is joined takes the place of a layer's weights, for good: not of such as are given back
+        is_decoded = self.role.device.type in DECODED and spreading.mesh is None
+        is_plain = self.role.computes_in is None
         if is_decoded and is_plain and (decoder := self._decoder(self.role)) is not None:
             return self.role, decoder
         role = or_else(PREPARING, lambda: sampling_view(self.role), self.role, SLOWER)

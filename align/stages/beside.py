@@ -5,7 +5,6 @@ from collections.abc import Sequence
 
 import torch
 
-from align.models.gathering import in_turns
 from align.models.roles import Bases
 from align.rewards import Answers, RewardMix, build_rewards
 from align.settings import Reward
@@ -29,12 +28,7 @@ def figures_beside(
     `rows` of them all. All processes call it."""
     if not beside:
         return {}
-
-    def tell() -> list[list[float]]:
-        with in_turns():  # a process may have no rows, or fail
-            return [mix.told(answers).totals for mix in beside.values()]
-
-    told = worker.agreed(tell)
+    told = worker.agreed_in_turns(lambda: [mix.told(answers).totals for mix in beside.values()])
     own = torch.tensor(told, dtype=torch.float64).T  # (own rows, rewards)
     (scores,) = worker.gather_rows(rows, count, own.reshape(len(rows), len(beside)))
     means = scores.nanmean(0).tolist()

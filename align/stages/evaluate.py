@@ -23,7 +23,6 @@ from align.maths.calibration import comparison, win_rate
 from align.maths.kl import kl_estimate
 from align.models.backoff import Phase
 from align.models.base import stop_ids
-from align.models.gathering import in_turns
 from align.models.roles import Bases, Role
 from align.models.scoring import reads_whole
 from align.parents import remarks_on_parents
@@ -31,7 +30,6 @@ from align.report.page import unseen, wins
 from align.report.tables import markdown_table, result_table, save_samples
 from align.rewards import Answers, RewardMix, build_rewards, check_columns, means_of, with_logged
 from align.rewards.judge import Judge, Question, build_judge
-from align.rewards.mix import Told
 from align.rollout.choose import sampler_of
 from align.rollout.reading import read_all
 from align.rollout.rollouts import answers_of, rollouts_of, tokens_of
@@ -158,12 +156,7 @@ def _judge(
     asked = [rows[i] for i in mine]
     answers = Answers(asked, rollouts.prompts, texts, rollouts.answers, rollouts.ended.tolist(), tokenizer)
     mixes = {"": judge} | beside
-
-    def tell() -> dict[str, Told]:
-        with in_turns():  # a process may have no rows, or fail
-            return {name: mix.told(answers) for name, mix in mixes.items()}
-
-    told = worker.agreed(tell)
+    told = worker.agreed_in_turns(lambda: {name: mix.told(answers) for name, mix in mixes.items()})
     own_scores = torch.tensor([each.totals for each in told.values()], dtype=torch.float64)  # (mixes, own rows)
     tokens, lengths, kl, entropies, scores = worker.gather_rows(
         mine, len(rows), *tokens_of(rollouts), kl, entropies, own_scores.T

@@ -31,12 +31,10 @@ from align.maths.masking import masked_mean, whiten
 from align.maths.running import mean_and_deviation
 from align.models.backoff import Phase, in_passes
 from align.models.budget import training_tokens
-from align.models.gathering import in_turns
 from align.models.layout import Part, Tree, parts_of
 from align.models.roles import Role
 from align.phases import Phases
 from align.rewards import Answers, means_of
-from align.rewards.mix import Told
 from align.rollout.reading import read_all
 from align.rollout.rollouts import Reading, Rollouts, answers_of, rollouts_of, tokens_of
 from align.rollout.sampler import Seeds
@@ -183,12 +181,7 @@ def sample_and_score(
         asked = [row.prompt for row in rows]
         ended = rollouts.ended.tolist()
         answers = Answers(asked, rollouts.prompts, texts, rollouts.answers, ended, roles.tokenizer)
-
-        def tell() -> Told:
-            with in_turns():  # a process may have no rows, or fail
-                return roles.rewards.told(answers)
-
-        told = worker.agreed(tell)
+        told = worker.agreed_in_turns(partial(roles.rewards.told, answers))
     own_scores = torch.tensor([told.totals, *told.parts.values()], dtype=torch.float64)  # (1 + rewards, own rows)
     earned = torch.zeros(sampled.logprobs.shape)
     for row, own in enumerate(told.earned):

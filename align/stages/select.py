@@ -17,7 +17,6 @@ from align.errors import BadInput
 from align.files import write_lines
 from align.manifest import read_lines
 from align.maths.ensembles import best_of_n_kl
-from align.models.gathering import in_turns
 from align.models.roles import Bases
 from align.rewards import RewardMix, build_rewards, check_columns
 from align.rewards.answers import Answers, some_of
@@ -75,12 +74,7 @@ def run(settings: SelectSettings, worker: Worker) -> None:
 def _scores(mix: RewardMix, answers: Answers, worker: Worker) -> list[float]:
     mine = list(worker.mine(len(answers.texts)))
     own = some_of(answers, mine)
-
-    def total() -> list[float]:
-        with in_turns():  # a process may have no rows, or fail
-            return mix(own)[0]
-
-    totals = worker.agreed(total)
+    totals = worker.agreed_in_turns(lambda: mix(own)[0])
     (found,) = worker.gather_rows(mine, len(answers.texts), torch.tensor(totals, dtype=torch.float64))
     return [float(score) for score in found]
 
