@@ -100,6 +100,21 @@ def spread_and_count():
     LayerUnit.make_whole, torch.Tensor.backward = counting, telling
 
 
+def spread_and_tell_how():
+    """Whether layers are gathered in turns while answers are drawn."""
+    spread()
+    from align.models.gathering import spreading
+    from align.rollout.slots import SlotSampler
+
+    sample = SlotSampler.sample
+
+    def telling(self, *arguments, **how):
+        print("in turns:", spreading.is_in_turns, flush=True)
+        return sample(self, *arguments, **how)
+
+    SlotSampler.sample = telling
+
+
 def spread_in_twos():
     os.environ["ALIGN_SHARD"] = "2"
 
@@ -358,7 +373,8 @@ def test_an_evaluation_over_a_spread_base_is_the_evaluation(load_in, gather, bas
         "sampling": {"max_new_tokens": 8, "gather": gather},
     }  # fmt: skip
     tiny.run(EvaluateSettings(**values))
-    run_apart(values | {"output": str(tmp_path / "two")}, tmp_path, spread)
+    for said in run_apart(values | {"output": str(tmp_path / "two")}, tmp_path, spread_and_tell_how):
+        assert f"in turns: {gather == 'layers'}" in said
     ours, theirs = (json.loads((tmp_path / name / "results.json").read_text()) for name in ("one", "two"))
     for name, figures in ours["policies"].items():
         assert theirs["policies"][name] == pytest.approx(figures, rel=1e-5, abs=1e-5)
