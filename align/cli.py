@@ -204,6 +204,27 @@ def recipes() -> None:
 
 
 @app.command()
+def keys(
+    where: Annotated[
+        str | None,
+        typer.Argument(metavar="[WHERE]", help="A stage, `loop`, a method, or a key: ppo, sft.train, kl_coef."),
+    ] = None,
+) -> None:
+    """Show what a recipe may say: every key with its default, its range and its meaning."""
+    from align.keys import show_keys
+
+    show_keys(where)
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON Schema of recipes, by which an editor completes and checks them."""
+    from align.schema import recipe_schema
+
+    typer.echo(json.dumps(recipe_schema(), indent=1, ensure_ascii=False))
+
+
+@app.command()
 def label(
     run: Annotated[
         str, typer.Argument(metavar="RUN", callback=_at_home, help="A loop's folder, its store.db, or a database URL.")
@@ -352,9 +373,9 @@ def main() -> None:
 
 
 def _left(error: SystemExit) -> Ending:
-    """A way out that is not ours: typer's, for a pipe that broke, or some library's."""
+    """A way out that is not ours: rich's or typer's where nobody reads what they print, or some library's."""
     if isinstance(error.__context__, BrokenPipeError):
-        return ending_of(error.__context__, *reversed(FOLDERS))
+        return Ending(128 + signal.SIGPIPE, "")
     is_code = error.code is None or isinstance(error.code, int)
     return Ending(int(error.code or 0), "") if is_code else Ending(FAILED, str(error.code))  # type: ignore[arg-type]
 

@@ -28,13 +28,8 @@ from align.settings import (
     SftSettings,
     StageSettings,
 )
-from align.settings.loop import Evaluation, LoopSettings
+from align.settings.loop import OURS, Evaluation, LoopSettings
 
-OURS = {  # keys of a section's stage that the loop itself sets, beside those that every stage has
-    "sft": (),
-    "ensemble": ("data",),
-    "ppo": ("policy", "reference", "rewards", "prompts", "sampling", "max_prompt_length"),
-}
 SFT = "sft"  # the fixed policy's name among those that are evaluated; the others are round-<number>
 Stage = TypeVar("Stage", bound=StageSettings)
 

@@ -2,6 +2,8 @@
 
 from align.settings.about import Curve, Match, Quality, Tuning
 from align.settings.data import Data, DemonstrationData, Source
+from align.settings.dpo import Dpo, DpoSettings
+from align.settings.evaluate import EvaluateSettings, PairCheck
 from align.settings.feedback import CollectSettings, EnsembleSettings, ScoreSettings, SelectSettings
 from align.settings.fields import Settings
 from align.settings.judge import JudgeSettings
@@ -20,19 +22,13 @@ from align.settings.methods import (
     OwnMethod,
     Prefix,
 )
+from align.settings.ppo import Critic, Ppo, PpoSettings
 from align.settings.rewards import EnsembleReward, LearnedReward, Reward
 from align.settings.sampling import Sampling
 from align.settings.stage import Model, StageSettings, Track
 from align.settings.stages import (
-    Critic,
-    Dpo,
-    DpoSettings,
-    EvaluateSettings,
     LearningSettings,
-    PairCheck,
     Policy,
-    Ppo,
-    PpoSettings,
     RewardSettings,
     SamplingSettings,
     SftSettings,

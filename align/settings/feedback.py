@@ -7,7 +7,7 @@ from typing import Annotated, ClassVar
 from pydantic import Field
 
 from align.settings.about import POLICIES, Parents
-from align.settings.fields import Count, Interval, Location, NonNegative, Positive
+from align.settings.fields import AtATime, Count, Interval, Location, NonNegative, PassTokens, Positive, told
 from align.settings.judge import JudgeSettings
 from align.settings.rewards import Reward, learned_parents
 from align.settings.stage import StageSettings
@@ -20,7 +20,10 @@ class EnsembleSettings(RewardSettings):
     kind = "ensemble"
     makes = "ensemble"
     quality = None  # each member has a cost of its own
-    num_members: Annotated[int, Field(ge=2, le=1000)] = 4
+    num_members: Annotated[int, Field(ge=2, le=1000)] = told(
+        4,
+        "Reward models, each with a seed and an order of rows of its own.",
+    )
 
     def members(self) -> list[RewardSettings]:
         """The reward stage of each member."""
@@ -38,10 +41,15 @@ class CollectSettings(SamplingSettings):
 
     kind = "collect"
     makes = "candidates"
-    policies: Annotated[dict[str, Location | None], Field(min_length=1)]  # name -> run folder; null: the base
-    num_generations: dict[str, Count] = Field(default_factory=dict)  # of each policy; those not named give 4
-    temperatures: Annotated[tuple[Positive, ...], Field(min_length=1)] = (1.0,)  # taken in turn, answer by answer
-    batch_size: Count | None = None  # answers in the making at a time; None: 32, on a GPU as memory allows
+    policies: Annotated[dict[str, Location | None], Field(min_length=1)] = Field(
+        description="Name -> folder of a run; null: the base.",
+    )
+    num_generations: dict[str, Count] = Field(
+        default_factory=dict,
+        description="Name -> answers of that policy to each prompt; those not named give 4.",
+    )
+    temperatures: Annotated[tuple[Positive, ...], Field(min_length=1)] = told((1.0,), "Of the answers, taken in turn.")
+    batch_size: AtATime = None
 
     def parents(self) -> Parents:
         return {f"policies.{name}": (path, POLICIES) for name, path in self.policies.items() if path}
@@ -56,10 +64,18 @@ class SelectSettings(StageSettings):
     kind = "select"
     makes = "data"
     data_files: ClassVar = {"demonstrations.jsonl": "demonstrations", "preferences.jsonl": "preferences"}
-    candidates: Location  # a collect run
-    rewards: Annotated[tuple[Reward, ...], Field(min_length=1)]
-    min_score: float | None = None  # of the best answer, to be a demonstration
-    min_margin: NonNegative = 0.0  # of the best answer's score over the worst's, to be a pair: more than this
+    candidates: Location = Field(description="Folder of a collect run.")
+    rewards: Annotated[tuple[Reward, ...], Field(min_length=1)] = Field(
+        description="What an answer's score is the weighted sum of.",
+    )
+    min_score: float | None = told(
+        None,
+        "The least that the best answer to a prompt must score to become a demonstration.",
+    )
+    min_margin: NonNegative = told(
+        0.0,
+        "The best and the worst answer become a pair where their scores differ by more than this.",
+    )
 
     def parents(self) -> Parents:
         return {"candidates": (self.candidates, ("candidates",))} | learned_parents(self.terms())
@@ -72,12 +88,15 @@ class ScoreSettings(StageSettings):
     """What an ensemble, and a judge, say of candidates: scores of each, pairs of them, and who is better."""
 
     kind = "score"
-    candidates: Location  # a collect run
-    ensemble: Location | None = None  # None: nothing has been learned yet, and pairs are drawn by chance
-    judge: JudgeSettings | None = None
-    best_worst: bool = True  # pair the best answer with the worst, by the ensemble
-    random_pairs: Interval = 1  # further pairs of each prompt, by chance
-    max_batch_tokens: Count | None = None
+    candidates: Location = Field(description="Folder of a collect run.")
+    ensemble: Location | None = told(
+        None,
+        "Folder of an ensemble run; null: nothing has been learnt yet, and pairs are drawn by chance.",
+    )
+    judge: JudgeSettings | None = told(None, "Who says of each pair which answer is better.")
+    best_worst: bool = told(True, "Pair the best answer with the worst, by the ensemble.")
+    random_pairs: Interval = told(1, "Further pairs of each prompt, by chance.")
+    max_batch_tokens: PassTokens = None
 
     def parents(self) -> Parents:
         found: Parents = {"candidates": (self.candidates, ("candidates",))}

@@ -58,6 +58,20 @@ Seed = Annotated[
 ]  # NumPy's end at 2**32; rounds add to it
 
 
+def told(default: Any, meaning: str) -> Any:
+    """A key of a recipe: its default, and what it means, in the words that `align keys` and the schema show."""
+    return Field(default=default, description=meaning)
+
+
+PassTokens = Annotated[
+    Count | None,
+    Field(description="Tokens of a pass: memory alone; null: about 1 GiB is kept, on a GPU half of what is free."),
+]
+AtATime = Annotated[
+    Count | None, Field(description="Answers in the making at a time; null: 32, on a GPU as memory allows.")
+]
+
+
 class Settings(BaseModel):
     """A frozen section of a recipe; unknown keys are an error."""
 

@@ -4,22 +4,25 @@ from typing import Any
 
 from pydantic import Field, model_validator
 
-from align.settings.fields import Interval, Location, NonNegative, Positive, Settings
+from align.settings.fields import Interval, Location, NonNegative, Positive, Settings, told
 
 
 class JudgeSettings(Settings):
     """Who compares two answers. `model`: a model's log-probabilities of A and B, averaged over both orders."""
 
-    use: Location = "model"  # model | server | file.py:function, a reward in TRL's signature
-    model: Location | None = None  # a folder or Hub id (None: the stage's base); of a server: its name there
-    url: str | None = None  # of `use: server`: such as http://127.0.0.1:8000/v1
-    api_key_env: str | None = None  # the environment variable that holds the server's key
-    question: Location | None = None  # a Jinja file with {{prompt}}, {{a}}, {{b}}; None: ours
-    scale: Positive = 1.0  # of `file.py:function`: P(a is better) = sigmoid((score a - score b) / scale)
-    max_retries: Interval = 4
-    timeout: Positive = 60.0  # seconds of one request, from its first byte to the last of its response
-    cost_per_million_tokens: NonNegative = 0.0  # for the report: of prompt and answer together
-    arguments: dict[str, Any] = Field(default_factory=dict)  # of `file.py:function`
+    use: Location = told(
+        "model",
+        "model (its log-probabilities of A and B), server (an OpenAI-compatible one), or file.py:function.",
+    )
+    model: Location | None = told(None, "Folder or Hub id (null: the stage's base); of a server: its name there.")
+    url: str | None = told(None, "The server's, such as http://127.0.0.1:8000/v1.")
+    api_key_env: str | None = told(None, "The environment variable that holds the server's key.")
+    question: Location | None = told(None, "A Jinja file with {{prompt}}, {{a}} and {{b}}; null: ours.")
+    scale: Positive = told(1.0, "Of file.py:function: P(a is better) = sigmoid((score a - score b) / scale).")
+    max_retries: Interval = told(4, "Times that a request is sent again.")
+    timeout: Positive = told(60.0, "Seconds of one request, from its first byte to the last of its response.")
+    cost_per_million_tokens: NonNegative = told(0.0, "Of prompt and answer together, for the report.")
+    arguments: dict[str, Any] = Field(default_factory=dict, description="Of file.py:function, by name.")
 
     @model_validator(mode="after")
     def _server_has_an_address(self) -> "JudgeSettings":

@@ -6,6 +6,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from align.settings.data import Data
 from align.settings.fields import (
+    AtATime,
     Count,
     Folder,
     Fraction,
@@ -16,37 +17,49 @@ from align.settings.fields import (
     Seed,
     Settings,
     at_home,
+    told,
 )
 from align.settings.judge import JudgeSettings
 from align.settings.rewards import Reward
 from align.settings.sampling import Sampling
 from align.settings.stage import Model, Track
 
+OURS = {  # keys of a section's stage that the loop itself sets, beside those that every stage has
+    "sft": (),
+    "ensemble": ("data",),
+    "ppo": ("policy", "reference", "rewards", "prompts", "sampling", "max_prompt_length"),
+}
+
 
 class Collect(Settings):
     """Answers of a round: how many prompts, how many answers of each policy to a prompt, and which pairs of them."""
 
-    prompts_per_round: Count = 128
-    num_generations: Count = 4  # of the current policy
-    previous: Interval = 0  # of the one before it
-    sft: Interval = 0  # of the SFT policy
-    temperatures: Annotated[tuple[Positive, ...], Field(min_length=1)] = (1.0,)  # taken in turn, answer by answer
-    best_worst: bool = True  # pair the best answer with the worst, by the ensemble
-    random_pairs: Count = 1  # further pairs of a prompt, by chance: in round 0 there are no others
-    batch_size: Count | None = None  # answers in the making at a time; None: 32, on a GPU as memory allows
+    prompts_per_round: Count = told(128, "Prompts that are answered in a round.")
+    num_generations: Count = told(4, "Answers of the current policy to each.")
+    previous: Interval = told(0, "Answers of the policy before it.")
+    sft: Interval = told(0, "Answers of the SFT policy.")
+    temperatures: Annotated[tuple[Positive, ...], Field(min_length=1)] = told((1.0,), "Of the answers, taken in turn.")
+    best_worst: bool = told(True, "Pair the best answer with the worst, by the ensemble.")
+    random_pairs: Count = told(1, "Further pairs of a prompt, by chance: in round 0 there are no others.")
+    batch_size: AtATime = None
 
 
 class Route(Settings):
     """People's budget of labels, and where it goes."""
 
-    kickstart: Count = 200  # pairs of round 0, which is people's alone
-    budget: Interval = 100  # pairs of each later round
-    audit: Fraction = 0.3  # of the budget, drawn uniformly: the only unbiased slice
-    disagreement: Fraction = 0.2  # where judge and ensemble take different sides
-    uncertainty: Fraction = 0.5  # where the members contradict each other, spread over prompts
-    recheck: Fraction = 0.0  # one person's labels of earlier rounds that the ensemble of then contradicts most
-    overlap: Fraction = 0.1  # of people's pairs, given to a second person
-    reasks: Fraction = 0.05  # of people's pairs, shown to the same person again without a word
+    kickstart: Count = told(200, "Pairs of round 0, which is people's alone.")
+    budget: Interval = told(100, "Pairs that people are given in each later round.")
+    audit: Fraction = told(0.3, "Share of the budget that is drawn uniformly: the only unbiased slice.")
+    disagreement: Fraction = told(0.2, "Share for pairs on which judge and ensemble take different sides.")
+    uncertainty: Fraction = told(
+        0.5, "Share for pairs on which the members contradict each other, spread over prompts."
+    )
+    recheck: Fraction = told(
+        0.0,
+        "Share for one person's labels of earlier rounds that the ensemble of then contradicts most.",
+    )
+    overlap: Fraction = told(0.1, "Share of people's pairs that a second person is given too.")
+    reasks: Fraction = told(0.05, "Share of people's pairs that the same person is shown again without a word.")
 
     @model_validator(mode="after")
     def _shares_are_all(self) -> "Route":
@@ -61,42 +74,60 @@ class Route(Settings):
 class Simulated(Settings):
     """Annotators that know a gold score and err, for tests and studies."""
 
-    use: Location  # file.py:function in TRL's reward signature: the gold score
-    num_annotators: Count = 3
-    noise: Fraction = 0.1  # of answers that are turned round
-    tie_margin: NonNegative = 0.0  # a difference of at most so much is a tie
-    length_bias: float = 0.0  # gold points for each character more
-    temperature: NonNegative = 0.0  # of Bradley-Terry; 0: always the better one
+    use: Location = Field(description="The gold score: file.py:function, in TRL's reward signature.")
+    num_annotators: Count = told(3, "How many there are.")
+    noise: Fraction = told(0.1, "Share of answers that are turned round.")
+    tie_margin: NonNegative = told(0.0, "A difference of at most so much is a tie.")
+    length_bias: float = told(0.0, "Gold points for each character more.")
+    temperature: NonNegative = told(0.0, "Of Bradley-Terry; 0: always the better one.")
 
 
 class Gate(Settings):
     """When a machine's label is taken, and what it weighs."""
 
-    delta: Fraction | None = 0.05  # how far below people's agreement with each other a machine's with people may be
-    level: Fraction = 0.7  # and never below this; with `delta: null` this alone counts, whatever people's is
-    z: Positive = 1.96  # of Wilson's bound
-    max_machine_ratio: Positive = 4.0  # weight of machine labels against people's, at most
-    min_audit: Count = 20  # audited pairs that temperature and threshold are found on; with fewer nothing passes
-    held_out: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.25  # of prompts, whose labels the rewards of PPO never see
+    delta: Fraction | None = told(
+        0.05,
+        "How far below people's agreement with each other a machine's with people may be.",
+    )
+    level: Fraction = told(0.7, "And never below this agreement; with `delta: null` this alone counts.")
+    z: Positive = told(1.96, "Of Wilson's bound on the agreement (1.96: 95 %).")
+    max_machine_ratio: Positive = told(4.0, "The most that machine labels weigh against people's.")
+    min_audit: Count = told(20, "Audited pairs that temperature and threshold are found on; with fewer nothing passes.")
+    held_out: Annotated[float, Field(ge=0.0, lt=1.0)] = told(
+        0.25,
+        "Share of prompts whose labels the rewards of PPO never see.",
+    )
 
 
 class Stop(Settings):
     """When the loop ends before its last round."""
 
-    patience: Interval = 2  # rounds without a better policy by held-out evidence; 0: never
-    kl: Positive | None = None  # sequence KL of the policy that is kept to the SFT policy (nats)
-    human_labels: Count | None = None  # people's labels in all
+    patience: Interval = told(
+        2,
+        "The loop ends after so many rounds without a better policy by held-out evidence; 0: never.",
+    )
+    kl: Positive | None = told(
+        None,
+        "It ends where the kept policy's sequence KL to the SFT policy is beyond this (nats).",
+    )
+    human_labels: Count | None = told(None, "It ends where people have given so many labels.")
 
 
 class Evaluation(Settings):
     """Prompts that are never trained on, and who judges answers to them."""
 
     renamed: ClassVar = {"judge": "rewards"}
-    prompts: Data
-    max_prompts: Count = 256
-    rewards: tuple[Reward, ...] = ()  # such as a gold score; none: the held-out reward model
-    pairwise_judge: JudgeSettings | None = None  # compares each round's answers with those of all before it
-    people_prompts: Interval = 0  # on which people, too, compare each round's answer with SFT's and the best one's
+    prompts: Data = Field(description="Prompts that are never trained on.")
+    max_prompts: Count = told(256, "The first so many of them.")
+    rewards: tuple[Reward, ...] = told(
+        (),
+        "Who scores the answers, such as a gold score; none: the held-out reward model.",
+    )
+    pairwise_judge: JudgeSettings | None = told(None, "Compares each round's answers with those of all before it.")
+    people_prompts: Interval = told(
+        0,
+        "Prompts on which people, too, compare each round's answer with SFT's and the best one's.",
+    )
 
 
 def _as_run(value: Any) -> Any:
@@ -108,29 +139,40 @@ def _as_run(value: Any) -> Any:
 class LoopSettings(Settings):
     """A loop. `sft`, `ensemble` and `ppo` hold the keys of these stages; data, outputs and parents are the loop's."""
 
-    output: Folder
-    model: Model
-    seed: Seed = 0
-    full_determinism: bool = False
-    launch: Location | None = None
-    track: Track = Track()
-    store: Location | None = None  # a database URL; None: SQLite, in <output>/store.db
-    num_rounds: Count = 3
-    sft: Annotated[dict[str, Any], BeforeValidator(_as_run)]  # an SFT run's folder, or an SFT stage to run first
-    prompts: Data
-    max_prompt_length: Count = 512
-    sampling: Sampling = Sampling()
-    collect: Collect = Collect()
-    judge: JudgeSettings | None = None
-    route: Route = Route()
-    annotators: Literal["people"] | Simulated = "people"
-    gate: Gate = Gate()
-    ensemble: dict[str, Any] = Field(default_factory=dict)
-    ppo: dict[str, Any] = Field(default_factory=dict)
-    reward: Literal["mean", "minimum"] = "mean"  # of the members' scores: what PPO is paid
-    penalty: NonNegative = 0.5  # of their variance, with `mean`
-    evaluation: Evaluation
-    stop: Stop = Stop()
+    output: Folder = Field(description="The loop's folder.")
+    model: Model = Field(description="The base that every role is a view over.")
+    seed: Seed = told(0, "Of every random number; a round's are drawn with another.")
+    full_determinism: bool = told(
+        False,
+        "On a GPU: kernels that repeat bit for bit, which are slower; a CPU's do anyway.",
+    )
+    launch: Location | None = told(
+        None,
+        "cpu, gpu, ddp, fsdp, or an accelerate configuration file; null: by what the machine has.",
+    )
+    track: Track = told(Track(), "Where metrics go beside metrics.jsonl.")
+    store: Location | None = told(None, "URL of a PostgreSQL database of labels; null: SQLite, in <output>/store.db.")
+    num_rounds: Count = told(3, "Rounds: collect, score, label, reward, ppo, evaluate.")
+    sft: Annotated[dict[str, Any], BeforeValidator(_as_run, json_schema_input_type=str | dict[str, Any])] = Field(
+        description="Folder of an SFT run, or the keys of an SFT stage that is run first.",
+    )
+    prompts: Data = Field(description="What is answered and learnt on.")
+    max_prompt_length: Count = told(512, "Tokens; longer prompts are left out.")
+    sampling: Sampling = told(Sampling(), "How answers are drawn.")
+    collect: Collect = told(Collect(), "How many answers a round collects, and which pairs of them.")
+    judge: JudgeSettings | None = told(None, "The machine that labels beside people; null: none does.")
+    route: Route = told(Route(), "People's budget of labels, and where it goes.")
+    annotators: Literal["people"] | Simulated = told(
+        "people",
+        "people, on the page of `align label`; or simulated ones.",
+    )
+    gate: Gate = told(Gate(), "When a machine's label is taken, and what it weighs.")
+    ensemble: dict[str, Any] = Field(default_factory=dict, description="Keys of the ensemble stage.")
+    ppo: dict[str, Any] = Field(default_factory=dict, description="Keys of the ppo stage.")
+    reward: Literal["mean", "minimum"] = told("mean", "What of the members' scores PPO is paid.")
+    penalty: NonNegative = told(0.5, "Weight of the members' variance, taken from their mean (Coste et al. 2023).")
+    evaluation: Evaluation = Field(description="Prompts that are never trained on, and who judges answers to them.")
+    stop: Stop = told(Stop(), "When the loop ends before its last round.")
 
     @model_validator(mode="after")
     def _pairs_for_two_have_two_people(self) -> "LoopSettings":

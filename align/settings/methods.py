@@ -2,30 +2,33 @@
 
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BeforeValidator, ConfigDict, Discriminator, Tag, field_validator
+from pydantic import BeforeValidator, ConfigDict, Discriminator, Field, Tag, WithJsonSchema, field_validator
 
 from align.plugins import is_reference
-from align.settings.fields import Count, Fraction, Location, Positive, Settings
+from align.settings.fields import Count, Fraction, Location, Positive, Settings, told
 from align.wording import did_you_mean
 
 
 class Lora(Settings):
     """PEFT's LoraConfig, by its own names. `qlora` is the same over a 4-bit base, and insists on it."""
 
-    kind: Literal["lora", "qlora"] = "lora"
-    r: Count = 16
-    lora_alpha: Positive = 32.0
-    lora_dropout: Fraction = 0.0
-    target_modules: str | tuple[str, ...] = "all-linear"
-    use_rslora: bool = False
-    use_dora: bool = False
-    init_lora_weights: bool | Literal["gaussian"] = True  # PiSSA and OLoRA rewrite the base, which roles share
+    kind: Literal["lora", "qlora"] = told("lora", "qlora: the same, and insists on a base in 4 bits.")
+    r: Count = told(16, "Rank.")
+    lora_alpha: Positive = told(32.0, "Scale: the update is B A times lora_alpha / r.")
+    lora_dropout: Fraction = told(0.0, "Share of the inputs that is dropped; PPO wants 0.")
+    target_modules: str | tuple[str, ...] = told("all-linear", "all-linear, a pattern, or suffixes of module names.")
+    use_rslora: bool = told(False, "Scale by lora_alpha / sqrt(r) instead (Kalajdzievski 2023).")
+    use_dora: bool = told(False, "Weights as magnitude times direction (Liu et al. 2024).")
+    init_lora_weights: bool | Literal["gaussian"] = told(
+        True,
+        "True: B is zero, so that it starts as the base; PiSSA and OLoRA rewrite the base, which roles share.",
+    )
 
 
 class Full(Settings):
     """All parameters of a copy of the base."""
 
-    kind: Literal["full"]
+    kind: Literal["full"] = Field(description="All parameters of a copy of the base.")
 
 
 class Freeze(Settings):
@@ -34,39 +37,53 @@ class Freeze(Settings):
     A PEFT folder of kind LN_TUNING, which is how PEFT names "this module, trained": it opens without us.
     """
 
-    kind: Literal["freeze"]
-    num_layers: Count = 2  # the last so many; Houlsby et al. 2019 compare with such top-k tuning
-    train_head: bool = True  # the output layer too, where there is no scalar head in its place
-    target_modules: str | tuple[str, ...] | None = None  # a pattern or suffixes of modules instead of `num_layers`
+    kind: Literal["freeze"] = Field(description="Transfer learning: copies of the last layers.")
+    num_layers: Count = told(2, "The last so many (Houlsby et al. 2019 compare with such top-k tuning).")
+    train_head: bool = told(True, "The output layer too, where there is no scalar head in its place.")
+    target_modules: str | tuple[str, ...] | None = told(
+        None,
+        "A pattern or suffixes of modules instead of `num_layers`.",
+    )
 
 
 class Adapter(Settings):
     """Bottleneck adapters: down-projection, non-linearity, up-projection, residual; the start is the base itself."""
 
-    kind: Literal["adapter"]
-    placement: Literal["houlsby", "pfeiffer"] = "houlsby"  # after attention and feed-forward | feed-forward alone
-    reduction_factor: Count = 16  # hidden size / bottleneck size (Pfeiffer et al. 2021)
-    activation: str = "relu"  # a name of transformers' ACT2FN
-    target_modules: str | tuple[str, ...] | None = None
+    kind: Literal["adapter"] = Field(description="Bottleneck adapters.")
+    placement: Literal["houlsby", "pfeiffer"] = told(
+        "houlsby",
+        "houlsby: after attention and feed-forward; pfeiffer: after feed-forward alone.",
+    )
+    reduction_factor: Count = told(16, "Hidden size / bottleneck size (Pfeiffer et al. 2021).")
+    activation: str = told("relu", "A name of transformers' ACT2FN.")
+    target_modules: str | tuple[str, ...] | None = told(
+        None, "A pattern or suffixes of modules instead of `placement`."
+    )
 
 
 class Prefix(Settings):
     """PEFT's PrefixTuningConfig: keys and values that every token sees before its own, trained in every layer."""
 
-    kind: Literal["prefix"]
-    num_virtual_tokens: Count = 20  # Li & Liang 2021: 10 for table-to-text, 200 for summaries
-    init_text: str = "You are a helpful assistant. You read the question carefully and answer it well and to the point."
-    # (section 7.4 there: start from the activations of real words; repeated where it is too short)
+    kind: Literal["prefix"] = Field(description="Keys and values before a sequence's own, in every layer.")
+    num_virtual_tokens: Count = told(20, "Li & Liang 2021: 10 for table-to-text, 200 for summaries.")
+    init_text: str = told(
+        "You are a helpful assistant. You read the question carefully and answer it well and to the point.",
+        "Real words whose activations are the start (section 7.4 there), repeated where it is too short.",
+    )
 
 
 class Ia3(Settings):
     """PEFT's IA3Config: learned scales of keys, values and feed-forward activations, all 1 at the start."""
 
-    kind: Literal["ia3"]
-    target_modules: str | tuple[str, ...] | None = None  # None: PEFT's choice for the architecture
-    feedforward_modules: str | tuple[str, ...] | None = None
+    kind: Literal["ia3"] = Field(description="Scales of keys, values and feed-forward activations.")
+    target_modules: str | tuple[str, ...] | None = told(None, "Null: PEFT's choice for the architecture.")
+    feedforward_modules: str | tuple[str, ...] | None = told(
+        None,
+        "Those of them whose inputs are scaled; null: PEFT's choice.",
+    )
 
 
+METHOD_CLASSES = {"lora": Lora, "full": Full, "freeze": Freeze, "adapter": Adapter, "prefix": Prefix, "ia3": Ia3}
 METHODS = ("lora", "qlora", "full", "freeze", "adapter", "prefix", "ia3")
 # PEFT's own that leave the base as it is and need nothing of the training loop, as tests/test_methods.py tries them.
 # Others need more: prompt tuning places tokens of its own, AdaLoRA counts steps, X-LoRA and Poly choose by task.
@@ -83,7 +100,9 @@ class OtherPeft(Settings):
 
     model_config = ConfigDict(extra="allow", frozen=True, allow_inf_nan=False)
     tag: ClassVar[str] = "other"
-    kind: str
+    kind: Annotated[str, WithJsonSchema({"enum": list(PEFT_METHODS)})] = Field(
+        description="A PEFT type by its name, in small letters; its siblings are its configuration's keys.",
+    )
 
     @field_validator("kind")
     @classmethod
@@ -110,7 +129,9 @@ class OwnMethod(Settings):
 
     model_config = ConfigDict(extra="allow", frozen=True, allow_inf_nan=False)
     tag: ClassVar[str] = "own"
-    kind: Location
+    kind: Annotated[Location, WithJsonSchema({"type": "string", "pattern": ":"})] = Field(
+        description="file.py:function, called as function(model, **siblings)."
+    )
 
     @property
     def arguments(self) -> dict[str, Any]:
@@ -142,4 +163,6 @@ def _default_kind(value: Any) -> Any:
     return {"kind": "lora", **value} if isinstance(value, dict) and "kind" not in value else value
 
 
-MethodOrLora = Annotated[Method, BeforeValidator(_default_kind)]  # without `kind`, the keys are LoRA's
+MethodOrLora = Annotated[
+    Method, BeforeValidator(_default_kind, json_schema_input_type=Method)
+]  # without `kind`, the keys are LoRA's

@@ -6,15 +6,17 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from align.settings.about import SCORERS, Parents
-from align.settings.fields import Count, Location, NonNegative, Positive, Settings, at_home
+from align.settings.fields import Location, NonNegative, PassTokens, Positive, Settings, at_home, told
 
 
 class Reward(BaseModel):
     """One term of the reward. `use: learned`, `ensemble` or `file.py:function`; its siblings are its arguments."""
 
     model_config = ConfigDict(extra="allow", frozen=True, allow_inf_nan=False)
-    use: Location
-    weight: float = 1.0
+    use: Location = Field(
+        description="learned, ensemble, or file.py:function in TRL's reward signature; its siblings are its arguments.",
+    )
+    weight: float = told(1.0, "What its score counts in the sum.")
 
     @model_validator(mode="before")
     @classmethod
@@ -36,21 +38,30 @@ class Reward(BaseModel):
 class LearnedReward(Settings):
     """Arguments of `use: learned`: one of our reward runs, or any transformers sequence classifier."""
 
-    path: Location = Field(alias="from")
-    normalize: bool = True  # (score - mean) / std, as measured on the reference samples of that run
-    clip: Positive | None = None  # after normalising
-    max_batch_tokens: Count | None = None  # of a pass: memory only
-    pair: bool | None = None  # a classifier of (question, answer), as two segments with a separator; None: it is one
-    # if it has no chat template and its tokenizer separates two segments (BERT's and its kin's do)
+    path: Location = Field(
+        alias="from",
+        description="Folder of a reward run, or a sequence classifier's folder or Hub id.",
+    )
+    normalize: bool = told(True, "(score - mean) / std, as measured on the reference samples of that run.")
+    clip: Positive | None = told(None, "Scores are held within so many, after normalising.")
+    max_batch_tokens: PassTokens = None
+    pair: bool | None = told(
+        None,
+        "Whether a classifier reads (question, answer) as two segments with a separator; null: where it has no chat "
+        "template and its tokenizer separates two segments (BERT's and its kin's do).",
+    )
 
 
 class EnsembleReward(Settings):
     """Arguments of `use: ensemble`: what an ensemble's members agree on (Coste et al. 2023)."""
 
-    path: Location = Field(alias="from")
-    how: Literal["mean", "minimum", "variance"] = "mean"  # variance: how far they disagree, for reports
-    penalty: NonNegative = 0.5  # of the members' variance, taken from their mean
-    max_batch_tokens: Count | None = None  # of a pass: memory only
+    path: Location = Field(alias="from", description="Folder of an ensemble run.")
+    how: Literal["mean", "minimum", "variance"] = told(
+        "mean",
+        "What of the members' scores; variance: how far they disagree, for reports.",
+    )
+    penalty: NonNegative = told(0.5, "Weight of the members' variance, taken from their mean.")
+    max_batch_tokens: PassTokens = None
 
 
 def learned_parents(terms: Mapping[str, Reward]) -> Parents:

@@ -5,13 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from align.plugins import is_reference
-from align.settings.fields import (
-    Count,
-    Interval,
-    Location,
-    Positive,
-    Settings,
-)
+from align.settings.fields import Count, Interval, Location, Positive, Settings, told
 from align.wording import did_you_mean
 
 OF_A_SERVER = ("url", "adapter_dir", "api_key_env", "tolerance", "max_retries", "timeout")  # keys that it alone has
@@ -20,23 +14,40 @@ OF_A_SERVER = ("url", "adapter_dir", "api_key_env", "tolerance", "max_retries", 
 class Sampling(Settings):
     """How answers are drawn. top_k and top_p other than none are not the distribution PPO differentiates."""
 
-    max_new_tokens: Count = 128
-    temperature: Positive = 1.0
-    top_k: Interval = 0
-    top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
-    # slots (ours), generate (transformers'), vllm (a server of its own), or file.py:Class; auto: slots where they can
-    engine: Location = "auto"
-    # where `launch: fsdp` spreads the base over processes: whole on each while it samples, or layer by layer at each
-    # token; auto: whole where that takes no more than half of what is free
-    gather: Literal["auto", "whole", "layers"] = "auto"
-    enforce_eager: bool = False  # true: on CUDA too, a token's step is launched operation by operation
-    cache_implementation: Literal["dynamic", "static"] = "dynamic"  # static: transformers' generate, compiled on a GPU
-    url: str | None = None  # of `engine: vllm`: such as http://127.0.0.1:8000 (`align serve RECIPE` starts one)
-    adapter_dir: Location | None = None  # that it and we see, for each version of the policy; None: in the run's folder
-    api_key_env: str | None = None  # the environment variable that holds the server's key
-    tolerance: Positive | None = None  # nats a token that its log-probabilities may be off; None: by the precision
-    max_retries: Interval = 60  # of a request, ten seconds at the most between two
-    timeout: Positive = 600.0  # seconds of a request, from its first byte to the last of its response
+    max_new_tokens: Count = told(128, "Tokens of an answer, at most.")
+    temperature: Positive = told(1.0, "Of the softmax that answers are drawn from.")
+    top_k: Interval = told(0, "Draw from the likeliest so many tokens; 0: from all, as PPO's KL takes for granted.")
+    top_p: Annotated[float, Field(gt=0.0, le=1.0)] = told(
+        1.0,
+        "Draw from the likeliest tokens that have this share; 1: from all, as PPO's KL takes for granted.",
+    )
+    engine: Location = told(
+        "auto",
+        "slots (ours), generate (transformers'), vllm (a server of its own), or file.py:Class; auto: slots where they "
+        "can.",
+    )
+    gather: Literal["auto", "whole", "layers"] = told(
+        "auto",
+        "Where `launch: fsdp` spreads the base over processes: whole on each while it samples, or layer by layer at "
+        "each token; auto: whole where that takes no more than half of what is free.",
+    )
+    enforce_eager: bool = told(False, "On a GPU, launch a token's step operation by operation instead of as one graph.")
+    cache_implementation: Literal["dynamic", "static"] = told(
+        "dynamic",
+        "Of transformers' generate; static: compiled on a GPU.",
+    )
+    url: str | None = told(None, "Of `engine: vllm`, such as http://127.0.0.1:8000 (`align serve RECIPE` starts one).")
+    adapter_dir: Location | None = told(
+        None,
+        "Folder that vLLM and align both see, for each version of the policy; null: in the run's folder.",
+    )
+    api_key_env: str | None = told(None, "The environment variable that holds vLLM's key.")
+    tolerance: Positive | None = told(
+        None,
+        "Nats a token that vLLM's log-probabilities may be off; null: by the precision.",
+    )
+    max_retries: Interval = told(60, "Times that a request to vLLM is sent again, ten seconds at the most between two.")
+    timeout: Positive = told(600.0, "Seconds of a request to vLLM, from its first byte to the last of its response.")
 
     @model_validator(mode="after")
     def _one_that_there_is(self) -> "Sampling":

@@ -8,7 +8,7 @@ from pydantic import Field, JsonValue
 
 from align.settings.about import Curve, Match, Parents, Quality, Tuning
 from align.settings.data import Data
-from align.settings.fields import Folder, Location, Seed, Settings
+from align.settings.fields import Folder, Location, Seed, Settings, told
 from align.settings.judge import JudgeSettings
 from align.settings.methods import AnyMethod
 from align.settings.rewards import Reward
@@ -18,14 +18,23 @@ from align.settings.sampling import Sampling
 class Model(Settings):
     """The base that every role is a view over."""
 
-    base: Folder
-    # auto: as the run began; a new one in bfloat16 on a GPU that has it, else, and for copies of weights, in float32
-    load_in: Literal["auto", "float32", "bfloat16", "float16", "nf4"] = "auto"
-    bnb_4bit_use_double_quant: bool = True
-    attn_implementation: Literal["sdpa", "eager", "flash_attention_2", "flash_attention_3"] = "sdpa"
-    revision: str | None = None
-    chat_template: Location | None = None  # a Jinja file; None: the tokenizer's own
-    chat_template_kwargs: dict[str, JsonValue] = Field(default_factory=dict)  # enable_thinking, ...; a row's own win
+    base: Folder = Field(description="Folder or Hub id of a causal language model.")
+    load_in: Literal["auto", "float32", "bfloat16", "float16", "nf4"] = told(
+        "auto",
+        "Precision of the base; auto: as the run began; a new one in bfloat16 on a GPU that has it, else, and for "
+        "copies of weights, in float32.",
+    )
+    bnb_4bit_use_double_quant: bool = told(True, "With nf4: scales of 4-bit blocks in 8 bits (Dettmers et al. 2023).")
+    attn_implementation: Literal["sdpa", "eager", "flash_attention_2", "flash_attention_3"] = told(
+        "sdpa",
+        "By transformers' names.",
+    )
+    revision: str | None = told(None, "Branch, tag or commit of a Hub id; null: the newest.")
+    chat_template: Location | None = told(None, "A Jinja file; null: the tokenizer's own.")
+    chat_template_kwargs: dict[str, JsonValue] = Field(
+        default_factory=dict,
+        description="What the template is given, such as enable_thinking; a row's own win.",
+    )
 
     def over(self, **changes: Any) -> "Model":
         """The same over another base, which is read by its own template."""
@@ -35,9 +44,9 @@ class Model(Settings):
 class Track(Settings):
     """metrics.jsonl is always written; wandb when asked for."""
 
-    wandb_project: str | None = None
-    wandb_mode: Literal["online", "offline", "disabled"] | None = None  # None: what WANDB_MODE says, or online
-    wandb_name: str | None = None
+    wandb_project: str | None = told(None, "Weights & Biases project; null: metrics.jsonl alone is written.")
+    wandb_mode: Literal["online", "offline", "disabled"] | None = told(None, "Null: what WANDB_MODE says, or online.")
+    wandb_name: str | None = told(None, "The run's name there.")
 
 
 class StageSettings(Settings):
@@ -56,13 +65,19 @@ class StageSettings(Settings):
     starts_at: ClassVar[str | None] = None  # which key of `parents` has the run whose training it goes on with
     quality: ClassVar[Quality | None] = None  # None: tuning methods cannot be compared in it
     curves: ClassVar[tuple[Curve, ...]] = ()  # of its report; none: of every figure that was logged more than once
-    stage: Location
-    output: Folder
-    model: Model
-    seed: Seed = 0
-    full_determinism: bool = False  # on CUDA: kernels that repeat bit for bit, which are slower; a CPU's do anyway
-    launch: Location | None = None
-    track: Track = Track()
+    stage: Location = Field(description="What is done: the name of a stage, or file.py:Class.")
+    output: Folder = Field(description="The run's folder.")
+    model: Model = Field(description="The base that every role is a view over.")
+    seed: Seed = told(0, "Of every random number.")
+    full_determinism: bool = told(
+        False,
+        "On a GPU: kernels that repeat bit for bit, which are slower; a CPU's do anyway.",
+    )
+    launch: Location | None = told(
+        None,
+        "cpu, gpu, ddp, fsdp, or an accelerate configuration file; null: by what the machine has.",
+    )
+    track: Track = told(Track(), "Where metrics go beside metrics.jsonl.")
 
     def parents(self) -> Parents:
         """Folders of earlier stages that this one reads: recipe key -> (folder, what may have been made there)."""

@@ -33,7 +33,7 @@ from align.rollout.choose import sampler_of
 from align.rollout.reading import read_all
 from align.rollout.sampler import Sampler, Seeds
 from align.settings import DpoSettings, Lora, Sampling
-from align.settings.stages import WITHOUT_REFERENCE
+from align.settings.dpo import WITHOUT_REFERENCE
 from align.stages.beside import Beside, build_beside, figures_beside
 from align.stages.learner import SHORTER
 from align.stages.order import TRAINERS

@@ -39,7 +39,7 @@ from align.rollout.reading import read_all
 from align.rollout.rollouts import Reading, Rollouts, answers_of, rollouts_of, tokens_of
 from align.rollout.sampler import Seeds
 from align.settings import Ppo, PpoSettings
-from align.settings.stages import COMPARED
+from align.settings.ppo import COMPARED
 from align.stages.beside import figures_beside
 from align.stages.learner import Learner
 from align.stages.loss_scale import gathered
