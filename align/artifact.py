@@ -54,7 +54,7 @@ def begin(settings: StageSettings, base_fingerprint: str, *, base: str | None = 
             "made_of": made_of(settings),
             "parents": parents_of(settings),
             "recipe": recipe_of(settings),
-            "versions": {name: _version(name) for name in VERSIONED} | {"python": platform.python_version()},
+            "versions": {name: version_of(name) for name in VERSIONED} | {"python": platform.python_version()},
             "metrics": {},
         },
     )
@@ -96,7 +96,8 @@ def _clear(folder: Path, *names: str) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def _version(name: str) -> str:
+def version_of(name: str) -> str:
+    """The installed version of a package, `align` meaning this one."""
     try:
         return importlib.metadata.version(DISTRIBUTION if name == "align" else name)
     except importlib.metadata.PackageNotFoundError:

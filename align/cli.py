@@ -15,7 +15,6 @@ UsageError: Any = typer.BadParameter.__mro__[1]  # which has no public name of i
 FOLDERS: list[str | Path] = []  # where the command's runs are: their error.log takes what nobody foresaw
 
 app = typer.Typer(
-    add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     help="SFT, reward model, DPO and PPO over one base model, from recipes, under accelerate.",
@@ -23,6 +22,24 @@ app = typer.Typer(
 
 feedback = typer.Typer(no_args_is_help=True, help="Bring labels into a loop's store, and out of it.")
 app.add_typer(feedback, name="feedback")
+
+
+def _version(is_asked: bool) -> None:
+    """Prints the version, and those of what decides how it computes."""
+    if is_asked:
+        from align.artifact import VERSIONED, version_of
+
+        typer.echo("\n".join(f"{name} {version_of(name)}" for name in VERSIONED))
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the versions that matter.")
+    ] = False,
+) -> None:
+    pass
 
 
 def _at_home(value: str | None) -> str | None:
@@ -201,6 +218,29 @@ def recipes() -> None:
     for path in sorted(folder.rglob("*.yaml")):
         if path.parent.name != "accelerate":
             typer.echo(str(path.relative_to(folder)))
+
+
+@app.command()
+def new(
+    kind: Annotated[str, typer.Argument(metavar="KIND", help="sft, reward, dpo, ppo or loop.")],
+    base: Annotated[str, typer.Option(callback=_at_home, help="Folder or Hub id of a causal language model.")],
+    data: Annotated[list[str], typer.Option(help="File or Hub id of what is learnt from; may be given again.")],
+    policy: Annotated[
+        str | None, typer.Option(callback=_at_home, help="dpo, ppo: the run it starts from; loop: the SFT run.")
+    ] = None,
+    reward: Annotated[
+        str | None, typer.Option(callback=_at_home, help="ppo: a reward run, a classifier, or file.py:function.")
+    ] = None,
+    unseen: Annotated[
+        str | None, typer.Option(callback=_at_home, help="loop: prompts that are never trained on.")
+    ] = None,
+    out: Annotated[str | None, typer.Option(callback=_at_home, help="The file; KIND.yaml if left out.")] = None,
+) -> None:
+    """Write a recipe for a base and data of one's own, with the keys that matter and what each means."""
+    from align.new import Given, write_recipe
+
+    found = [str(_at_home(each)) for each in data]
+    typer.echo(write_recipe(Given(kind, base, tuple(found), policy, reward, unseen), out))
 
 
 @app.command()
