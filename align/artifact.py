@@ -5,7 +5,7 @@ manifest.json       kind, what it says of its runs, status, base and its fingerp
 metrics.jsonl       one line a logged step
 checkpoints/step-*  whole training state, each folder complete or absent
 drawn/, served/     while a server draws the answers: those since the last checkpoint, and the policy for it to load
-(weights)           PEFT's or transformers' own files, beside the manifest
+(weights)           PEFT's or transformers' own files, beside the manifest, with a model card in README.md
 """
 
 import importlib.metadata
@@ -23,6 +23,7 @@ from align.identity import (
 )
 from align.locks import clear_locks
 from align.manifest import MANIFEST, parents_of, read_manifest, recipe_of, write_manifest
+from align.model_card import write_card
 from align.settings import StageSettings
 
 DISTRIBUTION = "align-rlhf"  # the import's name is another project's on the index
@@ -77,7 +78,10 @@ def finish(folder: str | Path, **values: Any) -> None:
     kept = {"contents": contents(folder)} if any(folder.glob("*.safetensors")) else {}
     files = {path.name: of_whole_file(path) for glob in READ_LATER for path in sorted(folder.glob(glob))}
     clear_temporaries(folder)
-    write_manifest(folder, manifest | values | kept | {"files": files, "status": "finished"})
+    manifest |= values | kept
+    if kept:
+        write_card(folder, manifest)
+    write_manifest(folder, manifest | {"files": files, "status": "finished"})
     _clear(folder, DRAWN, SERVED)
 
 

@@ -210,6 +210,21 @@ def merge(
 
 
 @app.command()
+def push(
+    run: Annotated[str, typer.Argument(metavar="RUN", callback=_at_home, help="Folder of a finished run.")],
+    name: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="The model's name on the Hub.")],
+    base: Annotated[str | None, typer.Option(help="The base's name there, where the run had it from a folder.")] = None,
+    yes: Annotated[bool, typer.Option("--yes", help="Send it; without, what would be sent is shown.")] = False,
+    public: Annotated[bool, typer.Option("--public", help="For all to see, where it is new.")] = False,
+) -> None:
+    """Send a run's model to the Hub, with its card: first shown, then by --yes sent."""
+    from align.push import push as push_run
+
+    for line in push_run(run, name, base=base, is_sent=yes, is_public=public):
+        typer.echo(line)
+
+
+@app.command()
 def recipes() -> None:
     """List the recipes that travel with align."""
     from align.resources import recipes_folder

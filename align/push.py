@@ -1,0 +1,93 @@
+"""`align push`: a finished run's model to the Hub, as PEFT and transformers read it, with its card. Never its manifest
+and logs, which tell of this machine."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from align.errors import BadInput, RunFailed
+from align.hub import HUB_ID, fault_of, is_folder_name
+from align.manifest import about, check_whole, read_manifest
+from align.model_card import CARD, TASKS, card_of
+from align.records import ADAPTER_CONFIG
+from align.wording import one_line, safe
+
+SENT = (
+    *("*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", ADAPTER_CONFIG),
+    *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "spiece.model", "*.jinja"),
+    *(CARD, "curves.png"),
+)
+UNITS = ("bytes", "KB", "MB", "GB", "TB")
+
+
+def push(run: str, name: str, *, base: str | None, is_sent: bool, is_public: bool) -> Iterator[str]:
+    """Says what goes where, line by line, and sends it if `is_sent`, in one commit.
+
+    `base` is the Hub id by which others have the base, where the run had it from a folder.
+
+    Raises:
+        BadInput: the run is not finished or damaged, has made no model, or the name is none; nothing is sent.
+        RunFailed: the Hub, or the way to it.
+    """
+    if not HUB_ID.fullmatch(name):
+        raise BadInput(f"{name} is no name on the Hub; give owner/name")
+    files = _files(Path(run), base)
+    for file, content in files.items():
+        yield f"  {safe(file):<36} {_size(len(content) if isinstance(content, bytes) else content.stat().st_size):>9}"
+    if not is_sent:
+        yield f"nothing was sent; with --yes these go to {name}, {'for all' if is_public else 'private if it is new'}"
+        return
+    yield f"sent: {_send(name, files, is_public)}"
+
+
+def _files(folder: Path, base: str | None) -> dict[str, Path | bytes]:
+    """What is sent: a file, or what stands in its place where it names a folder of this machine."""
+    manifest = read_manifest(folder)
+    made = about(manifest).makes
+    if made not in TASKS:
+        raise BadInput(f"{folder} holds no model but {made or 'something of its own'}; push a run that made one")
+    if manifest.get("status") != "finished":
+        raise BadInput(f"the run in {folder} is not finished; start it again to go on with it")
+    check_whole(folder, manifest)
+    found: dict[str, Path | bytes] = {
+        path.name: path for glob in SENT for path in sorted(folder.glob(glob)) if path.is_file()
+    }
+    is_adapter = ADAPTER_CONFIG in found
+    own = str(manifest["base"])
+    if is_adapter and is_folder_name(own) and base is None:
+        raise BadInput(f"its base is {own}, a folder of this machine; say by --base owner/name how others have it")
+    if base is None:
+        return found
+    if not HUB_ID.fullmatch(base):
+        raise BadInput(f"--base: {base} is no name on the Hub; give owner/name")
+    if is_adapter:
+        config: dict[str, Any] = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+        found[ADAPTER_CONFIG] = (json.dumps(config | {"base_model_name_or_path": base}, indent=2) + "\n").encode()
+    card = folder / CARD
+    if not card.is_file() or card.read_text(encoding="utf-8") == card_of(manifest, str(made), is_adapter=is_adapter):
+        found[CARD] = card_of(manifest | {"base": base}, str(made), is_adapter=is_adapter).encode()
+    return found
+
+
+def _send(name: str, files: dict[str, Path | bytes], is_public: bool) -> str:
+    """One commit; returns its address."""
+    from huggingface_hub import CommitOperationAdd, HfApi
+
+    try:
+        HfApi().create_repo(name, private=not is_public, exist_ok=True)
+        operations = [CommitOperationAdd(path_in_repo=file, path_or_fileobj=content) for file, content in files.items()]
+        return str(HfApi().create_commit(name, operations, commit_message="A model by align").commit_url)
+    except Exception as error:
+        fault = fault_of(error, name)
+        if isinstance(fault, BadInput):
+            raise fault from error
+        why = one_line(f"{type(error).__name__}: {error}", 120)
+        raise RunFailed(f"the Hub failed while {name} was sent ({why}); run the same command again") from error
+
+
+def _size(count: float) -> str:
+    unit = 0
+    while count >= 1000 and unit < len(UNITS) - 1:
+        count, unit = count / 1000, unit + 1
+    return f"{count:.3g} {UNITS[unit]}"
