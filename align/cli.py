@@ -191,10 +191,18 @@ def serve(
         raise typer.Exit(serve_here(command))
 
 
+ShardSize = Annotated[str, typer.Option("--max-shard-size", help="Of one file of weights, such as 5GB.")]
+NewFolder = Annotated[str, typer.Argument(metavar="OUT", callback=_at_home, help="A new folder.")]
+
+
 @app.command()
 def merge(
     run: Annotated[str, typer.Argument(metavar="RUN", callback=_at_home, help="Folder of an sft, dpo or ppo run.")],
-    out: Annotated[str, typer.Argument(metavar="OUT", callback=_at_home, help="A new folder.")],
+    out: NewFolder,
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, bfloat16 or float16: what the weights are rounded to, once merged.")
+    ] = None,
+    max_shard_size: ShardSize = "5GB",
 ) -> None:
     """Merge a run's adapter into its base: a plain transformers folder."""
     from align.manifest import read_manifest
@@ -203,10 +211,32 @@ def merge(
     from align.libraries import quiet_libraries
 
     quiet_libraries()
-    from align.models.merging import merge as merge_run
+    from align.models.export import merge as merge_run
 
-    drift = merge_run(run, out)
+    drift = merge_run(run, out, dtype=dtype, max_shard_size=max_shard_size)
     typer.echo(f"{out}: merged; largest difference of a logit to the adapter's on a probe: {drift:.2g}")
+
+
+@app.command()
+def export(
+    run: Annotated[str, typer.Argument(metavar="RUN", callback=_at_home, help="Folder of a reward run.")],
+    out: NewFolder,
+    as_: Annotated[str, typer.Option("--as", help="classifier: transformers' sequence classifier of one score.")],
+    max_shard_size: ShardSize = "5GB",
+) -> None:
+    """Write a reward model as transformers opens it by itself."""
+    from align.manifest import read_manifest
+
+    if as_ != "classifier":
+        raise BadInput(f"--as: {as_} is nothing that a run is exported as; write --as classifier")
+    read_manifest(run)
+    from align.libraries import quiet_libraries
+
+    quiet_libraries()
+    from align.models.export import export_classifier
+
+    drift = export_classifier(run, out, max_shard_size=max_shard_size)
+    typer.echo(f"{out}: a classifier; largest difference of a score to the run's on a probe: {drift:.2g}")
 
 
 @app.command()

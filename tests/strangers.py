@@ -279,7 +279,7 @@ def of_loop(folder: str, work: Path) -> dict[str, Callable[[], Any]]:
 
 def common(folder: str) -> dict[str, Callable[[], Any]]:
     from align.manifest import read_manifest
-    from align.models.merging import merge
+    from align.models.export import merge
     from align.report.loop_page import report as write_report
 
     out = Path(folder).parent / "merged"

@@ -24,7 +24,7 @@ from align.feedback.exchange import export_run
 from align.loop.rounds import load_loop
 from align.loop.run import run_loop
 from align.manifest import read_manifest
-from align.models.merging import merge
+from align.models.export import merge
 from align.preflight import check_recipe
 from align.recipe import Recipe
 from align.report.loop_page import report

@@ -19,7 +19,7 @@ from align.artifact import begin
 from align.errors import BadInput
 from align.identity import base_of, check_contents, contents, fingerprint, same
 from align.manifest import read_manifest, write_manifest
-from align.models.merging import merge
+from align.models.export import merge
 from align.models.roles import Bases
 from align.preflight import check_recipe
 from align.recipe import Recipe, load_recipe

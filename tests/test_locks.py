@@ -232,7 +232,7 @@ def test_so_is_a_second_comparison(written, holder, tmp_path, monkeypatch):
 
 
 def test_so_is_a_second_merge(runs, holder, tmp_path):
-    from align.models.merging import merge
+    from align.models.export import merge
 
     holder()
     with pytest.raises(BadInput, match="another run is at work"):

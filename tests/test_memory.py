@@ -25,8 +25,8 @@ from align.manifest import read_lines, read_manifest
 from align.maths import products
 from align.models import backoff, flat_trial, methods
 from align.models.backoff import Phase, halving, in_passes, is_out_of_memory, or_else
+from align.models.export import merge
 from align.models.layout import Tree, passes_of
-from align.models.merging import merge
 from align.models.roles import Bases
 from align.models.scoring import score_sequences
 from align.rewards import classifiers
@@ -249,8 +249,8 @@ def test_what_is_done_in_one_piece_is_one_line(monkeypatch):
         "align.models.base.load_causal",
         "peft.tuners.tuners_utils.BaseTuner.merge_and_unload",
         "transformers.PreTrainedModel.save_pretrained",
-        "align.models.merging.load_causal",
-        "align.models.merging._logits",
+        "align.models.export.load_causal",
+        "align.models.export._logits",
     ],
 )
 def test_a_merge_without_memory_is_one_line_and_leaves_nothing(name, runs, tmp_path, monkeypatch):

@@ -17,8 +17,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from align.errors import BadInput
 from align.manifest import read_manifest
+from align.models.export import merge
 from align.models.layout import Tree
-from align.models.merging import merge
 from align.models.methods import has_weights
 from align.models.roles import Bases
 from align.models.saving import save_role

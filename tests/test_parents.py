@@ -14,7 +14,7 @@ from align.artifact import begin
 from align.errors import BadInput
 from align.identity import fingerprint, same, tokenizer_fingerprint
 from align.manifest import read_manifest
-from align.models.merging import merge
+from align.models.export import merge
 from align.preflight import check_recipe
 from align.recipe import load_recipe
 from align.resumption import state_of

@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from align.errors import BadInput
 from align.manifest import read_manifest
 from align.models.base import bytes_per_parameter, load_base
-from align.models.merging import merge
+from align.models.export import merge
 from align.models.roles import Bases
 from align.settings import Model
 from align.track import read_metrics

@@ -20,7 +20,7 @@ from align.errors import BadInput
 from align.feedback.page.rendering import conversation
 from align.loop.rounds import Loop
 from align.manifest import read_lines, read_manifest
-from align.models.merging import merge
+from align.models.export import merge
 from align.models.roles import Bases
 from align.models.tokenizer import load_tokenizer
 from align.preflight import check_recipe

@@ -26,7 +26,7 @@ from align.locks import LOCK, at_work_in
 from align.loop.context import Context, Halt, Result, Start
 from align.loop.keeping import keep, open_loop, put_away_damaged, tell_store, told_of
 from align.loop.patience import outlast
-from align.loop.rounds import OURS, Loop
+from align.loop.rounds import Loop
 from align.loop.steps import STEPS, Prompts, bring_back_files, prompts_of, why_to_stop
 from align.manifest import MANIFEST, which_run
 from align.parents import check_start
@@ -40,7 +40,7 @@ from align.rewards.columns import missing_columns
 from align.rewards.judge import check_judge
 from align.settings import Reward, StageSettings
 from align.settings.about import CRITICS
-from align.settings.loop import LoopSettings, Simulated
+from align.settings.loop import OURS, LoopSettings, Simulated
 from align.wording import brief, safe
 
 # while a loop stands still; a store has its mark

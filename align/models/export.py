@@ -1,0 +1,213 @@
+"""Base + adapter -> plain weights on disk, which transformers opens by itself: `align merge` and `align export`."""
+
+import copy
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+
+from align.data import end_token_ids
+from align.errors import BadInput
+from align.files import folder_in_one_go
+from align.identity import base_of, has_adapter
+from align.locks import LOCK, at_work_in
+from align.manifest import MANIFEST, about, check_whole, read_manifest
+from align.models.backoff import in_words, is_out_of_memory
+from align.models.base import trunk_of
+from align.models.loading import load_adapter_config, load_any_tokenizer, load_causal
+from align.models.roles import Bases, Role
+from align.models.scoring import score_sequences
+from align.models.tokenizer import first_line
+from align.settings import Model
+from align.wording import one_line
+
+UNMERGEABLE = {
+    "BOTTLENECK": "its layers are not linear, so that no matrix of the base can stand for them",
+    "PREFIX_TUNING": "its keys and values are not weights of the base",
+}
+PROBE = ("The answer to the question is", "Once upon a time there was a", "1 2 3 4 5 6 7 8", "Dear all, thank you for")
+Write = Callable[[Path, Path, dict[str, Any]], float]  # of a run's folder, a new one and the manifest
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def merge(run: str, out: str, *, dtype: str | None = None, max_shard_size: str = "5GB") -> float:
+    """Writes the merged model of the run to `out` and returns the largest difference of logits on a probe.
+
+    A 4-bit base is dequantised first and the adapter merged into what it was trained over: a quantised base cannot
+    absorb an adapter exactly, and the original 16-bit base is another model. `dtype`: what the weights are rounded to,
+    after merging (None: as they are); `max_shard_size`: of one file, as transformers has it.
+
+    Raises:
+        BadInput: `run` holds no adapter, or `out` holds something already.
+        RunFailed: memory or the disk is too small; nothing is written.
+    """
+    if dtype is not None and dtype not in DTYPES:
+        raise BadInput(f"--dtype: {dtype} is none of {', '.join(DTYPES)}")
+    _check_size(max_shard_size)
+    manifest = read_manifest(run)
+    if not has_adapter(run):
+        raise BadInput(f"{run} holds no adapter: it is a whole model already")
+    if about(manifest).makes == "reward":
+        raise BadInput(f"{run} is a reward model; `align export RUN OUT --as classifier` makes it a plain one")
+    return _written(run, out, manifest, lambda *parts: _merge(*parts, dtype, max_shard_size))
+
+
+def export_classifier(run: str, out: str, *, max_shard_size: str = "5GB") -> float:
+    """Writes a reward run to `out` as transformers' sequence classifier of one label, which gives the run's own score
+    before it is normalised; returns the largest difference of a score on a probe.
+
+    A classifier reads the last token that is not its pad, so that a pad that may end a text is replaced by another.
+
+    Raises:
+        BadInput: `run` is no reward model, its architecture has no such classifier, or `out` holds something already.
+        RunFailed: memory or the disk is too small; nothing is written.
+    """
+    _check_size(max_shard_size)
+    manifest = read_manifest(run)
+    if about(manifest).makes != "reward":
+        raise BadInput(f"{run} is no reward model but {about(manifest).makes or 'another run'}; name a reward run")
+    return _written(run, out, manifest, lambda *parts: _export(*parts, max_shard_size))
+
+
+def _written(
+    run: str, out: str, manifest: dict[str, Any], write: Callable[[Path, Path, dict[str, Any]], float]
+) -> float:
+    """What `write` returns, which makes one new folder of a finished run."""
+    folder, target = Path(run), Path(out)
+    if "model" not in manifest.get("recipe", {}):
+        raise BadInput(f"{folder / MANIFEST} is damaged (it names no model); run its stage again")
+    if manifest.get("status") != "finished":
+        raise BadInput(f"the run in {run} is not finished; start it again to go on with it")
+    _check_new(target)
+    check_whole(folder, manifest)
+    kind = str(getattr(load_adapter_config(run).peft_type, "value", "")) if has_adapter(run) else ""
+    if kind in UNMERGEABLE:
+        raise BadInput(
+            f"the adapter in {run} cannot be merged: {UNMERGEABLE[kind]}; open it with PEFT (`import align`)"
+        )
+    with at_work_in(target, out), in_words("nothing was written; run it again where there is more memory"):
+        _check_new(target)  # another may have just made it
+        with torch.no_grad():
+            return write(folder, target, manifest)
+
+
+def _check_size(text: str) -> None:
+    if not re.fullmatch(r"[1-9]\d*[KMGT]B", text):
+        raise BadInput(f"--max-shard-size: {text} is no size; give one such as 5GB")
+
+
+def _check_new(target: Path) -> None:
+    if target.exists() and (not target.is_dir() or any(each.name != LOCK for each in target.iterdir())):
+        raise BadInput(f"{target} is not empty; name a new folder")
+
+
+def _bases_of(folder: Path, manifest: dict[str, Any]) -> Bases:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        settings = Model.model_validate(manifest["recipe"]["model"])
+    except ValidationError as error:
+        raise BadInput(f"{folder / MANIFEST} is damaged (`recipe.model`); run its stage again") from error
+    base = base_of(manifest, folder) if has_adapter(folder) else str(folder)
+    return Bases(settings.over(base=base), device, is_stages=False)
+
+
+def _merged(bases: Bases, folder: Path, *, head: bool = False) -> Any:
+    """The run's model with its adapter, if any, in the base's weights."""
+    if bases.settings.load_in == "nf4":
+        _dequantise(bases.main.model)  # in place: the roles made from here on are views over plain weights
+    model: Any = bases.role(str(folder), head=head).model
+    if not has_adapter(folder):
+        return model
+    try:
+        model = model.merge_and_unload()
+    except (RuntimeError, ValueError, NotImplementedError) as error:
+        if is_out_of_memory(error):
+            raise
+        raise BadInput(f"the adapter in {folder} cannot be merged: PEFT says: {one_line(error)}") from error
+    if model.get_output_embeddings().weight is not model.get_input_embeddings().weight:  # tied before, perhaps
+        model.config.get_text_config().tie_word_embeddings = model.config.tie_word_embeddings = False
+    return model
+
+
+def _merge(folder: Path, target: Path, manifest: dict[str, Any], dtype: str | None, max_shard_size: str) -> float:
+    bases, tokenizer = _bases_of(folder, manifest), _tokenizer_of(str(folder))
+    ids = _probe_ids(tokenizer, bases.device)
+    before = _logits(bases.role(str(folder)), ids)
+    merged = _merged(bases, folder)
+    if dtype is not None:
+        merged = merged.to(DTYPES[dtype])
+        merged.config.get_text_config().dtype = merged.config.dtype = DTYPES[dtype]
+    with folder_in_one_go(target) as path:
+        merged.save_pretrained(path, max_shard_size=max_shard_size)
+        tokenizer.save_pretrained(path)
+        again: Any = load_causal(str(path), dtype=merged.dtype, device_map={"": bases.device}).eval()
+        return max(float((a - b).abs().max()) for a, b in zip(before, _logits(Role(again), ids), strict=True))
+
+
+def _export(folder: Path, target: Path, manifest: dict[str, Any], max_shard_size: str) -> float:
+    from transformers import AutoModelForSequenceClassification
+
+    bases, tokenizer = _bases_of(folder, manifest), _tokenizer_of(str(folder))
+    role = bases.role(str(folder), head=True)
+    end = end_token_ids(tokenizer)[:1]  # as every answer that is scored has one
+    rows = [[*row[0].tolist(), *end] for row in _probe_ids(tokenizer, bases.device)]
+    before = score_sequences(role, [row[:1] for row in rows], [row[1:] for row in rows])
+    assert role.head is not None
+    merged = _merged(bases, folder, head=True)
+    config = copy.deepcopy(merged.config)
+    config.num_labels, config.pad_token_id = 1, _pad_of(tokenizer)
+    try:
+        made: Any = AutoModelForSequenceClassification.from_config(config, dtype=merged.dtype)
+        made.score.weight.copy_(role.head.weight)
+        made.base_model.load_state_dict(trunk_of(merged).state_dict())
+    except (ValueError, AttributeError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            raise
+        what = f"transformers has no classifier of one score for {config.model_type}"
+        raise BadInput(f"{folder}: {what} ({one_line(error, 120)}); open it with PEFT") from error
+    with folder_in_one_go(target) as path:
+        made.save_pretrained(path, max_shard_size=max_shard_size)
+        tokenizer.save_pretrained(path)
+        again: Any = AutoModelForSequenceClassification.from_pretrained(path, dtype=merged.dtype).to(bases.device)
+        batch = tokenizer.pad({"input_ids": rows}, padding_side="right", return_tensors="pt").to(bases.device)
+        given = {name: batch[name] for name in ("input_ids", "attention_mask")}
+        return float((again.eval()(**given).logits[:, 0].float().cpu() - before).abs().max())
+
+
+def _pad_of(tokenizer: Any) -> int:
+    """A pad for the tokenizer that no answer ends with, and that is set there too: its own, another special token, or
+    the last of the vocabulary."""
+    ends = set(end_token_ids(tokenizer))
+    special = [tokenizer.pad_token_id, tokenizer.unk_token_id, *sorted(tokenizer.added_tokens_decoder)]
+    chosen = next((token for token in special if token is not None and token not in ends), len(tokenizer) - 1)
+    tokenizer.pad_token = tokenizer.convert_ids_to_tokens(chosen)
+    return int(chosen)
+
+
+def _tokenizer_of(run: str) -> Any:
+    try:
+        return load_any_tokenizer(run)
+    except (OSError, ValueError) as error:
+        raise BadInput(f"no tokenizer can be loaded from {run}: {first_line(error)}") from error
+
+
+def _dequantise(model: Any) -> None:
+    model.dequantize()
+    model.is_loaded_in_4bit = False  # which transformers leaves set, and IA3 asks
+    steps = getattr(model, "_weight_conversions", None) or []  # by which it would undo, in saving, how it was read
+    model._weight_conversions = [step for step in steps if not _reads_4_bits(step)]
+
+
+def _reads_4_bits(step: Any) -> bool:
+    return any(type(operation).__name__.startswith("Bnb4bit") for operation in getattr(step, "operations", ()))
+
+
+def _probe_ids(tokenizer: Any, device: torch.device) -> list[torch.Tensor]:
+    return [tokenizer(text, return_tensors="pt")["input_ids"].to(device) for text in PROBE]
+
+
+def _logits(role: Role, ids: list[torch.Tensor]) -> list[torch.Tensor]:
+    return [role.logits(role.hidden(row, torch.ones_like(row, dtype=torch.bool))).float() for row in ids]
