@@ -240,6 +240,36 @@ def export(
 
 
 @app.command()
+def chat(
+    run: Annotated[str, typer.Argument(metavar="RUN", callback=_at_home, help="A run, a folder or a Hub id.")],
+    other: Annotated[
+        str | None, typer.Argument(metavar="[OTHER]", callback=_at_home, help="Another beside it; `base`: RUN's base.")
+    ] = None,
+    reward: Annotated[
+        str | None, typer.Option(callback=_at_home, help="A reward run or a classifier, whose score is shown.")
+    ] = None,
+    keep: Annotated[
+        str | None, typer.Option(callback=_at_home, help="A .jsonl file that takes which of two answers is better.")
+    ] = None,
+    temperature: Annotated[float, typer.Option(min=0.01, help="Of the softmax that answers are drawn from.")] = 1.0,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of an answer, at most.")] = 256,
+    seed: Annotated[int, typer.Option(min=0, help="Of the random numbers.")] = 0,
+) -> None:
+    """Talk with a policy, or with two side by side: score and KL beside each answer."""
+    from align.hub import name_all
+    from align.libraries import quiet_libraries
+    from align.settings import Sampling
+
+    name_all([run, other, reward])
+    quiet_libraries()
+    from align.chat import Order
+    from align.chat import chat as talk
+
+    sampling = Sampling(max_new_tokens=max_new_tokens, temperature=temperature)
+    talk(Order(run, other, reward, keep, sampling, seed))
+
+
+@app.command()
 def push(
     run: Annotated[str, typer.Argument(metavar="RUN", callback=_at_home, help="Folder of a finished run.")],
     name: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="The model's name on the Hub.")],

@@ -42,7 +42,7 @@ FLOORS = [  # a module may import from lower floors and from its own package
     {"launch_plan"},
     {"worker", "preflight", "launch"},
     {"stages", "attempts", "machines"},
-    {"pipeline", "entry", "compare", "loop", "serve", "push"},
+    {"pipeline", "entry", "compare", "loop", "serve", "push", "chat"},
     {"algorithms", "new"},
     {"cli", "public"},
 ]
