@@ -1,8 +1,9 @@
 """From the ecosystem's row formats to ours: demonstrations, preferences and prompts.
 
 Recognised by their fields: TRL's conversational and plain formats (explicit and implicit prompt), Alpaca and
-ShareGPT (also their preference forms as LLaMA-Factory has them). Anything else comes through a function
-`row -> dict in one of these formats, or None`, named by `format: file.py:function`.
+ShareGPT (also their preference forms as LLaMA-Factory has them). What other tools write is named (`format: argilla`,
+`named.py`). Anything else comes through a function `row -> dict in one of these formats, or None`, named by
+`format: file.py:function`.
 
 What a row states is honoured or refused: two layouts in one row must agree (`prompts.py`), marks of quality and of
 loss hold (`marks.py`), and so does what stands beside them (`beside.py`).
@@ -28,6 +29,7 @@ from align.data.beside import (
 from align.data.conversations import Message, Text, check_order, kind_of, read_messages, read_string, says
 from align.data.hints import LAYOUTS, missing_fields
 from align.data.marks import WEIGHTS, check_verdict, check_weight, is_mark, turn_is_learnt
+from align.data.named import KTO, NAMES, READERS, Reader
 from align.data.prompts import (
     OF_ALPACA,
     PROMPT_FIELDS,
@@ -40,6 +42,7 @@ from align.data.prompts import (
 from align.data.sources import Row
 from align.errors import BadInput
 from align.plugins import told
+from align.wording import did_you_mean
 
 if TYPE_CHECKING:
     from align.settings.data import LossOn
@@ -123,18 +126,27 @@ def parse(row: Row, kind: Kind, format: str | Converter = ...) -> Example | None
 def parse(row: Row, kind: Kind, format: str | Converter = "auto") -> Example | None:
     """The row as an example of `kind`; None only where a format function leaves the row out.
 
-    `format` is "auto", a reference to a function, or the function. `BadInput` says file, field and cure.
+    `format` is "auto", a name of `named.py`, a reference to a function, or the function. `BadInput` says file, field
+    and cure.
     """
-    converter = load_converter(format) if isinstance(format, str) else format
+    reader = READERS.get(format) if isinstance(format, str) else None
+    converter = (load_converter(format) if reader is None else None) if isinstance(format, str) else format
     try:
-        return _example(row, kind, converter)
+        return _example(row, kind, converter, reader)
     except BadInput as error:
         line = " ".join(str(error).splitlines())  # others' names, values and errors may have several
         raise BadInput(line if len(line) <= MAX_LINE else f"{line[:MAX_LINE]} ...") from error
 
 
-def _example(row: Row, kind: Kind, converter: Converter | None) -> Example | None:
-    given = row.values if converter is None else _converted(converter, row)
+def _example(row: Row, kind: Kind, converter: Converter | None, reader: Reader | None) -> Example | None:
+    given: dict[str, Any] | None = row.values
+    if reader is not None:
+        try:
+            given = reader(row.values, kind, row.where)
+        except (AttributeError, TypeError, ValueError, KeyError, IndexError) as error:
+            raise BadInput(f"{row.where}: no row as `format: {reader.__name__}` has them ({error!r})") from error
+    elif converter is not None:
+        given = _converted(converter, row)
     if given is None:
         return None
     # Arrow writes a missing field as None
@@ -160,13 +172,13 @@ def unused_columns(values: Mapping[str, Any], kind: Kind) -> list[str]:
 
 
 def load_converter(format: str) -> Converter | None:
-    """The function that `format` names; None for "auto"."""
-    if format == "auto":
+    """The function of the user's that `format` names; None for "auto"."""
+    if format in ("auto", KTO):
         return None
     if ":" not in format:
         raise BadInput(
             f"format `{format}` is unknown; write `auto` (finds TRL, Alpaca and ShareGPT by their fields),"
-            " file.py:function or package.module:function"
+            f" {', '.join(NAMES)}, file.py:function or package.module:function{did_you_mean(format, NAMES)}"
         )
     from align.plugins import load_object
 

@@ -11,7 +11,7 @@ import hashlib
 import json
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar, overload
 
@@ -26,6 +26,7 @@ from align.data.formats import (
     parse,
     unused_columns,
 )
+from align.data.named import KTO, READERS, of_labels
 from align.data.sources import Row, read_rows
 from align.errors import BadInput
 from align.wording import one_line
@@ -122,15 +123,18 @@ def load(data: Data, kind: Kind) -> Loaded[Any]:
 
 
 def _convert(source: Source, kind: Kind, is_skipping: bool, loss_on: LossOn) -> _Converted:
-    converter = load_converter(source.format)
+    converter = None if source.format in READERS else load_converter(source.format)
     examples: list[Example] = []
     num_read = num_bad = num_left_out = num_cut = 0
     first_bad = ""
     unused: Counter[str] = Counter()
-    for row in read_rows(source):  # a file that cannot be read is never skipped, only its bad rows
-        num_read += 1
+    rows: Iterable[Row] = read_rows(source)  # a file that cannot be read is never skipped, only its bad rows
+    if source.format == KTO:
+        rows, num_read, num_left_out = of_labels(rows, kind)
+    for row in rows:
+        num_read += source.format != KTO
         try:
-            example = parse(row, kind, converter or "auto")
+            example = parse(row, kind, converter or source.format)
             _check_loss_on(example, loss_on)
         except BadInput as error:
             if not is_skipping:
@@ -145,7 +149,9 @@ def _convert(source: Source, kind: Kind, is_skipping: bool, loss_on: LossOn) -> 
             example = replace(example, loss_on=loss_on)
         examples.append(example)
         num_cut += any(_is_cut(row, example, field) for field in ("completion", "output", "chosen"))
-        if converter is None:  # a function sees the whole row, and says itself what becomes of it
+        if (
+            converter is None and source.format not in READERS
+        ):  # a function sees the whole row, and says itself what becomes of it
             unused.update(unused_columns(row.values, kind))
     return _Converted(examples, num_read, num_bad, first_bad, num_left_out, num_cut, unused)
 
@@ -247,7 +253,7 @@ def _messages(counts: Counts, kind: Kind) -> tuple[str, ...]:
     if counts.num_bad:
         lines.append(f"{counts.num_bad} bad rows skipped; the first: {counts.first_bad}")
     if counts.num_left_out:
-        lines.append(f"{counts.num_left_out} rows left out by the format function")
+        lines.append(f"{counts.num_left_out} rows left out by the format")
     if counts.num_cut:
         lines.append(f"{counts.num_cut} rows have answers that open with their prompt: it stands once, before them")
     if counts.unused:

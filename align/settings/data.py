@@ -14,7 +14,11 @@ class Source(Settings):
     name: str | None = told(None, "Configuration of a Hub data set.")
     split: str = told("train", "Split of a Hub data set.")
     revision: str | None = told(None, "Branch, tag or commit of a Hub data set; null: the newest.")
-    format: Location = told("auto", "How a row is read: auto (TRL's formats and those of README), or file.py:function.")
+    format: Location = told(
+        "auto",
+        "How a row is read: auto (TRL's formats, Alpaca, ShareGPT), hh_rlhf, openai, kto, argilla, label_studio, or "
+        "file.py:function.",
+    )
     weight: Positive = told(1.0, "2: every row twice an epoch; 0.25: a fixed quarter of the rows.")
     limit: Count | None = told(None, "The first so many rows; null: all.")
 

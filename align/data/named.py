@@ -1,0 +1,251 @@
+"""Formats that have a name of their own in a recipe (`format: hh_rlhf`), as other tools write them.
+
+Each turns a row into one of TRL's formats, which `formats.py` reads like any other; `kto` also joins rows, as its
+labels are of single answers.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, TypeAlias
+
+from align.data.conversations import Message, read_messages
+from align.data.sources import Row
+from align.errors import BadInput
+
+# row, kind of example, place -> row in a format of TRL's; None: it says nothing (nobody has answered yet)
+Reader: TypeAlias = Callable[[Mapping[str, Any], str, str], "dict[str, Any] | None"]
+
+HH_TURN = re.compile(r"(?:^|\n\n)(Human|Assistant):")  # of Anthropic's HH-RLHF
+PROMPTS = ("prompt", "instruction", "question", "query", "input", "context", "messages")  # names of a task's prompt
+TIES = {"tie", "tied", "equal", "same", "both", "neither", "draw", "none"}
+SIDES = {"left": 0, "right": 1}
+
+
+def hh_rlhf(values: Mapping[str, Any], kind: str, where: str) -> dict[str, Any]:
+    """`chosen` and `rejected` are transcripts, "\\n\\nHuman: ...\\n\\nAssistant: ..."."""
+    names = ("chosen", "rejected") if kind == "preferences" else ("chosen",)
+    talks = {name: _turns(values.get(name), where, name) for name in names}
+    if kind == "demonstrations":
+        return {"messages": talks["chosen"]}
+    return talks if kind == "preferences" else {"prompt": talks["chosen"][:-1]}
+
+
+def _turns(text: Any, where: str, name: str) -> list[Message]:
+    parts = HH_TURN.split(text) if isinstance(text, str) else []
+    if len(parts) < 5 or parts[0].strip() or parts[-2] != "Assistant":
+        what = "which opens with `Human:` and ends with what `Assistant:` said"
+        raise BadInput(f"{where}: `{name}` is no transcript of HH-RLHF, {what}")
+    roles = {"Human": "user", "Assistant": "assistant"}
+    pairs = zip(parts[1::2], parts[2::2], strict=True)
+    return [Message(role=roles[who], content=said.strip()) for who, said in pairs]  # type: ignore[typeddict-item]
+
+
+def openai(values: Mapping[str, Any], kind: str, where: str) -> dict[str, Any]:
+    """OpenAI's files for fine-tuning: `messages` (with `weight` and `tools`), and preferences with `input`,
+    `preferred_output` and `non_preferred_output`."""
+    given = values.get("input")
+    source = given if isinstance(given, Mapping) else values
+    if "messages" not in source:
+        raise BadInput(f"{where}: `messages` is missing; OpenAI's rows have it, those of preferences under `input`")
+    found = {"tools": source["tools"]} if source.get("tools") else {}
+    if kind != "preferences":
+        asked = list(source["messages"])
+        is_answered = given is None and bool(asked) and dict(asked[-1]).get("role") == "assistant"
+        return found | ({"messages": asked} if kind == "demonstrations" or is_answered else {"prompt": asked})
+    answers = {}
+    for name, theirs in (("chosen", "preferred_output"), ("rejected", "non_preferred_output")):
+        if theirs not in values:
+            raise BadInput(f"{where}: `{theirs}` is missing; OpenAI's preferences have it beside `input`")
+        answers[name] = values[theirs]
+    return found | {"prompt": list(source["messages"])} | answers
+
+
+def argilla(values: Mapping[str, Any], kind: str, where: str) -> dict[str, Any] | None:
+    """A record of Argilla's: fields `prompt` and two or more answers, and a question whose responses name one of them
+    or rank them; nested or flat (`records.to_json`, `to_datasets`), and as version 1 wrote them."""
+    nested = values.get("fields")
+    fields = dict(nested) if isinstance(nested, Mapping) else {k: v for k, v in values.items() if _is_said(v)}
+    prompt = _prompt_of(fields, where)
+    if kind == "prompts":
+        return {"prompt": fields[prompt]}
+    if kind == "demonstrations":
+        raise BadInput(
+            f"{where}: Argilla's records are read as preferences or prompts; export demonstrations as messages"
+        )
+    answers = [name for name in fields if name != prompt and name not in ("id", "_server_id", "status", "external_id")]
+    seen: list[Any] = []
+    for responses in _responses(values):
+        votes = [vote for each in responses if (vote := _vote(each, answers)) is not None]
+        if votes:
+            return _decided(fields[prompt], {name: fields[name] for name in answers}, votes)
+        seen += responses
+    if not seen:
+        return None  # nobody has answered yet
+    named = ", ".join(f"`{name}`" for name in answers) or "no answers"
+    raise BadInput(f"{where}: no response names one of the record's answers ({named}); the first is {_short(seen[0])}")
+
+
+def _responses(values: Mapping[str, Any]) -> list[list[Any]]:
+    """The values that people gave to each question, of what they have submitted."""
+    found = []
+    nested = values.get("responses")
+    lists = dict(nested) if isinstance(nested, Mapping) else {}
+    for name, each in values.items():
+        if name.endswith(".responses") and isinstance(each, list):  # flat, of version 2
+            states = values.get(f"{name}.status") or ["submitted"] * len(each)
+            found.append([v for v, state in zip(each, states, strict=False) if state in (None, "submitted")])
+        elif isinstance(each, list) and each and all(isinstance(r, Mapping) and "user_id" in r for r in each):
+            lists[name] = each  # version 1
+    for each in lists.values():
+        found.append([r.get("value") for r in each if r.get("status") in (None, "submitted")])
+    return [each for each in found if each]
+
+
+def _vote(response: Any, answers: Sequence[str]) -> tuple[str, str] | str | None:
+    """(better, worse) by names, or the better alone, "" for a tie; None where it says nothing of them."""
+    names = {_plain(name): name for name in answers}
+    if isinstance(response, list) and response and all(isinstance(r, Mapping) and "rank" in r for r in response):
+        ranks = {names.get(_plain(str(r.get("value")))): r["rank"] for r in response}
+        if None in ranks or len(ranks) < 2:
+            return None
+        best, worst = (pick(ranks, key=ranks.__getitem__) for pick in (min, max))
+        return "" if ranks[best] == ranks[worst] else (str(best), str(worst))
+    word = _plain(str(response))
+    return "" if word in TIES else names.get(word)
+
+
+def label_studio(values: Mapping[str, Any], kind: str, where: str) -> dict[str, Any] | None:
+    """A task of Label Studio's export (JSON, or JSON-MIN): `data` with a prompt and two answers, and what a `Pairwise`
+    tag selected; or, as a demonstration, what was written in a `TextArea`."""
+    data = values.get("data")
+    task = dict(data) if isinstance(data, Mapping) else _without(values, "id", "annotations")
+    prompt = _prompt_of(task, where)
+    if kind == "prompts":
+        return {"prompt": task[prompt]}
+    results = _results(values)
+    if kind == "demonstrations":
+        texts = [(r.get("value") or {}).get("text") or [] for r in results if r.get("type") == "textarea"]
+        written = [text for each in texts for text in each]
+        return _demonstration(task[prompt], str(written[-1])) if written else None
+    chosen = [(r.get("value") or {}).get("selected") for r in results if r.get("type") == "pairwise"]
+    if not results and data is None:  # JSON-MIN has the value alone, under the tag's own name
+        chosen = [value for value in task.values() if value in SIDES]
+    if not chosen:
+        return None  # nobody has answered yet
+    told = next((str(r.get("to_name")) for r in results if r.get("type") == "pairwise"), "")
+    sides = [name for name in told.split(",") if name in task] or [
+        name for name, value in task.items() if name != prompt and _is_said(value) and value not in SIDES
+    ]
+    if len(sides) != 2:
+        found = ", ".join(f"`{name}`" for name in sides) or "none"
+        raise BadInput(f"{where}: a task has a prompt and two answers, and the answers here are {found}")
+    votes: list[Any] = [sides[SIDES[side]] if side in SIDES else "" for side in chosen]
+    return _decided(task[prompt], {name: task[name] for name in sides}, votes)
+
+
+def _results(values: Mapping[str, Any]) -> list[Any]:
+    annotations = values.get("annotations") or values.get("completions") or ()
+    kept = [each for each in annotations if isinstance(each, Mapping) and not each.get("was_cancelled")]
+    return [result for each in kept for result in each.get("result") or () if isinstance(result, Mapping)]
+
+
+def _prompt_of(fields: Mapping[str, Any], where: str) -> str:
+    spelt = {_plain(name): name for name in fields}
+    found = next((spelt[_plain(name)] for name in PROMPTS if _plain(name) in spelt), None)
+    if found is None:
+        raise BadInput(f"{where}: no prompt is there; it is called one of {', '.join(PROMPTS)}")
+    return found
+
+
+def _decided(prompt: Any, answers: Mapping[str, Any], votes: Sequence[Any]) -> dict[str, Any]:
+    """A pair of what most prefer: its probability is the share of the votes that do, half of one that is a tie."""
+    first: Any = next((vote for vote in votes if vote), next(iter(answers)))
+    pair = first if isinstance(first, tuple) else (first, next(name for name in answers if name != first))
+    better = [vote[0] if isinstance(vote, tuple) else vote for vote in votes]
+    for_first = sum(0.5 if not name else float(name == pair[0]) for name in better)
+    share = for_first / len(votes)
+    chosen, rejected = pair if share >= 0.5 else pair[::-1]
+    row = _pair(prompt, answers[chosen], answers[rejected])
+    return row if share in (0.0, 1.0) else row | {"probability": max(share, 1.0 - share)}
+
+
+def _pair(prompt: Any, chosen: Any, rejected: Any) -> dict[str, Any]:
+    if isinstance(prompt, str):
+        return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+    return {"prompt": prompt, "chosen": _as_turns(chosen), "rejected": _as_turns(rejected)}
+
+
+def _demonstration(prompt: Any, answer: str) -> dict[str, Any]:
+    return {"prompt": prompt, "completion": answer if isinstance(prompt, str) else _as_turns(answer)}
+
+
+def _as_turns(answer: Any) -> Any:
+    return [{"role": "assistant", "content": answer}] if isinstance(answer, str) else answer
+
+
+def _is_said(value: Any) -> bool:
+    if isinstance(value, str):
+        return True
+    return isinstance(value, list) and bool(value) and all(isinstance(t, Mapping) and "role" in t for t in value)
+
+
+def _without(values: Mapping[str, Any], *names: str) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if name not in names}
+
+
+def _plain(name: str) -> str:
+    """`Response 1` and `response_1` are one name."""
+    return re.sub(r"[\W_]+", "", name.lower())
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+READERS: dict[str, Reader] = {"hh_rlhf": hh_rlhf, "openai": openai, "argilla": argilla, "label_studio": label_studio}
+KTO = "kto"
+NAMES = (*READERS, KTO)
+
+
+def of_labels(rows: Iterable[Row], kind: str) -> tuple[list[Row], int, int]:
+    """KTO's rows, each an answer to a prompt and whether it is good: the good ones as demonstrations; or pairs of a
+    good and a bad one of the same prompt, as few as have every answer in one. What has no counterpart is left out.
+    Also how many rows were read, and how many left out.
+
+    Raises:
+        BadInput: no `label`; or, for preferences, no prompt has both.
+    """
+    groups: dict[str, tuple[list[Row], list[Row]]] = {}
+    count = 0
+    for row in rows:
+        label = row.values.get("label")
+        if not isinstance(label, bool) or not {"prompt", "completion"} <= row.values.keys():
+            raise BadInput(f"{row.where}: KTO's rows have `prompt`, `completion` and `label: true` or `false`")
+        asked = row.values["prompt"]
+        same = asked if isinstance(asked, str) else [dict(m) for m in read_messages(asked, row.where, "prompt")]
+        groups.setdefault(json.dumps(same, sort_keys=True), ([], []))[0 if label else 1].append(row)
+        count += 1
+    if kind == "demonstrations":
+        found = [Row(_without(row.values, "label"), row.where) for good, _ in groups.values() for row in good]
+        return found, count, count - len(found)
+    if kind == "prompts":
+        firsts = [(good or bad)[0] for good, bad in groups.values()]
+        return [Row({"prompt": row.values["prompt"]}, row.where) for row in firsts], count, 0
+    pairs, num_used = [], 0
+    for good, bad in groups.values():
+        num_used += (len(good) + len(bad)) * bool(good and bad)
+        for number in range(max(len(good), len(bad)) if good and bad else 0):
+            better, worse = good[number % len(good)], bad[number % len(bad)]
+            values = {"prompt": better.values["prompt"]}
+            values |= {"chosen": better.values["completion"], "rejected": worse.values["completion"]}
+            pairs.append(Row(values, better.where))
+    if count and not pairs:
+        raise BadInput(
+            f"no prompt of {count} rows has both a good and a bad answer, and pairs are of one prompt; train on the"
+            " good ones as demonstrations (`stage: sft`, the same `format: kto`)"
+        )
+    return pairs, count, count - num_used

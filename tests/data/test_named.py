@@ -1,0 +1,195 @@
+"""Formats with names: what other tools write becomes what was meant, and what is none of theirs is one line."""
+
+import json
+
+import pytest
+
+from align.data import load
+from align.data.named import NAMES
+from align.errors import BadInput
+from align.settings import Data
+
+U, A = "user", "assistant"
+
+
+def turn(role, text):
+    return {"role": role, "content": text}
+
+
+def loaded(tmp_path, rows, kind, name, ending=".jsonl", **changes):
+    file = tmp_path / f"rows{ending}"
+    text = "".join(json.dumps(row) + "\n" for row in rows) if ending == ".jsonl" else json.dumps(rows)
+    file.write_text(text, encoding="utf-8")
+    return load(Data.model_validate({"train": [{"path": str(file), "format": name}]} | changes), kind)
+
+
+def first(*given, **more):
+    return loaded(*given, **more).train[0]
+
+
+def said(turns):
+    return [(t["role"], t["content"]) for t in turns]
+
+
+HH = {
+    "chosen": "\n\nHuman: Hi there\n\nAssistant: Hello.\n\nHuman: What is\n\na cup?\n\nAssistant: A vessel.",
+    "rejected": "\n\nHuman: Hi there\n\nAssistant: Hello.\n\nHuman: What is\n\na cup?\n\nAssistant: Go away.",
+}
+ASKED = [(U, "Hi there"), (A, "Hello."), (U, "What is\n\na cup?")]
+
+
+def test_hh_rlhf_is_a_conversation(tmp_path):
+    pair = first(tmp_path, [HH], "preferences", "hh_rlhf")
+    assert said(pair.prompt) == ASKED
+    assert (said(pair.chosen), said(pair.rejected)) == ([(A, "A vessel.")], [(A, "Go away.")])
+    assert said(first(tmp_path, [HH], "prompts", "hh_rlhf").prompt) == ASKED
+    shown = first(tmp_path, [HH], "demonstrations", "hh_rlhf")
+    assert said((*shown.prompt, *shown.completion)) == [*ASKED, (A, "A vessel.")]
+
+
+def test_openais_preferences_demonstrations_and_tools(tmp_path):
+    tools = [{"type": "function", "function": {"name": "look", "description": "x", "parameters": {"type": "object"}}}]
+    row = {
+        "input": {"messages": [turn(U, "hi")], "tools": tools, "parallel_tool_calls": True},
+        "preferred_output": [turn(A, "hello")],
+        "non_preferred_output": [turn(A, "what")],
+    }
+    pair = first(tmp_path, [row], "preferences", "openai")
+    assert (said(pair.prompt), said(pair.chosen), said(pair.rejected)) == ([(U, "hi")], [(A, "hello")], [(A, "what")])
+    assert pair.template["tools"] == tools
+    assert said(first(tmp_path, [row], "prompts", "openai").prompt) == [(U, "hi")]
+    talk = {"messages": [turn(U, "a"), turn(A, "b") | {"weight": 0}, turn(U, "c"), turn(A, "d") | {"weight": 1}]}
+    shown = first(tmp_path, [talk], "demonstrations", "openai")
+    assert [t["content"] for t, on in zip((*shown.prompt, *shown.completion), shown.learnt, strict=True) if on] == ["d"]
+    assert said(first(tmp_path, [talk], "prompts", "openai").prompt)[-1][0] == U
+
+
+def kto(prompt, text, label):
+    return {"prompt": prompt, "completion": text, "label": label}
+
+
+def test_kto_makes_pairs_of_the_same_prompt_and_demonstrations_of_what_is_good(tmp_path):
+    rows = [
+        kto("one", "good", True),
+        kto("one", "bad", False),
+        kto("two", "fine", True),
+        kto("one", "worse", False),
+        kto("three", "poor", False),
+    ]
+    pairs = loaded(tmp_path, rows, "preferences", "kto")
+    assert [(p.prompt, p.chosen, p.rejected) for p in pairs.train] == [("one", "good", "bad"), ("one", "good", "worse")]
+    assert (pairs.counts.num_read, pairs.counts.num_left_out) == (5, 2)
+    assert "2 rows left out by the format" in pairs.messages
+    shown = loaded(tmp_path, rows, "demonstrations", "kto")
+    assert [(d.prompt, d.completion) for d in shown.train] == [("one", "good"), ("two", "fine")]
+    assert [p.prompt for p in loaded(tmp_path, rows, "prompts", "kto").train] == ["one", "two", "three"]
+    talk = [[turn(U, "hi")], [turn(U, "hi")]]
+    rows = [kto(talk[0], [turn(A, "yes")], True), kto(talk[1], [turn(A, "no")], False)]
+    assert said(first(tmp_path, rows, "preferences", "kto").chosen) == [(A, "yes")]
+
+
+def test_kto_without_a_prompt_that_has_both_says_so(tmp_path):
+    rows = [kto("one", "good", True), kto("two", "bad", False)]
+    with pytest.raises(BadInput, match=r"no prompt of 2 rows has both a good and a bad answer.*`stage: sft`"):
+        loaded(tmp_path, rows, "preferences", "kto")
+
+
+NESTED = {"id": "1", "fields": {"prompt": "q", "response_1": "a", "response_2": "b"}, "status": "completed"}
+FLAT = {"id": "1", "status": "completed", "prompt": "q", "response_1": "a", "response_2": "b"}
+
+
+@pytest.mark.parametrize(
+    ("row", "chosen", "probability"),
+    [
+        (NESTED | {"responses": {"better": [{"value": "response_2", "user_id": "u"}]}}, "b", 1.0),
+        (NESTED | {"responses": {"better": [{"value": "Response 1", "user_id": "u"}]}}, "a", 1.0),
+        (NESTED | {"responses": {"note": [{"value": "hm", "user_id": "u"}], "x": [{"value": "tie", "user_id": "u"}]}}, "a", 0.5),
+        (FLAT | {"better.responses": ["response_2", "response_2", "response_1"], "better.responses.users": ["u", "v", "w"]}, "b", 2 / 3),
+        (FLAT | {"better.responses": ["response_2", "response_1"], "better.responses.status": ["discarded", "submitted"]}, "a", 1.0),
+        (FLAT | {"better": [{"user_id": "u", "value": "response_2", "status": "submitted"}]}, "b", 1.0),
+        (FLAT | {"rank": [{"user_id": "u", "status": "submitted", "value": [{"rank": 2, "value": "response_1"}, {"rank": 1, "value": "response_2"}]}]}, "b", 1.0),
+    ],
+)  # fmt: skip
+def test_argillas_records_nested_flat_and_of_version_1(tmp_path, row, chosen, probability):
+    pair = first(tmp_path, [row], "preferences", "argilla")
+    assert (pair.prompt, pair.chosen, pair.probability) == ("q", chosen, pytest.approx(probability))
+    assert pair.rejected == {"a": "b", "b": "a"}[chosen]
+
+
+def test_records_that_nobody_has_answered_are_left_out(tmp_path):
+    answered = NESTED | {"responses": {"better": [{"value": "response_2", "user_id": "u"}]}}
+    found = loaded(tmp_path, [NESTED | {"responses": {}}, answered], "preferences", "argilla")
+    assert (len(found.train), found.counts.num_left_out) == (1, 1)
+    task = LS | {"annotations": []}
+    found = loaded(tmp_path, [task, LS], "preferences", "label_studio")
+    assert (len(found.train), found.counts.num_left_out) == (1, 1)
+
+
+def chose(side, **more):
+    value = {"type": "pairwise", "from_name": "pw", "to_name": "answer1,answer2", "value": {"selected": side}}
+    return {"result": [value]} | more
+
+
+LS = {"id": 1, "data": {"prompt": "q", "answer1": "a", "answer2": "b"}, "annotations": [chose("left")]}
+
+
+@pytest.mark.parametrize(
+    ("row", "chosen", "probability"),
+    [
+        (LS, "a", 1.0),
+        (LS | {"annotations": [chose("right"), chose("left", was_cancelled=True)]}, "b", 1.0),
+        (LS | {"annotations": [chose("right"), chose("right"), chose("left")]}, "b", 2 / 3),
+        (LS | {"annotations": [chose("right"), chose("left")]}, "b", 0.5),
+        ({"id": 1, "prompt": "q", "answer1": "a", "answer2": "b", "pw": "right", "lead_time": 3.1}, "b", 1.0),
+    ],
+)
+def test_label_studios_pairwise_tasks(tmp_path, row, chosen, probability):
+    pair = first(tmp_path, [row], "preferences", "label_studio", ending=".json")
+    assert (pair.prompt, pair.chosen, pair.probability) == ("q", chosen, pytest.approx(probability))
+
+
+def test_what_was_written_in_label_studio_is_a_demonstration(tmp_path):
+    written = {"type": "textarea", "from_name": "answer", "to_name": "prompt", "value": {"text": ["an answer"]}}
+    row = {"id": 1, "data": {"prompt": "q"}, "annotations": [{"result": [written]}]}
+    shown = first(tmp_path, [row], "demonstrations", "label_studio", ending=".json")
+    assert (shown.prompt, shown.completion) == ("q", "an answer")
+    talk = row | {"data": {"messages": [turn(U, "q")]}}
+    assert said(first(tmp_path, [talk], "demonstrations", "label_studio").completion) == [(A, "an answer")]
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("kind", ["preferences", "demonstrations", "prompts"])
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": 3},
+        {"data": [], "annotations": 5},
+        {"data": {"prompt": "q", "answer1": "a"}, "annotations": [{"result": [{"type": "pairwise", "value": "left"}]}]},
+        {"fields": {"prompt": "q"}, "responses": {"x": [{"value": "y", "user_id": "u"}]}},
+        {"fields": {"prompt": "q", "a": "b"}, "responses": {"x": 3}},
+        {"messages": "hi"},
+        {"input": {"messages": 3}},
+        {"chosen": "Human: hi", "rejected": 5},
+        {"label": "yes", "prompt": "q", "completion": "c"},
+        {},
+    ],
+)  # fmt: skip
+def test_what_is_no_row_of_theirs_is_one_line_with_its_place(tmp_path, name, kind, row):
+    try:
+        found = loaded(tmp_path, [row], kind, name)
+    except BadInput as error:
+        assert "\n" not in str(error)
+        assert "rows.jsonl" in str(error)
+    else:
+        assert len(found.train) == 1
+
+
+def test_a_bad_row_may_be_skipped(tmp_path):
+    found = loaded(tmp_path, [HH, {"chosen": "hi", "rejected": "ho"}], "preferences", "hh_rlhf", on_bad_row="skip")
+    assert (len(found.train), found.counts.num_bad) == (1, 1)
+    assert "is no transcript of HH-RLHF" in found.counts.first_bad
+
+
+def test_a_name_that_is_nearly_one_is_told(tmp_path):
+    with pytest.raises(BadInput, match=r"format `label-studio` is unknown.*did you mean `label_studio`\?"):
+        loaded(tmp_path, [LS], "preferences", "label-studio")
