@@ -378,18 +378,18 @@ def export_feedback(
     run: Annotated[
         str, typer.Argument(metavar="RUN", callback=_at_home, help="A loop's folder, its store.db, or a database URL.")
     ],
-    file: Annotated[str, typer.Argument(metavar="FILE", callback=_at_home, help="A new .jsonl file.")],
-    format: Annotated[str, typer.Option(help="trl: labelled pairs, as TRL reads them; labels: every label.")] = "trl",
-    with_ties: Annotated[bool, typer.Option("--with-ties", help="trl: also pairs left undecided.")] = False,
+    file: Annotated[str, typer.Argument(metavar="FILE", callback=_at_home, help="A new file: .jsonl or .json.")],
+    format: Annotated[
+        str, typer.Option(help="trl, openai, argilla, label_studio: pairs as these read them; labels: every label.")
+    ] = "trl",
+    with_ties: Annotated[bool, typer.Option("--with-ties", help="Also pairs left undecided.")] = False,
     store: StoreAt = None,
 ) -> None:
     """Write what has been labelled to a file."""
     from align.feedback.exchange import export_run
 
     FOLDERS.append(run)
-    if format not in ("trl", "labels"):
-        raise BadInput(f"`--format {format}`: one of trl, labels")
-    typer.echo(export_run(run, file, format, with_ties=with_ties, store_at=store))  # type: ignore[arg-type]
+    typer.echo(export_run(run, file, format, with_ties=with_ties, store_at=store))
 
 
 @feedback.command("import")
@@ -401,13 +401,17 @@ def import_feedback(
         str,
         typer.Argument(metavar="FILE", callback=_at_home, help="Preferences in a format that the reward stage reads."),
     ],
+    format: Annotated[
+        str,
+        typer.Option(help="As a recipe's data: auto, hh_rlhf, openai, kto, argilla, label_studio, file.py:function."),
+    ] = "auto",
     store: StoreAt = None,
 ) -> None:
     """Take preferences that people have given elsewhere, as labels of round 0."""
     from align.feedback.exchange import import_run
 
     FOLDERS.append(run)
-    typer.echo(import_run(run, file, store_at=store))
+    typer.echo(import_run(run, file, store_at=store, format=format))
 
 
 Kept = Annotated[

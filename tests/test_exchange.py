@@ -431,7 +431,7 @@ def test_pairs_left_undecided_are_exported_only_if_asked_for(tmp_path, undecided
     assert [row["probability"] for row in read(path)] == [1.0, 0.5]
     found = load(Data(train=[Source(path=str(path))]), "preferences").train
     assert [pair.probability for pair in found] == [1.0, 0.5]
-    with pytest.raises(BadInput, match="`--with-ties` goes with `--format trl`"):
+    with pytest.raises(BadInput, match="`--with-ties` does not go with `--format labels`, which has every label"):
         export_run(str(run), tmp_path / "labels.jsonl", "labels", with_ties=True)
     store.close()
 
@@ -477,3 +477,52 @@ def test_tools_come_in_and_go_out_with_their_pairs(other, tmp_path):
     write_preferences(tmp_path / "out.jsonl", labelled(other))
     (pair,) = load(Data(train=[Source(path=str(tmp_path / "out.jsonl"))]), "preferences").train
     assert pair.template == {"tools": tools, "enable_thinking": False}
+
+
+@pytest.mark.parametrize(("tool", "ending"), [("openai", ".jsonl"), ("argilla", ".jsonl"), ("label_studio", ".json")])
+def test_what_is_written_for_a_tool_comes_back_by_its_name(tmp_path, tool, ending):
+    """Into another store, and into the reward stage: the same pairs, the same side better."""
+    store = Store(tmp_path / "one.db", create=True)
+    pairs, me = fill(store, 4), store.add_annotator("Ada")
+    said = zip(pairs, ("a", "b", "tie", "b"), strict=True)
+    store.add_labels([NewLabel(pair, "human", outcome, key=f"{pair}", annotator_id=me) for pair, outcome in said])
+    decided = {row.pair.id: row for row in labelled(store) if row.probability != 0.5}
+    store.close()
+    file = tmp_path / f"pairs{ending}"
+    assert export_run(str(tmp_path / "one.db"), file, tool).startswith(f"{file}: {len(decided)} pairs")
+    found = load(Data.model_validate({"train": [{"path": str(file), "format": tool}]}), "preferences").train
+    better = {
+        (row.pair.a, row.pair.b) if row.probability > 0.5 else (row.pair.b, row.pair.a) for row in decided.values()
+    }
+    texts = [[each if isinstance(each, str) else each[0]["content"] for each in (p.chosen, p.rejected)] for p in found]
+    assert {tuple(each) for each in texts} == better
+    told = import_run(str(tmp_path / "two.db"), file, format=tool)
+    assert told.startswith(f"{file}: {len(decided)} labels taken")
+
+
+@pytest.mark.parametrize("tool", ["argilla", "label_studio"])
+def test_what_is_undecided_is_a_tie_or_unanswered_there(tmp_path, tool):
+    store = Store(tmp_path / "store.db", create=True)
+    pairs, me = fill(store, 2), store.add_annotator("Ada")
+    said = zip(pairs, ("a", "tie"), strict=False)
+    store.add_labels([NewLabel(pair, "human", outcome, key=f"{pair}", annotator_id=me) for pair, outcome in said])
+    store.close()
+    file = tmp_path / ("pairs.json" if tool == "label_studio" else "pairs.jsonl")
+    told = export_run(str(tmp_path / "store.db"), file, tool, with_ties=True)
+    rows = json.loads(file.read_text()) if tool == "label_studio" else read(file)
+    assert told.startswith(f"{file}: {len(rows)} pairs")
+    if tool == "argilla":
+        assert any(row["preference.responses"] == ["tie"] for row in rows)
+    else:
+        assert any(row["annotations"] == [{"result": []}] for row in rows)
+
+
+def test_a_tool_that_is_none_or_takes_no_ties_is_said(tmp_path):
+    with pytest.raises(
+        BadInput, match=r"`--format labelstudio`: one of trl, labels, openai.*did you mean `label_studio`"
+    ):
+        export_run(str(tmp_path / "one.db"), tmp_path / "pairs.json", "labelstudio")
+    with pytest.raises(BadInput, match=r"must end in \.json: it is a list"):
+        export_run(str(tmp_path / "one.db"), tmp_path / "pairs.jsonl", "label_studio")
+    with pytest.raises(BadInput, match=r"`--with-ties` does not go with `--format openai`, which has no word for them"):
+        export_run(str(tmp_path / "one.db"), tmp_path / "pairs.jsonl", "openai", with_ties=True)

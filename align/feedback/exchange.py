@@ -1,14 +1,15 @@
-"""Labels to and from files of TRL's preference format, for training elsewhere. What every label said: `backup.py`."""
+"""Labels to and from files of pairs, as TRL and other tools have them. What every label said: `backup.py`."""
 
 import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from align.data import Preference, parse, read_rows
+from align.data import Preference, Row, parse, read_rows
 from align.data.beside import TEMPLATE, is_stated
 from align.data.conversations import MEANT
+from align.data.named import KTO, of_labels
 from align.errors import BadInput
 from align.feedback.backup import Moved, export_labels, import_labels, looks_like_labels
 from align.feedback.gate import soft_label
@@ -16,8 +17,10 @@ from align.feedback.kept import open_store
 from align.feedback.rows import NewLabel, Pair, storable
 from align.feedback.schema import EVALUATION, IMPORTED
 from align.feedback.store import Store
-from align.files import write_lines
+from align.files import write_lines, write_text
+from align.plain_json import dumps
 from align.settings import Source
+from align.wording import did_you_mean
 
 MACHINES = ("reward", "judge")
 
@@ -99,8 +102,53 @@ def write_preferences(path: str | Path, rows: Iterable[Labelled]) -> Moved:
     return Moved(len(lines), left_out=num_left_out)
 
 
-def import_preferences(store: Store, path: str | Path, *, limit: int | None = None) -> Moved:
-    """Takes a file of preferences, in any format that the reward stage reads, as pairs of round 0 that people have
+def write_for(tool: str, path: str | Path, rows: Iterable[Labelled]) -> Moved:
+    """Writes pairs as `tool` reads them: `openai` (rows for its preference fine-tuning), `argilla` (flat records, for
+    `records.log`), `label_studio` (a list of tasks for its import, each with what was selected). The answers stand in
+    the order in which people saw them. Pairs that no trainer takes are left out.
+    """
+    made, num_left_out = [], 0
+    for row in rows:
+        if is_trainable(row.pair) and row.weight > 0:
+            made.append(TOOLS[tool](row))
+        else:
+            num_left_out += 1
+    if Path(path).suffix == ".json":
+        write_text(Path(path), dumps(made, indent=1) + "\n")  # escaped: a half character is a text like any other
+    else:
+        write_lines(Path(path), made)
+    return Moved(len(made), left_out=num_left_out)
+
+
+def _for_openai(row: Labelled) -> dict[str, Any]:
+    prompt, (a, b) = row.pair.prompt, (row.pair.a, row.pair.b)
+    asked = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    better, worse = (a, b) if row.probability >= 0.5 else (b, a)
+    said = {name: [{"role": "assistant", "content": text}] for name, text in (("yes", better), ("no", worse))}
+    return {"input": {"messages": asked}, "preferred_output": said["yes"], "non_preferred_output": said["no"]}
+
+
+def _for_argilla(row: Labelled) -> dict[str, Any]:
+    better = "tie" if row.probability == 0.5 else f"response_{1 if row.probability > 0.5 else 2}"
+    answers = {"response_1": row.pair.a, "response_2": row.pair.b}
+    return {"prompt": row.pair.prompt, **answers, "preference.responses": [better]}
+
+
+def _for_label_studio(row: Labelled) -> dict[str, Any]:
+    selected = None if row.probability == 0.5 else "left" if row.probability > 0.5 else "right"
+    tags = {"type": "pairwise", "from_name": "preference", "to_name": "answer1,answer2"}
+    result = [tags | {"value": {"selected": selected}}] if selected else []
+    task = {"prompt": row.pair.prompt, "answer1": row.pair.a, "answer2": row.pair.b}
+    return {"data": task, "annotations": [{"result": result}]}
+
+
+TOOLS = {"openai": _for_openai, "argilla": _for_argilla, "label_studio": _for_label_studio}
+FORMATS = ("trl", "labels", *TOOLS)
+ENDINGS = {"label_studio": ".json"}  # others' files have a row a line
+
+
+def import_preferences(store: Store, path: str | Path, *, limit: int | None = None, format: str = "auto") -> Moved:
+    """Takes a file of preferences, in any `format` that the reward stage reads, as pairs of round 0 that people have
     labelled; the annotator is `imported`. The same file again changes nothing.
 
     Of a pair that is in it twice the first row counts; one left undecided (`tie`, probability 1/2) is a tie. Rows that
@@ -114,8 +162,11 @@ def import_preferences(store: Store, path: str | Path, *, limit: int | None = No
     rows: list[tuple[Any, str, str, float]] = []
     columns: list[dict[str, Any]] = []
     num_left_out = num_weighed = 0
-    for row in read_rows(Source(path=str(path), limit=limit)):
-        preference = parse(row, "preferences")
+    given: Iterable[Row] = read_rows(Source(path=str(path), limit=limit))
+    if format == KTO:
+        given, _, num_left_out = of_labels(given, "preferences")
+    for row in given:
+        preference = parse(row, "preferences", format)
         if preference is None or row.values.get("source") in MACHINES:
             num_left_out += 1
             continue
@@ -193,24 +244,27 @@ def _draw(store: Store, wanted: Iterable[tuple[int, str]]) -> dict[tuple[int, st
 def export_run(
     run: str,
     file: str | Path,
-    format: Literal["trl", "labels"] = "trl",
+    format: str = "trl",
     *,
     with_ties: bool = False,
     store_at: str | None = None,
 ) -> str:
-    """Writes the labels of a loop's folder (or of a store) to a .jsonl file; says what was done, in a sentence.
-    `store_at`: the folder's store, where it is elsewhere.
+    """Writes the labels of a loop's folder (or of a store) to a file; says what was done, in a sentence. `format`: trl,
+    labels, or a tool of `TOOLS`. `store_at`: the folder's store, where it is elsewhere.
 
     Pairs left undecided are left out of TRL's format, all of whose rows are full preferences to a trainer that knows
     no `probability`; `with_ties` has them, with probability 1/2.
     Raises:
         BadInput: there is no such store, nothing to write, or no folder for the file.
     """
-    if with_ties and format == "labels":
-        raise BadInput("`--with-ties` goes with `--format trl`: `labels` has every label as it was given")
-    path = Path(file)
-    if path.suffix != ".jsonl":
-        raise BadInput(f"{path} must end in .jsonl: a row is a line")
+    if format not in FORMATS:
+        raise BadInput(f"`--format {format}`: one of {', '.join(FORMATS)}{did_you_mean(format, FORMATS)}")
+    if with_ties and format in ("labels", "openai"):
+        why = {"labels": "has every label as it was given", "openai": "has no word for them"}[format]
+        raise BadInput(f"`--with-ties` does not go with `--format {format}`, which {why}")
+    path, ending = Path(file), ENDINGS.get(format, ".jsonl")
+    if path.suffix != ending:
+        raise BadInput(f"{path} must end in {ending}: {'a row is a line' if ending == '.jsonl' else 'it is a list'}")
     if not path.parent.is_dir():
         raise BadInput(f"{path}: there is no folder {path.parent}; make it, or correct the path")
     if path.exists():
@@ -227,24 +281,26 @@ def export_run(
         undecided = f", {num_ties} undecided left out (`--with-ties` has them)" if num_ties else ""
         if found and not decided:
             raise BadInput(f"{store} has no pair that is decided{undecided}; nothing was written")
-        moved = write_preferences(path, decided)
+        moved = write_preferences(path, decided) if format == "trl" else write_for(format, path, decided)
         left_out = f", {moved.left_out} left out (equal or empty answers)" if moved.left_out else ""
         return f"{path}: {moved.taken} pairs{undecided}{left_out}"
     finally:
         store.close()
 
 
-def import_run(run: str, file: str | Path, *, limit: int | None = None, store_at: str | None = None) -> str:
-    """Takes a file of preferences, or an export of all labels, into a loop's store, which is made where there is none;
-    says what was done, in a sentence.
+def import_run(
+    run: str, file: str | Path, *, limit: int | None = None, store_at: str | None = None, format: str = "auto"
+) -> str:
+    """Takes a file of preferences (`format` as a recipe's data have it), or an export of all labels, into a loop's
+    store, which is made where there is none; says what was done, in a sentence.
 
     Raises:
         BadInput: the file cannot be read, or does not fit the store.
     """
-    is_backup = looks_like_labels(file)
+    is_backup = format == "auto" and looks_like_labels(file)
     store = open_store(run, create=True, named=store_at)
     try:
-        moved = import_labels(store, file) if is_backup else import_preferences(store, file, limit=limit)
+        moved = import_labels(store, file) if is_backup else import_preferences(store, file, limit=limit, format=format)
     finally:
         store.close()
     left_out = f", {moved.left_out} left out" if moved.left_out else ""
