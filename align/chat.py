@@ -164,7 +164,7 @@ class _Talk:
 
     def _answer(self) -> None:
         self.turn += 1
-        prompt = Prompt([*self.system, *self.said], {}, "the conversation")
+        prompt = Prompt((*self.system, *self.said), {}, "the conversation")
         answers = [self._of(speaker, prompt) for speaker in self.speakers]
         for number, (speaker, answer) in enumerate(zip(self.speakers, answers, strict=True), 1):
             name = f"{number} {speaker.name}" if len(answers) > 1 else speaker.name

@@ -4,6 +4,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from pydantic import BaseModel
+
 from align.errors import BadInput
 from align.schema import OF_TOP, REFERENCE, REWARDS, recipe_schema
 from align.settings import STAGES
@@ -32,7 +34,7 @@ class Key:
 def families() -> dict[str, tuple[str, str]]:
     """What keys may be asked of: name -> (its definition in the schema, what it is in a line)."""
     rewards = {f"reward-{name}": cls for name, cls in REWARDS.items()}
-    classes = {**STAGES, "loop": LoopSettings, **METHOD_CLASSES, **rewards}
+    classes: dict[str, type[BaseModel]] = {**STAGES, "loop": LoopSettings, **METHOD_CLASSES, **rewards}
     return {name: (cls.__name__, (cls.__doc__ or "").strip().splitlines()[0]) for name, cls in classes.items()}
 
 

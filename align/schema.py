@@ -6,6 +6,7 @@ to another key, `${...}`.
 
 from typing import Any
 
+from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
 from align.recipe import SHARED_KEYS
@@ -14,7 +15,10 @@ from align.settings.loop import OURS, LoopSettings
 
 DRAFT = "http://json-schema.org/draft-07/schema#"  # what editors understand throughout
 OF_TOP = ("model", "output")  # which the top of a pipeline may have instead of a stage
-REWARDS = {"learned": LearnedReward, "ensemble": EnsembleReward}  # whose arguments stand beside `use`
+REWARDS: dict[str, type[BaseModel]] = {
+    "learned": LearnedReward,
+    "ensemble": EnsembleReward,
+}  # whose arguments stand beside `use`
 OTHER_KEY = {"type": "string", "pattern": r"\$\{", "description": "Another key, or a file beside this one."}
 REFERENCE = {"$ref": "#/$defs/OtherKey"}
 ANY_MAPPING = {"type": "object", "description": "Values that other keys refer to, as ${vars.name}."}
@@ -24,7 +28,7 @@ Node = dict[str, Any]
 
 def recipe_schema() -> Node:
     """The schema of a recipe's file (draft 7)."""
-    models = (*STAGES.values(), StageSettings, LoopSettings, *REWARDS.values())
+    models: list[type[BaseModel]] = [*STAGES.values(), StageSettings, LoopSettings, *REWARDS.values()]
     _, made = models_json_schema([(model, "validation") for model in models], by_alias=True)
     definitions: dict[str, Node] = made["$defs"]
     for node in definitions.values():
@@ -40,8 +44,8 @@ def recipe_schema() -> Node:
     is_stage = {"required": ["stage"], "allOf": [*by_stage, {"if": no_ours, "then": _ref(StageSettings)}]}
     definitions["Stage"] = {"type": "object", **is_stage}
     definitions["Pipeline"] = _pipeline(definitions[StageSettings.__name__]["properties"])
-    for cls in (*STAGES.values(), StageSettings):
-        node = definitions[cls.__name__]
+    for stage in [*STAGES.values(), StageSettings]:
+        node = definitions[stage.__name__]
         node["properties"]["vars"] = ANY_MAPPING
         node["required"] = [key for key in node["required"] if key not in OF_TOP]
     return {
@@ -90,7 +94,7 @@ def _tidy(node: Node) -> None:
 def _or_reference(node: Node) -> Node:
     if not node or _takes_text(node):
         return node
-    about = {key: node.pop(key) for key in ("description", "default") if key in node}
+    about: Node = {key: node.pop(key) for key in ("description", "default") if key in node}
     kinds = node.pop("anyOf") if set(node) == {"anyOf"} else [node]
     return {"anyOf": [*kinds, dict(REFERENCE)], **about}
 

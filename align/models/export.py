@@ -3,6 +3,7 @@
 import copy
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,7 @@ def merge(run: str, out: str, *, dtype: str | None = None, max_shard_size: str =
         raise BadInput(f"{run} holds no adapter: it is a whole model already")
     if about(manifest).makes == "reward":
         raise BadInput(f"{run} is a reward model; `align export RUN OUT --as classifier` makes it a plain one")
-    return _written(run, out, manifest, lambda *parts: _merge(*parts, dtype, max_shard_size))
+    return _written(run, out, manifest, partial(_merge, dtype=dtype, max_shard_size=max_shard_size))
 
 
 def export_classifier(run: str, out: str, *, max_shard_size: str = "5GB") -> float:
@@ -69,7 +70,7 @@ def export_classifier(run: str, out: str, *, max_shard_size: str = "5GB") -> flo
     manifest = read_manifest(run)
     if about(manifest).makes != "reward":
         raise BadInput(f"{run} is no reward model but {about(manifest).makes or 'another run'}; name a reward run")
-    return _written(run, out, manifest, lambda *parts: _export(*parts, max_shard_size))
+    return _written(run, out, manifest, partial(_export, max_shard_size=max_shard_size))
 
 
 def _written(
@@ -132,7 +133,7 @@ def _merged(bases: Bases, folder: Path, *, head: bool = False) -> Any:
     return model
 
 
-def _merge(folder: Path, target: Path, manifest: dict[str, Any], dtype: str | None, max_shard_size: str) -> float:
+def _merge(folder: Path, target: Path, manifest: dict[str, Any], *, dtype: str | None, max_shard_size: str) -> float:
     bases, tokenizer = _bases_of(folder, manifest), _tokenizer_of(str(folder))
     ids = _probe_ids(tokenizer, bases.device)
     before = _logits(bases.role(str(folder)), ids)
@@ -147,7 +148,7 @@ def _merge(folder: Path, target: Path, manifest: dict[str, Any], dtype: str | No
         return max(float((a - b).abs().max()) for a, b in zip(before, _logits(Role(again), ids), strict=True))
 
 
-def _export(folder: Path, target: Path, manifest: dict[str, Any], max_shard_size: str) -> float:
+def _export(folder: Path, target: Path, manifest: dict[str, Any], *, max_shard_size: str) -> float:
     from transformers import AutoModelForSequenceClassification
 
     bases, tokenizer = _bases_of(folder, manifest), _tokenizer_of(str(folder))

@@ -83,7 +83,14 @@ class Ia3(Settings):
     )
 
 
-METHOD_CLASSES = {"lora": Lora, "full": Full, "freeze": Freeze, "adapter": Adapter, "prefix": Prefix, "ia3": Ia3}
+METHOD_CLASSES: dict[str, type[Settings]] = {
+    "lora": Lora,
+    "full": Full,
+    "freeze": Freeze,
+    "adapter": Adapter,
+    "prefix": Prefix,
+    "ia3": Ia3,
+}
 METHODS = ("lora", "qlora", "full", "freeze", "adapter", "prefix", "ia3")
 # PEFT's own that leave the base as it is and need nothing of the training loop, as tests/test_methods.py tries them.
 # Others need more: prompt tuning places tokens of its own, AdaLoRA counts steps, X-LoRA and Poly choose by task.
