@@ -44,8 +44,8 @@ def recipe_schema() -> Node:
     is_stage = {"required": ["stage"], "allOf": [*by_stage, {"if": no_ours, "then": _ref(StageSettings)}]}
     definitions["Stage"] = {"type": "object", **is_stage}
     definitions["Pipeline"] = _pipeline(definitions[StageSettings.__name__]["properties"])
-    for stage in [*STAGES.values(), StageSettings]:
-        node = definitions[stage.__name__]
+    for name in (StageSettings.__name__, *(stage.__name__ for stage in STAGES.values())):
+        node = definitions[name]
         node["properties"]["vars"] = ANY_MAPPING
         node["required"] = [key for key in node["required"] if key not in OF_TOP]
     return {
