@@ -39,7 +39,7 @@ from align.settings import (
     StageSettings,
 )
 from align.settings.methods import is_copy
-from align.surroundings import cached_folder, check_wandb, check_writable, look_at_hub
+from align.surroundings import cached_folder, check_trackers, check_writable, look_at_hub
 from align.wording import did_you_mean_path
 
 
@@ -126,7 +126,7 @@ def _check_stage(
         raise BadInput(
             f"`output`: {settings.output} is `model.base`, or would stand in its place; choose another folder"
         )
-    check_wandb(settings.track)
+    check_trackers(settings.track)
     check_parents(settings, made)
     _check_lengths(settings)
     state = state_of(settings, named)

@@ -10,14 +10,9 @@ from align.errors import BadInput, RunFailed
 from align.hub import HUB_ID, fault_of, is_folder_name
 from align.manifest import about, check_whole, read_manifest
 from align.model_card import CARD, TASKS, card_of
-from align.records import ADAPTER_CONFIG
+from align.records import ADAPTER_CONFIG, MODEL_FILES
 from align.wording import one_line, safe
 
-SENT = (
-    *("*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", ADAPTER_CONFIG),
-    *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "spiece.model", "*.jinja"),
-    *(CARD, "curves.png"),
-)
 UNITS = ("bytes", "KB", "MB", "GB", "TB")
 
 
@@ -51,7 +46,10 @@ def _files(folder: Path, base: str | None) -> dict[str, Path | bytes]:
         raise BadInput(f"the run in {folder} is not finished; start it again to go on with it")
     check_whole(folder, manifest)
     found: dict[str, Path | bytes] = {
-        path.name: path for glob in SENT for path in sorted(folder.glob(glob)) if path.is_file()
+        path.name: path
+        for glob in (*MODEL_FILES, CARD, "curves.png")
+        for path in sorted(folder.glob(glob))
+        if path.is_file()
     }
     is_adapter = ADAPTER_CONFIG in found
     own = str(manifest["base"])

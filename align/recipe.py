@@ -86,7 +86,10 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
             what = f"a stage's name is letters, digits, `_` and `-`, {LONGEST_STAGE} at the most"
             raise BadInput(f"`stages.{cut(str(stage_name))}` in {path}: {what}")
         given = shared | ({"output": f"{values['output']}/{stage_name}"} if values.get("output") else {}) | own
-        stages[str(stage_name)] = _validated(given, where, prefix=f"stages.{stage_name}.")
+        settings = _validated(given, where, prefix=f"stages.{stage_name}.")
+        if isinstance(values.get("output"), str):
+            settings = settings.model_copy(update={"track": settings.track.of(values["output"])})
+        stages[str(stage_name)] = settings
     _outputs_differ(stages, path)
     return Recipe(path, stages, is_pipeline=True)
 

@@ -15,6 +15,10 @@ from align.wording import one_line
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
+MODEL_FILES = (  # of a model's or an adapter's folder: all that others open it by
+    *("*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", ADAPTER_CONFIG),
+    *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "spiece.model", "*.jinja"),
+)
 CRITIC = "critic"  # the folder of a PPO run that its critic is kept in
 MOST_BYTES = 256 * 2**20  # of one such file: the largest tokenizers' are an eighth of it
 LARGEST_SIZE = 2**20  # of a rank, a number of virtual tokens and the like

@@ -1,4 +1,4 @@
-"""What a run needs around it, looked at before anything is loaded: a folder it can write, wandb's login, the Hub."""
+"""What a run needs around it, looked at before anything is loaded: a folder it can write, trackers, the Hub."""
 
 import configparser
 import contextlib
@@ -55,23 +55,23 @@ def _nearest(folder: Path) -> Path:
 
 def wandb_mode(track: Track) -> WandbMode | None:
     """How wandb is to run: the recipe's word, else its own environment variables'; None where it is not asked for."""
-    if track.wandb_project is None:
+    if "wandb" not in track.report_to:
         return None
     is_off = os.environ.get("WANDB_DISABLED", "").lower() in TRUE
     told = WANDB_MODES.get(os.environ.get("WANDB_MODE", "").lower(), "online")
     return track.wandb_mode or ("disabled" if is_off else told)
 
 
-def check_wandb(track: Track) -> None:
-    """Raises BadInput where wandb is asked for and would ask back: it is not there, or nobody is logged in."""
+def check_trackers(track: Track) -> None:
+    """Raises BadInput where a tracker is asked for that is not installed, or (wandb) would ask back for a login."""
     mode = wandb_mode(track)
-    if mode in (None, "disabled"):
-        return
-    if importlib.util.find_spec("wandb") is None:
-        raise BadInput("`track.wandb_project`: wandb is not installed; install it, or leave the key out")
+    for name in track.report_to:
+        packages = ("tensorboard", "tensorboardX") if name == "tensorboard" else (name,)
+        if not any(map(importlib.util.find_spec, packages)) and not (name == "wandb" and mode == "disabled"):
+            raise BadInput(f"`track.report_to`: {name} is not installed; pip install {packages[0]}, or leave it out")
     if mode in ("online", "shared") and not _is_logged_in():
         raise BadInput(
-            "`track.wandb_project`: nobody is logged in to wandb here; run `wandb login`, set WANDB_API_KEY, or set "
+            "`track.report_to`: nobody is logged in to wandb here; run `wandb login`, set WANDB_API_KEY, or set "
             "`track.wandb_mode: offline`"
         )
 

@@ -1,8 +1,6 @@
-"""Where the numbers go: metrics.jsonl always, the terminal, and wandb when the recipe asks."""
+"""Where the numbers go: metrics.jsonl always, the terminal, and the trackers that the recipe names (`trackers.py`)."""
 
-import hashlib
 import json
-import os
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -13,10 +11,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from align.artifact import checkpoint_path
 from align.files import write_json, write_text, writing
 from align.identity import digest_of
-from align.manifest import LOGS, MANIFEST, note, read_manifest, recipe_of
+from align.manifest import LOGS
 from align.plain_json import dumps
 from align.settings import StageSettings
-from align.surroundings import wandb_mode
+from align.trackers import Trackers
 from align.wording import safe
 
 METRICS = "metrics.jsonl"
@@ -34,7 +32,7 @@ class Tracker:
         self.is_main, self.shown, self.total = is_main, shown, total
         self.console = Console(stderr=False, soft_wrap=False)
         self._every = max(1, total // 20)
-        self._wandb: Any = None
+        self._trackers: Trackers | None = None
         self._progress: Progress | None = None
         if not is_main:
             return
@@ -43,7 +41,7 @@ class Tracker:
         _forget_after(self.path, start)
         with writing(self.path):
             self._file = self.path.open("a", encoding="utf-8")
-        self._wandb = _start_wandb(settings)
+        self._trackers = Trackers(settings, start, self.say)
         if self.console.is_terminal:
             columns = (
                 TextColumn("{task.description}"),
@@ -69,13 +67,18 @@ class Tracker:
         with writing(self.path):
             self._file.write(dumps({"step": step, **metrics}) + "\n")
             self._file.flush()
-        if self._wandb is not None:
-            self._wandb.log({"step": step, **metrics})
+        if self._trackers is not None:
+            self._trackers.log(step, metrics)
         numbers = "  ".join(f"{name.rpartition('/')[2]} {metrics[name]:.4g}" for name in self.shown if name in metrics)
         if self._progress is not None:
             self._progress.update(self._task, completed=step, numbers=numbers)
         elif numbers and (step % self._every == 0 or step in (1, self.total)):
             print(f"  {step:>{len(str(self.total))}}/{self.total}  {numbers}", flush=True)
+
+    def samples(self, step: int, rows: list[dict[str, Any]]) -> None:
+        """Sends a table of samples to the trackers; metrics.jsonl has none."""
+        if self._trackers is not None:
+            self._trackers.samples(step, rows)
 
     def go_back(self, step: int) -> None:
         """Forgets what was logged after `step`: the run goes on from there."""
@@ -95,7 +98,7 @@ class Tracker:
             self.console.print(text, highlight=False, markup=False)
 
     def close(self) -> None:
-        """Ends the bar, the file and the wandb run; safe to call twice."""
+        """Ends the bar, the file and the trackers' runs; safe to call twice."""
         if not self.is_main:
             return
         if self._progress is not None:
@@ -103,9 +106,9 @@ class Tracker:
             self._progress = None
         with suppress(OSError):  # what it still holds was refused before, and that was told
             self._file.close()
-        if self._wandb is not None:
-            self._wandb.finish()
-            self._wandb = None
+        if self._trackers is not None:
+            self._trackers.close()
+            self._trackers = None
 
 
 def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
@@ -166,42 +169,3 @@ def _forget_after(path: Path, step: int) -> None:
     """Drops what was logged after the step that the run resumes from (all of it at 0): those steps come again."""
     kept = [row for row in read_metrics(path.parent) if row["step"] <= step] if step else []
     write_text(path, "".join(dumps(row) + "\n" for row in kept))
-
-
-def _start_wandb(settings: StageSettings) -> Any:
-    """Where the recipe is silent, wandb's own environment variables hold: it reads all but these by itself."""
-    track, mode = settings.track, wandb_mode(settings.track)
-    if mode in (None, "disabled"):
-        return None
-    import wandb
-
-    os.environ.setdefault("WANDB_SILENT", "true")
-    own_id = f"{Path(settings.output).name}-{abs(hash_of(settings)):x}"[-64:]
-    run = wandb.init(
-        project=track.wandb_project,
-        name=track.wandb_name,
-        mode=mode,
-        dir=os.environ.get("WANDB_DIR") or settings.output,
-        id=os.environ.get("WANDB_RUN_ID") or _remembered(settings.output, own_id),
-        resume="allow",
-        config=json.loads(settings.model_dump_json(by_alias=True)),
-    )
-    run.define_metric("step")
-    run.define_metric("*", step_metric="step")  # wandb's own count never goes back, as a run may
-    return run
-
-
-def _remembered(folder: str, own_id: str) -> str:
-    """The id that the run began with: a run that is changed on the way stays one run."""
-    if not (Path(folder) / MANIFEST).is_file():  # a stage of the user's own
-        return own_id
-    manifest = read_manifest(folder)
-    if "wandb_id" not in manifest:
-        note(folder, wandb_id=own_id)
-    return str(manifest.get("wandb_id", own_id))
-
-
-def hash_of(settings: StageSettings) -> int:
-    """A number that is the same for the same recipe and output, so that a resumed run goes on in wandb."""
-    text = json.dumps(recipe_of(settings)) + str(Path(settings.output).resolve())
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:6], "big")

@@ -33,6 +33,7 @@ FLOORS = [  # a module may import from lower floors and from its own package
     {"artifact"},
     {"resumption"},
     {"keys"},
+    {"trackers"},
     {"track", "data"},
     {"feedback"},
     {"models"},

@@ -20,7 +20,7 @@ from align.preflight import check_recipe, remarks
 from align.recipe import load_recipe
 from align.settings import Track
 from align.settings.fields import at_home
-from align.surroundings import check_wandb, check_writable, wandb_mode
+from align.surroundings import check_trackers, check_writable, wandb_mode
 from align.track import read_metrics
 from tests.test_bad_input import SOUND, Case, build, edit, inside, listing, ppo, reward, sft
 
@@ -417,12 +417,12 @@ def test_wandb_is_as_the_recipe_says_or_else_its_variables(
     settings = Track(**track)
     assert wandb_mode(settings) == mode
     if mode != "online":
-        check_wandb(settings)
+        check_trackers(settings)
         return
     with pytest.raises(BadInput, match="nobody is logged in"):
-        check_wandb(settings)
+        check_trackers(settings)
     monkeypatch.setenv("WANDB_API_KEY", "k")
-    check_wandb(settings)
+    check_trackers(settings)
 
 
 @pytest.mark.parametrize("host", ["api.wandb.ai", "wandb.example", "noted.example", "other.example"])
@@ -437,10 +437,10 @@ def test_a_login_is_of_the_server_that_is_asked(place: Path, monkeypatch: pytest
         (home / ".config" / "wandb" / "settings").write_text(f"[default]\nbase_url = https://{host}\n")
     monkeypatch.delenv("NETRC")
     if host != "other.example":
-        check_wandb(Track(**ASKED))
+        check_trackers(Track(**ASKED))
         return
     with pytest.raises(BadInput, match="nobody is logged in"):
-        check_wandb(Track(**ASKED))
+        check_trackers(Track(**ASKED))
 
 
 # ---------------------------------------------------------------------------------------------------------- the Hub

@@ -188,7 +188,12 @@ class Loop:
     def _stage(self, cls: type[Stage], output: str | Path, values: Mapping[str, Any], round_: int = 0) -> Stage:
         """A stage with what every stage has; each round draws with a seed of its own."""
         s = self.settings
-        shared = {"model": self.model, "seed": s.seed + 1000 * round_, "launch": s.launch, "track": s.track}
+        shared = {
+            "model": self.model,
+            "seed": s.seed + 1000 * round_,
+            "launch": s.launch,
+            "track": s.track.of(s.output),
+        }
         shared |= {"full_determinism": s.full_determinism}
         return cls.model_validate({**values, **shared, "stage": cls.kind, "output": str(output)})
 

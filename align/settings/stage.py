@@ -2,9 +2,10 @@
 
 from collections.abc import Mapping, Sequence
 from functools import reduce
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from pydantic import Field, JsonValue
+from pydantic import Field, JsonValue, model_validator
 
 from align.settings.about import Curve, Match, Parents, Quality, Tuning
 from align.settings.data import Data
@@ -41,12 +42,43 @@ class Model(Settings):
         return self.model_copy(update=changes | {"chat_template": None, "chat_template_kwargs": {}})
 
 
-class Track(Settings):
-    """metrics.jsonl is always written; wandb when asked for."""
+TRACKERS = ("wandb", "trackio", "tensorboard", "mlflow")
+WITH_MODELS = ("wandb", "mlflow")
 
-    wandb_project: str | None = told(None, "Weights & Biases project; null: metrics.jsonl alone is written.")
+
+class Track(Settings):
+    """metrics.jsonl is always written; other trackers where they are named. `wandb_project` and `wandb_name` alone mean
+    `report_to: [wandb]`, a project and a name."""
+
+    renamed: ClassVar[Mapping[str, str]] = {"wandb_project": "project", "wandb_name": "name"}
+    report_to: tuple[Literal["wandb", "trackio", "tensorboard", "mlflow"], ...] = told(
+        (), "Trackers, by accelerate's names; none: metrics.jsonl alone."
+    )
+    project: str | None = told(None, "MLflow's experiment; null: what the tracker's own variable says, or align.")
+    group: str | None = told(None, "What runs belong together by; null: of a pipeline or a loop, its output's name.")
+    name: str | None = told(None, "The run's name there.")
     wandb_mode: Literal["online", "offline", "disabled"] | None = told(None, "Null: what WANDB_MODE says, or online.")
-    wandb_name: str | None = told(None, "The run's name there.")
+    log_model: bool = told(False, "Send the finished run's model too: wandb's artifact, MLflow's artifacts.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _wandbs_keys_mean_wandb(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("wandb_project") is not None and "report_to" not in values:
+            return {**values, "report_to": ["wandb"]}
+        return values
+
+    @model_validator(mode="after")
+    def _every_key_is_used(self) -> "Track":
+        if self.wandb_mode is not None and "wandb" not in self.report_to:
+            raise ValueError("`wandb_mode` is for `report_to: [wandb]`; leave it out")
+        if self.log_model and not set(WITH_MODELS) & set(self.report_to):
+            raise ValueError(f"`log_model` has a place in {' and '.join(WITH_MODELS)} alone; name one in `report_to`")
+        return self
+
+    def of(self, folder: str) -> "Track":
+        """The same for a run of a pipeline or a loop in `folder`."""
+        is_open = bool(self.report_to) and self.group is None
+        return self.model_copy(update={"group": Path(folder).name}) if is_open else self
 
 
 class StageSettings(Settings):

@@ -314,6 +314,7 @@ def _show_samples(this: _Run, scored: Scored, kl: Tensor, iteration: int) -> Non
         for i in range(min(count, len(scored.texts)))
     ]
     save_samples(Path(this.settings.output), iteration, rows)
+    this.tracker.samples(iteration, rows)
     this.tracker.say(sample_table(rows))
 
 
