@@ -460,14 +460,32 @@ def status(run: Annotated[str, typer.Argument(metavar="RUN", callback=_at_home, 
 
 @app.command()
 def report(
-    run: Annotated[str, typer.Argument(metavar="RUN", callback=_at_home, help="A loop's folder, or any stage's run.")],
+    run: Annotated[
+        str, typer.Argument(metavar="RUN", callback=_at_home, help="Folder of a loop, of a pipeline, or of a run.")
+    ],
+    others: Annotated[
+        list[str] | None, typer.Argument(metavar="[RUN ...]", help="Further runs, to be shown beside it.")
+    ] = None,
     store: StoreAt = None,
 ) -> None:
     """Write RUN/report.html, one page that opens offline: figures, curves, costs and samples."""
     from align.report.loop_page import report as write_report
 
     FOLDERS.append(run)
-    typer.echo(write_report(run, store))
+    typer.echo(write_report(run, store, [str(_at_home(each)) for each in others or ()]))
+
+
+@app.command()
+def watch(
+    run: Annotated[
+        str, typer.Argument(metavar="RUN", callback=_at_home, help="Folder of a run, of a pipeline, or of a loop.")
+    ],
+    every: Annotated[float, typer.Option(min=0.1, help="Seconds between two looks.")] = 2.0,
+) -> None:
+    """Show a run as it goes on, in the terminal: where it stands, curves, figures and samples. Ctrl-C ends it."""
+    from align.watch import watch as watch_run
+
+    watch_run(run, every=every)
 
 
 def main() -> None:

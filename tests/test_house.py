@@ -43,7 +43,7 @@ FLOORS = [  # a module may import from lower floors and from its own package
     {"launch_plan"},
     {"worker", "preflight", "launch"},
     {"stages", "attempts", "machines"},
-    {"pipeline", "entry", "compare", "loop", "serve", "push", "chat"},
+    {"pipeline", "entry", "compare", "loop", "serve", "push", "chat", "watch"},
     {"algorithms", "new"},
     {"cli", "public"},
 ]

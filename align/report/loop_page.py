@@ -1,7 +1,9 @@
 """The report of a feedback loop: which policy is kept and why to believe it, what labels cost and what they found."""
 
 import math
+import os
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -34,6 +36,7 @@ from align.report.page import (
     with_intervals,
     write,
 )
+from align.report.several import page_of_several, runs_in
 from align.report.tables import plain
 from align.settings import PpoSettings
 from align.track import read_metrics
@@ -50,18 +53,26 @@ VERSUS = {  # metrics of a round -> whom its policy is compared with, and who sa
 }
 
 
-def report(folder: str | Path, store: str | None = None) -> Path:
-    """Writes RUN/report.html, of a loop or of one stage's run; its path. `store`: the loop's, where it is elsewhere.
+def report(folder: str | Path, store: str | None = None, others: Sequence[str] = ()) -> Path:
+    """Writes report.html of a loop, of one stage's run, or of all of a pipeline's, into that folder; of several runs
+    side by side, into the folder that they are in. Its path. `store`: the loop's, where it is elsewhere.
 
     Raises:
-        BadInput: the folder is neither.
+        BadInput: a folder is none of these.
     """
     where = Path(folder)
     is_loop = (where / LOOP).is_file() or (where / "round-0").is_dir()
-    if store is not None and not is_loop:
+    if store is not None and (not is_loop or others):
         raise BadInput(f"{folder} is no loop's folder, and has no store: leave `--store` out")
-    page = page_of(read(where, store)) if is_loop else stage_page.page_of(where)
-    damaged = [said for run in _runs(where) for said in damaged_rows(run)]
+    runs = [where, *map(Path, others)] if others else [] if (where / MANIFEST).is_file() else runs_in(where)
+    if is_loop and not others:
+        page = page_of(read(where, store))
+    elif runs:
+        where = Path(os.path.commonpath([run.resolve() for run in runs])) if others else where
+        page = page_of_several(runs, f"{plain(where.resolve().name)}: {len(runs)} runs")
+    else:
+        page = stage_page.page_of(where)
+    damaged = [said for run in runs or _runs(where) for said in damaged_rows(run)]
     for said in damaged:
         print(safe(f"warning: {said}"), flush=True)
     return write(replace(page, alarms=(*damaged, *page.alarms)), where)

@@ -49,8 +49,9 @@ NUM_CURVES, NUM_OF_RUNS, NUM_SAMPLES = 12, 3, 8
 Found = dict[str, Any]
 
 
-def page_of(folder: Path) -> Page:
-    """The page of a run that is finished or under way.
+def page_of(folder: Path, *, among: str = "") -> Page:
+    """The page of a run that is finished or under way. `among`: its name where it stands on a page with others, whose
+    pictures have other names then.
 
     Raises:
         BadInput: the folder is no run's.
@@ -60,7 +61,7 @@ def page_of(folder: Path) -> Page:
     state = "finished" if manifest.get("status") == "finished" else "under way, or stopped before its end"
     metrics = _dict(manifest.get("metrics"))
     sections = [
-        _results(metrics) if stage.makes == "results" else _curves(folder, stage, rows),
+        _results(metrics, among) if stage.makes == "results" else _curves(folder, stage, rows, among),
         Section("Final figures", tables=_filled(_figures(manifest, metrics), _costs(_dict(manifest.get("cost"))))),
         _samples(folder, stage.makes),
         Section("Where it comes from", tables=_filled(_parents(manifest), _changes(manifest), versions(manifest))),
@@ -148,20 +149,20 @@ def _headline(makes: str | None, state: str, metrics: Found, rows: list[Found]) 
 # ------------------------------------------------------------------------------------------------------------ figures
 
 
-def _curves(folder: Path, stage: About, rows: list[Found]) -> Section:
+def _curves(folder: Path, stage: About, rows: list[Found], among: str) -> Section:
     """The curves that a stage names, or of all that it logged; of one that has members, theirs."""
     named = [Curve(curve.title, curve.x, tuple(curve.figures)) for curve in stage.curves]
     members = sorted(folder.glob("member-*"), key=lambda path: (len(path.name), path.name))
     if members:
         runs = {member.name: read_metrics(member) for member in members}
-        return Section("Curves of the members", pictures=curves_of(runs, "member", named))
+        return Section("Curves of the members", pictures=curves_of(runs, f"{among}member", named))
     pictures = []
     for place, (title, x, keys) in enumerate(named[:NUM_CURVES] or _logged(rows)):
         drawn = [(_name(key), *series(rows, key)) for key in keys]
         if any(len(xs) for _, xs, _ in drawn):
             pictures.append(
                 picture(
-                    f"curve-{place}",
+                    f"{among}curve-{place}",
                     plain(title, 60),
                     "; ".join(_told(name, ys) for name, _, ys in drawn if ys),
                     lines_of(drawn, plain(x, 60)),
@@ -205,7 +206,7 @@ def _told(name: str, values: Sequence[float]) -> str:
     return f"{plain(name, 60)} from {number(values[0])} to {number(values[-1])}"
 
 
-def _results(metrics: Found) -> Section:
+def _results(metrics: Found, among: str) -> Section:
     """What an evaluation found: the policies' figures, and who beats whom."""
     policies, told = _dict(metrics.get("policies")), wins(metrics)
     keys = list(dict.fromkeys(key for figures in policies.values() for key in figures))
@@ -226,7 +227,7 @@ def _results(metrics: Found) -> Section:
         if len(drawn) > 1:
             legend(axis)
 
-    pictures = (picture("won", "Win rates", "; ".join(told), draw),) if drawn else ()
+    pictures = (picture(f"{among}won", "Win rates", "; ".join(told), draw),) if drawn else ()
     figures = table("Policies", ("policy", *map(_name, keys)), rows)
     return Section("Results", "; ".join(told) + "." if told else "", pictures, _filled(figures))
 

@@ -1,0 +1,138 @@
+"""`align watch`: a run as it goes on, in the terminal. It only reads, and what it shows is what the run has logged."""
+
+import time
+from contextlib import suppress
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from align.errors import BadInput
+from align.manifest import MANIFEST, about, read_manifest
+from align.report.tables import plain
+from align.settings import STAGES, Curve
+from align.track import METRICS, read_metrics, read_rows
+from align.wording import did_you_mean_path
+
+BARS = "▁▂▃▄▅▆▇█"
+NUM_SAMPLES = 2
+
+
+def watch(run: str, *, every: float = 2.0) -> None:
+    """Shows the run, or the one of a pipeline or a loop that was logged last, until it is finished or ctrl-C. Where
+    nobody watches (a pipe), it is shown once.
+
+    Raises:
+        BadInput: no run is there.
+    """
+    folder, console = Path(run), Console()
+    newest(folder)  # or one line that says why not
+    if not console.is_terminal:
+        console.print(_shown(newest(folder), console.width, folder))
+        return
+    with suppress(KeyboardInterrupt), Live(console=console, auto_refresh=False) as live:
+        while True:
+            at = newest(folder)
+            live.update(_shown(at, console.width, folder), refresh=True)
+            if at == folder and _state(at) == "finished":
+                return
+            time.sleep(every)
+
+
+def newest(folder: Path) -> Path:
+    """The run in a folder: itself, or that of a pipeline or a loop whose figures are the newest."""
+    if (folder / MANIFEST).is_file():
+        return folder
+    runs = [file.parent for glob in (f"*/{MANIFEST}", f"*/*/{MANIFEST}") for file in folder.glob(glob)]
+    if not runs:
+        hint = did_you_mean_path(folder, folders=True) or "; name the output of a recipe that has begun"
+        raise BadInput(f"{folder} is no run's folder, and holds none{hint}")
+    return max(runs, key=_touched)
+
+
+def _touched(run: Path) -> float:
+    files = [file for file in (run / METRICS, run / MANIFEST) if file.is_file()]
+    return max((file.stat().st_mtime for file in files), default=0.0)
+
+
+def _state(run: Path) -> str:
+    try:
+        return str(read_manifest(run).get("status"))
+    except BadInput:
+        return "running"  # its manifest is just being written
+
+
+def _shown(run: Path, width: int, asked: Path) -> RenderableType:
+    """A screen: where it stands, its curves with their last values, and the newest samples."""
+    try:
+        manifest = read_manifest(run)
+    except BadInput as error:
+        return Text(str(error))
+    rows, kind = read_metrics(run), str(manifest.get("kind"))
+    done = max((row["step"] for row in rows), default=0)
+    total = _total(manifest, kind)
+    of = f" of {total:,}" if total else ""
+    name = plain(str(run.relative_to(asked.parent) if run.is_relative_to(asked.parent) else run), 60)
+    state = "finished" if manifest.get("status") == "finished" else "under way, or stopped"
+    about_it = f"{plain(kind, 40)}, {state}, step {done:,}{of}"
+    head = Text(f"{name}  ", style="bold").append(about_it, style="not bold dim")
+    parts: list[RenderableType] = [head]
+    curves = _curves(about(manifest).curves, rows, width)
+    if curves.row_count:
+        parts.append(curves)
+    parts += _samples(run, width)
+    return Group(*parts)
+
+
+def _total(manifest: dict[str, Any], kind: str) -> int | None:
+    """Steps that the recipe asks for, where it says so."""
+    cls = STAGES.get(kind)
+    value: Any = manifest.get("recipe")
+    for key in (cls.tuning.steps if cls is not None and cls.tuning else "").split("."):
+        value = value.get(key) if isinstance(value, dict) and key else None
+    return value if isinstance(value, int) and value > 0 else None
+
+
+def _curves(curves: Any, rows: list[dict[str, Any]], width: int) -> Table:
+    """A line for each figure: its name, its course, its last value."""
+    table = Table.grid(padding=(0, 1))
+    table.add_column(no_wrap=True, overflow="ellipsis", max_width=28)
+    table.add_column(no_wrap=True)
+    table.add_column(justify="right", no_wrap=True)
+    named = [Curve(curve.title, curve.x, tuple(curve.figures)) for curve in curves]
+    for figure in dict.fromkeys(name for curve in named for name in curve.figures):
+        values = [row[figure] for row in rows if isinstance(row.get(figure), (int, float))]
+        if values:
+            table.add_row(
+                Text(plain(figure, 28), style="dim"), Text(sparkline(values, max(8, width - 44))), f"{values[-1]:.4g}"
+            )
+    return table
+
+
+def sparkline(values: list[float], width: int) -> str:
+    """`values` as bars of eight heights between the least and the largest, `width` at the most: means of neighbours."""
+    count = min(width, len(values))
+    cuts = [round(i * len(values) / count) for i in range(count + 1)]
+    means = [sum(values[a:b]) / (b - a) for a, b in pairwise(cuts)]
+    low, high = min(means), max(means)
+    scale = (len(BARS) - 1) / (high - low) if high > low else 0.0
+    return "".join(BARS[round((value - low) * scale)] for value in means)
+
+
+def _samples(run: Path, width: int) -> list[RenderableType]:
+    rows = [row for row in read_rows(run / "samples.jsonl") if "response" in row]
+    last = [row for row in rows if row.get("iteration") == rows[-1].get("iteration")] if rows else []
+    found: list[RenderableType] = []
+    for row in last[:NUM_SAMPLES]:
+        asked = row.get("prompt")
+        prompt = asked if isinstance(asked, str) else str((asked or [{}])[-1].get("content", ""))
+        figures = "  ".join(f"{k} {row[k]:.3g}" for k in ("score", "kl") if isinstance(row.get(k), (int, float)))
+        text = Text(plain(prompt, 3 * width) + "\n", style="dim")
+        text.append(plain(str(row["response"]), 4 * width), style="not dim")
+        found.append(Panel(text, title=Text(f"iteration {row.get('iteration')}  {figures}"), title_align="left"))
+    return found
