@@ -92,7 +92,13 @@ def run(recipe: RecipeName, overrides: Overrides = None, changes: Changes = None
 
 
 @app.command()
-def check(recipe: RecipeName, overrides: Overrides = None) -> None:
+def check(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    defaults: Annotated[
+        bool, typer.Option("--defaults", help="Show what each key is that the recipe leaves out, too.")
+    ] = False,
+) -> None:
     """Validate a recipe and show what it would do: files, trainable parameters, and tokens that carry loss."""
     from align.recipe import load_recipe
 
@@ -107,7 +113,8 @@ def check(recipe: RecipeName, overrides: Overrides = None) -> None:
     from align.report.checking import show
 
     quiet_libraries()
-    show(loaded, states, {name: plan.description for name, plan in plans.items()}, remarks(loaded))
+    plans_told = {name: plan.description for name, plan in plans.items()}
+    show(loaded, states, plans_told, remarks(loaded), defaults=defaults)
 
 
 @app.command()

@@ -14,6 +14,7 @@ from align.loop.run import check_loop
 from align.new import KINDS, WIDTH, Given, write_recipe
 from align.preflight import check_recipe
 from align.recipe import load_recipe
+from align.report.checking import show
 from tests import tiny
 
 
@@ -77,6 +78,25 @@ def test_lengths_are_the_datas(here):
     (here / "few.jsonl").write_text("".join((here / "sft.jsonl").read_text().splitlines(keepends=True)[:8]))
     write_recipe(given("sft", data=("few.jsonl",)), "few.yaml")
     assert yaml.safe_load((here / "few.yaml").read_text())["data"] == {"train": "few.jsonl"}
+
+
+def test_check_shows_every_key_that_is_left_out(here, capsys):
+    """Given or by default, each of the stage's own keys is there; folded, unless they are asked for."""
+    write_recipe(given("sft"), None)
+    loaded = load_recipe("sft.yaml")
+    states = check_recipe(loaded)
+    show(loaded, states, defaults=True)
+    out = capsys.readouterr().out
+    (line,) = (line for line in out.splitlines() if line.startswith("by default  "))
+    assert "train.adam_beta1 0.9" in line and "guard.on warn" in line and "seed 0" in line
+    named = {word.split()[0] for word in line.removeprefix("by default  ").split(", ")}
+    whole = loaded.stages["sft"].model_dump(mode="json", by_alias=True)
+    leaves = {f"{key}.{inner}" for key, own in whole.items() if isinstance(own, dict) for inner in own}
+    said = {name.partition(".")[2] for name in named}
+    given_keys = {key.partition(".")[2] for key in leaves} - said
+    assert given_keys <= {"base", "train", "validation_split", "gradient_accumulation_steps"}
+    show(loaded, states)
+    assert f"by default  {len(line.split(', '))} other keys (`--defaults` shows them)" in capsys.readouterr().out
 
 
 def test_what_is_on_the_hub_is_not_read(here, monkeypatch):

@@ -32,11 +32,17 @@ STATES = {"new": "new", "running": "was stopped; goes on", "finished": "finished
 
 
 def show(
-    recipe: Recipe, states: dict[str, str], plans: Mapping[str, str] = NOTHING, remarks: Sequence[str] = ()
+    recipe: Recipe,
+    states: dict[str, str],
+    plans: Mapping[str, str] = NOTHING,
+    remarks: Sequence[str] = (),
+    *,
+    defaults: bool = False,
 ) -> None:
     """Prints stage by stage: resolved recipe, what it reads and writes, how it starts, what it trains, one sample.
 
-    `plans`: how each stage that is to run will be started; `remarks`: what is sound and still worth a word, said first.
+    `plans`: how each stage that is to run will be started; `remarks`: what is sound and still worth a word, said first;
+    `defaults`: also what each key is that the recipe leaves out, folded.
     """
     console = Console()
     console.soft_wrap = not console.is_terminal  # a file keeps its lines whole, a narrow terminal its words
@@ -46,6 +52,11 @@ def show(
         console.rule(Text(f"{name} ({settings.stage})"), align="left")
         values = settings.model_dump(mode="json", by_alias=True, exclude_defaults=True)
         console.print(Text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True).rstrip(), style="dim"))
+        left_out = _left_out(settings.model_dump(mode="json", by_alias=True), values)
+        if defaults:
+            console.print(Text(f"by default  {', '.join(left_out)}", style="dim"))
+        else:
+            console.print(Text(f"by default  {len(left_out)} other keys (`--defaults` shows them)", style="dim"))
         for key, (folder, _) in settings.parents().items():
             console.print(Text(f"reads   {folder}  ({key})"))
         for key, (kind, data) in settings.data_sections().items():
@@ -58,6 +69,19 @@ def show(
             console.print(Text(f"trains  {_trainable(settings, method)}"))
         _show_sample(console, settings)
     console.print(Text(safe(f"{recipe.path}: sound"), style="bold"))
+
+
+def _left_out(whole: Any, given: Any, prefix: str = "") -> list[str]:
+    """`key value` of each key that is as by default; a section that is not there at all is one of them."""
+    found = []
+    for key, value in whole.items():
+        own = given.get(key) if isinstance(given, dict) else None
+        if isinstance(value, dict) and value:
+            found += _left_out(value, own, f"{prefix}{key}.")
+        elif own is None and (not isinstance(given, dict) or key not in given):
+            shown = yaml.safe_dump(value, default_flow_style=True, allow_unicode=True).split("\n...")[0].strip()
+            found.append(f"{prefix}{key} {shown}")
+    return found
 
 
 def _is_far(data: Data) -> bool:
