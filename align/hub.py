@@ -10,6 +10,7 @@ a file that the Hub fails to give for one that is not there, and goes on without
 import json
 import os
 import re
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from align.errors import BadInput, RunFailed
-from align.wording import one_line, refused_by_disk
+from align.wording import in_bytes, one_line, refused_by_disk
 
 HUB_ID = re.compile(r"\b[\w.-]+\b/\b[\w.-]+\b", re.ASCII)  # the rule of the Hub, less its length and double dots
 LONGEST_ID = 96
@@ -27,6 +28,7 @@ CODE = re.compile(r"[^\n]+:[^\W\d]\w*")  # `file.py:object` or `package.module:o
 WORDS = "ALIGN_NAMED"  # in the environment of a stage: what the recipe that started it names
 
 HUB_SECONDS = 10.0  # that the Hub has to say what a repository holds
+TOLD_SECONDS = 10.0  # between two words on a download
 STALLED_SECONDS = 120.0  # a download that brings less than this in that time is given up
 LEAST_BYTES = 1 << 16
 AGAIN = "run the same command again"
@@ -240,12 +242,15 @@ def _cache_of(name: str, kind: str = "model") -> Path:
 def _bring(name: str, file: str, commit: str) -> str:
     from huggingface_hub import hf_hub_download
 
-    return str(in_time(lambda: hf_hub_download(name, file, revision=commit), STALLED_SECONDS, _cache_of(name)))
+    return str(
+        in_time(lambda: hf_hub_download(name, file, revision=commit), STALLED_SECONDS, _cache_of(name), what=name)
+    )
 
 
-def in_time(call: Callable[[], Any], seconds: float, *growing: Path) -> Any:
+def in_time(call: Callable[[], Any], seconds: float, *growing: Path, what: str = "") -> Any:
     """What `call` returns or raises; TimeoutError after so many seconds in which the folders that it fills have hardly
     grown. (The Hub's library bounds each read alone: a server that sends a byte now and then would hold us for ever.)
+    Of `what` it is told now and then how much has come.
     """
     ended: list[tuple[bool, Any]] = []
 
@@ -258,11 +263,15 @@ def in_time(call: Callable[[], Any], seconds: float, *growing: Path) -> Any:
     thread = threading.Thread(target=work, daemon=True)  # one that hangs must not hold the process
     thread.start()
     size, since = sum(map(_size_of, growing)), time.monotonic()
+    first, told = size, since
     while thread.is_alive() and time.monotonic() - since < seconds:
         thread.join(min(1.0, seconds))
         now = sum(map(_size_of, growing))
         if now >= size + LEAST_BYTES:
             size, since = now, time.monotonic()
+        if what and size > first and time.monotonic() - told >= TOLD_SECONDS:
+            print(f"fetching {what}: {in_bytes(size - first)} so far", file=sys.stderr, flush=True)
+            told = time.monotonic()
     if not ended:
         raise TimeoutError(f"it was too slow for {seconds:g} s")
     is_well, found = ended[0]

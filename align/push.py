@@ -11,9 +11,7 @@ from align.hub import HUB_ID, fault_of, is_folder_name
 from align.manifest import about, check_whole, read_manifest
 from align.model_card import CARD, TASKS, card_of
 from align.records import ADAPTER_CONFIG, MODEL_FILES
-from align.wording import one_line, safe
-
-UNITS = ("bytes", "KB", "MB", "GB", "TB")
+from align.wording import in_bytes, one_line, safe
 
 
 def push(run: str, name: str, *, base: str | None, is_sent: bool, is_public: bool) -> Iterator[str]:
@@ -29,7 +27,7 @@ def push(run: str, name: str, *, base: str | None, is_sent: bool, is_public: boo
         raise BadInput(f"{name} is no name on the Hub; give owner/name")
     files = _files(Path(run), base)
     for file, content in files.items():
-        yield f"  {safe(file):<36} {_size(len(content) if isinstance(content, bytes) else content.stat().st_size):>9}"
+        yield f"  {safe(file):<36} {in_bytes(_length(content)):>9}"
     if not is_sent:
         yield f"nothing was sent; with --yes these go to {name}, {'for all' if is_public else 'private if it is new'}"
         return
@@ -84,8 +82,5 @@ def _send(name: str, files: dict[str, Path | bytes], is_public: bool) -> str:
         raise RunFailed(f"the Hub failed while {name} was sent ({why}); run the same command again") from error
 
 
-def _size(count: float) -> str:
-    unit = 0
-    while count >= 1000 and unit < len(UNITS) - 1:
-        count, unit = count / 1000, unit + 1
-    return f"{count:.3g} {UNITS[unit]}"
+def _length(content: Path | bytes) -> int:
+    return len(content) if isinstance(content, bytes) else content.stat().st_size

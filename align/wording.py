@@ -10,6 +10,7 @@ from pathlib import Path
 from textwrap import shorten
 from typing import Any
 
+BYTES = ("bytes", "KB", "MB", "GB", "TB")
 YAML_WORDS = {True: "true", False: "false", None: "null"}
 
 
@@ -44,6 +45,14 @@ def brief(value: Any, width: int = 80) -> str:
 def safe(text: str) -> str:
     """`text` without control and direction characters (but line ends): what others wrote must not steer a terminal."""
     return "".join(c if c == "\n" or unicodedata.category(c)[0] != "C" else "\N{REPLACEMENT CHARACTER}" for c in text)
+
+
+def in_bytes(count: float) -> str:
+    """`1.23 GB`, of a number of bytes."""
+    unit = 0
+    while count >= 1000 and unit < len(BYTES) - 1:
+        count, unit = count / 1000, unit + 1
+    return f"{count:.3g} {BYTES[unit]}"
 
 
 def one_line(error: object, width: int = 200) -> str:

@@ -7,9 +7,15 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+
+from align import hub
+from align.data import read_rows
+from align.errors import BadInput
+from align.settings import Source
 
 ROOT = Path(__file__).resolve().parents[1]
 TOKEN = "Bearer hf_secret"
@@ -18,10 +24,11 @@ THE_USERS = ("missing", "secret", "gated", "forbidden", "unauthorised")
 
 def a_hub_that_is_well_gives_all_with_its_token_and_to_nobody_else(cases):
     well = {case["what"]: case for case in cases if case.get("fault", "") is None and not case["error"]}
-    assert {what: case["found"] for what, case in well.items() if what in ("model", "adapter", "data")} == {
+    assert {what: case["found"] for what, case in well.items() if what in ("model", "adapter", "data", "streamed")} == {
         "model": "Base",
         "adapter": 28,
         "data": 40,
+        "streamed": 7,
     }
     assert "<assistant>" in well["tokenizer"]["found"]
     assert all(case["tokens"] == [TOKEN] for case in well.values())
@@ -31,7 +38,7 @@ def a_hub_that_is_well_gives_all_with_its_token_and_to_nobody_else(cases):
 
 def what_the_user_gave_is_bad_input(cases):
     found = [case for case in cases if case.get("fault") in THE_USERS]
-    assert len(found) == 5 * len(THE_USERS)
+    assert len(found) == 6 * len(THE_USERS)
     for case in found:
         assert case["error"] == "BadInput" and "\n" not in case["line"], case
         assert any(word in case["line"] for word in ("log in", "ask for access")), case
@@ -39,7 +46,7 @@ def what_the_user_gave_is_bad_input(cases):
 
 def what_the_hub_did_is_a_run_to_start_again(cases):
     found = [case for case in cases if case.get("fault") and case["fault"] not in THE_USERS and not case["is_kept"]]
-    assert len(found) == 5 * 2 + 3 + 4
+    assert len(found) == 6 * 2 + 3 + 4
     for case in found:
         if case["what"] == "check":
             assert case["error"] == "" and "the Hub does not answer" in case["found"], case
@@ -56,7 +63,7 @@ def a_cache_that_is_full_is_a_run_to_start_again(cases):
 
 
 def what_is_cached_is_taken_where_the_hub_fails(cases):
-    kept = [case for case in cases if case.get("is_kept") and case["what"] != "check"]
+    kept = [case for case in cases if case.get("is_kept") and case["what"] not in ("check", "streamed")]
     assert len(kept) == 4
     assert all(case["error"] == "" and case["asked"] <= 2 for case in kept), kept
 
@@ -96,3 +103,27 @@ def test_bitsandbytes_fetches_no_code_as_it_is_imported(tmp_path):
     environment = os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0 and done.stdout.split() == ["get_kernel"], done.stderr  # and ours is left as it was
+
+
+def test_a_long_download_says_how_much_has_come(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(hub, "TOLD_SECONDS", 0.0)
+    (tmp_path / "there").write_bytes(b"x" * 500_000)
+
+    def fetch():
+        for number in range(3):
+            (tmp_path / str(number)).write_bytes(b"x" * 2_000_000)
+            time.sleep(1.1)
+        return "all"
+
+    assert hub.in_time(fetch, 30.0, tmp_path, what="org/rows") == "all"
+    lines = capsys.readouterr().err.splitlines()
+    assert lines
+    assert set(lines) <= {f"fetching org/rows: {size} MB so far" for size in (2, 4, 6)}
+
+
+def test_a_stream_has_an_end_and_is_of_the_hub(tmp_path):
+    with pytest.raises(ValueError, match="fetches the rows up to `limit`; give it"):
+        Source(path="org/rows", streaming=True)
+    (tmp_path / "rows.jsonl").write_text("{}\n")
+    with pytest.raises(BadInput, match="`streaming` is for data sets of the Hub, and this is a file; leave it out"):
+        read_rows(Source(path=str(tmp_path / "rows.jsonl"), limit=3, streaming=True))

@@ -50,6 +50,8 @@ def read_rows(source: Source) -> Iterator[Row]:
     """
     if looks_like_hub_id(source.path):
         rows = _read_hub(source)
+    elif source.streaming:
+        raise BadInput(f"{source.path}: `streaming` is for data sets of the Hub, and this is a file; leave it out")
     else:
         rows = _LOCAL_READERS[_checked_ending(source.path)](source.path)
     return _limited(rows, source)
@@ -199,9 +201,10 @@ def _read_hub(source: Source) -> Iterator[Row]:
     try:
         with asking(source.path, source.revision):
             rows = in_time(
-                lambda: datasets.load_dataset(source.path, source.name, split=source.split, revision=source.revision),
+                lambda: _rows_of(source, datasets.load_dataset),
                 STALLED_SECONDS,
                 *map(Path, (constants.HF_HUB_CACHE, datasets.config.HF_DATASETS_CACHE)),
+                what=label,
             )
     except (BadInput, RunFailed) as error:
         raise type(error)(f"{label}: {error}") from None
@@ -211,6 +214,14 @@ def _read_hub(source: Source) -> Iterator[Row]:
             " a local file ends in " + ", ".join(DATA_ENDINGS)
         ) from None
     return (Row(_without_nulls(values), f"{label}:item {number}") for number, values in enumerate(rows, start=1))
+
+
+def _rows_of(source: Source, load_dataset: Any) -> Any:
+    """All rows, from the cache of what was fetched; or, streamed, a list of the first `limit`."""
+    where = {"split": source.split, "revision": source.revision}
+    if not source.streaming:
+        return load_dataset(source.path, source.name, **where)
+    return list(itertools.islice(load_dataset(source.path, source.name, streaming=True, **where), source.limit))
 
 
 def _without_nulls(values: dict[str, Any]) -> dict[str, Any]:

@@ -21,6 +21,13 @@ class Source(Settings):
     )
     weight: Positive = told(1.0, "2: every row twice an epoch; 0.25: a fixed quarter of the rows.")
     limit: Count | None = told(None, "The first so many rows; null: all.")
+    streaming: bool = told(False, "Fetch of a Hub data set only the rows up to `limit`, and not all of it.")
+
+    @model_validator(mode="after")
+    def _stream_has_an_end(self) -> "Source":
+        if self.streaming and self.limit is None:
+            raise ValueError("`streaming: true` fetches the rows up to `limit`; give it, or leave `streaming` out")
+        return self
 
 
 def _as_sources(value: Any) -> Any:

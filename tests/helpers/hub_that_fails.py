@@ -151,6 +151,7 @@ def main(base, data, work):
         "tokenizer": lambda: load_any_tokenizer("org/base").chat_template,
         "adapter": lambda: len(load_adapter_weights("org/adapter", "cpu")),
         "data": lambda: len(list(sources.read_rows(Source(path="org/rows", format="auto")))),
+        "streamed": lambda: len(list(sources.read_rows(Source(path="org/rows", limit=7, streaming=True)))),
     }
 
     def tried(what, fault, where="", *, is_kept=False):
