@@ -22,8 +22,8 @@ python -m pip check
 ruff check --no-cache .
 mypy --cache-dir "$venv/mypy"
 OMP_NUM_THREADS=1 python -m pytest -n 2 -p no:cacheprovider \
-    tests/test_house.py tests/test_docs.py tests/data tests/test_stages.py tests/test_quantised.py tests/test_store.py tests/test_page.py \
-    tests/test_browser.py tests/test_ppo.py::test_a_run_logs_everything_and_starts_at_ratio_one \
+    tests/test_house.py tests/test_docs.py tests/data tests/test_stages.py tests/test_quantised.py tests/test_store.py \
+    tests/test_page.py tests/test_browser.py tests/test_ppo.py::test_a_run_logs_everything_and_starts_at_ratio_one \
     tests/test_ppo.py::test_trl_rewards_run_unchanged_beside_others \
     tests/test_methods.py::test_every_other_peft_type_that_is_named "tests/test_methods.py::test_optimisers_of_bitsandbytes[adamw_8bit-sft]"
 
