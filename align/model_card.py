@@ -3,10 +3,12 @@
 import json
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import ValidationError
 
 from align.files import write_text
 from align.hub import is_folder_name
@@ -30,7 +32,7 @@ def write_card(folder: Path, manifest: Mapping[str, Any]) -> None:
 
 def card_of(manifest: Mapping[str, Any], made: str, *, is_adapter: bool) -> str:
     """The card's text. What people wrote (names of files, metrics) is shown as they wrote it, and never as markup."""
-    base, recipe = str(manifest["base"]), manifest["recipe"]
+    base, recipe, versions = str(manifest["base"]), manifest["recipe"], dict(manifest.get("versions") or {})
     method = (recipe.get("method") or (recipe.get("policy") or {}).get("method") or {}).get("kind")
     licence = _licence_of(base, recipe["model"].get("revision"))
     parts = [
@@ -41,7 +43,7 @@ def card_of(manifest: Mapping[str, Any], made: str, *, is_adapter: bool) -> str:
         f"# {_shown(base).rpartition('/')[2]}, {manifest['kind']}",
         "",
         f"{'An adapter' if is_adapter else 'All weights'} of a {WHAT[made]}, trained from {_code(_shown(base))}"
-        f"{f' by {method}' if method else ''} with align {manifest['versions']['align']}.",
+        f"{f' by {method}' if method else ''} with align {versions.get('align', '(no version is told)')}.",
         "",
         "## Use",
         "",
@@ -68,7 +70,7 @@ def card_of(manifest: Mapping[str, Any], made: str, *, is_adapter: bool) -> str:
         "",
         "## Versions",
         "",
-        ", ".join(f"{name} {version}" for name, version in manifest["versions"].items()) + ".",
+        ", ".join(f"{name} {version}" for name, version in versions.items()) + ".",
         "",
     ]
     return safe("\n".join(parts))
@@ -133,9 +135,10 @@ def _sources(manifest: Mapping[str, Any]) -> list[tuple[str, str, str]]:
 def _recipe(manifest: Mapping[str, Any]) -> str:
     """What of the recipe is not as by default."""
     values, cls = dict(manifest["recipe"]), STAGES.get(str(manifest["kind"]))
-    if cls is not None:
-        settings = cls.model_validate(values | {"output": f"runs/{manifest['kind']}"})
-        values = settings.model_dump(mode="json", by_alias=True, exclude_defaults=True)
+    with suppress(ValidationError):  # an earlier version's, which is shown whole
+        if cls is not None:
+            settings = cls.model_validate(values | {"output": f"runs/{manifest['kind']}"})
+            values = settings.model_dump(mode="json", by_alias=True, exclude_defaults=True)
     return yaml.safe_dump(values, sort_keys=False, allow_unicode=True).rstrip()
 
 

@@ -94,6 +94,15 @@ def test_what_people_wrote_is_no_markup(made, name):
     assert html.count("<h1>") == 1
 
 
+def test_a_manifest_of_an_earlier_version_has_a_card_too(made):
+    """Without versions, and with a recipe that today's settings do not take."""
+    manifest = read_manifest(made / "sft")
+    del manifest["versions"]
+    recipe = manifest["recipe"] | {"of_long_ago": True}
+    text = card_of(manifest | {"recipe": recipe}, "policy", is_adapter=True)
+    assert "of_long_ago: true" in text
+
+
 def test_a_card_of_ones_own_stays(made, tmp_path):
     import shutil
 
