@@ -78,10 +78,10 @@ def finish(folder: str | Path, **values: Any) -> None:
     kept = {"contents": contents(folder)} if any(folder.glob("*.safetensors")) else {}
     files = {path.name: of_whole_file(path) for glob in READ_LATER for path in sorted(folder.glob(glob))}
     clear_temporaries(folder)
-    manifest |= values | kept
+    manifest |= values | kept | {"files": files, "status": "finished"}
+    write_manifest(folder, manifest)
     if kept:
         write_card(folder, manifest)
-    write_manifest(folder, manifest | {"files": files, "status": "finished"})
     _clear(folder, DRAWN, SERVED)
 
 

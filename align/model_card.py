@@ -15,23 +15,30 @@ from align.hub import is_folder_name
 from align.records import ADAPTER_CONFIG
 from align.settings import STAGES
 from align.surroundings import cached_folder
-from align.wording import safe
+from align.wording import one_line, safe
 
 CARD = "README.md"
+PRIVATE = ("url", "adapter_dir", "api_key_env", "arguments", "store", "track")  # keys of a recipe
 TASKS = {"policy": "text-generation", "reward": "text-classification"}  # by what a run has made
 WHAT = {"policy": "language model", "reward": "reward model"}
 CLASSES = {"policy": "AutoModelForCausalLM", "reward": "AutoModelForSequenceClassification"}
 
 
 def write_card(folder: Path, manifest: Mapping[str, Any]) -> None:
-    """Writes the card of a model that a run has made; one that is there already stays."""
+    """Writes the card of a model that a run has made; one that is there already stays. A card that cannot be made is
+    said, and takes nothing from the run."""
     made = (manifest.get("about") or {}).get("makes")
-    if made in TASKS and not (folder / CARD).exists():
+    if made not in TASKS or (folder / CARD).exists():
+        return
+    try:
         write_text(folder / CARD, card_of(manifest, made, is_adapter=(folder / ADAPTER_CONFIG).is_file()))
+    except Exception as error:  # others' files and settings are read for it
+        print(safe(f"warning: no card was written into {folder} ({one_line(error, 120)})"), flush=True)
 
 
 def card_of(manifest: Mapping[str, Any], made: str, *, is_adapter: bool) -> str:
-    """The card's text. What people wrote (names of files, metrics) is shown as they wrote it, and never as markup."""
+    """The card's text. What people wrote (names of files, metrics) is never markup; paths of this machine are shown by
+    their last names alone, and addresses and what functions are given not at all."""
     base, recipe, versions = str(manifest["base"]), manifest["recipe"], dict(manifest.get("versions") or {})
     method = (recipe.get("method") or (recipe.get("policy") or {}).get("method") or {}).get("kind")
     licence = _licence_of(base, recipe["model"].get("revision"))
@@ -40,10 +47,10 @@ def card_of(manifest: Mapping[str, Any], made: str, *, is_adapter: bool) -> str:
         _metadata(manifest, made, base, licence, method if is_adapter else None, is_adapter),
         "---",
         "",
-        f"# {_shown(base).rpartition('/')[2]}, {manifest['kind']}",
+        f"# {_code(_shown(base).rpartition('/')[2])}, {_code(str(manifest['kind']))}",
         "",
         f"{'An adapter' if is_adapter else 'All weights'} of a {WHAT[made]}, trained from {_code(_shown(base))}"
-        f"{f' by {method}' if method else ''} with align {versions.get('align', '(no version is told)')}.",
+        f"{f' by {_code(str(method))}' if method else ''} with align {versions.get('align', '(no version is told)')}.",
         "",
         "## Use",
         "",
@@ -59,7 +66,7 @@ def card_of(manifest: Mapping[str, Any], made: str, *, is_adapter: bool) -> str:
         "",
         *_table(("recipe's key", "source", "contents"), _sources(manifest)),
         "",
-        f"The base's licence is {licence}." if licence else "The base says nothing of its licence.",
+        f"The base's licence is {licence}." if licence else "The base's licence is not known here; look at its page.",
         "Data keep their own; look at each source.",
         "",
         "## Recipe",
@@ -103,7 +110,7 @@ def _licence_of(base: str, revision: str | None) -> str | None:
         text = "" if folder is None else (folder / CARD).read_text(encoding="utf-8", errors="replace")
         head = re.match(r"---\n(.*?)\n---\n", text, re.DOTALL)
         said = (yaml.safe_load(head[1]) or {}).get("license") if head else None
-    except (OSError, yaml.YAMLError, AttributeError):
+    except (OSError, yaml.YAMLError, AttributeError, ValueError, RecursionError):
         return None
     return said if isinstance(said, str) and re.fullmatch(r"[\w.+-]{1,60}", said) else None
 
@@ -122,7 +129,7 @@ def _use(made: str, base: str, is_adapter: bool) -> str:
 def _figures(manifest: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     for name, value in {**(manifest.get("metrics") or {}), **(manifest.get("cost") or {})}.items():
         if isinstance(value, (int, float)) and not isinstance(value, bool):
-            yield _code(name), f"{value:.4g}" if isinstance(value, float) else f"{value:,}"
+            yield name, f"{value:.4g}" if isinstance(value, float) else f"{value:,}"
 
 
 def _sources(manifest: Mapping[str, Any]) -> list[tuple[str, str, str]]:
@@ -134,17 +141,34 @@ def _sources(manifest: Mapping[str, Any]) -> list[tuple[str, str, str]]:
 
 def _recipe(manifest: Mapping[str, Any]) -> str:
     """What of the recipe is not as by default."""
-    values, cls = dict(manifest["recipe"]), STAGES.get(str(manifest["kind"]))
+    values, cls = dict(manifest["recipe"]), STAGES.get(str(manifest["recipe"].get("stage")))
     with suppress(ValidationError):  # an earlier version's, which is shown whole
         if cls is not None:
             settings = cls.model_validate(values | {"output": f"runs/{manifest['kind']}"})
             values = settings.model_dump(mode="json", by_alias=True, exclude_defaults=True)
-    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True).rstrip()
+    return yaml.safe_dump(_without_places(values), sort_keys=False, allow_unicode=True).rstrip()
+
+
+def _without_places(value: Any) -> Any:
+    """A recipe's values without what tells of this machine, its servers, or what its functions are given."""
+    if isinstance(value, list):
+        return [_without_places(each) for each in value]
+    if not isinstance(value, dict):
+        is_address = isinstance(value, str) and "://" in value
+        return "..." if is_address else _shown(value) if isinstance(value, str) else value
+    is_function = ":" in str(value.get("use") or value.get("kind") or "")
+    kept = {key: own for key, own in value.items() if key not in PRIVATE}
+    return {
+        key: "..." if is_function and key not in ("use", "kind", "weight") else _without_places(own)
+        for key, own in kept.items()
+    }
 
 
 def _shown(path: str) -> str:
     """A Hub id whole; of a file of this machine its name, since a card is made to be sent elsewhere."""
-    return Path(path).name if Path(path).is_absolute() else path
+    file, colon, name = path.partition(":")
+    is_here = Path(file).is_absolute() or ".." in Path(file).parts
+    return f"{Path(file).name}{colon}{name}" if is_here else path
 
 
 def _code(text: str) -> str:
@@ -160,5 +184,5 @@ def _fenced(text: str, language: str) -> list[str]:
 
 
 def _table(head: tuple[str, ...], rows: Any) -> list[str]:
-    cells = [tuple(cell if cell.startswith("`") else _code(cell) for cell in row) for row in rows]
+    cells = [tuple(map(_code, row)) for row in rows]
     return [f"| {' | '.join(row)} |" for row in (head, ("---",) * len(head), *cells)]

@@ -18,10 +18,15 @@ from align.errors import BadInput
 # row, kind of example, place -> row in a format of TRL's; None: it says nothing (nobody has answered yet)
 Reader: TypeAlias = Callable[[Mapping[str, Any], str, str], "dict[str, Any] | None"]
 
-HH_TURN = re.compile(r"(?:^|\n\n)(Human|Assistant):")  # of Anthropic's HH-RLHF
+HH_TURN = re.compile(r"(?:^|\r?\n\r?\n)(Human|Assistant):")  # of Anthropic's HH-RLHF
 PROMPTS = ("prompt", "instruction", "question", "query", "input", "context", "messages")  # names of a task's prompt
 TIES = {"tie", "tied", "equal", "same", "both", "neither", "draw", "none"}
 SIDES = {"left": 0, "right": 1}
+ANSWER = re.compile(r"(response|answer|completion|generation|reply|output|option|candidate|chosen|rejected)")
+OF_LABEL_STUDIO = (  # beside a task's own data
+    *("id", "annotations", "annotator", "annotation_id", "created_at", "updated_at", "lead_time", "agreement"),
+    *("inner_id", "project", "updated_by", "comment_count", "total_annotations", "cancelled_annotations"),
+)
 
 
 def hh_rlhf(values: Mapping[str, Any], kind: str, where: str) -> dict[str, Any]:
@@ -75,17 +80,25 @@ def argilla(values: Mapping[str, Any], kind: str, where: str) -> dict[str, Any] 
         raise BadInput(
             f"{where}: Argilla's records are read as preferences or prompts; export demonstrations as messages"
         )
-    answers = [name for name in fields if name != prompt and name not in ("id", "_server_id", "status", "external_id")]
-    seen: list[Any] = []
-    for responses in _responses(values):
-        votes = [vote for each in responses if (vote := _vote(each, answers)) is not None]
-        if votes:
-            return _decided(fields[prompt], {name: fields[name] for name in answers}, votes)
-        seen += responses
-    if not seen:
+    answers = _answers_of([name for name in fields if name != prompt])
+    questions = _responses(values)
+    if not questions:
         return None  # nobody has answered yet
-    named = ", ".join(f"`{name}`" for name in answers) or "no answers"
-    raise BadInput(f"{where}: no response names one of the record's answers ({named}); the first is {_short(seen[0])}")
+    votes = next((found for each in questions if (found := _votes(each, answers))), [])
+    if not votes and len(questions) == 1 and all(_plain(str(each)) in TIES for each in questions[0]):
+        votes = [dict.fromkeys(answers, 0.0) for _ in questions[0]]
+    named = ", ".join(f"`{name}`" for name in answers) or "none"
+    if len(answers) < 2 or not votes:
+        what = f"no response names one of the record's answers ({named}); the first is {_short(questions[0][0])}"
+        raise BadInput(f"{where}: {what}")
+    if len(answers) > 2 and any(len(vote) < len(answers) for vote in votes):
+        raise BadInput(f"{where}: {len(answers)} answers ({named}) and a choice of one; rank them, or give two answers")
+    return _decided(fields[prompt], fields, votes)
+
+
+def _answers_of(names: Sequence[str]) -> list[str]:
+    """The fields that are answers: both, where there are two; else those that are called so."""
+    return list(names) if len(names) == 2 else [name for name in names if ANSWER.search(name.lower())]
 
 
 def _responses(values: Mapping[str, Any]) -> list[list[Any]]:
@@ -104,24 +117,33 @@ def _responses(values: Mapping[str, Any]) -> list[list[Any]]:
     return [each for each in found if each]
 
 
-def _vote(response: Any, answers: Sequence[str]) -> tuple[str, str] | str | None:
-    """(better, worse) by names, or the better alone, "" for a tie; None where it says nothing of them."""
+def _votes(responses: Sequence[Any], answers: Sequence[str]) -> list[dict[str, float]]:
+    """Of each response the ranks that it gives to answers, the least to the best: a ranking's own (pairs of rank and
+    value, or names from the best on), a choice's 0 and 1, a tie's 0 and 0. None where no response names an answer."""
     names = {_plain(name): name for name in answers}
-    if isinstance(response, list) and response and all(isinstance(r, Mapping) and "rank" in r for r in response):
-        ranks = {names.get(_plain(str(r.get("value")))): r["rank"] for r in response}
-        if None in ranks or len(ranks) < 2:
-            return None
-        best, worst = (pick(ranks, key=ranks.__getitem__) for pick in (min, max))
-        return "" if ranks[best] == ranks[worst] else (str(best), str(worst))
-    word = _plain(str(response))
-    return "" if word in TIES else names.get(word)
+    found, is_of_answers = [], False
+    for response in responses:
+        if isinstance(response, list) and all(isinstance(r, Mapping) and "rank" in r for r in response):
+            ranks = {names.get(_plain(str(r.get("value"))), ""): float(r["rank"]) for r in response}
+        elif isinstance(response, list):
+            ranks = {names.get(_plain(str(name)), ""): float(rank) for rank, name in enumerate(response)}
+        elif _plain(str(response)) in TIES:
+            found.append(dict.fromkeys(answers, 0.0))
+            continue
+        else:
+            chosen = names.get(_plain(str(response)), "")
+            ranks = {name: float(name != chosen) for name in answers} if chosen and len(answers) == 2 else {chosen: 0.0}
+        if "" not in ranks and ranks:
+            is_of_answers = True
+            found.append(ranks)
+    return found if is_of_answers else []
 
 
 def label_studio(values: Mapping[str, Any], kind: str, where: str) -> dict[str, Any] | None:
     """A task of Label Studio's export (JSON, or JSON-MIN): `data` with a prompt and two answers, and what a `Pairwise`
     tag selected; or, as a demonstration, what was written in a `TextArea`."""
     data = values.get("data")
-    task = dict(data) if isinstance(data, Mapping) else _without(values, "id", "annotations")
+    task = dict(data) if isinstance(data, Mapping) else _without(values, *OF_LABEL_STUDIO)
     prompt = _prompt_of(task, where)
     if kind == "prompts":
         return {"prompt": task[prompt]}
@@ -132,18 +154,30 @@ def label_studio(values: Mapping[str, Any], kind: str, where: str) -> dict[str, 
         return _demonstration(task[prompt], str(written[-1])) if written else None
     chosen = [(r.get("value") or {}).get("selected") for r in results if r.get("type") == "pairwise"]
     if not results and data is None:  # JSON-MIN has the value alone, under the tag's own name
-        chosen = [value for value in task.values() if value in SIDES]
+        chosen = [side for value in task.values() for side in _sides(value)]
+        task = {name: value for name, value in task.items() if not _sides(value)}
     if not chosen:
         return None  # nobody has answered yet
     told = next((str(r.get("to_name")) for r in results if r.get("type") == "pairwise"), "")
     sides = [name for name in told.split(",") if name in task] or [
-        name for name, value in task.items() if name != prompt and _is_said(value) and value not in SIDES
+        name for name, value in task.items() if name != prompt and _is_said(value)
     ]
     if len(sides) != 2:
         found = ", ".join(f"`{name}`" for name in sides) or "none"
         raise BadInput(f"{where}: a task has a prompt and two answers, and the answers here are {found}")
-    votes: list[Any] = [sides[SIDES[side]] if side in SIDES else "" for side in chosen]
-    return _decided(task[prompt], {name: task[name] for name in sides}, votes)
+    votes = []
+    for side in chosen:
+        if side not in SIDES and _plain(str(side or "none")) not in TIES:
+            raise BadInput(f"{where}: `selected` is {_short(side)}, and is read as left or right; leave own values out")
+        votes.append({name: float(SIDES.get(side, at) != at) for at, name in enumerate(sides)})
+    return _decided(task[prompt], task, votes)
+
+
+def _sides(value: Any) -> list[Any]:
+    """What JSON-MIN has of a `Pairwise` tag: `left`, or a list of `{"selected": "left"}`."""
+    if isinstance(value, list) and value and all(isinstance(each, Mapping) and "selected" in each for each in value):
+        return [each["selected"] for each in value]
+    return [value] if isinstance(value, str) and value in SIDES else []
 
 
 def _results(values: Mapping[str, Any]) -> list[Any]:
@@ -160,16 +194,16 @@ def _prompt_of(fields: Mapping[str, Any], where: str) -> str:
     return found
 
 
-def _decided(prompt: Any, answers: Mapping[str, Any], votes: Sequence[Any]) -> dict[str, Any]:
-    """A pair of what most prefer: its probability is the share of the votes that do, half of one that is a tie."""
-    first: Any = next((vote for vote in votes if vote), next(iter(answers)))
-    pair = first if isinstance(first, tuple) else (first, next(name for name in answers if name != first))
-    better = [vote[0] if isinstance(vote, tuple) else vote for vote in votes]
-    for_first = sum(0.5 if not name else float(name == pair[0]) for name in better)
-    share = for_first / len(votes)
-    chosen, rejected = pair if share >= 0.5 else pair[::-1]
+def _decided(prompt: Any, answers: Mapping[str, Any], votes: Sequence[Mapping[str, float]]) -> dict[str, Any]:
+    """The answers with the best and the worst mean rank as a pair: its probability is the share of the votes by which
+    the first is better, half of one that has both alike."""
+    means = {name: sum(vote[name] for vote in votes) / len(votes) for name in votes[0] if all(name in v for v in votes)}
+    chosen, rejected = min(means, key=means.__getitem__), max(reversed(means), key=means.__getitem__)
+    share = sum(0.5 * ((v[chosen] < v[rejected]) + (v[chosen] <= v[rejected])) for v in votes) / len(votes)
+    if share < 0.5:
+        chosen, rejected, share = rejected, chosen, 1.0 - share
     row = _pair(prompt, answers[chosen], answers[rejected])
-    return row if share in (0.0, 1.0) else row | {"probability": max(share, 1.0 - share)}
+    return row if share == 1.0 else row | {"probability": share}
 
 
 def _pair(prompt: Any, chosen: Any, rejected: Any) -> dict[str, Any]:

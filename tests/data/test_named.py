@@ -103,7 +103,7 @@ FLAT = {"id": "1", "status": "completed", "prompt": "q", "response_1": "a", "res
     [
         (NESTED | {"responses": {"better": [{"value": "response_2", "user_id": "u"}]}}, "b", 1.0),
         (NESTED | {"responses": {"better": [{"value": "Response 1", "user_id": "u"}]}}, "a", 1.0),
-        (NESTED | {"responses": {"note": [{"value": "hm", "user_id": "u"}], "x": [{"value": "tie", "user_id": "u"}]}}, "a", 0.5),
+        (NESTED | {"responses": {"x": [{"value": "tie", "user_id": "u"}]}}, "a", 0.5),
         (FLAT | {"better.responses": ["response_2", "response_2", "response_1"], "better.responses.users": ["u", "v", "w"]}, "b", 2 / 3),
         (FLAT | {"better.responses": ["response_2", "response_1"], "better.responses.status": ["discarded", "submitted"]}, "a", 1.0),
         (FLAT | {"better": [{"user_id": "u", "value": "response_2", "status": "submitted"}]}, "b", 1.0),
@@ -139,7 +139,14 @@ LS = {"id": 1, "data": {"prompt": "q", "answer1": "a", "answer2": "b"}, "annotat
         (LS, "a", 1.0),
         (LS | {"annotations": [chose("right"), chose("left", was_cancelled=True)]}, "b", 1.0),
         (LS | {"annotations": [chose("right"), chose("right"), chose("left")]}, "b", 2 / 3),
-        (LS | {"annotations": [chose("right"), chose("left")]}, "b", 0.5),
+        (LS | {"annotations": [chose("right"), chose("left")]}, "a", 0.5),
+        (LS | {"annotations": [chose(None)]}, "a", 0.5),
+        (
+            {"id": 1, "prompt": "q", "answer1": "a", "answer2": "b", "pw": [{"selected": "right"}], "annotator": 1}
+            | {"created_at": "2026-01-01T00:00:00Z", "updated_at": "2026-01-01T00:00:00Z", "lead_time": 3.1},
+            "b",
+            1.0,
+        ),
         ({"id": 1, "prompt": "q", "answer1": "a", "answer2": "b", "pw": "right", "lead_time": 3.1}, "b", 1.0),
     ],
 )
@@ -193,3 +200,28 @@ def test_a_bad_row_may_be_skipped(tmp_path):
 def test_a_name_that_is_nearly_one_is_told(tmp_path):
     with pytest.raises(BadInput, match=r"format `label-studio` is unknown.*did you mean `label_studio`\?"):
         loaded(tmp_path, [LS], "preferences", "label-studio")
+
+
+THREE = {"fields": {"prompt": "q", "context": "c", "response_1": "a", "response_2": "b", "response_3": "z"}}
+
+
+def test_a_context_is_no_answer_and_a_ranking_of_three_is_its_ends(tmp_path):
+    two = {"fields": {name: text for name, text in THREE["fields"].items() if name != "response_3"}}
+    vote = {"responses": {"better": [{"value": "response_2", "user_id": "u"}]}}
+    pair = first(tmp_path, [two | vote], "preferences", "argilla")
+    assert (pair.chosen, pair.rejected) == ("b", "a")
+    ranking = {"responses": {"rank": [{"value": ["response_3", "response_1", "response_2"], "user_id": "u"}]}}
+    pair = first(tmp_path, [THREE | ranking], "preferences", "argilla")
+    assert (pair.chosen, pair.rejected) == ("z", "b")
+
+
+def test_what_cannot_be_told_for_certain_is_refused(tmp_path):
+    """A choice of one among three says nothing of the other two; a tie word may answer another question."""
+    votes = [{"value": f"response_{n}", "user_id": str(n)} for n in (1, 3, 3)]
+    with pytest.raises(BadInput, match="3 answers .* and a choice of one; rank them, or give two answers"):
+        loaded(tmp_path, [THREE | {"responses": {"better": votes}}], "preferences", "argilla")
+    other = {"quality": [{"value": "none", "user_id": "u"}], "note": [{"value": "hm", "user_id": "u"}]}
+    with pytest.raises(BadInput, match="no response names one of the record's answers"):
+        loaded(tmp_path, [NESTED | {"responses": other}], "preferences", "argilla")
+    with pytest.raises(BadInput, match='`selected` is "A", and is read as left or right'):
+        loaded(tmp_path, [LS | {"annotations": [chose("A")]}], "preferences", "label_studio")
