@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from align.endings import FAILED, REFUSED, Ending, ending_of, last, open_streams, take_signals
+from align.endings import FAILED, REFUSED, Ending, ending_of, last, last_words_went_nowhere, open_streams, take_signals
 from align.errors import BadInput
 
 UsageError: Any = typer.BadParameter.__mro__[1]  # which has no public name of its own
@@ -473,13 +473,14 @@ def report(
     others: Annotated[
         list[str] | None, typer.Argument(metavar="[RUN ...]", help="Further runs, to be shown beside it.")
     ] = None,
+    out: Annotated[str | None, typer.Option(callback=_at_home, help="The folder of several runs' page.")] = None,
     store: StoreAt = None,
 ) -> None:
     """Write RUN/report.html, one page that opens offline: figures, curves, costs and samples."""
     from align.report.loop_page import report as write_report
 
     FOLDERS.append(run)
-    typer.echo(write_report(run, store, [str(_at_home(each)) for each in others or ()]))
+    typer.echo(write_report(run, store, [str(_at_home(each)) for each in others or ()], out=out))
 
 
 @app.command()
@@ -519,7 +520,8 @@ def main() -> None:
 def _left(error: SystemExit) -> Ending:
     """A way out that is not ours: rich's or typer's where nobody reads what they print, or some library's."""
     if isinstance(error.__context__, BrokenPipeError):
-        return Ending(128 + signal.SIGPIPE, "")
+        is_of_output = error.code == 1 and last_words_went_nowhere()
+        return Ending(128 + signal.SIGPIPE, "") if is_of_output else ending_of(error.__context__, *reversed(FOLDERS))
     is_code = error.code is None or isinstance(error.code, int)
     return Ending(int(error.code or 0), "") if is_code else Ending(FAILED, str(error.code))  # type: ignore[arg-type]
 

@@ -99,6 +99,16 @@ def without_secrets(text: str) -> str:
     return IN_ADDRESS.sub(r"\1***@", text)
 
 
+def last_words_went_nowhere() -> bool:
+    """Whether standard output is nothing now, in whose place rich puts it where its reader has gone; or such a pipe."""
+    try:
+        number = sys.__stdout__.fileno() if sys.__stdout__ is not None else 1
+        is_nothing = os.path.samestat(os.fstat(number), os.stat(os.devnull))
+    except (OSError, ValueError):
+        return True
+    return is_nothing or _has_no_reader()
+
+
 def _has_no_reader() -> bool:
     """Whether standard output is a pipe that nobody reads any more. (A socket of some library may break too.)"""
     poll = select.poll()

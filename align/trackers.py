@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,10 @@ class Trackers:
         try:
             act(*given)
         except Exception as error:  # of somebody else's library, on the way to somebody else's server
-            self.open.pop(name, None)
+            left = self.open.pop(name, None)
+            with suppress(Exception):  # it may still hold something, such as MLflow's one active run
+                if left is not None:
+                    left.finish()
             self.say(f"warning: {name} is left behind ({one_line(f'{type(error).__name__}: {error}', 160)})")
 
 
@@ -71,7 +75,7 @@ def _wandb(settings: StageSettings, start: int) -> Any:
     os.environ.setdefault("WANDB_SILENT", "true")
     tracker = WandBTracker(
         _project(settings, "wandb"),
-        name=settings.track.name,
+        name=_of_stage(settings),
         group=settings.track.group,
         mode=wandb_mode(settings.track),
         dir=os.environ.get("WANDB_DIR") or settings.output,
@@ -90,7 +94,7 @@ def _trackio(settings: StageSettings, start: int) -> Any:
 
     tracker = TrackioTracker(
         _project(settings, "trackio"),
-        name=settings.track.name or _remembered(settings, "trackio_name"),
+        name=_of_stage(settings) or _remembered(settings, "trackio_name"),  # by which it knows a run again
         group=settings.track.group,
         resume="allow",
         config=_config(settings),
@@ -113,9 +117,11 @@ def _mlflow(settings: StageSettings, start: int) -> Any:
     from accelerate.tracking import MLflowTracker
 
     known = _manifest(settings).get("mlflow_run_id")
-    tags = {"mlflow.group": settings.track.group} if settings.track.group else None
-    name = settings.track.name or Path(settings.output).name
+    tags = {"group": settings.track.group} if settings.track.group else None
+    name = _of_stage(settings) or Path(settings.output).name
     tracker = MLflowTracker(_project(settings, "mlflow"), run_id=known, run_name=name, tags=tags)
+    if settings.track.project is not None:  # the recipe's word before the environment's
+        tracker.experiment_name = settings.track.project
     tracker.start()
     if known is None:
         tracker.store_init_configuration(_flat(_config(settings)))
@@ -129,6 +135,12 @@ OPEN = {"wandb": _wandb, "trackio": _trackio, "tensorboard": _tensorboard, "mlfl
 
 def _project(settings: StageSettings, name: str) -> str:
     return settings.track.project or os.environ.get(OF_PROJECTS[name]) or PROJECT
+
+
+def _of_stage(settings: StageSettings) -> str | None:
+    """The recipe's name for the run; of a pipeline's or a loop's, which all have it, with the run's folder."""
+    name = settings.track.name
+    return name if name is None or settings.track.group is None else f"{name}-{Path(settings.output).name}"
 
 
 def _config(settings: StageSettings) -> dict[str, Any]:

@@ -512,7 +512,7 @@ def test_what_is_undecided_is_a_tie_or_unanswered_there(tmp_path, tool):
     rows = json.loads(file.read_text()) if tool == "label_studio" else read(file)
     assert told.startswith(f"{file}: {len(rows)} pairs")
     if tool == "argilla":
-        assert any(row["preference.responses"] == ["tie"] for row in rows)
+        assert any(row["preference"] == "tie" for row in rows)
     else:
         assert any(row["annotations"] == [{"result": []}] for row in rows)
 

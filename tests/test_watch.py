@@ -118,21 +118,29 @@ def test_runs_of_one_stage_stand_side_by_side(several):
     lines = (second / "metrics.jsonl").read_text().splitlines()
     changed = [json.dumps(json.loads(line) | {"score": 5.5}) for line in lines]
     (second / "metrics.jsonl").write_text("\n".join(changed) + "\n")
-    path = report(first, None, [str(second)])
+    path = report(first, None, [str(second)], out=str(several / "beside"))
     page = path.read_text(encoding="utf-8")
     assert path == (several / "beside/report.html").resolve()
     assert "ppo, side by side" in page
     assert "one from " in page and "two from 5.5" in page
     with pytest.raises(BadInput, match="named twice"):
-        report(first, None, [str(first)])
+        report(first, None, [str(first)], out=str(several))
     with pytest.raises(BadInput, match="is not there|no run's folder"):
-        report(first, None, [str(several / "nothing")])
+        report(first, None, [str(several / "nothing")], out=str(several))
 
 
 def test_two_runs_of_one_name_are_told_apart(several):
-    page = report(several / "pipeline/ppo", None, [str(several / "beside/one"), str(several / "pipeline/sft")])
+    page = report(
+        several / "pipeline/ppo", None, [str(several / "beside/one"), str(several / "pipeline/sft")], out=str(several)
+    )
     text = page.read_text(encoding="utf-8")
     assert "sft: Curves" in text
     shutil.copytree(several / "beside/one", several / "other/ppo")
-    text = report(several / "pipeline/ppo", None, [str(several / "other/ppo")]).read_text(encoding="utf-8")
-    assert "pipeline/ppo" in text and "other/ppo" in text
+    shutil.copytree(several / "beside/one", several / "far/pipeline/ppo")
+    others = [str(several / "other/ppo"), str(several / "far/pipeline/ppo")]
+    text = report(several / "pipeline/ppo", None, others, out=str(several)).read_text(encoding="utf-8")
+    assert "other/ppo" in text and "far/pipeline/ppo" in text
+    with pytest.raises(BadInput, match="name by --out the folder"):
+        report(several / "pipeline/ppo", None, others)
+    with pytest.raises(BadInput, match="is a run's folder, which has a page of its own"):
+        report(several / "pipeline/ppo", None, others, out=str(several / "other/ppo"))

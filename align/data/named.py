@@ -22,6 +22,7 @@ HH_TURN = re.compile(r"(?:^|\r?\n\r?\n)(Human|Assistant):")  # of Anthropic's HH
 PROMPTS = ("prompt", "instruction", "question", "query", "input", "context", "messages")  # names of a task's prompt
 TIES = {"tie", "tied", "equal", "same", "both", "neither", "draw", "none"}
 SIDES = {"left": 0, "right": 1}
+OF_ARGILLA = ("id", "_server_id", "status", "external_id", "preference")  # of a flat record, beside its fields
 ANSWER = re.compile(r"(response|answer|completion|generation|reply|output|option|candidate|chosen|rejected)")
 OF_LABEL_STUDIO = (  # beside a task's own data
     *("id", "annotations", "annotator", "annotation_id", "created_at", "updated_at", "lead_time", "agreement"),
@@ -72,7 +73,8 @@ def argilla(values: Mapping[str, Any], kind: str, where: str) -> dict[str, Any] 
     """A record of Argilla's: fields `prompt` and two or more answers, and a question whose responses name one of them
     or rank them; nested or flat (`records.to_json`, `to_datasets`), and as version 1 wrote them."""
     nested = values.get("fields")
-    fields = dict(nested) if isinstance(nested, Mapping) else {k: v for k, v in values.items() if _is_said(v)}
+    flat = {k: v for k, v in values.items() if _is_said(v) and k not in OF_ARGILLA}
+    fields = dict(nested) if isinstance(nested, Mapping) else flat
     prompt = _prompt_of(fields, where)
     if kind == "prompts":
         return {"prompt": fields[prompt]}
@@ -112,6 +114,9 @@ def _responses(values: Mapping[str, Any]) -> list[list[Any]]:
             found.append([v for v, state in zip(each, states, strict=False) if state in (None, "submitted")])
         elif isinstance(each, list) and each and all(isinstance(r, Mapping) and "user_id" in r for r in each):
             lists[name] = each  # version 1
+    own = values.get("preference")
+    if isinstance(own, str) and not isinstance(nested, Mapping):  # as `records.log` takes it: a suggestion
+        found.append([own])
     for each in lists.values():
         found.append([r.get("value") for r in each if r.get("status") in (None, "submitted")])
     return [each for each in found if each]

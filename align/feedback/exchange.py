@@ -9,7 +9,8 @@ from typing import Any
 from align.data import Preference, Row, parse, read_rows
 from align.data.beside import TEMPLATE, is_stated
 from align.data.conversations import MEANT
-from align.data.named import KTO, of_labels
+from align.data.formats import load_converter
+from align.data.named import KTO, READERS, of_labels
 from align.errors import BadInput
 from align.feedback.backup import Moved, export_labels, import_labels, looks_like_labels
 from align.feedback.gate import soft_label
@@ -105,11 +106,12 @@ def write_preferences(path: str | Path, rows: Iterable[Labelled]) -> Moved:
 def write_for(tool: str, path: str | Path, rows: Iterable[Labelled]) -> Moved:
     """Writes pairs as `tool` reads them: `openai` (rows for its preference fine-tuning), `argilla` (flat records, for
     `records.log`), `label_studio` (a list of tasks for its import, each with what was selected). The answers stand in
-    the order in which people saw them. Pairs that no trainer takes are left out.
+    the order in which people saw them. Pairs that no trainer takes are left out, and labels of machines, for which
+    these have no word.
     """
     made, num_left_out = [], 0
     for row in rows:
-        if is_trainable(row.pair) and row.weight > 0:
+        if is_trainable(row.pair) and row.weight > 0 and row.source not in MACHINES:  # there it would be a person's
             made.append(TOOLS[tool](row))
         else:
             num_left_out += 1
@@ -125,13 +127,15 @@ def _for_openai(row: Labelled) -> dict[str, Any]:
     asked = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     better, worse = (a, b) if row.probability >= 0.5 else (b, a)
     said = {name: [{"role": "assistant", "content": text}] for name, text in (("yes", better), ("no", worse))}
-    return {"input": {"messages": asked}, "preferred_output": said["yes"], "non_preferred_output": said["no"]}
+    tools = row.pair.columns.get("tools")
+    given = {"messages": asked} | ({"tools": tools} if is_stated(tools) else {})
+    return {"input": given, "preferred_output": said["yes"], "non_preferred_output": said["no"]}
 
 
 def _for_argilla(row: Labelled) -> dict[str, Any]:
     better = "tie" if row.probability == 0.5 else f"response_{1 if row.probability > 0.5 else 2}"
     answers = {"response_1": row.pair.a, "response_2": row.pair.b}
-    return {"prompt": row.pair.prompt, **answers, "preference.responses": [better]}
+    return {"prompt": row.pair.prompt, **answers, "preference": better}  # of a question `preference`: as a suggestion
 
 
 def _for_label_studio(row: Labelled) -> dict[str, Any]:
@@ -278,11 +282,13 @@ def export_run(
         found = labelled(store)
         decided = [row for row in found if with_ties or row.probability != 0.5]
         num_ties = len(found) - len(decided)
-        undecided = f", {num_ties} undecided left out (`--with-ties` has them)" if num_ties else ""
+        hint = "" if format == "openai" else " (`--with-ties` has them)"
+        undecided = f", {num_ties} undecided left out{hint}" if num_ties else ""
         if found and not decided:
             raise BadInput(f"{store} has no pair that is decided{undecided}; nothing was written")
         moved = write_preferences(path, decided) if format == "trl" else write_for(format, path, decided)
-        left_out = f", {moved.left_out} left out (equal or empty answers)" if moved.left_out else ""
+        why = "equal or empty answers" if format == "trl" else "equal or empty answers, or a machine's label"
+        left_out = f", {moved.left_out} left out ({why})" if moved.left_out else ""
         return f"{path}: {moved.taken} pairs{undecided}{left_out}"
     finally:
         store.close()
@@ -297,6 +303,8 @@ def import_run(
     Raises:
         BadInput: the file cannot be read, or does not fit the store.
     """
+    if format != KTO and format not in READERS:
+        load_converter(format)  # or one line, before a store is made
     is_backup = format == "auto" and looks_like_labels(file)
     store = open_store(run, create=True, named=store_at)
     try:

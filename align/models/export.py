@@ -18,7 +18,13 @@ from align.locks import LOCK, at_work_in
 from align.manifest import MANIFEST, about, check_whole, read_manifest
 from align.models.backoff import in_words, is_out_of_memory
 from align.models.base import trunk_of
-from align.models.loading import load_adapter_config, load_any_tokenizer, load_causal
+from align.models.loading import (
+    empty_classifier,
+    load_adapter_config,
+    load_any_tokenizer,
+    load_causal,
+    load_classifier,
+)
 from align.models.roles import Bases, Role
 from align.models.scoring import score_sequences
 from align.models.tokenizer import first_line
@@ -149,8 +155,6 @@ def _merge(folder: Path, target: Path, manifest: dict[str, Any], *, dtype: str |
 
 
 def _export(folder: Path, target: Path, manifest: dict[str, Any], *, max_shard_size: str) -> float:
-    from transformers import AutoModelForSequenceClassification
-
     bases, tokenizer = _bases_of(folder, manifest), _tokenizer_of(str(folder))
     role = bases.role(str(folder), head=True)
     end = end_token_ids(tokenizer)[:1]  # as every answer that is scored has one
@@ -161,7 +165,7 @@ def _export(folder: Path, target: Path, manifest: dict[str, Any], *, max_shard_s
     config = copy.deepcopy(merged.config)
     config.num_labels, config.pad_token_id = 1, _pad_of(tokenizer)
     try:
-        made: Any = AutoModelForSequenceClassification.from_config(config, dtype=merged.dtype)
+        made: Any = empty_classifier(config).to(merged.dtype)
         made.score.weight.copy_(role.head.weight)
         made.base_model.load_state_dict(trunk_of(merged).state_dict())
     except (ValueError, AttributeError, RuntimeError) as error:
@@ -172,7 +176,7 @@ def _export(folder: Path, target: Path, manifest: dict[str, Any], *, max_shard_s
     with folder_in_one_go(target) as path:
         made.save_pretrained(path, max_shard_size=max_shard_size)
         tokenizer.save_pretrained(path)
-        again: Any = AutoModelForSequenceClassification.from_pretrained(path, dtype=merged.dtype).to(bases.device)
+        again: Any = load_classifier(str(path))[0].to(bases.device, merged.dtype)
         batch = tokenizer.pad({"input_ids": rows}, padding_side="right", return_tensors="pt").to(bases.device)
         given = {name: batch[name] for name in ("input_ids", "attention_mask")}
         return float((again.eval()(**given).logits[:, 0].float().cpu() - before).abs().max())

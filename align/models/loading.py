@@ -56,6 +56,12 @@ def empty_causal(config: Any) -> PreTrainedModel:
         return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
 
 
+def empty_classifier(config: Any) -> PreTrainedModel:
+    """A sequence classifier of this shape without the weights of any."""
+    with fetched(""):
+        return AutoModelForSequenceClassification.from_config(config, trust_remote_code=False)
+
+
 def load_classifier(name: str, revision: str | None = None, **how: Any) -> tuple[PreTrainedModel, list[str]]:
     """A sequence classifier, and which of its weights are not in its files: they would be random numbers."""
     config = load_config(name, revision)

@@ -1,7 +1,6 @@
 """The report of a feedback loop: which policy is kept and why to believe it, what labels cost and what they found."""
 
 import math
-import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
@@ -53,9 +52,9 @@ VERSUS = {  # metrics of a round -> whom its policy is compared with, and who sa
 }
 
 
-def report(folder: str | Path, store: str | None = None, others: Sequence[str] = ()) -> Path:
+def report(folder: str | Path, store: str | None = None, others: Sequence[str] = (), *, out: str | None = None) -> Path:
     """Writes report.html of a loop, of one stage's run, or of all of a pipeline's, into that folder; of several runs
-    side by side, into the folder that they are in. Its path. `store`: the loop's, where it is elsewhere.
+    side by side, into the folder `out`. Its path. `store`: the loop's, where it is elsewhere.
 
     Raises:
         BadInput: a folder is none of these.
@@ -65,10 +64,16 @@ def report(folder: str | Path, store: str | None = None, others: Sequence[str] =
     if store is not None and (not is_loop or others):
         raise BadInput(f"{folder} is no loop's folder, and has no store: leave `--store` out")
     runs = [where, *map(Path, others)] if others else [] if (where / MANIFEST).is_file() else runs_in(where)
+    if out is not None and (not others or not Path(out).is_dir()):
+        raise BadInput(f"--out: {out} is a folder that is there, for the page of several runs")
+    if out is not None and (Path(out) / MANIFEST).is_file():
+        raise BadInput(f"--out: {out} is a run's folder, which has a page of its own; name another")
     if is_loop and not others:
         page = page_of(read(where, store))
     elif runs:
-        where = Path(os.path.commonpath([run.resolve() for run in runs])) if others else where
+        where = Path(out).resolve() if out is not None else where
+        if others and out is None:
+            raise BadInput("name by --out the folder that the page of several runs goes into")
         page = page_of_several(runs, f"{plain(where.resolve().name)}: {len(runs)} runs")
     else:
         page = stage_page.page_of(where)

@@ -57,8 +57,11 @@ def _names(folders: Sequence[Path]) -> list[str]:
     places = [folder.resolve() for folder in folders]
     if len(set(places)) < len(places):
         raise BadInput("a run is named twice; name each once")
-    own = [place.name for place in places]
-    return [f"{p.parent.name}/{p.name}" if own.count(p.name) > 1 else p.name for p in places]
+    for parts in range(1, max(len(place.parts) for place in places) + 1):  # as many folders above as tell them apart
+        names = ["/".join(place.parts[-parts:]) for place in places]
+        if len(set(names)) == len(names):
+            break
+    return names
 
 
 def _beside(kind: str, runs: dict[str, Path], place: int) -> Section:

@@ -1,5 +1,6 @@
 """What every stage has in a recipe, and what it says of itself to whatever deals with stages."""
 
+import os
 from collections.abc import Mapping, Sequence
 from functools import reduce
 from pathlib import Path
@@ -54,10 +55,16 @@ class Track(Settings):
     report_to: tuple[Literal["wandb", "trackio", "tensorboard", "mlflow"], ...] = told(
         (), "Trackers, by accelerate's names; none: metrics.jsonl alone."
     )
-    project: str | None = told(None, "MLflow's experiment; null: what the tracker's own variable says, or align.")
+    project: str | None = told(
+        None, "The runs' project there, in MLflow the experiment; null: what the tracker's own variable says, or align."
+    )
     group: str | None = told(None, "What runs belong together by; null: of a pipeline or a loop, its output's name.")
-    name: str | None = told(None, "The run's name there.")
-    wandb_mode: Literal["online", "offline", "disabled"] | None = told(None, "Null: what WANDB_MODE says, or online.")
+    name: str | None = told(
+        None, "The run's name in the trackers; in a pipeline or a loop followed by the stage's folder."
+    )
+    wandb_mode: Literal["online", "offline", "disabled"] | None = told(
+        None, "How wandb runs; null: as WANDB_MODE and WANDB_DISABLED say, or online."
+    )
     log_model: bool = told(False, "Send the finished run's model too: wandb's artifact, MLflow's artifacts.")
 
     @model_validator(mode="before")
@@ -65,10 +72,18 @@ class Track(Settings):
     def _wandbs_keys_mean_wandb(cls, values: Any) -> Any:
         if isinstance(values, dict) and values.get("wandb_project") is not None and "report_to" not in values:
             return {**values, "report_to": ["wandb"]}
+        is_old = isinstance(values, dict) and "report_to" not in values
+        if is_old and {"wandb_mode", "wandb_name"} & values.keys() and "project" not in values:
+            return {key: own for key, own in values.items() if key not in ("wandb_mode", "wandb_name")}  # said nothing
         return values
 
     @model_validator(mode="after")
     def _every_key_is_used(self) -> "Track":
+        if len(set(self.report_to)) < len(self.report_to):
+            raise ValueError("`report_to` names a tracker twice; name each once")
+        for key in ("project", "group", "name"):
+            if getattr(self, key) is not None and not set(self.report_to) - {"tensorboard"}:
+                raise ValueError(f"`{key}` is told to wandb, trackio and mlflow; name one in `report_to`")
         if self.wandb_mode is not None and "wandb" not in self.report_to:
             raise ValueError("`wandb_mode` is for `report_to: [wandb]`; leave it out")
         if self.log_model and not set(WITH_MODELS) & set(self.report_to):
@@ -77,7 +92,8 @@ class Track(Settings):
 
     def of(self, folder: str) -> "Track":
         """The same for a run of a pipeline or a loop in `folder`."""
-        is_open = bool(self.report_to) and self.group is None
+        is_open = bool(set(self.report_to) - {"tensorboard"}) and self.group is None
+        is_open = is_open and not ("wandb" in self.report_to and os.environ.get("WANDB_RUN_GROUP"))
         return self.model_copy(update={"group": Path(folder).name}) if is_open else self
 
 
