@@ -69,7 +69,7 @@ def _walk(definitions: dict[str, Any], node: dict[str, Any], path: str) -> Itera
     """The keys of a mapping, those of a section after it."""
     required = (*node.get("required", ()), *(OF_TOP if "stage" in node.get("properties", ()) else ()))
     for name, value in node.get("properties", {}).items():
-        if name in ("stage", "vars") and not path:
+        if (name in ("stage", "vars") and not path) or value.get("deprecated"):
             continue
         inner = _section(definitions, value)
         default = MUST if name in required else _as_yaml(value.get("default", {}), is_section=inner is not None)
@@ -80,16 +80,17 @@ def _walk(definitions: dict[str, Any], node: dict[str, Any], path: str) -> Itera
 
 
 def _section(definitions: dict[str, Any], value: dict[str, Any]) -> dict[str, Any] | None:
-    """The one mapping of known keys that a value may be; None: it is a value, one of several mappings, or a list."""
-    found = []
-    for kind in value.get("anyOf", (value,)):
-        if kind == REFERENCE:
-            continue
-        if "$ref" in kind:
-            found.append(definitions[kind["$ref"].rpartition("/")[2]])
-        elif "properties" in kind:
-            found.append(kind)
-    return found[0] if len(found) == 1 else None
+    """The one mapping of known keys that a value, or each of a list of them, may be; None: there is none, or several
+    (a method's kinds, which have families of their own)."""
+    kinds = list(value.get("anyOf", (value,)))
+    of_lists = [kind["items"] for kind in kinds if isinstance(kind.get("items"), dict)]
+    kinds += [each for items in of_lists for each in items.get("anyOf", (items,))]
+    found = {
+        kind.get("$ref", ""): kind if "properties" in kind else definitions[kind["$ref"].rpartition("/")[2]]
+        for kind in kinds
+        if kind != REFERENCE and ("properties" in kind or "$ref" in kind)
+    }
+    return next(iter(found.values())) if len(found) == 1 else None
 
 
 def _as_yaml(value: Any, *, is_section: bool) -> str:

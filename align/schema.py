@@ -10,8 +10,8 @@ from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
 from align.recipe import SHARED_KEYS
-from align.settings import STAGES, EnsembleReward, LearnedReward, StageSettings
-from align.settings.loop import OURS, LoopSettings
+from align.settings import STAGES, EnsembleReward, EvaluateSettings, LearnedReward, StageSettings, Track
+from align.settings.loop import OURS, Evaluation, LoopSettings
 
 DRAFT = "http://json-schema.org/draft-07/schema#"  # what editors understand throughout
 OF_TOP = ("model", "output")  # which the top of a pipeline may have instead of a stage
@@ -33,6 +33,9 @@ def recipe_schema() -> Node:
     definitions: dict[str, Node] = made["$defs"]
     for node in definitions.values():
         _tidy(node)
+    for cls in (Track, EvaluateSettings, Evaluation):
+        keys = definitions[cls.__name__]["properties"]
+        keys |= {old: {**keys[new], "deprecated": True} for old, new in cls.renamed.items()}
     for kind, cls in STAGES.items():
         definitions[cls.__name__]["properties"]["stage"] = {"const": kind, "description": "What is done."}
     definitions[StageSettings.__name__]["additionalProperties"] = True  # the user's own stages

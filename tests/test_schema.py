@@ -52,6 +52,23 @@ def test_every_key_says_what_it_means():
     assert [(cls, name) for cls, name, field in fields if len(field.description or "") < 4] == []
 
 
+def test_every_key_that_is_shown_has_a_meaning_and_is_about_itself():
+    """Those too that stand in sections and lists."""
+    for name in families():
+        for key in keys_of(name):
+            assert len(key.meaning) >= 4, (name, key.path)
+            assert not re.search(r"\b(likewise|each of these)\b", key.meaning), (name, key.path)
+    assert {"rewards.use", "rewards.weight", "track.report_to"} <= {key.path for key in keys_of("ppo")}
+
+
+def test_keys_of_earlier_versions_are_taken_and_not_shown():
+    assert faults(SFT | {"track": {"wandb_project": "x"}}) == []
+    assert "track.wandb_project" not in {key.path for key in keys_of("sft")}
+    assert {stage.__name__ for stage in STAGES.values() if stage.renamed} == {
+        "EvaluateSettings"
+    }  # which the schema knows
+
+
 def test_the_schema_that_travels_is_todays():
     assert json.loads((ROOT / "recipes/schema.json").read_text(encoding="utf-8")) == SCHEMA, (
         "renew it: align schema > recipes/schema.json"

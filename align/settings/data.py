@@ -72,5 +72,5 @@ class DemonstrationData(Data):
     loss_on: LossOn = told(
         "answers",
         "What carries loss where a row does not mark it (`train: false`): every answer of the completion, its last "
-        "one, or all that the template writes but results of tools.",
+        "one, or all that the template writes, context too, but results of tools.",
     )

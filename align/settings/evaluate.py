@@ -33,7 +33,9 @@ class EvaluateSettings(SamplingSettings):
     policies: Annotated[dict[str, Location | None], Field(min_length=1)] = Field(
         description="Name -> folder of a run; null: the base.",
     )
-    compare: tuple[tuple[str, str], ...] = told((), "Pairs of these names: challenger, incumbent.")
+    compare: tuple[tuple[str, str], ...] = told(
+        (), "Pairs of policies' names, challenger and incumbent, that are compared by the scores of `rewards`."
+    )
     pairwise_judge: JudgeSettings | None = told(
         None,
         "Says beside the scores, of the same answers, which of the two is better.",

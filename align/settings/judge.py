@@ -12,10 +12,13 @@ class JudgeSettings(Settings):
 
     use: Location = told(
         "model",
-        "model (its log-probabilities of A and B), server (an OpenAI-compatible one), or file.py:function.",
+        "model (its log-probabilities of A and B), server (an OpenAI-compatible one), or file.py:function in TRL's "
+        "reward signature.",
     )
-    model: Location | None = told(None, "Folder or Hub id (null: the stage's base); of a server: its name there.")
-    url: str | None = told(None, "The server's, such as http://127.0.0.1:8000/v1.")
+    model: Location | None = told(
+        None, "Folder or Hub id of the model that judges (null: the stage's base); of a server, the model's name."
+    )
+    url: str | None = told(None, "Of `use: server`: its address, such as http://127.0.0.1:8000/v1.")
     api_key_env: str | None = told(None, "The environment variable that holds the server's key.")
     question: Location | None = told(None, "A Jinja file with {{prompt}}, {{a}} and {{b}}; null: ours.")
     scale: Positive = told(1.0, "Of file.py:function: P(a is better) = sigmoid((score a - score b) / scale).")

@@ -89,7 +89,9 @@ class Gate(Settings):
         0.05,
         "How far below people's agreement with each other a machine's with people may be.",
     )
-    level: Fraction = told(0.7, "And never below this agreement; with `delta: null` this alone counts.")
+    level: Fraction = told(
+        0.7, "The least agreement with people that a machine's labels need; with `delta: null` this alone counts."
+    )
     z: Positive = told(1.96, "Of Wilson's bound on the agreement (1.96: 95 %).")
     max_machine_ratio: Positive = told(4.0, "The most that machine labels weigh against people's.")
     min_audit: Count = told(20, "Audited pairs that temperature and threshold are found on; with fewer nothing passes.")
@@ -140,7 +142,7 @@ class LoopSettings(Settings):
     """A loop. `sft`, `ensemble` and `ppo` hold the keys of these stages; data, outputs and parents are the loop's."""
 
     output: Folder = Field(description="The loop's folder.")
-    model: Model = Field(description="The base that every role is a view over.")
+    model: Model = Field(description="The base, and how it is loaded: in memory once, every role is a view over it.")
     seed: Seed = told(0, "Of every random number; a round's are drawn with another.")
     full_determinism: bool = told(
         False,
@@ -148,7 +150,7 @@ class LoopSettings(Settings):
     )
     launch: Location | None = told(
         None,
-        "cpu, gpu, ddp, fsdp, or an accelerate configuration file; null: by what the machine has.",
+        "cpu, gpu, ddp, fsdp, or a file of accelerate's; null: your `accelerate config`, else by what the machine has.",
     )
     track: Track = told(Track(), "Where metrics go beside metrics.jsonl.")
     store: Location | None = told(None, "URL of a PostgreSQL database of labels; null: SQLite, in <output>/store.db.")
@@ -161,18 +163,20 @@ class LoopSettings(Settings):
     sampling: Sampling = told(Sampling(), "How answers are drawn.")
     collect: Collect = told(Collect(), "How many answers a round collects, and which pairs of them.")
     judge: JudgeSettings | None = told(None, "The machine that labels beside people; null: none does.")
-    route: Route = told(Route(), "People's budget of labels, and where it goes.")
+    route: Route = told(Route(), "How many labels people give in a round, and for which pairs.")
     annotators: Literal["people"] | Simulated = told(
         "people",
         "people, on the page of `align label`; or simulated ones.",
     )
-    gate: Gate = told(Gate(), "When a machine's label is taken, and what it weighs.")
+    gate: Gate = told(Gate(), "Which of the machine's labels are taken, and how much they weigh.")
     ensemble: dict[str, Any] = Field(default_factory=dict, description="Keys of the ensemble stage.")
     ppo: dict[str, Any] = Field(default_factory=dict, description="Keys of the ppo stage.")
     reward: Literal["mean", "minimum"] = told("mean", "What of the members' scores PPO is paid.")
-    penalty: NonNegative = told(0.5, "Weight of the members' variance, taken from their mean (Coste et al. 2023).")
-    evaluation: Evaluation = Field(description="Prompts that are never trained on, and who judges answers to them.")
-    stop: Stop = told(Stop(), "When the loop ends before its last round.")
+    penalty: NonNegative = told(
+        0.5, "With `reward: mean`, how much of the members' variance is taken from it (Coste et al. 2023)."
+    )
+    evaluation: Evaluation = Field(description="On which prompts a round's policy is judged, and by whom.")
+    stop: Stop = told(Stop(), "What ends the loop before its last round.")
 
     @model_validator(mode="after")
     def _pairs_for_two_have_two_people(self) -> "LoopSettings":

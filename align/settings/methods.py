@@ -15,7 +15,9 @@ class Lora(Settings):
     kind: Literal["lora", "qlora"] = told("lora", "qlora: the same, and insists on a base in 4 bits.")
     r: Count = told(16, "Rank.")
     lora_alpha: Positive = told(32.0, "Scale: the update is B A times lora_alpha / r.")
-    lora_dropout: Fraction = told(0.0, "Share of the inputs that is dropped; PPO wants 0.")
+    lora_dropout: Fraction = told(
+        0.0, "Share of the inputs that is dropped in SFT and reward models; PPO and DPO drop nothing."
+    )
     target_modules: str | tuple[str, ...] = told("all-linear", "all-linear, a pattern, or suffixes of module names.")
     use_rslora: bool = told(False, "Scale by lora_alpha / sqrt(r) instead (Kalajdzievski 2023).")
     use_dora: bool = told(False, "Weights as magnitude times direction (Liu et al. 2024).")
@@ -65,10 +67,13 @@ class Prefix(Settings):
     """PEFT's PrefixTuningConfig: keys and values that every token sees before its own, trained in every layer."""
 
     kind: Literal["prefix"] = Field(description="Keys and values before a sequence's own, in every layer.")
-    num_virtual_tokens: Count = told(20, "Li & Liang 2021: 10 for table-to-text, 200 for summaries.")
+    num_virtual_tokens: Count = told(
+        20,
+        "Keys and values that are trained, in each layer (Li & Liang 2021: 10 for table-to-text, 200 for summaries).",
+    )
     init_text: str = told(
         "You are a helpful assistant. You read the question carefully and answer it well and to the point.",
-        "Real words whose activations are the start (section 7.4 there), repeated where it is too short.",
+        "Real words whose activations are the start (Li & Liang 2021, section 7.4), repeated where it is too short.",
     )
 
 

@@ -78,10 +78,12 @@ class Ppo(Settings):
     prompts_per_iteration: Count = told(32, "Prompts that are answered in each.")
     num_generations: Count = told(1, "Answers to each prompt; 2 or more for rloo and grpo.")
     num_ppo_epochs: Count = told(4, "Times that an iteration's answers are learnt from.")
-    num_mini_batches: Count = told(1, "Optimiser steps of each of these.")
+    num_mini_batches: Count = told(
+        1, "Optimiser steps of each of the `num_ppo_epochs`, over as many parts of the answers."
+    )
     max_batch_tokens: PassTokens = None
     sampling_batch_size: AtATime = None
-    learning_rate: Positive = told(3e-5, "Of AdamW, at its highest.")
+    learning_rate: Positive = told(3e-5, "Learning rate of AdamW, where its schedule is highest.")
     optim: Optimizer = told(
         "adamw_torch_fused",
         "By transformers' names; bitsandbytes' keep their state in 8 bits, or in pages that a GPU can lend out.",
@@ -136,7 +138,7 @@ class Ppo(Settings):
         "1: while an iteration is scored and learnt from, vLLM draws the next one's answers, from the policy before "
         "it.",
     )
-    cliprange_value: Positive = told(0.2, "How far a value may go from what it was, in units of a score.")
+    cliprange_value: Positive = told(0.2, "How far a critic's value may go from what it was, in units of a score.")
     vf_coef: NonNegative = told(0.1, "What the critic's loss is multiplied by.")
     whiten_rewards: bool = told(False, "Divide rewards by a batch's deviation.")
     whiten_advantages: bool = told(True, "Advantages of a batch with mean 0 and deviation 1; with rloo and grpo never.")
@@ -145,12 +147,17 @@ class Ppo(Settings):
         "reward",
         "Where it is paid: in the rewards, or in the loss, whose gradient is then that of the KL itself.",
     )
-    kl_estimator: Literal["k1", "k2", "k3"] = told("k1", "Schulman's (2020) k1, k2 and k3.")
+    kl_estimator: Literal["k1", "k2", "k3"] = told(
+        "k1",
+        "A token's KL (Schulman 2020): k1 its log ratio, k2 half the square of it, k3 the ratio less 1 and it.",
+    )
     kl_target: Positive | None = told(
         None,
         "Sequence KL (nats) towards which kl_coef moves (Ziegler et al. 2019); null: it is fixed.",
     )
-    kl_horizon: Count = told(10_000, "Sequences that the move takes.")
+    kl_horizon: Count = told(
+        10_000, "Sequences over which kl_coef moves by its full error (Ziegler et al. 2019): more is slower."
+    )
     kl_budget: Positive | None = told(
         None,
         "Stop past this sequence KL (nats), and keep the best checkpoint under it; null: the last one is kept.",
@@ -159,7 +166,10 @@ class Ppo(Settings):
         "none",
         "running: by the mean and deviation of all scores that the run has sampled, as suits rewards of any scale.",
     )
-    missing_eos_penalty: float | None = told(1.0, "Penalty of an answer that was cut off; null: none.")
+    missing_eos_penalty: float | None = told(
+        1.0,
+        "Penalty of an answer that was cut off, in the scores' unit (with `normalize_scores`, deviations); null: none.",
+    )
     missing_eos: Literal["replace", "subtract", "mask"] = told(
         "replace",
         "What that does: the score becomes -penalty at the most, or loses it; or nothing is learnt from the answer.",

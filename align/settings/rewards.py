@@ -42,7 +42,9 @@ class LearnedReward(Settings):
         alias="from",
         description="Folder of a reward run, or a sequence classifier's folder or Hub id.",
     )
-    normalize: bool = told(True, "(score - mean) / std, as measured on the reference samples of that run.")
+    normalize: bool = told(
+        True, "(score - mean) / std, as a reward run has measured them on its reference samples; a classifier has none."
+    )
     clip: Positive | None = told(None, "Scores are held within so many, after normalising.")
     max_batch_tokens: PassTokens = None
     pair: bool | None = told(

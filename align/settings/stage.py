@@ -29,7 +29,7 @@ class Model(Settings):
     bnb_4bit_use_double_quant: bool = told(True, "With nf4: scales of 4-bit blocks in 8 bits (Dettmers et al. 2023).")
     attn_implementation: Literal["sdpa", "eager", "flash_attention_2", "flash_attention_3"] = told(
         "sdpa",
-        "By transformers' names.",
+        "Implementation of attention, by transformers' names.",
     )
     revision: str | None = told(None, "Branch, tag or commit of a Hub id; null: the newest.")
     chat_template: Location | None = told(None, "A Jinja file; null: the tokenizer's own.")
@@ -59,9 +59,7 @@ class Track(Settings):
         None, "The runs' project there, in MLflow the experiment; null: what the tracker's own variable says, or align."
     )
     group: str | None = told(None, "What runs belong together by; null: of a pipeline or a loop, its output's name.")
-    name: str | None = told(
-        None, "The run's name in the trackers; in a pipeline or a loop followed by the stage's folder."
-    )
+    name: str | None = told(None, "The run's name there; in a pipeline or a loop followed by the stage's folder.")
     wandb_mode: Literal["online", "offline", "disabled"] | None = told(
         None, "How wandb runs; null: as WANDB_MODE and WANDB_DISABLED say, or online."
     )
@@ -115,7 +113,7 @@ class StageSettings(Settings):
     curves: ClassVar[tuple[Curve, ...]] = ()  # of its report; none: of every figure that was logged more than once
     stage: Location = Field(description="What is done: the name of a stage, or file.py:Class.")
     output: Folder = Field(description="The run's folder.")
-    model: Model = Field(description="The base that every role is a view over.")
+    model: Model = Field(description="The base, and how it is loaded: in memory once, every role is a view over it.")
     seed: Seed = told(0, "Of every random number.")
     full_determinism: bool = told(
         False,
@@ -123,7 +121,7 @@ class StageSettings(Settings):
     )
     launch: Location | None = told(
         None,
-        "cpu, gpu, ddp, fsdp, or an accelerate configuration file; null: by what the machine has.",
+        "cpu, gpu, ddp, fsdp, or a file of accelerate's; null: your `accelerate config`, else by what the machine has.",
     )
     track: Track = told(Track(), "Where metrics go beside metrics.jsonl.")
 

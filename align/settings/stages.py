@@ -25,7 +25,7 @@ class LearningSettings(StageSettings):
     data: Data = Field(description="What is learnt from and what is held out.")
     max_length: Annotated[int, Field(ge=8, le=MOST)] = told(
         1024,
-        "Tokens of a row; longer rows are left out, or cut where they are packed.",
+        "Tokens of a row; longer demonstrations are cut, longer pairs left out.",
     )
     train: Training = told(Training(), "Optimisation.")
     guard: Guard = told(Guard(), "What is done where a run's figures explode.")
@@ -99,7 +99,9 @@ class Policy(Settings):
         alias="from",
         description="Folder of the run or the model that the policy starts as; null: the base.",
     )
-    method: MethodOrLora | None = told(None, "How it is tuned; null: the adapter of `from` is trained on.")
+    method: MethodOrLora | None = told(
+        None, "How it is tuned; null: the adapter of `from` is trained on, and without `from` a LoRA."
+    )
 
 
 class Reference(Settings):

@@ -12,14 +12,16 @@ Optimizer = Literal["adamw_torch_fused", "adamw_8bit", "paged_adamw_8bit", "page
 class Training(Settings):
     """Optimisation of SFT, reward models and DPO, by transformers' TrainingArguments names."""
 
-    learning_rate: Positive = told(2e-4, "Of AdamW, at its highest.")
+    learning_rate: Positive = told(2e-4, "Learning rate of AdamW, where its schedule is highest.")
     num_train_epochs: Positive = told(1.0, "Times through the rows.")
-    max_steps: Annotated[int, Field(ge=-1, le=MOST)] = told(-1, "Optimiser steps, instead of epochs; -1: epochs count.")
+    max_steps: Annotated[int, Field(ge=-1, le=MOST)] = told(
+        -1, "Optimiser steps, instead of epochs; -1 or 0: epochs count."
+    )
     per_device_train_batch_size: Count = told(
         8,
-        "Rows of a step on each process; how many go in a pass is max_batch_tokens' affair.",
+        "Rows of a batch on each process; how many go in a pass is max_batch_tokens' affair.",
     )
-    gradient_accumulation_steps: Count = told(1, "Batches of a step.")
+    gradient_accumulation_steps: Count = told(1, "Batches whose gradients make an optimiser step.")
     max_batch_tokens: PassTokens = None
     optim: Optimizer = told(
         "adamw_torch_fused",
@@ -44,7 +46,9 @@ class Training(Settings):
 class PairTraining(Training):
     """And of a policy on pairs, which wants a smaller rate."""
 
-    learning_rate: Positive = told(2e-5, "Of AdamW, at its highest; a policy on pairs wants a smaller one.")
+    learning_rate: Positive = told(
+        2e-5, "Learning rate of AdamW, where its schedule is highest; a policy on pairs wants a smaller one."
+    )
 
 
 class Guard(Settings):
@@ -54,7 +58,7 @@ class Guard(Settings):
         "warn",
         "What trouble does: a line, an end, or back to the last good state with a smaller rate.",
     )
-    max_rollbacks: Count = told(3, "Then it stops.")
+    max_rollbacks: Count = told(3, "After so many rollbacks the run stops.")
     rate_factor: Annotated[float, Field(gt=0.0, lt=1.0)] = told(
         0.5,
         "What the learning rates are multiplied by at each rollback.",
@@ -62,10 +66,14 @@ class Guard(Settings):
     patience: Count = told(3, "Steps in a row that are trouble; weights that explode are at once.")
     max_weights: Annotated[float, Field(gt=1.0)] = told(
         10.0,
-        "The norm of what is trained, in medians of the last 20 steps.",
+        "Trouble is a norm of what is trained that is so many times its median over the last 20 steps.",
     )
-    max_gradient: Annotated[float, Field(gt=1.0)] = told(100.0, "The gradient's norm, likewise.")
-    max_loss: Annotated[float, Field(gt=1.0)] = told(10.0, "The loss (PPO: the critic's, if any), likewise.")
+    max_gradient: Annotated[float, Field(gt=1.0)] = told(
+        100.0, "Trouble is a gradient whose norm is so many times its median over the last 20 steps."
+    )
+    max_loss: Annotated[float, Field(gt=1.0)] = told(
+        10.0, "Trouble is a loss (PPO: the critic's, if any) that is so many times its median over the last 20 steps."
+    )
 
 
 class PpoGuard(Guard):
@@ -74,5 +82,5 @@ class PpoGuard(Guard):
     min_entropy: NonNegative = told(0.01, "Nats a token; less is a policy that has collapsed.")
     max_share: Annotated[float, Field(gt=0.0, le=1.0)] = told(
         1.0,
-        "Share of answers that are empty, the same, or newly cut off; more is a collapse too.",
+        "Share of answers that are empty, the same, or newly cut off, from which on it is a collapse.",
     )
