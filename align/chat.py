@@ -16,6 +16,7 @@ from rich.text import Text
 
 from align.data import Message, Prompt, decode_completion, encode_prompt, end_token_ids
 from align.errors import BadInput
+from align.files import writing
 from align.identity import base_of, has_adapter
 from align.manifest import MANIFEST, check_parent, read_manifest
 from align.maths.kl import kl_estimate
@@ -96,6 +97,8 @@ def _check(order: Order) -> None:
             raise BadInput("--keep keeps which of two answers is better, and there is one policy; name another")
         if Path(order.keep).suffix != ".jsonl" or not Path(order.keep).absolute().parent.is_dir():
             raise BadInput(f"--keep: {order.keep} is no .jsonl file in a folder that is there")
+        with writing(order.keep), Path(order.keep).open("a", encoding="utf-8"):
+            pass  # else that it cannot be written is told after a choice
 
 
 def _bases(run: str) -> Bases:
@@ -146,6 +149,7 @@ class _Talk:
         except EOFError:
             print()
             return None
+        line = line.encode("utf-8", "replace").decode("utf-8")  # half characters are no text
         if not sys.stdin.isatty():
             print(safe(line))
         return line
@@ -165,12 +169,27 @@ class _Talk:
     def _answer(self) -> None:
         self.turn += 1
         prompt = Prompt((*self.system, *self.said), {}, "the conversation")
+        if why := self._too_long(prompt):
+            self.said.pop()
+            self.console.print(Text(why, style="yellow"))
+            return
         answers = [self._of(speaker, prompt) for speaker in self.speakers]
         for number, (speaker, answer) in enumerate(zip(self.speakers, answers, strict=True), 1):
             name = f"{number} {speaker.name}" if len(answers) > 1 else speaker.name
             self.console.print(Text(safe(f"{name}> "), style="bold").append(safe(answer.text), style="not bold"))
             self.console.print(Text(answer.figures, style="dim"))
         self.said.append(Message(role="assistant", content=answers[self._choice(prompt, answers)].text))
+
+    def _too_long(self, prompt: Prompt) -> str:
+        """Why a speaker cannot answer: what it has positions for."""
+        for speaker in self.speakers:
+            most = getattr(speaker.role.causal.config.get_text_config(), "max_position_embeddings", None)
+            length = len(encode_prompt(speaker.tokenizer, prompt)) + self.order.sampling.max_new_tokens
+            if isinstance(most, int) and length > most:
+                return (
+                    f"{length:,} tokens with the answer are over the {most:,} that {speaker.name} has; /new begins anew"
+                )
+        return ""
 
     def _of(self, speaker: Speaker, prompt: Prompt) -> Answer:
         ids, temperature = encode_prompt(speaker.tokenizer, prompt), self.order.sampling.temperature

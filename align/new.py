@@ -48,8 +48,8 @@ KINDS: dict[str, Kind] = {
 }
 LORA = {"kind": "lora", "r": 16, "lora_alpha": 32, "target_modules": "all-linear"}
 WIDTH = 100  # columns of the file
-MOST_ROWS = 500  # that lengths are taken from
 FEW = 40  # rows; of fewer none are held out
+ANSWER = 256  # tokens of an answer in a first recipe
 LONGEST = 2048  # tokens that a first recipe asks for
 
 
@@ -142,7 +142,7 @@ def _look_at(given: Given) -> _Rows:
         from align.models.tokenizer import load_tokenizer
 
         tokenizer = load_tokenizer(Model(base=given.base))
-        longest = max(_length(tokenizer, row) for row in loaded.train[:MOST_ROWS])
+        longest = max(_length(tokenizer, row) for row in loaded.train)
     told = f"{len(loaded.train):,} {kind}" + (f" of up to {longest:,} tokens" if longest else "")
     return _Rows(len(loaded.train), longest, told)
 
@@ -187,8 +187,8 @@ def _ppo(given: Given, rows: _Rows, prompts: dict[str, Any]) -> dict[str, Any]:
         "critic": {"kind": "adapter", "from": reward} if is_run else {"kind": "trunk"},
         "rewards": [{"use": reward} if is_function else {"use": "learned", "from": reward}],
         "prompts": prompts,
-        "max_prompt_length": _round_up(rows.longest, given.base) or 512,
-        "sampling": {"max_new_tokens": 256, "temperature": 1.0},
+        "max_prompt_length": _round_up(rows.longest, given.base, beside=ANSWER) or 512,
+        "sampling": {"max_new_tokens": ANSWER, "temperature": 1.0},
         "ppo": {
             "num_iterations": 100,
             "prompts_per_iteration": per_iteration,
@@ -209,8 +209,8 @@ def _loop(given: Given, rows: _Rows) -> dict[str, Any]:
         "num_rounds": 3,
         "sft": given.policy,
         "prompts": {"train": prompts},
-        "max_prompt_length": _round_up(rows.longest, given.base) or 512,
-        "sampling": {"max_new_tokens": 256, "temperature": 1.0},
+        "max_prompt_length": _round_up(rows.longest, given.base, beside=ANSWER) or 512,
+        "sampling": {"max_new_tokens": ANSWER, "temperature": 1.0},
         "collect": {"prompts_per_round": min(128, rows.count or 128), "num_generations": 4},
         "route": {"kickstart": 200, "budget": 100},
         "annotators": "people",
@@ -229,12 +229,12 @@ def _policy(given: Given) -> dict[str, Any]:
     return {"from": given.policy} | ({"method": dict(LORA)} if is_whole else {})
 
 
-def _round_up(longest: int | None, base: str) -> int | None:
-    """A length with some room, within what the base has positions for."""
+def _round_up(longest: int | None, base: str, *, beside: int = 0) -> int | None:
+    """A length with some room, within what the base has positions for, so many of them for an answer."""
     if longest is None:
         return None
     known = read_facts(Path(base)).positions()
-    most = min(LONGEST, known[0]) if known else LONGEST
+    most = min(LONGEST, known[0] - beside) if known else LONGEST
     return max(8, min(most, -(-longest // 64) * 64))
 
 

@@ -33,9 +33,9 @@ def recipe_schema() -> Node:
     definitions: dict[str, Node] = made["$defs"]
     for node in definitions.values():
         _tidy(node)
-    for cls in (Track, EvaluateSettings, Evaluation):
-        keys = definitions[cls.__name__]["properties"]
-        keys |= {old: {**keys[new], "deprecated": True} for old, new in cls.renamed.items()}
+    for renaming in (Track, EvaluateSettings, Evaluation):
+        keys = definitions[renaming.__name__]["properties"]
+        keys |= {old: {**keys[new], "deprecated": True} for old, new in renaming.renamed.items()}
     for kind, cls in STAGES.items():
         definitions[cls.__name__]["properties"]["stage"] = {"const": kind, "description": "What is done."}
     definitions[StageSettings.__name__]["additionalProperties"] = True  # the user's own stages

@@ -3,6 +3,7 @@
 import time
 from contextlib import suppress
 from itertools import pairwise
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ NUM_SAMPLES = 2
 
 
 def watch(run: str, *, every: float = 2.0) -> None:
-    """Shows the run, or the one of a pipeline or a loop that was logged last, until it is finished or ctrl-C. Where
+    """Shows the run until it is finished, or of a pipeline or a loop the run that was logged last, until ctrl-C. Where
     nobody watches (a pipe), it is shown once.
 
     Raises:
@@ -39,7 +40,7 @@ def watch(run: str, *, every: float = 2.0) -> None:
         while True:
             at = newest(folder)
             live.update(_shown(at, console.width, folder), refresh=True)
-            if at == folder and _state(at) == "finished":
+            if at == folder and _state(at) == "finished":  # what else a pipeline or a loop will do is not said here
                 return
             time.sleep(every)
 
@@ -56,8 +57,11 @@ def newest(folder: Path) -> Path:
 
 
 def _touched(run: Path) -> float:
-    files = [file for file in (run / METRICS, run / MANIFEST) if file.is_file()]
-    return max((file.stat().st_mtime for file in files), default=0.0)
+    found = [0.0]
+    for file in (run / METRICS, run / MANIFEST):
+        with suppress(OSError):  # it may go away meanwhile
+            found.append(file.stat().st_mtime)
+    return max(found)
 
 
 def _state(run: Path) -> str:
@@ -106,7 +110,7 @@ def _curves(curves: Any, rows: list[dict[str, Any]], width: int) -> Table:
     table.add_column(justify="right", no_wrap=True)
     named = [Curve(curve.title, curve.x, tuple(curve.figures)) for curve in curves]
     for figure in dict.fromkeys(name for curve in named for name in curve.figures):
-        values = [row[figure] for row in rows if isinstance(row.get(figure), (int, float))]
+        values = [row[figure] for row in rows if isinstance(row.get(figure), (int, float)) and isfinite(row[figure])]
         if values:
             table.add_row(
                 Text(plain(figure, 28), style="dim"), Text(sparkline(values, max(8, width - 44))), f"{values[-1]:.4g}"
@@ -134,5 +138,7 @@ def _samples(run: Path, width: int) -> list[RenderableType]:
         figures = "  ".join(f"{k} {row[k]:.3g}" for k in ("score", "kl") if isinstance(row.get(k), (int, float)))
         text = Text(plain(prompt, 3 * width) + "\n", style="dim")
         text.append(plain(str(row["response"]), 4 * width), style="not dim")
-        found.append(Panel(text, title=Text(f"iteration {row.get('iteration')}  {figures}"), title_align="left"))
+        found.append(
+            Panel(text, title=Text(plain(f"iteration {row.get('iteration')}  {figures}", 60)), title_align="left")
+        )
     return found

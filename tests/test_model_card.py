@@ -3,6 +3,7 @@
 import base64
 import json
 import re
+import shutil
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -103,9 +104,32 @@ def test_a_manifest_of_an_earlier_version_has_a_card_too(made):
     assert "of_long_ago: true" in text
 
 
-def test_a_card_of_ones_own_stays(made, tmp_path):
-    import shutil
+def test_a_cards_recipe_tells_nothing_of_this_machine(made):
+    manifest = read_manifest(made / "sft")
+    recipe = manifest["recipe"] | {
+        "stage": "other",
+        "policy": {"from": "/home/ada/clients/acme/sft"},
+        "rewards": [{"use": "/home/ada/mine.py:f", "api": "sk-live-123"}],
+        "sampling": {"url": "http://user:pw@10.1.2.3:8000", "engine": "vllm"},
+        "judge": {"question": "../secret/ask.jinja", "address": "http://10.1.2.3"},
+    }
+    text = card_of(manifest | {"recipe": recipe}, "policy", is_adapter=True)
+    assert not re.search(r"/home|ada/|acme/|sk-live|10\.1\.2\.3|secret/|pw@", text)
+    assert "mine.py:f" in text and "from: sft" in text
 
+
+def test_a_run_ends_though_its_card_cannot_be_made(made, tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "run"
+    shutil.copytree(made / "sft", folder)
+    (folder / CARD).unlink()
+    write_manifest(folder, read_manifest(folder) | {"status": "running"})
+    monkeypatch.setattr("align.model_card.card_of", lambda *_, **__: 1 / 0)
+    finish(folder)
+    assert read_manifest(folder)["status"] == "finished"
+    assert "warning: no card was written" in capsys.readouterr().out
+
+
+def test_a_card_of_ones_own_stays(made, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(made / "sft", folder)
     (folder / CARD).write_text("mine")
@@ -193,7 +217,9 @@ def test_a_run_is_sent_without_what_tells_of_this_machine(made, hub, base):
     assert hub.files["adapter_model.safetensors"] == (made / "sft/adapter_model.safetensors").read_bytes()
     assert json.loads(hub.files["adapter_config.json"])["base_model_name_or_path"] == "org/base"
     assert head_of(hub.files[CARD].decode())["base_model"] == "org/base"
-    assert str(base.parent).encode() not in hub.files["adapter_config.json"]
+    for name, content in hub.files.items():
+        if not name.endswith(".safetensors"):
+            assert str(base.parent.parent).encode() not in content, name
 
 
 @pytest.mark.parametrize(
@@ -214,8 +240,6 @@ def test_what_cannot_be_sent_is_one_line(made, hub, words, message):
 
 
 def test_a_run_that_is_damaged_or_not_finished_is_not_sent(made, hub, tmp_path):
-    import shutil
-
     folder = tmp_path / "run"
     shutil.copytree(made / "sft", folder)
     write_manifest(folder, read_manifest(folder) | {"status": "running"})

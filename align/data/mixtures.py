@@ -130,7 +130,9 @@ def _convert(source: Source, kind: Kind, is_skipping: bool, loss_on: LossOn) -> 
     unused: Counter[str] = Counter()
     rows: Iterable[Row] = read_rows(source)  # a file that cannot be read is never skipped, only its bad rows
     if source.format == KTO:
-        rows, num_read, num_left_out = of_labels(rows, kind)
+        told = of_labels(rows, kind, is_skipping=is_skipping)
+        rows, num_read, num_left_out = told.rows, told.num_read, told.num_left_out
+        num_bad, first_bad = told.num_bad, told.first_bad
     for row in rows:
         num_read += source.format != KTO
         try:

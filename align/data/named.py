@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from align.data.conversations import Message, read_messages
@@ -23,6 +24,7 @@ PROMPTS = ("prompt", "instruction", "question", "query", "input", "context", "me
 TIES = {"tie", "tied", "equal", "same", "both", "neither", "draw", "none"}
 SIDES = {"left": 0, "right": 1}
 OF_ARGILLA = ("id", "_server_id", "status", "external_id", "preference")  # of a flat record, beside its fields
+OF_OPENAI = ("messages", "input", "preferred_output", "non_preferred_output", "parallel_tool_calls")
 ANSWER = re.compile(r"(response|answer|completion|generation|reply|output|option|candidate|chosen|rejected)")
 OF_LABEL_STUDIO = (  # beside a task's own data
     *("id", "annotations", "annotator", "annotation_id", "created_at", "updated_at", "lead_time", "agreement"),
@@ -57,6 +59,8 @@ def openai(values: Mapping[str, Any], kind: str, where: str) -> dict[str, Any]:
     if "messages" not in source:
         raise BadInput(f"{where}: `messages` is missing; OpenAI's rows have it, those of preferences under `input`")
     found = {"tools": source["tools"]} if source.get("tools") else {}
+    if kind == "prompts":  # whose other columns are the rewards'
+        found |= _without(values, *OF_OPENAI)
     if kind != "preferences":
         asked = list(source["messages"])
         is_answered = given is None and bool(asked) and dict(asked[-1]).get("role") == "assistant"
@@ -151,7 +155,7 @@ def label_studio(values: Mapping[str, Any], kind: str, where: str) -> dict[str, 
     task = dict(data) if isinstance(data, Mapping) else _without(values, *OF_LABEL_STUDIO)
     prompt = _prompt_of(task, where)
     if kind == "prompts":
-        return {"prompt": task[prompt]}
+        return _without(task, prompt) | {"prompt": task[prompt]}
     results = _results(values)
     if kind == "demonstrations":
         texts = [(r.get("value") or {}).get("text") or [] for r in results if r.get("type") == "textarea"]
@@ -174,7 +178,7 @@ def label_studio(values: Mapping[str, Any], kind: str, where: str) -> dict[str, 
     for side in chosen:
         if side not in SIDES and _plain(str(side or "none")) not in TIES:
             raise BadInput(f"{where}: `selected` is {_short(side)}, and is read as left or right; leave own values out")
-        votes.append({name: float(SIDES.get(side, at) != at) for at, name in enumerate(sides)})
+        votes.append({name: float(SIDES.get(str(side), at) != at) for at, name in enumerate(sides)})
     return _decided(task[prompt], task, votes)
 
 
@@ -250,36 +254,49 @@ KTO = "kto"
 NAMES = (*READERS, KTO)
 
 
-def of_labels(rows: Iterable[Row], kind: str) -> tuple[list[Row], int, int]:
+@dataclass(frozen=True)
+class Labelled:
+    """What rows of single answers came to: rows of the kind asked for, and how many were read, left out, and bad."""
+
+    rows: list[Row]
+    num_read: int
+    num_left_out: int
+    num_bad: int = 0
+    first_bad: str = ""
+
+
+def of_labels(rows: Iterable[Row], kind: str, *, is_skipping: bool = False) -> Labelled:
     """KTO's rows, each an answer to a prompt and whether it is good: the good ones as demonstrations; or pairs of a
     good and a bad one of the same prompt, as few as have every answer in one. What has no counterpart is left out.
-    Also how many rows were read, and how many left out.
+    What else a row has goes with it. `is_skipping`: bad rows are left out and counted.
 
     Raises:
         BadInput: no `label`; or, for preferences, no prompt has both.
     """
     groups: dict[str, tuple[list[Row], list[Row]]] = {}
-    count = 0
+    count, bad_rows = 0, []
     for row in rows:
-        label = row.values.get("label")
-        if not isinstance(label, bool) or not {"prompt", "completion"} <= row.values.keys():
-            raise BadInput(f"{row.where}: KTO's rows have `prompt`, `completion` and `label: true` or `false`")
-        asked = row.values["prompt"]
-        same = asked if isinstance(asked, str) else [dict(m) for m in read_messages(asked, row.where, "prompt")]
-        groups.setdefault(json.dumps(same, sort_keys=True), ([], []))[0 if label else 1].append(row)
         count += 1
+        try:
+            groups.setdefault(_same_prompt(row), ([], []))[0 if row.values["label"] else 1].append(row)
+        except BadInput as error:
+            if not is_skipping:
+                raise
+            bad_rows.append(str(error))
+    of_bad = len(bad_rows), next(iter(bad_rows), "")
     if kind == "demonstrations":
         found = [Row(_without(row.values, "label"), row.where) for good, _ in groups.values() for row in good]
-        return found, count, count - len(found)
+        return Labelled(found, count, count - len(found) - len(bad_rows), *of_bad)
     if kind == "prompts":
         firsts = [(good or bad)[0] for good, bad in groups.values()]
-        return [Row({"prompt": row.values["prompt"]}, row.where) for row in firsts], count, 0
+        kept = [Row(_without(row.values, "label", "completion"), row.where) for row in firsts]
+        return Labelled(kept, count, 0, *of_bad)
     pairs, num_used = [], 0
     for good, bad in groups.values():
         num_used += (len(good) + len(bad)) * bool(good and bad)
         for number in range(max(len(good), len(bad)) if good and bad else 0):
             better, worse = good[number % len(good)], bad[number % len(bad)]
-            values = {"prompt": better.values["prompt"]}
+            values = _without(better.values, "label", "completion")
             values |= {"chosen": better.values["completion"], "rejected": worse.values["completion"]}
             pairs.append(Row(values, better.where))
     if count and not pairs:
@@ -287,4 +304,13 @@ def of_labels(rows: Iterable[Row], kind: str) -> tuple[list[Row], int, int]:
             f"no prompt of {count} rows has both a good and a bad answer, and pairs are of one prompt; train on the"
             " good ones as demonstrations (`stage: sft`, the same `format: kto`)"
         )
-    return pairs, count, count - num_used
+    return Labelled(pairs, count, count - num_used - len(bad_rows), *of_bad)
+
+
+def _same_prompt(row: Row) -> str:
+    """What rows of one prompt have in common."""
+    if not isinstance(row.values.get("label"), bool) or not {"prompt", "completion"} <= row.values.keys():
+        raise BadInput(f"{row.where}: KTO's rows have `prompt`, `completion` and `label: true` or `false`")
+    asked = row.values["prompt"]
+    same = asked if isinstance(asked, str) else [dict(m) for m in read_messages(asked, row.where, "prompt")]
+    return json.dumps(same, sort_keys=True)

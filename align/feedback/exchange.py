@@ -168,7 +168,8 @@ def import_preferences(store: Store, path: str | Path, *, limit: int | None = No
     num_left_out = num_weighed = 0
     given: Iterable[Row] = read_rows(Source(path=str(path), limit=limit))
     if format == KTO:
-        given, _, num_left_out = of_labels(given, "preferences")
+        told = of_labels(given, "preferences")
+        given, num_left_out = told.rows, told.num_left_out
     for row in given:
         preference = parse(row, "preferences", format)
         if preference is None or row.values.get("source") in MACHINES:

@@ -176,18 +176,27 @@ def _export(folder: Path, target: Path, manifest: dict[str, Any], *, max_shard_s
     with folder_in_one_go(target) as path:
         made.save_pretrained(path, max_shard_size=max_shard_size)
         tokenizer.save_pretrained(path)
-        again: Any = load_classifier(str(path))[0].to(bases.device, merged.dtype)
+        again: Any = load_classifier(str(path))[0]
+        again = again.to(merged.dtype).to(bases.device)
         batch = tokenizer.pad({"input_ids": rows}, padding_side="right", return_tensors="pt").to(bases.device)
         given = {name: batch[name] for name in ("input_ids", "attention_mask")}
         return float((again.eval()(**given).logits[:, 0].float().cpu() - before).abs().max())
 
 
 def _pad_of(tokenizer: Any) -> int:
-    """A pad for the tokenizer that no answer ends with, and that is set there too: its own, another special token, or
-    the last of the vocabulary."""
+    """A pad for the tokenizer that no answer ends with, and that is set there too: its own, or another special token.
+
+    Raises:
+        BadInput: there is none.
+    """
     ends = set(end_token_ids(tokenizer))
     special = [tokenizer.pad_token_id, tokenizer.unk_token_id, *sorted(tokenizer.added_tokens_decoder)]
-    chosen = next((token for token in special if token is not None and token not in ends), len(tokenizer) - 1)
+    chosen = next((token for token in special if token is not None and token not in ends), None)
+    if chosen is None:
+        raise BadInput(
+            "a classifier reads the last token that is not its pad, and every special token of this tokenizer may end "
+            "an answer; open the run with PEFT"
+        )
     tokenizer.pad_token = tokenizer.convert_ids_to_tokens(chosen)
     return int(chosen)
 

@@ -225,3 +225,15 @@ def test_what_cannot_be_told_for_certain_is_refused(tmp_path):
         loaded(tmp_path, [NESTED | {"responses": other}], "preferences", "argilla")
     with pytest.raises(BadInput, match='`selected` is "A", and is read as left or right'):
         loaded(tmp_path, [LS | {"annotations": [chose("A")]}], "preferences", "label_studio")
+
+
+def test_what_else_a_row_has_goes_with_it_and_bad_labels_may_be_skipped(tmp_path):
+    asked = first(tmp_path, [{"messages": [turn(U, "2 + 2")], "answer": "4"}], "prompts", "openai")
+    assert asked.columns["answer"] == "4"
+    rows = [kto("one", "good", True) | {"answer": "x"}, kto("one", "bad", False), kto("one", "odd", "yes")]
+    assert first(tmp_path, rows[:2], "prompts", "kto").columns["answer"] == "x"
+    with pytest.raises(BadInput, match="rows.jsonl:3: KTO's rows have"):
+        loaded(tmp_path, rows, "preferences", "kto")
+    found = loaded(tmp_path, rows, "preferences", "kto", on_bad_row="skip")
+    assert (len(found.train), found.counts.num_bad) == (1, 1)
+    assert "rows.jsonl:3" in found.counts.first_bad
