@@ -41,16 +41,17 @@ def card_of(manifest: Mapping[str, Any], made: str, *, is_adapter: bool) -> str:
     their last names alone, and addresses and what functions are given not at all."""
     base, recipe, versions = str(manifest["base"]), manifest["recipe"], dict(manifest.get("versions") or {})
     method = (recipe.get("method") or (recipe.get("policy") or {}).get("method") or {}).get("kind")
+    method = None if method is None else _shown(str(method))  # it may be a file's function
     licence = _licence_of(base, recipe["model"].get("revision"))
     parts = [
         "---",
         _metadata(manifest, made, base, licence, method if is_adapter else None, is_adapter),
         "---",
         "",
-        f"# {_code(_shown(base).rpartition('/')[2])}, {_code(str(manifest['kind']))}",
+        f"# {_code(_shown(base).rpartition('/')[2])}, {_code(_shown(str(manifest['kind'])))}",
         "",
         f"{'An adapter' if is_adapter else 'All weights'} of a {WHAT[made]}, trained from {_code(_shown(base))}"
-        f"{f' by {_code(str(method))}' if method else ''} with align {versions.get('align', '(no version is told)')}.",
+        f"{f' by {_code(method)}' if method else ''} with align {versions.get('align', '(no version is told)')}.",
         "",
         "## Use",
         "",
@@ -98,7 +99,7 @@ def _metadata(
             library_name="peft" if is_adapter else "transformers",
             license=licence,
             pipeline_tag=TASKS[made],
-            tags=["align", str(manifest["kind"]), *([method] if method else []), *relation],
+            tags=["align", _shown(str(manifest["kind"])), *([method] if method else []), *relation],
         ).to_yaml()
     )
 

@@ -112,6 +112,7 @@ def test_a_cards_recipe_tells_nothing_of_this_machine(made):
         "rewards": [{"use": "/home/ada/mine.py:f", "api": "sk-live-123"}],
         "sampling": {"url": "http://user:pw@10.1.2.3:8000", "engine": "vllm"},
         "judge": {"question": "../secret/ask.jinja", "address": "http://10.1.2.3"},
+        "method": {"kind": "/home/ada/method.py:mine", "size": 3},
     }
     text = card_of(manifest | {"recipe": recipe}, "policy", is_adapter=True)
     assert not re.search(r"/home|ada/|acme/|sk-live|10\.1\.2\.3|secret/|pw@", text)

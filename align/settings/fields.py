@@ -67,6 +67,16 @@ PassTokens = Annotated[
     Count | None,
     Field(description="Tokens of a pass: memory alone; null: about 1 GiB is kept, on a GPU half of what is free."),
 ]
+Determinism = Annotated[
+    bool, Field(description="On a GPU: kernels that repeat bit for bit, which are slower; a CPU's do anyway.")
+]
+Launch = Annotated[
+    Location | None,
+    Field(
+        description="cpu, gpu, ddp, fsdp, or a file of accelerate's; null: your `accelerate config`, else by what the "
+        "machine has."
+    ),
+]
 AtATime = Annotated[
     Count | None, Field(description="Answers in the making at a time; null: 32, on a GPU as memory allows.")
 ]

@@ -8,9 +8,11 @@ from align.settings.data import Data
 from align.settings.fields import (
     AtATime,
     Count,
+    Determinism,
     Folder,
     Fraction,
     Interval,
+    Launch,
     Location,
     NonNegative,
     Positive,
@@ -144,14 +146,8 @@ class LoopSettings(Settings):
     output: Folder = Field(description="The loop's folder.")
     model: Model = Field(description="The base, and how it is loaded: in memory once, every role is a view over it.")
     seed: Seed = told(0, "Of every random number; a round's are drawn with another.")
-    full_determinism: bool = told(
-        False,
-        "On a GPU: kernels that repeat bit for bit, which are slower; a CPU's do anyway.",
-    )
-    launch: Location | None = told(
-        None,
-        "cpu, gpu, ddp, fsdp, or a file of accelerate's; null: your `accelerate config`, else by what the machine has.",
-    )
+    full_determinism: Determinism = False
+    launch: Launch = None
     track: Track = told(Track(), "Where metrics go beside metrics.jsonl.")
     store: Location | None = told(None, "URL of a PostgreSQL database of labels; null: SQLite, in <output>/store.db.")
     num_rounds: Count = told(3, "Rounds: collect, score, label, reward, ppo, evaluate.")

@@ -10,7 +10,7 @@ from pydantic import Field, JsonValue, model_validator
 
 from align.settings.about import Curve, Match, Parents, Quality, Tuning
 from align.settings.data import Data
-from align.settings.fields import Folder, Location, Seed, Settings, told
+from align.settings.fields import Determinism, Folder, Launch, Location, Seed, Settings, told
 from align.settings.judge import JudgeSettings
 from align.settings.methods import AnyMethod
 from align.settings.rewards import Reward
@@ -115,14 +115,8 @@ class StageSettings(Settings):
     output: Folder = Field(description="The run's folder.")
     model: Model = Field(description="The base, and how it is loaded: in memory once, every role is a view over it.")
     seed: Seed = told(0, "Of every random number.")
-    full_determinism: bool = told(
-        False,
-        "On a GPU: kernels that repeat bit for bit, which are slower; a CPU's do anyway.",
-    )
-    launch: Location | None = told(
-        None,
-        "cpu, gpu, ddp, fsdp, or a file of accelerate's; null: your `accelerate config`, else by what the machine has.",
-    )
+    full_determinism: Determinism = False
+    launch: Launch = None
     track: Track = told(Track(), "Where metrics go beside metrics.jsonl.")
 
     def parents(self) -> Parents:
