@@ -526,3 +526,16 @@ def test_a_tool_that_is_none_or_takes_no_ties_is_said(tmp_path):
         export_run(str(tmp_path / "one.db"), tmp_path / "pairs.jsonl", "label_studio")
     with pytest.raises(BadInput, match=r"`--with-ties` does not go with `--format openai`, which has no word for them"):
         export_run(str(tmp_path / "one.db"), tmp_path / "pairs.jsonl", "openai", with_ties=True)
+
+
+def test_labels_of_machines_go_to_no_tool_that_would_take_them_for_peoples(tmp_path):
+    store = Store(tmp_path / "store.db", create=True)
+    pairs, me = fill(store, 2), store.add_annotator("Ada")
+    store.add_labels(
+        [NewLabel(pairs[0], "human", "a", key="h", annotator_id=me), NewLabel(pairs[1], "judge", "b", key="j")]
+    )
+    store.close()
+    for tool, ending in (("openai", ".jsonl"), ("argilla", ".jsonl"), ("label_studio", ".json")):
+        told = export_run(str(tmp_path / "store.db"), file := tmp_path / f"{tool}{ending}", tool)
+        assert told == f"{file}: 1 pairs, 1 left out (equal or empty answers, or a machine's label)"
+    assert export_run(str(tmp_path / "store.db"), tmp_path / "trl.jsonl").endswith(": 2 pairs")

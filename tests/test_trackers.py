@@ -87,6 +87,8 @@ def test_wandb_has_recipe_figures_and_samples_of_a_run_that_went_on(base, data, 
     run_ppo(
         base, data, runs, tmp_path, monkeypatch, report_to=["wandb"], wandb_mode="offline", group="g", log_model=True
     )
+    folders = [path.name for path in (tmp_path / "ppo/wandb").glob("offline-run-*")]
+    assert len({name.split("-", 3)[3] for name in folders}) == 1  # one run there, however often it was opened
     rows = rows_in_wandb(tmp_path / "ppo")
     assert {key for row in rows for key in row} >= PPO_FIGURES
     assert any("samples" in key for row in rows for key in row)

@@ -80,6 +80,7 @@ def test_a_manifest_in_the_making_and_hostile_samples_stop_nobody(several, capsy
         ([0, 1, 2, 3, 4, 5, 6, 7], 8, "▁▂▃▄▅▆▇█"),
         ([0, 0, 7, 7], 2, "▁█"),
         ([3, 3, 3], 8, "▁▁▁"),
+        ([1, 1, 1, 1, 1], 2, "▁▁"),  # means, not sums: one bar is of three
         ([1], 8, "▁"),
         ([0, 10, 20, 30, 40, 50], 3, "▁▅█"),
     ],
