@@ -261,9 +261,9 @@ def in_time(call: Callable[[], Any], seconds: float, *growing: Path, what: str =
             ended.append((False, error))
 
     thread = threading.Thread(target=work, daemon=True)  # one that hangs must not hold the process
-    thread.start()
     size, since = sum(map(_size_of, growing)), time.monotonic()
     first, told = size, since
+    thread.start()
     while thread.is_alive() and time.monotonic() - since < seconds:
         thread.join(min(1.0, seconds))
         now = sum(map(_size_of, growing))

@@ -107,15 +107,18 @@ def test_bitsandbytes_fetches_no_code_as_it_is_imported(tmp_path):
 
 def test_a_long_download_says_how_much_has_come(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(hub, "TOLD_SECONDS", 0.0)
-    (tmp_path / "there").write_bytes(b"x" * 500_000)
+    cache, part = tmp_path / "cache", tmp_path / "part"
+    cache.mkdir()
+    (cache / "there").write_bytes(b"x" * 500_000)
 
     def fetch():
         for number in range(3):
-            (tmp_path / str(number)).write_bytes(b"x" * 2_000_000)
+            part.write_bytes(b"x" * 2_000_000)
+            part.rename(cache / str(number))  # in one piece, whenever it is looked at
             time.sleep(1.1)
         return "all"
 
-    assert hub.in_time(fetch, 30.0, tmp_path, what="org/rows") == "all"
+    assert hub.in_time(fetch, 30.0, cache, what="org/rows") == "all"
     lines = capsys.readouterr().err.splitlines()
     assert lines
     assert set(lines) <= {f"fetching org/rows: {size} MB so far" for size in (2, 4, 6)}
