@@ -98,15 +98,22 @@ def check(
     defaults: Annotated[
         bool, typer.Option("--defaults", help="Show what each key is that the recipe leaves out, too.")
     ] = False,
+    memory: Annotated[
+        str | None,
+        typer.Option(help="Plan memory and time: `here`, or for a GPU of a size such as 24GB, which need not be here."),
+    ] = None,
 ) -> None:
     """Validate a recipe and show what it would do: files, trainable parameters, and tokens that carry loss."""
     from align.recipe import load_recipe
+    from align.sizes import size_of
 
+    is_elsewhere = memory is not None and size_of(memory) is not None  # how it would start here is nothing to it
     loaded = load_recipe(recipe, overrides or [])
     from align.preflight import check_recipe, launches, remarks
 
     states = check_recipe(loaded)
-    plans = launches(loaded, [name for name in loaded.stages if states[name] != "finished"])
+    starting = [] if is_elsewhere else [name for name in loaded.stages if states[name] != "finished"]
+    plans = launches(loaded, starting)
     from align.libraries import quiet_libraries
 
     quiet_libraries()
@@ -115,6 +122,10 @@ def check(
     quiet_libraries()
     plans_told = {name: plan.description for name, plan in plans.items()}
     show(loaded, states, plans_told, remarks(loaded), defaults=defaults)
+    if memory is not None:
+        from align.planning.shown import show_plans
+
+        show_plans(loaded, memory, plans)
 
 
 @app.command()

@@ -23,11 +23,11 @@ from dataclasses import dataclass
 from gpu_work import SHAPES
 
 from align.models.budget import NUMBERS_A_LAYER, SHARE
+from align.models.shape import BLOCK, NESTED
 
 MODELS = {"8b": SHAPES["8b"], "70b": (80, 8192, 28_672, 64, 8, 128_256)}  # Llama 3's
 GB = 1e9
 CARDS, SIZES = (2, 4, 8), (24, 48, 80)
-BLOCK, NESTED = 64, 256  # weights a scale of nf4 is for, and scales a scale of scales is for
 LOGITS = 256  # positions whose logits are there at a time, in float32, thrice: themselves, softmax, gradient
 ALLOCATOR = 1.05  # what the allocator holds over what is asked of it
 

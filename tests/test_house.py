@@ -22,7 +22,7 @@ from tests import tiny
 ROOT = Path(__file__).resolve().parents[1]
 FLOORS = [  # a module may import from lower floors and from its own package
     {"errors", "libraries", "registering", "resources", "processes", "wording", "plain_json", "maths"},
-    {"endings", "files", "hub", "limits", "locks", "plugins", "records", "servers"},
+    {"endings", "files", "hub", "limits", "locks", "plugins", "records", "servers", "sizes"},
     {"replies"},
     {"settings"},
     {"identity", "recipe_file"},
@@ -43,7 +43,7 @@ FLOORS = [  # a module may import from lower floors and from its own package
     {"launch_plan"},
     {"worker", "preflight", "launch"},
     {"stages", "attempts", "machines"},
-    {"pipeline", "entry", "compare", "loop", "serve", "push", "chat", "watch"},
+    {"pipeline", "entry", "compare", "loop", "serve", "push", "chat", "watch", "planning"},
     {"algorithms", "new"},
     {"cli", "public"},
 ]

@@ -20,9 +20,12 @@ def training_tokens(model: PreTrainedModel, asked: int | None) -> int:
     if asked is not None:
         return asked
     layers = model.config.get_text_config().num_hidden_layers
-    if model.is_activation_checkpointing:  # what goes into each layer, and one layer's all
-        return _fitting(model, layers + NUMBERS_A_LAYER)
-    return _fitting(model, NUMBERS_A_LAYER * layers)
+    return _fitting(model, numbers_kept(layers, is_checkpointed=model.is_activation_checkpointing))
+
+
+def numbers_kept(layers: int, *, is_checkpointed: bool) -> int:
+    """Times the hidden size: what a pass keeps of a token. Checkpointed: what goes into each layer, and one's all."""
+    return layers + NUMBERS_A_LAYER if is_checkpointed else NUMBERS_A_LAYER * layers
 
 
 def reading_tokens(model: PreTrainedModel, asked: int | None) -> int:
@@ -45,16 +48,26 @@ def answers_at_a_time(model: PreTrainedModel, width: int, asked: int | None) -> 
         return ANSWERS
     size = getattr(config, "head_dim", None) or config.hidden_size // queries
     an_answer = 2 * config.num_hidden_layers * heads * size * width * model.dtype.itemsize
-    return _bounded(int(SHARE * _free(model)) // an_answer, ANSWERS_BOUNDS)
+    return fitting_answers(an_answer, _free(model))
 
 
 def _fitting(model: PreTrainedModel, numbers: int) -> int:
     """In the dtype of activations. Over 4 bits, adapters that are no plain LoRA (dropout, DoRA, other methods) keep
     more, in float32: there it may take a smaller pass than the first (`backoff`)."""
     a_token = numbers * model.config.get_text_config().hidden_size * model.dtype.itemsize
-    if model.device.type != "cuda":
+    return fitting(a_token, _free(model) if model.device.type == "cuda" else None)
+
+
+def fitting(a_token: int, free: int | None) -> int:
+    """Tokens of a pass that keeps so many bytes of each; `free`: bytes of a GPU, None: on a CPU."""
+    if free is None:
         return min(max(ACTIVATIONS // a_token, BOUNDS[0]), BOUNDS[1])
-    return _bounded(int(SHARE * _free(model)) // a_token, BOUNDS)
+    return _bounded(int(SHARE * free) // a_token, BOUNDS)
+
+
+def fitting_answers(an_answer: int, free: int | None) -> int:
+    """Answers in the making whose keys and values are so many bytes each."""
+    return ANSWERS if free is None else _bounded(int(SHARE * free) // an_answer, ANSWERS_BOUNDS)
 
 
 def _bounded(fitting: int, bounds: tuple[int, int]) -> int:
