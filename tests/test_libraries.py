@@ -1,5 +1,6 @@
 """What is set of the libraries before a stage runs: tried in processes of their own, as they are loaded once in each."""
 
+import os
 import subprocess
 import sys
 from functools import partial
@@ -7,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from align.libraries import _compiled_when_called
+from align.libraries import KERNEL_CACHES, _compiled_when_called
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -48,3 +49,40 @@ def test_a_function_is_compiled_once_when_it_is_first_called(how):
     found = decorate(**how)(add) if how else decorate(add)
     assert not made and found.__doc__ == "Adds."
     assert (found(2), found(2, b=5)) == (30, 70) and made == [how]
+
+
+SHAPES = """
+import sys
+if "bound" in sys.argv:
+    from align.libraries import bound_kernel_caches
+    bound_kernel_caches()
+import torch
+from align.maths.products import _is_onednn_right, product
+if not _is_onednn_right():
+    sys.exit(77)
+def resident():
+    return next(int(row.split()[1]) for row in open("/proc/self/status") if row.startswith("VmRSS")) / 1024
+weights = [torch.randn(size, 256) for size in (256, 384, 512)]
+first = None
+for rows in range(200, 600):
+    for weight in weights:
+        product(torch.randn(rows, 256), weight)
+    if rows == 220:
+        first = resident()
+print(resident() - first)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="resident memory is read from /proc")
+def test_passes_of_many_shapes_do_not_pile_up():
+    """What products of ever other shapes leave behind, in MiB: with and without a bound on oneDNN's caches."""
+    environment = {k: v for k, v in os.environ.items() if k not in KERNEL_CACHES} | {"PYTHONPATH": str(ROOT)}
+    left = {}
+    for word in ("bound", "free"):
+        done = subprocess.run(
+            [sys.executable, "-c", SHAPES, word], env=environment, capture_output=True, text=True, check=False
+        )
+        if done.returncode == 77:
+            pytest.skip("no oneDNN in this torch or on this machine")
+        left[word] = float(done.stdout)
+    assert left["bound"] < 0.4 * left["free"], left

@@ -38,9 +38,9 @@ GB = 1e9
 
 
 def pipeline(folder: Path, base: str, method: str) -> Path:
-    """SFT, a reward model and PPO of a few steps; answers so short that most are as long as they may be."""
+    """SFT, a reward model and PPO of steps enough for holes; answers so short that most are as long as they may be."""
     data = QUICKSTART / "data"
-    train = {"max_steps": 4, "per_device_train_batch_size": 16}
+    train = {"max_steps": 30, "per_device_train_batch_size": 16}
     of = {"method": {"kind": method}, "max_length": 128, "train": train}
     policy = {"from": "${output}/sft"} | ({"method": {"kind": "full"}} if method == "full" else {})
     stages = {
@@ -52,7 +52,7 @@ def pipeline(folder: Path, base: str, method: str) -> Path:
             "rewards": [{"use": "learned", "from": "${output}/reward"}],
             "prompts": {"train": str(data / "prompts.jsonl")},
             "sampling": {"max_new_tokens": 8},
-            "ppo": {"num_iterations": 2, "prompts_per_iteration": 32, "num_ppo_epochs": 1, "eval_steps": 0},
+            "ppo": {"num_iterations": 6, "prompts_per_iteration": 32, "num_ppo_epochs": 1, "eval_steps": 0},
         },
     }
     model = {"base": base, "load_in": METHODS[method]}

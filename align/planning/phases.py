@@ -42,8 +42,8 @@ CHUNK = 256  # positions whose logits are there at a time
 FROZEN_OUTPUT, TRAINED_OUTPUT = 2, 5  # times a chunk's logits: with their softmax; and what gradients of both want
 ALLOCATOR = 1.05  # of what is asked for, on a GPU
 # on a CPU, as runs of SmolLM2 and of the quickstart's model have shown:
-HOLES = 1.7  # of activations: passes differ in size, and one does not fit in the holes that another has left
-LOADING = 120 * 2**20  # bytes that libraries and data take once a model has been loaded
+HOLES = 1.5  # of activations: passes differ in size, and one does not fit in the holes that another has left
+LOADING = 90 * 2**20  # bytes that libraries and data take once a model has been loaded
 STATES = {"adamw_torch_fused": 8.0, "paged_adamw_32bit": 8.0}  # bytes of the optimiser a number; else in 8 bits
 STATES_IN_8_BITS = 2.1
 
