@@ -4,7 +4,9 @@
 of an hour.
 """
 
+import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -24,10 +26,10 @@ from align.models.shape import shape_of, tuned
 from align.parents import resolved
 from align.planning.advice import changed, changes, largest_pass
 from align.planning.machine import Machine, Rates, libraries
-from align.planning.phases import Lengths, lengths_of, plan_of
+from align.planning.phases import Lengths, lengths_of, method_of, plan_of
 from align.planning.seconds import seconds_a_step
 from align.recipe import load_recipe
-from align.settings import Full, Ia3, Lora, Model
+from align.settings import Freeze, Full, Ia3, Lora, Model, Prefix
 from align.sizes import size_of
 
 QUICKSTART = Path(__file__).resolve().parents[1] / "recipes" / "quickstart"
@@ -114,7 +116,9 @@ def test_weights_are_what_a_loaded_base_takes():
     assert shape.weights(2) == 2 * shape.parameters
 
 
-@pytest.mark.parametrize("method", [Lora(), Lora(r=4, target_modules=("q_proj",)), Full(kind="full"), Ia3(kind="ia3")])
+@pytest.mark.parametrize(
+    "method", [Lora(), Lora(r=4, target_modules=("q_proj",)), Full(kind="full"), Ia3(kind="ia3"), Prefix(kind="prefix")]
+)
 def test_what_a_token_keeps_is_what_a_real_pass_keeps(method):
     """Counted by hooks on a pass with numbers, through the attention of training passes."""
     base, held = str(QUICKSTART / "model"), {}
@@ -132,6 +136,37 @@ def test_what_a_token_keeps_is_what_a_real_pass_keeps(method):
     found = tuned(base, method)
     assert states.requires_grad and found.kept == pytest.approx(kept, rel=0.05)
     assert found.trained == sum(p.numel() for _, p in role.trained())
+
+
+def test_what_a_base_is_saved_in_is_nothing_to_its_plan(tmp_path):
+    copy = tmp_path / "saved-in-bfloat16"
+    shutil.copytree(QUICKSTART / "model", copy)
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | {"dtype": "bfloat16", "torch_dtype": "bfloat16"}))
+    for method in (Lora(), Freeze(kind="freeze")):
+        assert tuned(str(copy), method) == tuned(str(QUICKSTART / "model"), method)
+
+
+def test_a_policy_that_goes_on_from_a_whole_model_gets_an_adapter(tmp_path):
+    stages = load_recipe(str(pipeline(tmp_path, str(QUICKSTART / "model"), "full"))).stages
+    made = {resolved(stages["sft"].output): stages["sft"]}
+    assert method_of(stages["ppo"], made) == Full(kind="full")
+    assert method_of(changed(stages["ppo"], {"policy.method": None}), made) == Lora()
+
+
+def test_a_server_that_draws_takes_nothing_here(tmp_path):
+    ppo = load_recipe(str(pipeline(tmp_path, str(QUICKSTART / "model"), "lora"))).stages["ppo"]
+    plan = plan_of(changed(ppo, {"sampling.engine": "vllm"}), machine(), lengths_of(ppo), 5e8, {})
+    assert [phase.name for phase in plan.phases] == ["score", "update"] and plan.work.slots == 0
+    assert seconds_a_step(plan, Rates(1e11, 1e11)) > 0
+
+
+def test_what_cannot_be_planned_is_said_and_the_recipe_is_sound(tmp_path):
+    path = pipeline(tmp_path, str(QUICKSTART / "model"), "lora")
+    words = ["check", str(path), "--memory", "24GB", "stages.sft.method={kind: fourierft, n_frequency: 10}"]
+    told = CliRunner().invoke(app, words)
+    assert told.exit_code == 0, told.output
+    assert "sound" in told.output
 
 
 def test_an_adapter_on_disk_counts_as_the_method_that_made_it(base, runs):

@@ -4,24 +4,23 @@ The model is built of its configuration on torch's `meta` device, the method is 
 is run there: what autograd keeps of it is counted, of whatever architecture. Nothing is loaded.
 """
 
-import math
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
+from align.errors import BadInput
 from align.models.attention import NAME, flat_states
 from align.models.base import trunk_of
 from align.models.budget import NUMBERS_A_LAYER
-from align.models.facts import read_shapes
 from align.models.loading import empty_causal, load_adapter_config, load_config
 from align.models.methods import inject, with_method
 from align.models.roles import Role
-from align.records import ADAPTER_WEIGHTS
+from align.models.tokenizer import first_line
 from align.settings import AnyMethod, Full
 
 BLOCK, NESTED = 64, 256  # weights that share a scale of nf4, and scales that share a scale of scales
@@ -66,13 +65,15 @@ def shape_of(base: str, revision: str | None = None) -> Shape:
     """The shape of a model's folder, or of a Hub id that is cached.
 
     Raises:
-        BadInput, OSError, ValueError: its configuration cannot be read, or no such model can be built.
+        BadInput: its configuration cannot be read, or no such model can be built.
     """
     model = _empty(base, revision)
     config = model.config.get_text_config()
     output = model.get_output_embeddings()
     packed = sum(
-        module.weight.numel() for module in model.modules() if isinstance(module, nn.Linear) and module is not output
+        module.weight.numel()
+        for module in model.modules()
+        if isinstance(module, (nn.Linear, Conv1D)) and module is not output
     )
     queries = getattr(config, "num_attention_heads", 1)
     heads = getattr(config, "num_key_value_heads", None) or queries
@@ -103,27 +104,37 @@ _tuned: dict[tuple[str, str | None, str, bool], Tuned] = {}  # what was reckoned
 
 
 def _tune(base: str, revision: str | None, method: AnyMethod | str, head: bool) -> Tuned:
+    model = _empty(base, revision)
+    model.config._attn_implementation = NAME  # whether it really takes it is seen when it is loaded
+    view: Any = model
     with torch.device("meta"):
-        model = _empty(base, revision)
-        model.config._attn_implementation = NAME  # whether it really takes it is seen when it is loaded
-        whole = isinstance(method, Full)
-        view: Any = model
         if isinstance(method, str):
             config = load_adapter_config(method)
             config.inference_mode = False
             view = inject(model.requires_grad_(False), config)
-        elif not whole:
+        elif not isinstance(method, Full):
             view = with_method(model.requires_grad_(False), method, None, head=head)
+        elif head and not _is_tied(model):  # nothing would flow to it
+            model.get_output_embeddings().requires_grad_(False)
         role = Role(view)
         trained = sum(p.numel() for _, p in role.trained())
-        if isinstance(method, str):
-            trained = sum(math.prod(shape) for shape in read_shapes(Path(method) / ADAPTER_WEIGHTS).values())
-        return Tuned(trained, trained, _kept(role))
+        own = sum(p.numel() for p in model.parameters()) if isinstance(method, Full) else trained
+        return Tuned(trained, own, _kept(role))
+
+
+def _is_tied(model: PreTrainedModel) -> bool:
+    return model.get_output_embeddings().weight is model.get_input_embeddings().weight
 
 
 def _empty(base: str, revision: str | None) -> PreTrainedModel:
-    with torch.device("meta"):
-        return empty_causal(load_config(base, revision))
+    """In float32, whatever it is saved in."""
+    try:
+        config = load_config(base, revision)
+        config.dtype = torch.float32
+        with torch.device("meta"):
+            return empty_causal(config)
+    except (OSError, ValueError, ImportError, AttributeError) as error:
+        raise BadInput(f"`model.base`: {base} cannot be planned: {first_line(error)}") from error
 
 
 class _Attention(torch.autograd.Function):
@@ -150,9 +161,14 @@ def _kept(role: Role) -> float:
         return tensor
 
     ids = torch.zeros(1, PROBE, dtype=torch.long, device="meta")
+    prefix = torch.zeros(1, device="meta", requires_grad=role.prefix is not None)  # which enters in attention alone
+
+    def attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, scaling: float | None) -> Tensor:
+        return _Attention.apply(query, key + prefix, value + prefix)  # type: ignore[no-untyped-call,no-any-return]
+
     try:
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            flat_states(trunk, ids, ids, lambda module, q, k, v, scaling: _Attention.apply(q, k, v))  # type: ignore[no-untyped-call]
+            flat_states(trunk, ids, ids, attend)
     except Exception:  # whatever it is, such a model is only run with numbers
         config = role.causal.config.get_text_config()
         return float(NUMBERS_A_LAYER * config.num_hidden_layers * config.hidden_size)

@@ -5,7 +5,7 @@ from typing import Any
 
 from align.models.budget import ANSWERS_BOUNDS, BOUNDS
 from align.planning.phases import Plan
-from align.settings import Full, Lora, PpoSettings, StageSettings
+from align.settings import Full, Lora, OtherPeft, OwnMethod, PpoSettings, StageSettings
 
 Planned = Callable[[StageSettings], Plan]
 
@@ -55,11 +55,11 @@ def _candidates(plan: Plan) -> Iterator[tuple[str, str, dict[str, Any]]]:
     method = "policy.method" if settings.makes == "policy" and hasattr(settings, "policy") else "method"
     if isinstance(settings.tuned_by(), Full):
         yield f"{method}.kind=lora", "adapters instead of all weights", {method: Lora()}
-    if plan.machine.device == "cuda":
+    tuned_by = settings.tuned_by()
+    if plan.machine.device == "cuda" and not isinstance(tuned_by, OtherPeft | OwnMethod):
         if settings.model.load_in == "float32":
             yield "model.load_in=bfloat16", "weights in 16 bits", {"model.load_in": "bfloat16"}
-        words = f"model.load_in=nf4 (with `{method}.kind: qlora`)"
-        yield words, "weights in 4 bits, slower", {"model.load_in": "nf4"}
+        yield "model.load_in=nf4", "weights in 4 bits, slower", {"model.load_in": "nf4"}
 
 
 def changed(settings: Any, values: dict[str, Any]) -> Any:

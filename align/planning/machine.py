@@ -11,8 +11,10 @@ from typing import Any, Literal
 
 import torch
 
+from align.errors import BadInput
 from align.models.budget import free_on
 from align.sizes import size_of
+from align.wording import one_line
 
 CONTEXT = 0.5e9  # bytes of a GPU that its driver and its libraries take
 MEMINFO = Path("/proc/meminfo")
@@ -86,16 +88,18 @@ def libraries(stage: str, machine: Machine) -> float:
     environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     environment |= {"ACCELERATE_USE_CPU": "true"}
     done = subprocess.run(
-        [sys.executable, "-c", LOADED, stage], env=environment, capture_output=True, text=True, check=True
+        [sys.executable, "-c", LOADED, stage], env=environment, capture_output=True, text=True, check=False
     )
+    if done.returncode:
+        raise BadInput(f"a {stage} stage's libraries cannot be loaded: {one_line(done.stderr[-400:])}")
     return float(done.stdout.split()[-1]) * (1 if sys.platform == "darwin" else 1024)
 
 
 def probe(device: Device, dtype: torch.dtype, hidden: int) -> Rates:
-    """The rates of a product like a layer's (512 rows of `hidden`) and of a copy, in half a second."""
+    """The rates of a product like a layer's, over vectors of `hidden` numbers, and of a copy, in half a second."""
     rows, width = (512, 4096) if device == "cpu" else (4096, 16_384)
     x, weight = (torch.randn(n, hidden, device=device, dtype=dtype) for n in (rows, width))
-    source = torch.empty(2**26 if device == "cpu" else 2**30, dtype=torch.uint8, device=device)
+    source = torch.empty(2**26 if device == "cpu" else 2**28, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     product = _seconds(lambda: x @ weight.T, device)
     copy = _seconds(lambda: target.copy_(source), device)

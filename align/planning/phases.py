@@ -12,9 +12,12 @@ from pathlib import Path
 from random import Random
 from typing import Any, cast
 
+import torch
+
 from align.data import encode_demonstration, encode_pair, encode_prompt, load, looks_like_hub_id
 from align.errors import BadInput
 from align.identity import has_adapter, has_tokenizer
+from align.models.base import best_precision
 from align.models.budget import READING, fitting, fitting_answers, numbers_kept
 from align.models.facts import read_facts
 from align.models.layout import Tree, passes_of
@@ -186,9 +189,8 @@ class _Planner:
     def _held(self) -> dict[str, float]:
         loading = 0.0 if self.is_gpu else LOADING
         held = {"libraries": self.libraries + loading, "base": self._whole_models() * self._weights()}
-        own = 4 * self.role.own
-        frozen = self._frozen_adapters()
-        held["copies" if self._is_full else "adapters"] = own * (len(self._trained()) + frozen)
+        held["copies" if self._is_full else "adapters"] = 4.0 * self.role.own * len(self._trained())
+        held["adapters"] = held.get("adapters", 0.0) + self._frozen_copies()
         held["optimiser"] = len(self._trained()) * self.role.trained * STATES.get(self.options.optim, STATES_IN_8_BITS)
         return held
 
@@ -199,24 +201,41 @@ class _Planner:
     def _trained(self) -> tuple[str, ...]:
         return ("policy", "critic") if self.is_ppo and self.settings.critic.kind == "adapter" else ("policy",)
 
+    def _parents(self) -> list[str]:
+        """Folders of what is loaded beside the base; of a critic on the policy's trunk only a head is."""
+        critic = self.settings.critic.kind if self.is_ppo else "none"
+        return [
+            folder
+            for key, (folder, _) in self.settings.parents().items()
+            if not (key == "critic.from" and critic != "adapter")
+        ]
+
     def _whole_models(self) -> float:
         """The base, and what of the parents is a whole model too, in sizes of the base."""
         sizes = {resolved(self.settings.model.base): 1.0}
-        for folder, _ in self.settings.parents().values():
+        for folder in self._parents():
             if not _is_adapter(folder, self.made):
                 sizes[resolved(folder)] = self._size_of(folder)
         return sum(sizes.values())
 
     def _size_of(self, folder: str) -> float:
         if not (Path(folder) / "config.json").is_file():
-            return 1.0
+            return 0.0 if Path(folder).is_dir() else 1.0  # an ensemble's has adapters alone
         numbers = sum(math.prod(shape) for shape in read_facts(folder).shapes.values())
         return numbers / self.shape.parameters
 
-    def _frozen_adapters(self) -> int:
-        """Roles with an adapter that nothing trains: the reference of a policy that goes on, learned rewards."""
-        folders = [folder for folder, _ in self.settings.parents().values()]
-        return 0 if self._is_full else sum(_is_adapter(folder, self.made) for folder in folders)
+    def _frozen_copies(self) -> float:
+        """Bytes of what is beside the base and nothing trains: the reference of a policy that goes on, and rewards; in
+        the size of the policy's adapter, or of a LoRA; and a reference that follows a policy."""
+        count = 0
+        for folder in self._parents():
+            maker = self.made.get(resolved(folder))
+            if _is_adapter(folder, self.made):
+                count += len(maker.members()) or 1 if maker is not None else 1
+        adapter = tuned(self.settings.model.base, Lora(), revision=self.settings.model.revision).own
+        size = adapter if self._is_full else self.role.own
+        follows = self.is_ppo and self.settings.resets is not None
+        return 4.0 * (size * count + (self.role.own if follows else 0))
 
     # ------------------------------------------------------------------------------------------------- what is done
 
@@ -241,15 +260,16 @@ class _Planner:
         drawn = self._drawn(answered, math.ceil(rows / p.num_mini_batches / p.num_generations))
         slots = p.sampling_batch_size or fitting_answers(self.shape.cache * self.itemsize * self._width, free)
         seen = math.ceil(sum(tree.num_tokens for trees in drawn for tree in trees) / len(drawn)) * p.num_mini_batches
+        slots = 0 if self.settings.sampling.engine == "vllm" else min(slots, rows)  # a server's
         readers = 1 + len(self.settings.parents())
         return Work(
             pass_tokens,
             *_largest(drawn, pass_tokens),
             longest=max(tree.num_tokens for tree in answered),
-            slots=min(slots, rows),
+            slots=slots,
             width=self._width,
             tokens=seen * p.num_ppo_epochs,
-            drawn=rows * new,
+            drawn=rows * new if slots else 0,
             read=seen * readers,
             steps=p.num_iterations,
         )
@@ -286,7 +306,8 @@ class _Planner:
         reading = min(READING * work.pass_tokens, work.read)
         score["activations"] = reading * self.role.kept / self.shape.layers * self.itemsize
         score["logits"] = self._logits(is_trained=False)
-        return self._with_allocator("sample", sample), self._with_allocator("score", score), update
+        scored = self._with_allocator("score", score)
+        return (self._with_allocator("sample", sample), scored, update) if work.slots else (scored, update)
 
     @property
     def _vocabulary(self) -> float:
@@ -323,12 +344,12 @@ def method_of(settings: StageSettings, made: Mapping[str, StageSettings]) -> Any
     """The method that its policy is tuned by: its own, that of the run that it goes on with, or an adapter's folder."""
     method = settings.tuned_by()
     while method is None and (start := settings.start()) is not None:
-        if has_adapter(start):
-            return start
         maker = made.get(resolved(start))
         if maker is None:
-            break
+            return start if has_adapter(start) else Lora()
         settings, method = maker, maker.tuned_by()
+        if isinstance(method, Full):  # a whole model, over which something new is put
+            return Lora()
     return method or Lora()
 
 
@@ -337,16 +358,17 @@ def precision(settings: StageSettings, method: Any, machine: Machine) -> str:
     load_in = settings.model.load_in
     if load_in != "auto":
         return load_in
-    is_wide = machine.device == "cpu" or (not isinstance(method, str) and is_copy(method))
-    return "float32" if is_wide else "bfloat16"
+    if not isinstance(method, str) and is_copy(method):
+        return "float32"
+    if machine.is_here:
+        return best_precision(torch.device(machine.device))
+    return "float32" if machine.device == "cpu" else "bfloat16"
 
 
 def _is_adapter(folder: str, made: Mapping[str, StageSettings]) -> bool:
     """Whether what is in a folder, or will be, stands over a base."""
-    if has_adapter(folder):
-        return True
     maker = made.get(resolved(folder))
-    return maker is not None and not isinstance(method_of(maker, made), Full)
+    return has_adapter(folder) if maker is None else not isinstance(method_of(maker, made), Full)
 
 
 def _largest(drawn: Sequence[Sequence[Tree]], max_tokens: int) -> tuple[int, bool, int]:
@@ -373,7 +395,7 @@ def lengths_of(settings: StageSettings) -> Lengths:
     speaker = settings.speaker()
     is_there = speaker is not None and has_tokenizer(speaker)
     tokenizer = tokenizer_of(settings.model, speaker if is_there else None)
-    some = rows[:: max(1, len(rows) // ROWS)]
+    some = rows[:: math.ceil(len(rows) / ROWS)]
     trees = [tree for row in some if (tree := _tree(tokenizer, row, kind, settings)) is not None]
     if not trees:
         raise BadInput(f"no row is left within {longest} tokens; raise `max_length` or `max_prompt_length`")

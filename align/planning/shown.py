@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from align.errors import BadInput
 from align.launch_plan import LaunchPlan
 from align.models.budget import ANSWERS_BOUNDS, BOUNDS
 from align.parents import resolved
@@ -60,8 +61,13 @@ def _show_stage(
     if launch is not None:
         device, count = launch.expected_device, launch.expected_processes // launch.num_machines
     machine = machine_of(asked, cast(Device, device), count)
-    planned = partial(_planned, machine, lengths_of(settings), libraries(settings.stage, machine), made, count)
-    plan = planned(settings)
+    every = count if launch is None else launch.expected_processes
+    try:
+        planned = partial(_planned, machine, lengths_of(settings), libraries(settings.stage, machine), made, every)
+        plan = planned(settings)
+    except BadInput as error:  # a sound recipe all the same
+        console.print(Text(f"no plan: {error}"))
+        return
     _show(console, plan, planned, count)
     if launch is not None and launch.is_sharded:
         console.print(Text("        (as if each process had all of the base: `launch: fsdp` spreads its layers)"))
