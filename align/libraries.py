@@ -20,7 +20,7 @@ def bound_kernel_caches() -> None:
 
     Each keeps 1,024 by default, of a few hundred kilobytes, and every pass of another number of tokens wants some of
     its own: the quickstart's model, of 4 MB, held 0.6 GB of them after 90 passes. A pass needs some thirty, of one
-    number of tokens, and is as fast with so few. Both read this when the first of them is made.
+    number of tokens, and is as fast with so few (0.13 GB, 7.3 for 7.5 s). Both read this when the first is made.
     """
     for name in KERNEL_CACHES:
         os.environ.setdefault(name, KERNELS)
@@ -76,6 +76,7 @@ def quiet_libraries() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    bound_kernel_caches()
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module=r"(transformers|trl|peft|accelerate|bitsandbytes|datasets|torch)\b")
     import transformers

@@ -7,7 +7,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from align.errors import BadInput, RunFailed
-from align.libraries import bound_kernel_caches, keep_freed_memory
+from align.libraries import keep_freed_memory
 from align.processes import SHARD
 
 if TYPE_CHECKING:
@@ -57,7 +57,6 @@ class Worker:
         self._check_mode()
         self._check_precision()
         if self.device.type == "cpu":
-            bound_kernel_caches()
             keep_freed_memory()
         spreading.mesh = self._mesh(os.environ[SHARD]) if SHARD in os.environ else None
         self._signal: int | None = None  # None: the system answers it

@@ -54,8 +54,8 @@ def test_a_function_is_compiled_once_when_it_is_first_called(how):
 SHAPES = """
 import sys
 if "bound" in sys.argv:
-    from align.libraries import bound_kernel_caches
-    bound_kernel_caches()
+    from align.libraries import quiet_libraries
+    quiet_libraries()
 import torch
 from align.maths.products import _is_onednn_right, product
 if not _is_onednn_right():
@@ -85,4 +85,4 @@ def test_passes_of_many_shapes_do_not_pile_up():
         if done.returncode == 77:
             pytest.skip("no oneDNN in this torch or on this machine")
         left[word] = float(done.stdout)
-    assert left["bound"] < 0.4 * left["free"], left
+    assert left["bound"] < 0.5 * left["free"], left

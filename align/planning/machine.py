@@ -21,7 +21,7 @@ MEMINFO = Path("/proc/meminfo")
 LIMIT = Path("/sys/fs/cgroup/memory.max")  # of a container
 LOADED = """
 import sys, importlib
-from align.libraries import quiet_libraries, keep_freed_memory
+from align.libraries import quiet_libraries
 quiet_libraries()
 importlib.import_module("align.stages." + sys.argv[1])
 import bitsandbytes, resource

@@ -8,8 +8,7 @@ MOVED = 4  # times that what a pass keeps goes through memory: written and read,
 
 def seconds_a_step(plan: Plan, rates: Rates) -> float:
     """Seconds of an optimiser step, of PPO of an iteration with answers as long as they may be: products at the rate of
-    a product, and what layers keep, weights and keys at that of memory. No more than a first guess: within a factor of
-    two."""
+    a product, and what layers keep, weights and keys at that of memory. No more than a first guess."""
     work, shape = plan.work, plan.shape
     forward = 2.0 * (shape.multiplied + shape.output) / rates.flops
     passes = (3 if plan.is_full else 2) + plan.is_checkpointed

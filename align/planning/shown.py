@@ -34,7 +34,7 @@ def show_plans(recipe: Recipe, asked: str, plans: Mapping[str, LaunchPlan]) -> N
     a size stands for a GPU of so much, whatever there is here.
 
     Raises:
-        BadInput: `asked` is no size; or a base is not at hand.
+        BadInput: `asked` is no size. A stage that cannot be planned is said so, and is sound all the same.
     """
     console = Console()
     made: dict[str, StageSettings] = {}
