@@ -102,6 +102,9 @@ def check(
         str | None,
         typer.Option(help="Plan memory and time: `here`, or for a GPU of a size such as 24GB, which need not be here."),
     ] = None,
+    row: Annotated[
+        str | None, typer.Option(help="Show what becomes of this row: 17 of the first file, or rows.jsonl:17.")
+    ] = None,
 ) -> None:
     """Validate a recipe and show what it would do: files, trainable parameters, and tokens that carry loss."""
     from align.recipe import load_recipe
@@ -121,7 +124,7 @@ def check(
 
     quiet_libraries()
     plans_told = {name: plan.description for name, plan in plans.items()}
-    show(loaded, states, plans_told, remarks(loaded), defaults=defaults)
+    show(loaded, states, plans_told, remarks(loaded), defaults=defaults, row=row)
     if memory is not None:
         from align.planning.shown import show_plans
 

@@ -1,0 +1,118 @@
+"""`align check` shows a row: as it stands, what became of it, and what a model sees."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from align.cli import app
+from align.errors import BadInput
+from align.preflight import check_recipe
+from align.recipe import load_recipe
+from align.report.checking import show
+
+SHORT = {"prompt": "a red kite", "completion": "is a bird"}
+ROWS = {
+    1: SHORT | {"id": 7},
+    2: {"prompt": "a blue kite", "completion": "is a bird " * 60},
+    3: {"prompt": "a green kite"},
+    4: {"prompt": "a held kite", "completion": "is a bird"},
+    5: {"prompt": "a far kite", "completion": "left out"},
+}
+"""By line."""
+
+
+def written(folder, name, rows):
+    (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+    written(tmp_path, "rows.jsonl", ROWS.values())
+    written(tmp_path, "held.jsonl", [ROWS[4]])
+    return tmp_path
+
+
+def prepare(settings, folder):
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(settings), encoding="utf-8")
+
+
+def shown(settings, capsys, row=None):
+    """What stands of a recipe's rows, without what stands before."""
+    prepare(settings, Path.cwd())
+    recipe = load_recipe("recipe.yaml")
+    show(recipe, check_recipe(recipe), row=row)
+    out = capsys.readouterr().out
+    return out[out.index("reads ") :]
+
+
+def sft(base, **data):
+    data = {"train": "rows.jsonl", "validation": "held.jsonl", "on_bad_row": "skip"} | data
+    return {"stage": "sft", "output": "out", "model": {"base": str(base)}, "data": data, "max_length": 64}
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        (None, "row     rows.jsonl:1"),
+        ("1", "a demonstration that trains: "),
+        ("1", "id          7  (nothing is made of it)"),
+        ("2", ", cut at 64"),
+        ("3", "skipped: `completion` is missing"),
+        ("4", "removed: its prompt is held out, in another row"),
+        ("held.jsonl:1", "a demonstration that is held out: "),
+    ],
+)
+def test_what_became_of_a_row(base, place, capsys, row, said):
+    assert said in shown(sft(base), capsys, row)
+
+
+def test_rows_that_became_none_are_said(base, place, capsys):
+    out = shown(sft(base), capsys)
+    assert "1 bad rows skipped; the first: rows.jsonl:3: `completion` is missing" in out
+    assert "1 training rows removed: their prompt is in validation too" in out
+    assert "columns that demonstrations make nothing of: `id` (1)" in out
+
+
+def test_weights_and_formats_have_their_words(base, place, capsys):
+    (place / "own.py").write_text("def far(row):\n    return None if 'far' in row['prompt'] else row\n")
+    source = {"path": "rows.jsonl", "format": "own.py:far", "weight": 3}
+    assert "that trains, 3 times an epoch" in shown(sft(base, train=[source]), capsys, "1")
+    assert "left out by `format: own.py:far`" in shown(sft(base, train=[source]), capsys, "rows.jsonl:5")
+    half = {"path": "rows.jsonl", "weight": 0.5}
+    fates = [shown(sft(base, train=[half]), capsys, str(row)) for row in (1, 2, 5)]
+    assert 1 <= sum("not drawn: `weight: 0.5`" in fate for fate in fates) <= 2
+
+
+def test_of_pairs(base, place, capsys):
+    rows = [{"prompt": "a kite", "chosen": "flies", "rejected": "is red " * times} for times in (1, 60)]
+    written(place, "pairs.jsonl", rows)
+    settings = {"stage": "reward", "output": "out", "model": {"base": str(base)}, "data": {"train": "pairs.jsonl"}}
+    settings["max_length"] = 64
+    out = shown(settings, capsys, "1")
+    assert "a preference that trains: " in out and "\nchosen   " in out and "\nrejected " in out
+    assert "a preference that trains: dropped, for it is longer than 64 tokens" in shown(settings, capsys, "2")
+
+
+def test_of_single_labels(base, place, capsys):
+    rows = [SHORT | {"label": True}, {"prompt": "a kite", "completion": "no", "label": False}]
+    written(place, "kto.jsonl", rows)
+    settings = sft(base, train=[{"path": "kto.jsonl", "format": "kto"}], validation=[])
+    assert "a demonstration that trains" in shown(settings, capsys, "1")
+    assert "left out: no counterpart for its prompt, or part of another row's pair" in shown(settings, capsys, "2")
+
+
+@pytest.mark.parametrize("row", ["9", "0", "rows.jsonl:9", "other.jsonl:1", "x"])
+def test_a_row_that_is_not_there(base, place, capsys, row):
+    with pytest.raises(BadInput, match=f"`--row {row}`: no file that .* reads has a row there; write"):
+        shown(sft(base), capsys, row)
+
+
+def test_from_the_command_line(base, place):
+    prepare(sft(base), place)
+    done = CliRunner().invoke(app, ["check", "recipe.yaml", "--row", "2"])
+    assert done.exit_code == 0 and "row     rows.jsonl:2" in done.output and "cut at 64" in done.output
