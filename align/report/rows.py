@@ -10,7 +10,6 @@ from rich.text import Text
 
 from align.data import (
     Demonstration,
-    Kind,
     Loaded,
     Preference,
     Row,
@@ -104,7 +103,7 @@ def _show(console: Console, settings: StageSettings, kind: Kind, source: Source,
         console.print(text)
 
 
-def _fate(kind: Kind, source: Source, row: Row, loaded: Loaded[Any]) -> tuple[Any, str]:
+def _fate(kind: str, source: Source, row: Row, loaded: Loaded[Any]) -> tuple[Any, str]:
     """The example that the row has become, and which side it is on; or why there is none."""
     what = kind.removesuffix("s")
     for side, does in ((loaded.train, "trains"), (loaded.validation, "is held out")):
