@@ -161,7 +161,7 @@ def _example(row: Row, kind: Kind, converter: Converter | None, reader: Reader |
     return Prompt(prompt, {name: value for name, value in given.items() if name != "prompt"}, row.where, template)
 
 
-def unused_columns(values: Mapping[str, Any], kind: Kind) -> list[str]:
+def unused_columns(values: Mapping[str, Any], kind: str) -> list[str]:
     """The row's columns that say something and that no example of `kind` is made of (rewards are given a prompt's)."""
     if kind == "prompts":
         return []

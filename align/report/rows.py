@@ -72,7 +72,7 @@ def _is_at(row: Row, place: str) -> bool:
     return row.where == place or row.where.endswith(f"/{place}")
 
 
-def _show(console: Console, settings: StageSettings, kind: Kind, source: Source, row: Row, loaded: Loaded[Any]) -> None:
+def _show(console: Console, settings: StageSettings, kind: str, source: Source, row: Row, loaded: Loaded[Any]) -> None:
     console.print(Text(f"row     {row.where}"))
     is_plain = source.format == "auto"  # others' functions see the whole row
     unused = unused_columns({k: v for k, v in row.values.items() if v is not None}, kind) if is_plain else []
