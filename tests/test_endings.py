@@ -173,9 +173,9 @@ def test_closed_streams_are_no_place_for_the_next_file(tmp_path):
 def test_a_signal_ends_a_command_with_its_finally_blocks_run(number, tmp_path):
     mark = str(tmp_path / "mark")
     # the mark is made inside of the `try`: a signal that came between the two would find no `finally` to run
-    waiting = f"try: open({mark!r}, 'w').close(); time.sleep(60)"
-    body = f"{waiting}\n    finally: open({mark + '.end'!r}, 'w').close()"
-    with align("recipes", code=BREAKING.format(body=f"import time; {body}")) as process:
+    waiting = f"open({mark!r}, 'w').close(); time.sleep(60)"
+    body = f"import time\n    try: {waiting}\n    finally: open({mark + '.end'!r}, 'w').close()"
+    with align("recipes", code=BREAKING.format(body=body)) as process:
         end = time.monotonic() + TIMEOUT
         while not os.path.exists(mark) and time.monotonic() < end:
             time.sleep(0.02)
