@@ -163,7 +163,8 @@ def test_a_server_that_draws_takes_nothing_here(tmp_path):
 
 def test_what_cannot_be_planned_is_said_and_the_recipe_is_sound(tmp_path):
     path = pipeline(tmp_path, str(QUICKSTART / "model"), "lora")
-    words = ["check", str(path), "--memory", "24GB", "stages.sft.method={kind: fourierft, n_frequency: 10}"]
+    words = ["check", str(path), "--memory", "24GB", "launch=gpu"]
+    words.append("stages.sft.method={kind: fourierft, n_frequency: 10}")
     told = CliRunner().invoke(app, words)
     assert told.exit_code == 0, told.output
     assert "sound" in told.output
@@ -288,7 +289,8 @@ def test_check_shows_the_plan(tmp_path, monkeypatch):
     assert "GB of 24.0 GB (a GPU of 24GB): fits" in plan and "any would fit" in plan and "time    " not in plan
     assert all(part in plan for part in ("optimiser", "sample  score  update", "answers at a time"))
     assert max(map(len, plan.splitlines())) <= 80
-    told = CliRunner().invoke(app, ["check", str(path), "--memory", "0.52GB"])
+    wide = ["stages.sft.train.max_batch_tokens=4096"]
+    told = CliRunner().invoke(app, ["check", str(path), "--memory", "0.54GB", "launch=gpu", *wide])
     plan = told.output.partition(": sound")[2]
     assert told.exit_code == 0 and "does not fit" in plan and "change  train.max_batch_tokens=" in plan
 

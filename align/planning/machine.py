@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from statistics import median
 from typing import Any, Literal
@@ -83,8 +84,11 @@ def _free_here() -> float:
 
 def libraries(stage: str, machine: Machine) -> float:
     """Bytes that a stage's process takes before it loads a model: measured, in a process of its own."""
-    if machine.device == "cuda":
-        return CONTEXT
+    return CONTEXT if machine.device == "cuda" else _measured(stage)
+
+
+@cache
+def _measured(stage: str) -> float:
     environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     environment |= {"ACCELERATE_USE_CPU": "true"}
     done = subprocess.run(
