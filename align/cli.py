@@ -503,11 +503,13 @@ def watch(
         str, typer.Argument(metavar="RUN", callback=_at_home, help="Folder of a run, of a pipeline, or of a loop.")
     ],
     every: Annotated[float, typer.Option(min=0.1, help="Seconds between two looks.")] = 2.0,
+    store: StoreAt = None,
 ) -> None:
-    """Show a run as it goes on, in the terminal: where it stands, curves, figures and samples. Ctrl-C ends it."""
+    """Show a run as it goes on, in the terminal: where it stands, curves, figures and samples, a loop's rounds. Ctrl-C
+    ends it."""
     from align.watch import watch as watch_run
 
-    watch_run(run, every=every)
+    watch_run(run, every=every, store=store)
 
 
 def main() -> None:

@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from align.errors import BadInput
+from align.feedback.database import LOOP
 from align.manifest import MANIFEST, about, read_manifest
 from align.report.tables import plain
 from align.settings import STAGES, Curve
@@ -24,23 +25,25 @@ BARS = "▁▂▃▄▅▆▇█"
 NUM_SAMPLES = 2
 
 
-def watch(run: str, *, every: float = 2.0) -> None:
-    """Shows the run until it is finished, or of a pipeline or a loop the run that was logged last, until ctrl-C. Where
-    nobody watches (a pipe), it is shown once.
+def watch(run: str, *, every: float = 2.0, store: str | None = None) -> None:
+    """Shows the run until it is finished, or of a pipeline or a loop the run that was logged last, until ctrl-C; of a
+    loop its rounds too. Where nobody watches (a pipe), it is shown once.
+
+    `store`: a loop's, where it is not the one that the loop remembers.
 
     Raises:
         BadInput: no run is there.
     """
     folder, console = Path(run), Console()
-    newest(folder)  # or one line that says why not
+    if not (folder / LOOP).is_file():
+        newest(folder)  # or one line that says why not
     if not console.is_terminal:
-        console.print(_shown(newest(folder), console.width, folder))
+        console.print(_screen(folder, console.width, store))
         return
     with suppress(KeyboardInterrupt), Live(console=console, auto_refresh=False) as live:
         while True:
-            at = newest(folder)
-            live.update(_shown(at, console.width, folder), refresh=True)
-            if at == folder and _state(at) == "finished":  # what else a pipeline or a loop will do is not said here
+            live.update(_screen(folder, console.width, store), refresh=True)
+            if (folder / MANIFEST).is_file() and _state(folder) == "finished":  # a pipeline or a loop may go on
                 return
             time.sleep(every)
 
@@ -69,6 +72,29 @@ def _state(run: Path) -> str:
         return str(read_manifest(run).get("status"))
     except BadInput:
         return "running"  # its manifest is just being written
+
+
+def _screen(folder: Path, width: int, store: str | None) -> RenderableType:
+    """The run whose figures are the newest, and of a loop its rounds before it."""
+    if not (folder / LOOP).is_file():
+        return _shown(newest(folder), width, folder)
+    parts = _rounds(folder, store)
+    with suppress(BadInput):  # the loop has not come to its first run
+        parts += [Text(""), _shown(newest(folder), width, folder)]
+    return Group(*parts)
+
+
+def _rounds(loop: Path, store: str | None) -> list[RenderableType]:
+    """Where a loop stands, and a line a round; where its store cannot be asked just now, why not."""
+    from align.report.loop_facts import read
+    from align.report.standing import round_table, standing
+
+    try:
+        facts = read(loop, store, pairs=False)
+    except BadInput as error:
+        return [Text(str(error))]
+    head = Text(f"{plain(loop.name, 60)}  ", style="bold").append(standing(facts), style="not bold")
+    return [head, round_table(facts)] if facts.rounds else [head]
 
 
 def _shown(run: Path, width: int, asked: Path) -> RenderableType:

@@ -19,7 +19,10 @@ from align.feedback.schema import Label
 from align.feedback.store import Store
 from align.loop.steps import STEPS
 from align.report import loop_facts, loop_labels, loop_page
+from align.report.loop_facts import read
 from align.report.loop_page import report
+from align.report.page import number
+from align.watch import watch
 from tests import tiny
 
 HOSTILE = (
@@ -106,6 +109,8 @@ def fill_step(store, folder, r, step, prompts, person, words, rng, judge):
             "cohen_kappa": math.nan,
             "left_rate": 0.49,
             "human_labels": float(30 + 18 * r),
+            "human_pairs": float(25 + 15 * r),
+            "machine_pairs": float(11 * r),
             "machine_weight": 0.75,
         }
         if r:
@@ -447,6 +452,45 @@ def test_a_loop_under_way_shows_what_there_is(tmp_path, until, rounds):
         if after == "label":
             wanted = 30 if rounds == 1 else 18
             assert f"where {wanted} labels are wanted of people" in page.words
+
+
+def watched(folder, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    watch(str(folder))
+    out = capsys.readouterr().out
+    assert max(map(len, out.splitlines())) <= 80
+    return out
+
+
+def test_watch_shows_a_loops_rounds(loop, capsys, monkeypatch):
+    out = watched(loop, capsys, monkeypatch)
+    facts = read(loop)
+    lines = [line for line in out.splitlines() if line[:1].isdecimal()]
+    assert [int(line.split()[0]) for line in lines] == facts.rounds
+    kept = [line for line in lines if "(kept)" in line]
+    assert [f"round-{line.split()[0]}" for line in kept] == [facts.verdict["kept"]]
+    for round_, line in zip(facts.rounds, lines, strict=True):
+        figures = line.replace("(kept)", "").replace(" %", "%").split()
+        merged = facts.result(round_, "merge")
+        assert figures[1:3] == [number(merged.get(f"{who}_pairs")) for who in ("human", "machine")]
+        policy = facts.result(round_, "evaluate")["policies"][f"round-{round_}"]
+        assert float(figures[4]) == pytest.approx(policy["score"], rel=1e-2)
+        assert figures[6] == f"{facts.metric(round_, 'win_rate_sft'):.1%}"
+
+
+@pytest.mark.parametrize(("rounds", "until"), [(1, "route"), (2, "collect"), (2, "reward")])
+def test_watch_says_where_a_loop_stands(tmp_path, until, rounds, capsys, monkeypatch):
+    out = watched(fill(tmp_path / "loop", rounds=rounds, until=until), capsys, monkeypatch)
+    after = list(STEPS).index(until) + 1
+    step = f"{list(STEPS)[after]} ({after + 1} of {len(STEPS)})"
+    assert f"round {rounds - 1} is at the step {step}" in " ".join(out.split())
+
+
+def test_watch_of_a_loop_that_has_only_begun(tmp_path, capsys, monkeypatch):
+    (tmp_path / "loop.json").write_text("{}")
+    assert "store.db is not there" in " ".join(watched(tmp_path, capsys, monkeypatch).split())
+    Store(tmp_path / "store.db", create=True).close()
+    assert "round 0 is at the step collect" in watched(tmp_path, capsys, monkeypatch)
 
 
 def test_a_loop_that_has_only_begun(tmp_path):

@@ -102,8 +102,9 @@ class Facts:
         return read_manifest(folder) if (folder / MANIFEST).is_file() else {}
 
 
-def read(folder: Path, store_at: str | None = None) -> Facts:
-    """Reads a loop's folder and its store: the one in it, or that at `store_at`, which the user has named.
+def read(folder: Path, store_at: str | None = None, *, pairs: bool = True) -> Facts:
+    """Reads a loop's folder and its store: the one in it, or that at `store_at`, which the user has named. `pairs`: or
+    none of these, nor labels of them, which may be many.
 
     Raises:
         BadInput: loop.json is damaged, or the store is not in the folder, or cannot be opened.
@@ -119,9 +120,9 @@ def read(folder: Path, store_at: str | None = None) -> Facts:
             recipe,
             dict(done),
             store.metrics(),
-            tuple(store.pairs()),
-            tuple(store.labels()),
-            people_say(store),
+            tuple(store.pairs()) if pairs else (),
+            tuple(store.labels()) if pairs else (),
+            people_say(store) if pairs else {},
             Queue(store).progress(),
             any(person.is_simulated for person in store.annotators()),
         )

@@ -13,7 +13,7 @@ from align.feedback.schema import EVALUATION
 from align.manifest import MANIFEST, damaged_rows
 from align.report import loop_labels, stage_page
 from align.report.curves import ACCENT, INK, PALE
-from align.report.loop_facts import STEPS, Facts, Found, read
+from align.report.loop_facts import Facts, Found, read
 from align.report.page import (
     NONE,
     Page,
@@ -36,6 +36,7 @@ from align.report.page import (
     write,
 )
 from align.report.several import page_of_several, runs_in
+from align.report.standing import standing
 from align.report.tables import plain
 from align.settings import PpoSettings
 from align.track import read_metrics
@@ -130,7 +131,7 @@ def _runs(folder: Path) -> list[Path]:
 
 def headline(facts: Facts) -> str:
     """A paragraph from the numbers: what is kept, what it won, who labelled, and why it stopped."""
-    return " ".join([_kept(facts), _labelled(facts), _alarmed(facts), _ended(facts)]).strip()
+    return " ".join([_kept(facts), _labelled(facts), _alarmed(facts), standing(facts)]).strip()
 
 
 def _kept(facts: Facts) -> str:
@@ -177,21 +178,6 @@ def _alarmed(facts: Facts) -> str:
     if not raised:
         return "No alarm was raised." if facts.verdict else ""
     return "Alarms were raised in " + ", ".join(f"round {r} ({count})" for r, count in sorted(raised.items())) + "."
-
-
-def _ended(facts: Facts) -> str:
-    at = facts.under_way()
-    if at is not None:
-        waits = max(facts.progress.wanted - facts.progress.done, 0)
-        missing = f", where {number(waits)} labels are wanted of people" if at[1] in ("label", "vote") and waits else ""
-        if at[1] not in STEPS:
-            return "It is under way: its SFT stage comes first."
-        step = f"{at[1]} ({STEPS.index(at[1]) + 1} of {len(STEPS)})"
-        return f"It is under way: round {at[0]} is at the step {step}{missing}."
-    last = max(facts.done)
-    if why := facts.result(last, "decide").get("stop"):
-        return f"It stopped after round {last}: {plain(str(why))}."
-    return f"It has come to the end of round {last}, and nothing there says that more rounds would not help."
 
 
 # ----------------------------------------------------------------------------------------------------------- policies
