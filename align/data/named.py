@@ -273,32 +273,32 @@ def of_labels(rows: Iterable[Row], kind: str, *, is_skipping: bool = False) -> L
     Raises:
         BadInput: no `label`; or, for preferences, no prompt has both.
     """
-    groups: dict[str, tuple[list[Row], list[Row]]] = {}
+    groups: dict[str, tuple[list[_Answered], list[_Answered]]] = {}
     count, bad_rows = 0, []
     for row in rows:
         count += 1
         try:
-            groups.setdefault(_same_prompt(row), ([], []))[0 if row.values["label"] else 1].append(row)
+            answered = _answered(row)
+            groups.setdefault(answered.same, ([], []))[0 if answered.is_good else 1].append(answered)
         except BadInput as error:
             if not is_skipping:
                 raise
             bad_rows.append(str(error))
     of_bad = len(bad_rows), next(iter(bad_rows), "")
     if kind == "demonstrations":
-        found = [Row(_without(row.values, "label"), row.where) for good, _ in groups.values() for row in good]
+        found = [
+            Row(_without(each.row.values, *LABELS), each.row.where) for good, _ in groups.values() for each in good
+        ]
         return Labelled(found, count, count - len(found) - len(bad_rows), *of_bad)
     if kind == "prompts":
         firsts = [(good or bad)[0] for good, bad in groups.values()]
-        kept = [Row(_without(row.values, "label", "completion"), row.where) for row in firsts]
-        return Labelled(kept, count, 0, *of_bad)
+        return Labelled([Row(each.asked, each.row.where) for each in firsts], count, 0, *of_bad)
     pairs, num_used = [], 0
     for good, bad in groups.values():
         num_used += (len(good) + len(bad)) * bool(good and bad)
         for number in range(max(len(good), len(bad)) if good and bad else 0):
             better, worse = good[number % len(good)], bad[number % len(bad)]
-            values = _without(better.values, "label", "completion")
-            values |= {"chosen": better.values["completion"], "rejected": worse.values["completion"]}
-            pairs.append(Row(values, better.where))
+            pairs.append(Row(better.asked | {"chosen": better.answer, "rejected": worse.answer}, better.row.where))
     if count and not pairs:
         raise BadInput(
             f"no prompt of {count} rows has both a good and a bad answer, and pairs are of one prompt; train on the"
@@ -307,10 +307,32 @@ def of_labels(rows: Iterable[Row], kind: str, *, is_skipping: bool = False) -> L
     return Labelled(pairs, count, count - num_used - len(bad_rows), *of_bad)
 
 
-def _same_prompt(row: Row) -> str:
-    """What rows of one prompt have in common."""
-    if not isinstance(row.values.get("label"), bool) or not {"prompt", "completion"} <= row.values.keys():
+LABELS = ("label", "kto_tag")  # TRL's name, and LLaMA-Factory's
+
+
+@dataclass(frozen=True)
+class _Answered:
+    row: Row
+    asked: dict[str, Any]  # the row without its answer and its label
+    answer: Any
+    is_good: bool
+    same: str  # what rows of one prompt have in common
+
+
+def _answered(row: Row) -> _Answered:
+    """A row of KTO's: TRL's, or with a conversation or Alpaca's fields in the place of `prompt` and `completion`."""
+    asked, said = _without(row.values, *LABELS), None
+    labels = [row.values[name] for name in LABELS if row.values.get(name) is not None]
+    if asked.get("messages"):
+        *asked["prompt"], last = asked.pop("messages")
+        said = [last]
+    elif asked.get("conversations"):
+        *asked["conversations"], said = asked["conversations"]
+    elif "prompt" in asked or "instruction" in asked:
+        said = asked.pop("completion" if "prompt" in asked else "output", None)
+    if len(labels) != 1 or not isinstance(labels[0], bool) or said is None:
         raise BadInput(f"{row.where}: KTO's rows have `prompt`, `completion` and `label: true` or `false`")
-    asked = row.values["prompt"]
-    same = asked if isinstance(asked, str) else [dict(m) for m in read_messages(asked, row.where, "prompt")]
-    return json.dumps(same, sort_keys=True)
+    same = [asked.get(name) for name in ("prompt", "conversations", "instruction", "input", "history", "system")]
+    if isinstance(same[0], list):
+        same[0] = [dict(message) for message in read_messages(same[0], row.where, "prompt")]
+    return _Answered(row, asked, said, labels[0], json.dumps(same, sort_keys=True))

@@ -88,6 +88,44 @@ def test_kto_makes_pairs_of_the_same_prompt_and_demonstrations_of_what_is_good(t
     assert said(first(tmp_path, rows, "preferences", "kto").chosen) == [(A, "yes")]
 
 
+@pytest.mark.parametrize("label", ["label", "kto_tag"])
+@pytest.mark.parametrize(
+    "row",
+    [
+        lambda text: {"messages": [turn(U, "hi"), turn(A, text)]},
+        lambda text: {"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": text}]},
+        lambda text: {"instruction": "hi", "input": "", "output": text},
+        lambda text: {"prompt": [turn(U, "hi")], "completion": [turn(A, text)]},
+    ],
+    ids=["messages", "ShareGPT", "Alpaca", "TRL"],
+)
+def test_kto_of_other_tools(tmp_path, row, label):
+    rows = [row("yes") | {label: True}, row("no") | {label: False}, row("nay") | {label: False}]
+    pairs = loaded(tmp_path, rows, "preferences", "kto").train
+    for pair, worse in zip(pairs, ("no", "nay"), strict=True):
+        assert (said(pair.prompt), said(pair.chosen), said(pair.rejected)) == ([(U, "hi")], [(A, "yes")], [(A, worse)])
+    (shown,) = loaded(tmp_path, rows, "demonstrations", "kto").train
+    assert (said(shown.prompt), said(shown.completion)) == ([(U, "hi")], [(A, "yes")])
+    (asked,) = loaded(tmp_path, rows, "prompts", "kto").train
+    assert said(asked.prompt) == [(U, "hi")]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "hi", "completion": "x"},
+        {"prompt": "hi", "label": True},
+        {"messages": [], "label": True},
+        {"text": "x", "label": True},
+        {"prompt": "hi", "completion": "x", "label": True, "kto_tag": False},
+        {"prompt": "hi", "completion": "x", "label": "good"},
+    ],
+)
+def test_what_is_no_row_of_kto_is_one_line(tmp_path, row):
+    with pytest.raises(BadInput, match=r"KTO's rows have `prompt`, `completion` and `label: true` or `false`"):
+        loaded(tmp_path, [row], "preferences", "kto")
+
+
 def test_kto_without_a_prompt_that_has_both_says_so(tmp_path):
     rows = [kto("one", "good", True), kto("two", "bad", False)]
     with pytest.raises(BadInput, match=r"no prompt of 2 rows has both a good and a bad answer.*`stage: sft`"):
