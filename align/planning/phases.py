@@ -307,6 +307,9 @@ class _Planner:
         score["activations"] = reading * self.role.kept / self.shape.layers * self.itemsize
         score["logits"] = self._logits(is_trained=False)
         scored = self._with_allocator("score", score)
+        if not self.is_gpu and self.load_in == "nf4":  # no layers were merged in whose place there would be room for it
+            left = score["activations"] + score["logits"]
+            update = replace(update, parts=update.parts | {"allocator": update.parts["allocator"] + left})
         return (self._with_allocator("sample", sample), scored, update) if work.slots else (scored, update)
 
     @property
