@@ -339,7 +339,8 @@ def _check_scorer(folder: str, key: str) -> None:
     if (Path(folder) / ADAPTER_CONFIG).is_file():
         task = _adapter_config(folder).get("task_type")
         if task != "SEQ_CLS":
-            raise BadInput(f"`{key}`: {folder} is an adapter for {task or 'no task'}; a reward's is for SEQ_CLS")
+            cure = "train one by `stage: reward` (a value head beside a language model's adapter is not read)"
+            raise BadInput(f"`{key}`: {folder} is an adapter for {task or 'no task'}; a reward's is for SEQ_CLS: {cure}")
         _check_shapes(folder, None, key)
         return
     place = _place(folder)

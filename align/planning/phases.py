@@ -309,7 +309,7 @@ class _Planner:
         scored = self._with_allocator("score", score)
         if not self.is_gpu and self.load_in == "nf4":  # no layers were merged in whose place there would be room for it
             left = score["activations"] + score["logits"]
-            update = replace(update, parts=update.parts | {"allocator": update.parts["allocator"] + left})
+            update = replace(update, parts={**update.parts, "allocator": update.parts["allocator"] + left})
         return (self._with_allocator("sample", sample), scored, update) if work.slots else (scored, update)
 
     @property

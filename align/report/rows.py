@@ -106,7 +106,10 @@ def _show(console: Console, settings: StageSettings, kind: str, source: Source, 
 def _fate(kind: str, source: Source, row: Row, loaded: Loaded[Any]) -> tuple[Any, str]:
     """The example that the row has become, and which side it is on; or why there is none."""
     what = kind.removesuffix("s")
-    for side, does in ((loaded.train, "trains"), (loaded.validation, "is held out")):
+    for side, does in (
+        (loaded.train, "trains" if kind != "prompts" else "is answered"),
+        (loaded.validation, "is held out"),
+    ):
         own = [example for example in side if example.where == row.where]
         if own:
             times = f", {len(own)} times an epoch" if len(own) > 1 else ""
