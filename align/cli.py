@@ -218,23 +218,39 @@ NewFolder = Annotated[str, typer.Argument(metavar="OUT", callback=_at_home, help
 
 @app.command()
 def merge(
-    run: Annotated[str, typer.Argument(metavar="RUN", callback=_at_home, help="Folder of an sft, dpo or ppo run.")],
+    run: Annotated[
+        str,
+        typer.Argument(metavar="RUN", callback=_at_home, help="Folder of an sft, dpo or ppo run, or any PEFT adapter."),
+    ],
     out: NewFolder,
     dtype: Annotated[
         str | None, typer.Option(help="float32, bfloat16 or float16: what the weights are rounded to, once merged.")
     ] = None,
     max_shard_size: ShardSize = "5GB",
+    base: Annotated[
+        str | None, typer.Option(help="Of an adapter made elsewhere: its base, where it is not what its folder names.")
+    ] = None,
 ) -> None:
-    """Merge a run's adapter into its base: a plain transformers folder."""
-    from align.manifest import read_manifest
+    """Merge an adapter into its base: a plain transformers folder."""
+    from align.identity import has_adapter
+    from align.manifest import MANIFEST, read_manifest
 
-    read_manifest(run)  # fails in milliseconds
+    is_run = (Path(run) / MANIFEST).is_file() or not has_adapter(run)
+    if is_run:
+        read_manifest(run)  # fails in milliseconds
+        if base is not None:
+            raise BadInput(f"--base is for an adapter made elsewhere; {run} says itself what it stands over")
+    from align.hub import name_all
     from align.libraries import quiet_libraries
 
+    name_all(base)
     quiet_libraries()
-    from align.models.export import merge as merge_run
+    from align.models import export
 
-    drift = merge_run(run, out, dtype=dtype, max_shard_size=max_shard_size)
+    if is_run:
+        drift = export.merge(run, out, dtype=dtype, max_shard_size=max_shard_size)
+    else:
+        drift = export.merge_adapter(run, out, base=base, dtype=dtype, max_shard_size=max_shard_size)
     typer.echo(f"{out}: merged; largest difference of a logit to the adapter's on a probe: {drift:.2g}")
 
 

@@ -340,7 +340,9 @@ def _check_scorer(folder: str, key: str) -> None:
         task = _adapter_config(folder).get("task_type")
         if task != "SEQ_CLS":
             cure = "train one by `stage: reward` (a value head beside a language model's adapter is not read)"
-            raise BadInput(f"`{key}`: {folder} is an adapter for {task or 'no task'}; a reward's is for SEQ_CLS: {cure}")
+            raise BadInput(
+                f"`{key}`: {folder} is an adapter for {task or 'no task'}; a reward's is for SEQ_CLS: {cure}"
+            )
         _check_shapes(folder, None, key)
         return
     place = _place(folder)
@@ -385,7 +387,7 @@ def _check_foreign_adapter(settings: StageSettings, folder: str, key: str) -> No
     changed = _changed_in_base(config)
     if changed is not None:
         raise BadInput(
-            f"`{key}`: the adapter in {folder} {changed}, which roles share: merge it with PEFT (`merge_and_unload`) "
+            f"`{key}`: the adapter in {folder} {changed}, which roles share: {_merge_it(folder)} "
             "and name that folder as `model.base`"
         )
     if kind in ("PROMPT_TUNING", "P_TUNING", "MULTITASK_PROMPT_TUNING", "ADAPTION_PROMPT"):
@@ -441,9 +443,14 @@ def _check_shapes(folder: str, base: str | None, key: str) -> None:
         if layers.get(saved, shape) != shape:
             raise BadInput(
                 f"`{key}`: the adapter in {folder} brings embeddings of its own ({saved}: {shape[0]} tokens, and "
-                f"{layers[saved][0]} in {base}), which roles share: merge it with PEFT (`merge_and_unload`) and name "
-                "that folder as `model.base`"
+                f"{layers[saved][0]} in {base}), which roles share: {_merge_it(folder)} and name that "
+                "folder as `model.base`"
             )
+
+
+def _merge_it(folder: str) -> str:
+    is_ours = _adapter_config(folder).get("task_type") != "SEQ_CLS"
+    return f"merge it (`align merge {folder} MERGED`)" if is_ours else "merge it with PEFT (`merge_and_unload`)"
 
 
 def _adapter_config(folder: str) -> dict[str, Any]:

@@ -2,13 +2,19 @@
 
 import pytest
 import torch
+import yaml
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from typer.testing import CliRunner
 
+from align.cli import app
 from align.errors import BadInput
-from align.models.export import export_classifier, merge
+from align.models.export import export_classifier, merge, merge_adapter
 from align.models.roles import Bases
 from align.models.scoring import score_sequences
+from align.preflight import check_recipe
+from align.recipe import load_recipe
 from align.settings import Model
 from tests import tiny
 
@@ -100,6 +106,94 @@ def test_a_merge_may_be_rounded_and_come_in_shards(dtype, runs, tmp_path):
     assert 0 < drift < 0.5
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     assert model.dtype == getattr(torch, dtype)
+
+
+# ------------------------------------------------------------------------------------ adapters that others have made
+
+
+def longer(base, folder):
+    """The base with five more tokens, as chat templates bring them; folder and model."""
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.add_tokens([f"<new{i}>" for i in range(5)])
+    tokenizer.save_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(base)
+    model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    return model
+
+
+def plain(base, folder):
+    AutoTokenizer.from_pretrained(base).save_pretrained(folder)
+    return AutoModelForCausalLM.from_pretrained(base)
+
+
+ELSEWHERE = {
+    "a LoRA": (plain, {}),
+    "biases": (plain, {"bias": "all"}),
+    "an output layer": (plain, {"modules_to_save": ["lm_head"]}),
+    "embeddings and output": (plain, {"modules_to_save": ["embed_tokens", "lm_head"]}),
+    "more tokens": (longer, {"modules_to_save": ["embed_tokens", "lm_head"]}),
+    "more tokens, saved with it": (longer, {}),
+    "some tokens": (plain, {"trainable_token_indices": {"embed_tokens": [2, 5]}}),
+    "DoRA": (plain, {"use_dora": True}),
+}
+
+
+@pytest.mark.parametrize("case", ELSEWHERE)
+def test_an_adapter_of_peft_is_merged_and_is_a_base_then(case, base, data, tmp_path):
+    """Also those that roles over one base cannot share."""
+    make, config = ELSEWHERE[case]
+    folder, merged = tmp_path / "theirs", tmp_path / "merged"
+    torch.manual_seed(0)
+    values = {"r": 4, "target_modules": ["q_proj", "down_proj"], "task_type": "CAUSAL_LM", "init_lora_weights": False}
+    theirs = get_peft_model(make(base, folder), LoraConfig(**values | config))
+    with torch.no_grad():  # as if they had been trained
+        for parameter in theirs.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * 0.05)
+    theirs.save_pretrained(folder)
+    assert merge_adapter(str(folder), str(merged)) < 1e-4
+    opened = AutoModelForCausalLM.from_pretrained(merged).eval()
+    ids = torch.tensor([[2, 4, 9, 10, 3]])
+    with torch.no_grad():
+        assert (opened(ids).logits - theirs.eval()(ids).logits).abs().max() < 1e-4
+    assert len(AutoTokenizer.from_pretrained(merged)) <= opened.get_input_embeddings().weight.shape[0]
+    tiny.run(tiny.settings("sft", merged, data, tmp_path / "out", train={"max_steps": 1}))
+
+
+def test_the_refusal_names_the_command_that_helps(base, data, tmp_path):
+    model = get_peft_model(plain(base, tmp_path / "theirs"), LoraConfig(r=2, task_type="CAUSAL_LM", bias="all"))
+    model.save_pretrained(tmp_path / "theirs")
+    values = tiny.recipe("ppo", base, data, tmp_path / "ppo", policy={"from": str(tmp_path / "theirs")}, critic={})
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(values))
+    with pytest.raises(BadInput) as refused:
+        check_recipe(load_recipe(str(tmp_path / "recipe.yaml")))
+    command = str(refused.value).split("`align ")[1].split("`")[0].replace("MERGED", str(tmp_path / "merged"))
+    done = CliRunner().invoke(app, command.split())
+    assert done.exit_code == 0 and "merged; largest difference" in done.output, done.output
+    assert (tmp_path / "merged" / "model.safetensors").is_file()
+
+
+def test_what_of_others_cannot_be_merged_is_one_line_and_leaves_nothing(base, tmp_path, runs):
+    def made(name, task="CAUSAL_LM"):
+        model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=1) if task == "SEQ_CLS" else None
+        model = get_peft_model(model or plain(base, tmp_path / name), LoraConfig(r=2, task_type=task))
+        model.save_pretrained(tmp_path / name)
+        return str(tmp_path / name)
+
+    out, run = tmp_path / "out", CliRunner().invoke
+    for words, line in (
+        ([made("scores", "SEQ_CLS"), str(out)], "is a classifier's adapter"),
+        ([made("own"), str(out), "--base", str(tmp_path / "nowhere")], "name its base, --base BASE"),
+        ([str(runs / "sft"), str(out), "--base", str(base)], "--base is for an adapter made elsewhere"),
+        ([made("own"), str(tmp_path / "own")], "is not empty; name a new folder"),
+        ([made("own"), str(out), "--base", str(tiny.make_base(tmp_path / "wide", hidden=32))], "does not go over"),
+    ):
+        done = run(app, ["merge", *words])
+        assert isinstance(done.exception, BadInput) and line in str(done.exception), (words, done.exception)
+        assert not out.exists()
+    (tmp_path / "own" / "adapter_model.safetensors").unlink()
+    with pytest.raises(BadInput, match="holds no adapter_model.safetensors"):
+        merge_adapter(str(tmp_path / "own"), str(out))
 
 
 def test_what_cannot_be_exported_is_one_line_and_leaves_nothing(runs, rewards, tmp_path):

@@ -231,7 +231,7 @@ def test_an_adapter_that_changes_its_base_is_refused_with_the_cure(base, data, h
     else:
         adapter(base, here / "theirs", LoraConfig(**LORA | {"init_lora_weights": "pissa"}))
     values = {"policy": {"from": "theirs"}, "critic": {}, "rewards": [REWARD]}
-    with pytest.raises(BadInput, match="theirs.*which roles share: merge it with PEFT"):
+    with pytest.raises(BadInput, match="theirs.*which roles share: merge it .`align merge"):
         check({"ppo": tiny.recipe("ppo", base, data, here / "ppo", **values)}, here)
         load_roles(tiny.settings("ppo", base, data, here / "ppo", **values), Worker())
 

@@ -10,24 +10,28 @@ from typing import Any
 import torch
 from pydantic import ValidationError
 
-from align.data import end_token_ids
+from align.data import end_token_ids, looks_like_hub_id
 from align.errors import BadInput
 from align.files import folder_in_one_go
-from align.identity import base_of, has_adapter
+from align.identity import base_of, has_adapter, has_tokenizer
 from align.locks import LOCK, at_work_in
 from align.manifest import MANIFEST, about, check_whole, read_manifest
 from align.models.backoff import in_words, is_out_of_memory
 from align.models.base import trunk_of
+from align.models.facts import read_shapes
 from align.models.loading import (
     empty_classifier,
+    load_adapter,
     load_adapter_config,
     load_any_tokenizer,
     load_causal,
     load_classifier,
+    load_config,
 )
 from align.models.roles import Bases, Role
 from align.models.scoring import score_sequences
 from align.models.tokenizer import first_line
+from align.records import ADAPTER_WEIGHTS
 from align.settings import Model
 from align.wording import one_line
 
@@ -62,6 +66,40 @@ def merge(run: str, out: str, *, dtype: str | None = None, max_shard_size: str =
     return _written(run, out, manifest, partial(_merge, dtype=dtype, max_shard_size=max_shard_size))
 
 
+def merge_adapter(
+    adapter: str, out: str, *, base: str | None = None, dtype: str | None = None, max_shard_size: str = "5GB"
+) -> float:
+    """Writes an adapter that PEFT's `save_pretrained` wrote, merged into its base, to `out`: also what roles over one
+    base cannot share, biases, whole layers (`modules_to_save`) and embeddings of more tokens. Returns as `merge` does.
+
+    `base`: a folder or a Hub id; None: as the adapter's configuration names it. It is loaded in float32; `dtype` None
+    rounds to what the base is saved in.
+
+    Raises:
+        BadInput: there is no such adapter of a language model, or no base, or `out` holds something already.
+        RunFailed: memory or the disk is too small; nothing is written.
+    """
+    if dtype is not None and dtype not in DTYPES:
+        raise BadInput(f"--dtype: {dtype} is none of {', '.join(DTYPES)}")
+    _check_size(max_shard_size)
+    folder, target = Path(adapter), Path(out)
+    config: Any = load_adapter_config(adapter)
+    if config.task_type == "SEQ_CLS":
+        raise BadInput(
+            f"{adapter} is a classifier's adapter: a recipe takes it, `rewards: [{{use: learned, from: ...}}]`"
+        )
+    if not (folder / ADAPTER_WEIGHTS).is_file():
+        raise BadInput(f"{adapter} holds no {ADAPTER_WEIGHTS} (pickled weights are not loaded); save the adapter again")
+    named = base or config.base_model_name_or_path
+    if not named or not (Path(named).is_dir() or looks_like_hub_id(named)):
+        raise BadInput(
+            f"the adapter in {adapter} is over {named or 'no base that it names'}: name its base, --base BASE"
+        )
+    _check_mergeable(folder)
+    write = partial(_merge_elsewhere, config, named, None if base else config.revision)
+    return _in_new_folder(target, out, partial(write, folder, target, dtype=dtype, max_shard_size=max_shard_size))
+
+
 def export_classifier(run: str, out: str, *, max_shard_size: str = "5GB") -> float:
     """Writes a reward run to `out` as transformers' sequence classifier of one label, which gives the run's own score
     before it is normalised; returns the largest difference of a score on a probe.
@@ -90,15 +128,24 @@ def _written(
         raise BadInput(f"the run in {run} is not finished; start it again to go on with it")
     _check_new(target)
     check_whole(folder, manifest)
-    kind = str(getattr(load_adapter_config(run).peft_type, "value", "")) if has_adapter(run) else ""
+    _check_mergeable(folder)
+    return _in_new_folder(target, out, partial(write, folder, target, manifest))
+
+
+def _check_mergeable(folder: Path) -> None:
+    kind = str(getattr(load_adapter_config(str(folder)).peft_type, "value", "")) if has_adapter(folder) else ""
     if kind in UNMERGEABLE:
         raise BadInput(
-            f"the adapter in {run} cannot be merged: {UNMERGEABLE[kind]}; open it with PEFT (`import align`)"
+            f"the adapter in {folder} cannot be merged: {UNMERGEABLE[kind]}; open it with PEFT (`import align`)"
         )
+
+
+def _in_new_folder(target: Path, out: str, write: Callable[[], float]) -> float:
+    _check_new(target)
     with at_work_in(target, out), in_words("nothing was written; run it again where there is more memory"):
         _check_new(target)  # another may have just made it
         with torch.no_grad():
-            return write(folder, target, manifest)
+            return write()
 
 
 def _check_size(text: str) -> None:
@@ -134,7 +181,12 @@ def _merged(bases: Bases, folder: Path, *, head: bool = False) -> Any:
         if is_out_of_memory(error):
             raise
         raise BadInput(f"the adapter in {folder} cannot be merged: PEFT says: {one_line(error)}") from error
-    if model.get_output_embeddings().weight is not model.get_input_embeddings().weight:  # tied before, perhaps
+    return _untied(model)
+
+
+def _untied(model: Any) -> Any:
+    """The model, whose configuration says so where its output layer is no longer its embeddings."""
+    if model.get_output_embeddings().weight is not model.get_input_embeddings().weight:
         model.config.get_text_config().tie_word_embeddings = model.config.tie_word_embeddings = False
     return model
 
@@ -144,14 +196,73 @@ def _merge(folder: Path, target: Path, manifest: dict[str, Any], *, dtype: str |
     ids = _probe_ids(tokenizer, bases.device)
     before = _logits(bases.role(str(folder)), ids)
     merged = _merged(bases, folder)
-    computes_in = merged.dtype  # rounding weights is told from rounding every product, which any model in 16 bits does
+    return _saved(
+        merged, tokenizer, target, ids, before, dtype=DTYPES[dtype] if dtype else None, max_shard_size=max_shard_size
+    )
+
+
+def _merge_elsewhere(
+    config: Any,
+    base: str,
+    revision: str | None,
+    folder: Path,
+    target: Path,
+    *,
+    dtype: str | None,
+    max_shard_size: str,
+) -> float:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        model: Any = load_causal(base, revision, dtype=torch.float32, device_map={"": device}).eval()
+        own = load_config(base, revision).get_text_config().dtype
+    except (OSError, ValueError, ImportError) as error:
+        if is_out_of_memory(error):
+            raise
+        raise BadInput(f"the base {base} cannot be loaded: {first_line(error)}; name it, --base BASE") from error
+    tokenizer = _tokenizer_of(str(folder) if has_tokenizer(folder) else base)
+    ids = _probe_ids(tokenizer, device)
+    _take_tokens(model, folder)
+    try:
+        adapted: Any = load_adapter(model, str(folder), config).eval()
+    except (RuntimeError, ValueError, KeyError) as error:
+        if is_out_of_memory(error):
+            raise
+        raise BadInput(f"the adapter in {folder} does not go over {base}: {one_line(error)}") from error
+    before = [adapted(row).logits.float() for row in ids]
+    merged = _untied(adapted.merge_and_unload())
+    rounded = DTYPES[dtype] if dtype else own or torch.float32
+    return _saved(merged, tokenizer, target, ids, before, dtype=rounded, max_shard_size=max_shard_size)
+
+
+def _take_tokens(model: Any, folder: Path) -> None:
+    """Makes the embeddings as long as those that the adapter brings, whose rows take the place of all."""
+    name = next(name for name, module in model.named_modules() if module is model.get_input_embeddings())
+    shapes = read_shapes(folder / ADAPTER_WEIGHTS)
+    own = (f"base_model.model.{layer}.weight" for layer in (name, "lm_head"))
+    rows = next((shapes[each][0] for each in own if each in shapes), None)
+    if rows is not None and rows != model.get_input_embeddings().weight.shape[0]:
+        model.resize_token_embeddings(rows, mean_resizing=False)
+
+
+def _saved(
+    merged: Any,
+    tokenizer: Any,
+    target: Path,
+    ids: list[torch.Tensor],
+    before: list[torch.Tensor],
+    *,
+    dtype: torch.dtype | None,
+    max_shard_size: str,
+) -> float:
+    """Writes the model and opens it again; how far the logits of a probe have come from those of `before`."""
+    computes_in, device = merged.dtype, merged.device  # in 16 bits products are rounded too, of any model
     if dtype is not None:
-        merged = merged.to(DTYPES[dtype])
-        merged.config.get_text_config().dtype = merged.config.dtype = DTYPES[dtype]
+        merged = merged.to(dtype)
+        merged.config.get_text_config().dtype = merged.config.dtype = dtype
     with folder_in_one_go(target) as path:
         merged.save_pretrained(path, max_shard_size=max_shard_size)
         tokenizer.save_pretrained(path)
-        again: Any = load_causal(str(path), dtype=computes_in, device_map={"": bases.device}).eval()
+        again: Any = load_causal(str(path), dtype=computes_in, device_map={"": device}).eval()
         return max(float((a - b).abs().max()) for a, b in zip(before, _logits(Role(again), ids), strict=True))
 
 
