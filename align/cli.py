@@ -8,11 +8,12 @@ from typing import Annotated, Any
 
 import typer
 
+from align.cli_people import feedback, label
+from align.cli_words import FOLDERS, Changes, NewFolder, Overrides, RecipeName, ShardSize, StoreAt, at_home
 from align.endings import FAILED, REFUSED, Ending, ending_of, last, last_words_went_nowhere, open_streams, take_signals
 from align.errors import BadInput
 
 UsageError: Any = typer.BadParameter.__mro__[1]  # which has no public name of its own
-FOLDERS: list[str | Path] = []  # where the command's runs are: their error.log takes what nobody foresaw
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -20,7 +21,6 @@ app = typer.Typer(
     help="SFT, reward model, DPO and PPO over one base model, from recipes, under accelerate.",
 )
 
-feedback = typer.Typer(no_args_is_help=True, help="Bring labels into a loop's store, and out of it.")
 app.add_typer(feedback, name="feedback")
 
 
@@ -40,43 +40,6 @@ def _options(
     ] = False,
 ) -> None:
     pass
-
-
-def _at_home(value: str | None) -> str | None:
-    """A path of the command line, `~` as the home folder even where the shell has left it."""
-    from align.settings.fields import at_home
-
-    try:
-        return None if value is None else at_home(value)
-    except ValueError as error:
-        raise BadInput(f"{value!r}: {error}") from error
-
-
-RecipeName = Annotated[
-    str,
-    typer.Argument(
-        metavar="RECIPE", help="A YAML file, or the name of a recipe that travels with align, such as `quickstart`."
-    ),
-]
-Overrides = Annotated[list[str] | None, typer.Argument(metavar="[a.b=value ...]", help="Keys of the recipe to change.")]
-
-
-Changes = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--set",
-        metavar="a.b=value",
-        help="The same, for what was stopped and goes on: a rate, the seed, the guard, ... is another from there on.",
-    ),
-]
-
-
-StoreAt = Annotated[
-    str | None,
-    typer.Option(
-        "--store", callback=_at_home, help="The loop's store, where it is not in its folder: a file or a URL."
-    ),
-]
 
 
 @app.command()
@@ -149,7 +112,7 @@ def compare(
     seeds: Annotated[int | None, typer.Option(help="Of each algorithm; 5 if left out.")] = None,
     out: Annotated[
         str | None,
-        typer.Option(callback=_at_home, help="Folder of runs and report; else beside the recipe's output."),
+        typer.Option(callback=at_home, help="Folder of runs and report; else beside the recipe's output."),
     ] = None,
 ) -> None:
     """Run a stage with each tuning method, or a pipeline's algorithms over seeds, and show which one to take."""
@@ -212,15 +175,11 @@ def serve(
         raise typer.Exit(serve_here(command))
 
 
-ShardSize = Annotated[str, typer.Option("--max-shard-size", help="Of one file of weights, such as 5GB.")]
-NewFolder = Annotated[str, typer.Argument(metavar="OUT", callback=_at_home, help="A new folder.")]
-
-
 @app.command()
 def merge(
     run: Annotated[
         str,
-        typer.Argument(metavar="RUN", callback=_at_home, help="Folder of an sft, dpo or ppo run, or any PEFT adapter."),
+        typer.Argument(metavar="RUN", callback=at_home, help="Folder of an sft, dpo or ppo run, or any PEFT adapter."),
     ],
     out: NewFolder,
     dtype: Annotated[
@@ -256,7 +215,7 @@ def merge(
 
 @app.command()
 def export(
-    run: Annotated[str, typer.Argument(metavar="RUN", callback=_at_home, help="Folder of a reward run.")],
+    run: Annotated[str, typer.Argument(metavar="RUN", callback=at_home, help="Folder of a reward run.")],
     out: NewFolder,
     as_: Annotated[str, typer.Option("--as", help="classifier: transformers' sequence classifier of one score.")],
     max_shard_size: ShardSize = "5GB",
@@ -278,15 +237,16 @@ def export(
 
 @app.command()
 def chat(
-    run: Annotated[str, typer.Argument(metavar="RUN", callback=_at_home, help="A run, a folder or a Hub id.")],
+    run: Annotated[str, typer.Argument(metavar="RUN", callback=at_home, help="A run, a folder or a Hub id.")],
     other: Annotated[
-        str | None, typer.Argument(metavar="[OTHER]", callback=_at_home, help="Another beside it; `base`: RUN's base.")
+        str | None,
+        typer.Argument(metavar="[OTHER]", callback=at_home, help="Another beside it; `base`: RUN's base."),
     ] = None,
     reward: Annotated[
-        str | None, typer.Option(callback=_at_home, help="A reward run or a classifier, whose score is shown.")
+        str | None, typer.Option(callback=at_home, help="A reward run or a classifier, whose score is shown.")
     ] = None,
     keep: Annotated[
-        str | None, typer.Option(callback=_at_home, help="A .jsonl file that takes which of two answers is better.")
+        str | None, typer.Option(callback=at_home, help="A .jsonl file that takes which of two answers is better.")
     ] = None,
     temperature: Annotated[float, typer.Option(min=0.01, help="Of the softmax that answers are drawn from.")] = 1.0,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of an answer, at most.")] = 256,
@@ -308,7 +268,7 @@ def chat(
 
 @app.command()
 def push(
-    run: Annotated[str, typer.Argument(metavar="RUN", callback=_at_home, help="Folder of a finished run.")],
+    run: Annotated[str, typer.Argument(metavar="RUN", callback=at_home, help="Folder of a finished run.")],
     name: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="The model's name on the Hub.")],
     base: Annotated[str | None, typer.Option(help="The base's name there, where the run had it from a folder.")] = None,
     yes: Annotated[bool, typer.Option("--yes", help="Send it; without, what would be sent is shown.")] = False,
@@ -335,23 +295,23 @@ def recipes() -> None:
 @app.command()
 def new(
     kind: Annotated[str, typer.Argument(metavar="KIND", help="sft, reward, dpo, ppo or loop.")],
-    base: Annotated[str, typer.Option(callback=_at_home, help="Folder or Hub id of a causal language model.")],
+    base: Annotated[str, typer.Option(callback=at_home, help="Folder or Hub id of a causal language model.")],
     data: Annotated[list[str], typer.Option(help="File or Hub id of what is learnt from; may be given again.")],
     policy: Annotated[
-        str | None, typer.Option(callback=_at_home, help="dpo, ppo: the run it starts from; loop: the SFT run.")
+        str | None, typer.Option(callback=at_home, help="dpo, ppo: the run it starts from; loop: the SFT run.")
     ] = None,
     reward: Annotated[
-        str | None, typer.Option(callback=_at_home, help="ppo: a reward run, a classifier, or file.py:function.")
+        str | None, typer.Option(callback=at_home, help="ppo: a reward run, a classifier, or file.py:function.")
     ] = None,
     unseen: Annotated[
-        str | None, typer.Option(callback=_at_home, help="loop: prompts that are never trained on.")
+        str | None, typer.Option(callback=at_home, help="loop: prompts that are never trained on.")
     ] = None,
-    out: Annotated[str | None, typer.Option(callback=_at_home, help="The file; KIND.yaml if left out.")] = None,
+    out: Annotated[str | None, typer.Option(callback=at_home, help="The file; KIND.yaml if left out.")] = None,
 ) -> None:
     """Write a recipe for a base and data of one's own, with the keys that matter and what each means."""
     from align.new import Given, write_recipe
 
-    found = [str(_at_home(each)) for each in data]
+    found = [str(at_home(each)) for each in data]
     typer.echo(write_recipe(Given(kind, base, tuple(found), policy, reward, unseen), out))
 
 
@@ -376,119 +336,11 @@ def schema() -> None:
     typer.echo(json.dumps(recipe_schema(), indent=1, ensure_ascii=False))
 
 
-@app.command()
-def label(
-    run: Annotated[
-        str, typer.Argument(metavar="RUN", callback=_at_home, help="A loop's folder, its store.db, or a database URL.")
-    ],
-    host: Annotated[str, typer.Option(help="The address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="0: any that is free.")] = 8765,
-    add: Annotated[list[str] | None, typer.Option(help="NAME of a person who gets a new sign-in link.")] = None,
-    admin: Annotated[list[str] | None, typer.Option(help="The same, for one who sees the overview too.")] = None,
-    guidelines: Annotated[
-        str | None, typer.Option(callback=_at_home, help="A Markdown file shown above the answers.")
-    ] = None,
-    allow_host: Annotated[list[str] | None, typer.Option(help="A name by which people reach the page.")] = None,
-    lease_seconds: Annotated[float, typer.Option(help="How long a pair waits for a page that has gone away.")] = 120.0,
-    store: StoreAt = None,
-) -> None:
-    """Serve the page on which people say which of two answers is better."""
-    from align.feedback.page.command import label as serve_page
-
-    FOLDERS.append(run)
-    serve_page(
-        run,
-        host=host,
-        port=port,
-        add=add or [],
-        admin=admin or [],
-        guidelines=guidelines,
-        allow_hosts=allow_host or [],
-        lease_seconds=lease_seconds,
-        echo=typer.echo,
-        store_at=store,
-    )
-
-
-@feedback.command("export")
-def export_feedback(
-    run: Annotated[
-        str, typer.Argument(metavar="RUN", callback=_at_home, help="A loop's folder, its store.db, or a database URL.")
-    ],
-    file: Annotated[str, typer.Argument(metavar="FILE", callback=_at_home, help="A new file: .jsonl or .json.")],
-    format: Annotated[
-        str, typer.Option(help="trl, openai, argilla, label_studio: pairs as these read them; labels: every label.")
-    ] = "trl",
-    with_ties: Annotated[bool, typer.Option("--with-ties", help="Also pairs left undecided.")] = False,
-    store: StoreAt = None,
-) -> None:
-    """Write what has been labelled to a file."""
-    from align.feedback.exchange import export_run
-
-    FOLDERS.append(run)
-    typer.echo(export_run(run, file, format, with_ties=with_ties, store_at=store))
-
-
-@feedback.command("import")
-def import_feedback(
-    run: Annotated[
-        str, typer.Argument(metavar="RUN", callback=_at_home, help="A loop's folder, its store.db, or a database URL.")
-    ],
-    file: Annotated[
-        str,
-        typer.Argument(metavar="FILE", callback=_at_home, help="Preferences in a format that the reward stage reads."),
-    ],
-    format: Annotated[
-        str,
-        typer.Option(help="As a recipe's data: auto, hh_rlhf, openai, kto, argilla, label_studio, file.py:function."),
-    ] = "auto",
-    store: StoreAt = None,
-) -> None:
-    """Take preferences that people have given elsewhere, as labels of round 0."""
-    from align.feedback.exchange import import_run
-
-    FOLDERS.append(run)
-    typer.echo(import_run(run, file, store_at=store, format=format))
-
-
-Kept = Annotated[
-    str,
-    typer.Argument(
-        metavar="RUN", callback=_at_home, help="A loop's recipe, its folder, its store.db, or a database URL."
-    ),
-]
-
-
-@feedback.command("backup")
-def back_up(
-    run: Kept,
-    file: Annotated[
-        str | None,
-        typer.Argument(metavar="FILE", callback=_at_home, help="A new file; RUN/backups keeps it if left out."),
-    ] = None,
-) -> None:
-    """Copy a store, whole and at one moment, whoever writes to it: one SQLite file, of PostgreSQL too."""
-    from align.loop.keeping import backup
-
-    typer.echo(backup(run, file))
-
-
-@feedback.command("restore")
-def bring_back(
-    run: Kept,
-    file: Annotated[
-        str | None,
-        typer.Argument(metavar="FILE", callback=_at_home, help="A copy; the newest of RUN/backups if left out."),
-    ] = None,
-) -> None:
-    """Bring a copy of a store back; what is in its place is kept beside."""
-    from align.loop.keeping import restore
-
-    typer.echo(restore(run, file))
+app.command()(label)
 
 
 @app.command()
-def status(run: Annotated[str, typer.Argument(metavar="RUN", callback=_at_home, help="A run's folder.")]) -> None:
+def status(run: Annotated[str, typer.Argument(metavar="RUN", callback=at_home, help="A run's folder.")]) -> None:
     """Print a run's manifest."""
     from align.manifest import read_manifest
 
@@ -498,31 +350,30 @@ def status(run: Annotated[str, typer.Argument(metavar="RUN", callback=_at_home, 
 @app.command()
 def report(
     run: Annotated[
-        str, typer.Argument(metavar="RUN", callback=_at_home, help="Folder of a loop, of a pipeline, or of a run.")
+        str, typer.Argument(metavar="RUN", callback=at_home, help="Folder of a loop, of a pipeline, or of a run.")
     ],
     others: Annotated[
         list[str] | None, typer.Argument(metavar="[RUN ...]", help="Further runs, to be shown beside it.")
     ] = None,
-    out: Annotated[str | None, typer.Option(callback=_at_home, help="The folder of several runs' page.")] = None,
+    out: Annotated[str | None, typer.Option(callback=at_home, help="The folder of several runs' page.")] = None,
     store: StoreAt = None,
 ) -> None:
     """Write RUN/report.html, one page that opens offline: figures, curves, costs and samples."""
     from align.report.loop_page import report as write_report
 
     FOLDERS.append(run)
-    typer.echo(write_report(run, store, [str(_at_home(each)) for each in others or ()], out=out))
+    typer.echo(write_report(run, store, [str(at_home(each)) for each in others or ()], out=out))
 
 
 @app.command()
 def watch(
     run: Annotated[
-        str, typer.Argument(metavar="RUN", callback=_at_home, help="Folder of a run, of a pipeline, or of a loop.")
+        str, typer.Argument(metavar="RUN", callback=at_home, help="Folder of a run, of a pipeline, or of a loop.")
     ],
     every: Annotated[float, typer.Option(min=0.1, help="Seconds between two looks.")] = 2.0,
     store: StoreAt = None,
 ) -> None:
-    """Show a run as it goes on, in the terminal: where it stands, curves, figures and samples, a loop's rounds. Ctrl-C
-    ends it."""
+    """Show a run or a loop as it goes on, in the terminal: where it stands, curves, figures, samples. Ctrl-C ends."""
     from align.watch import watch as watch_run
 
     watch_run(run, every=every, store=store)

@@ -14,7 +14,8 @@ import pytest
 from jsonschema import Draft7Validator
 from omegaconf import OmegaConf
 
-from align.cli import app, feedback
+from align.cli import app
+from align.cli_people import feedback
 from align.keys import families, keys_of
 from align.schema import recipe_schema
 

@@ -45,6 +45,8 @@ FLOORS = [  # a module may import from lower floors and from its own package
     {"stages", "attempts", "machines"},
     {"pipeline", "entry", "compare", "loop", "serve", "push", "chat", "watch", "planning"},
     {"algorithms", "new"},
+    {"cli_words"},
+    {"cli_people"},
     {"cli", "public"},
 ]
 
