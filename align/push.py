@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from align.errors import BadInput, RunFailed
-from align.hub import HUB_ID, fault_of, is_folder_name
+from align.hub import HUB_ID, fault_of, is_folder_name, look
 from align.manifest import about, check_whole, read_manifest
 from align.model_card import CARD, TASKS, card_of
 from align.records import ADAPTER_CONFIG, MODEL_FILES
@@ -26,12 +26,30 @@ def push(run: str, name: str, *, base: str | None, is_sent: bool, is_public: boo
     if not HUB_ID.fullmatch(name):
         raise BadInput(f"{name} is no name on the Hub; give owner/name")
     files = _files(Path(run), base)
+    held, why = _held(name)
     for file, content in files.items():
-        yield f"  {safe(file):<36} {in_bytes(_length(content)):>9}"
+        note = "  replaces what is there" if file in held else ""
+        yield f"  {safe(file):<36} {in_bytes(_length(content)):>9}{note}"
+    if why:
+        yield f"what {name} holds already is not known ({why})"
+    if held & files.keys():
+        yield "what is replaced stays in the repository's history"
     if not is_sent:
         yield f"nothing was sent; with --yes these go to {name}, {'for all' if is_public else 'private if it is new'}"
         return
     yield f"sent: {_send(name, files, is_public)}"
+
+
+def _held(name: str) -> tuple[set[str], str]:
+    """Names of the files in the repository, which need not be there yet; and why it could not be asked for them."""
+    from huggingface_hub.errors import RepositoryNotFoundError
+
+    try:
+        return {sibling.rfilename for sibling in look(name).siblings or ()}, ""
+    except RepositoryNotFoundError:
+        return set(), ""
+    except Exception as error:
+        return set(), type(error).__name__
 
 
 def _files(folder: Path, base: str | None) -> dict[str, Path | bytes]:

@@ -1,6 +1,7 @@
 """A run's model card, and the run on its way to the Hub: one on this machine."""
 
 import base64
+import itertools
 import json
 import re
 import shutil
@@ -145,7 +146,7 @@ class Hub(ThreadingHTTPServer):
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Answer)
-        self.made, self.files, self.refuses = [], {}, None
+        self.made, self.files, self.refuses, self.held = [], {}, None, []
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
 
@@ -172,7 +173,8 @@ class Answer(BaseHTTPRequestHandler):
         return self.say({"type": "regular"} if "validate-yaml" not in self.path else {"errors": [], "warnings": []})
 
     def do_GET(self):
-        self.say({"id": "somebody/model", "sha": "c0" * 20, "siblings": []})
+        held = [{"rfilename": name} for name in self.server.held]
+        self.say({"id": "somebody/model", "sha": "c0" * 20, "siblings": held})
 
     def say(self, values, code=200):
         content = json.dumps(values).encode()
@@ -194,6 +196,7 @@ def hub(monkeypatch):
     monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", at)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    monkeypatch.setattr("align.hub._looked", {})
     yield server
     server.shutdown()
     server.server_close()
@@ -205,6 +208,23 @@ def test_a_push_is_shown_before_it_is_sent(made, hub):
     assert any(re.match(r"  adapter_model.safetensors +\d+(\.\d+)? [KM]B$", line) for line in lines)
     assert max(map(len, lines)) <= 80
     assert hub.made == []
+
+
+@pytest.mark.parametrize("is_sent", [False, True])
+def test_what_would_be_replaced_is_said_first(made, hub, is_sent):
+    hub.held = [CARD, "adapter_model.safetensors", "notes.txt"]
+    lines = push(str(made / "sft"), "somebody/model", base="org/base", is_sent=is_sent, is_public=False)
+    said = list(itertools.takewhile(lambda line: not line.startswith("what is replaced stays"), lines))
+    assert hub.files == {}  # nothing is sent so far
+    assert {line.split()[0] for line in said if "replaces what is there" in line} == set(hub.held[:2])
+    assert max(map(len, said)) <= 80
+    assert len(list(lines)) == 1 and bool(hub.files) == is_sent
+
+
+def test_a_hub_that_cannot_be_asked_is_said(made, hub, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    lines = list(push(str(made / "sft"), "somebody/model", base="org/base", is_sent=False, is_public=False))
+    assert any(re.match(r"what somebody/model holds already is not known \(\w+\)$", line) for line in lines)
 
 
 def test_a_run_is_sent_without_what_tells_of_this_machine(made, hub, base):
