@@ -73,7 +73,9 @@ def open_policy(
     check_parent(str(folder), ("policy",), "open_policy")
     manifest = read_manifest(folder)
     settings = Model.model_validate(manifest["recipe"]["model"])
-    own = {"base": base_of(manifest, folder)} if has_adapter(folder) else {"base": str(folder), "revision": None}
+    own: dict[str, str | None] = (
+        {"base": base_of(manifest, folder)} if has_adapter(folder) else {"base": str(folder), "revision": None}
+    )
     bases = Bases(settings.over(**own), torch.device(device), is_stages=False)
     role = bases.role(str(folder))
     if role.prefix is not None:

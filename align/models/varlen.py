@@ -18,7 +18,7 @@ from torch import Tensor
 from align.models.layout import Span
 
 try:
-    from torch.nn.attention import varlen as torchs
+    from torch.nn.attention import varlen as torchs  # type: ignore[attr-defined]
 except ImportError:  # torch before 2.10
     torchs = None  # type: ignore[assignment]
 
