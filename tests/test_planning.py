@@ -205,6 +205,20 @@ def test_a_reward_model_that_was_tuned_in_full_is_a_base_of_its_own(tmp_path):
     assert [phase.name for phase in plan.phases] == ["sample", "score", "update"]
 
 
+def test_a_critic_of_its_own_is_trained_and_not_kept_beside(tmp_path):
+    """Policy and critic, the policy's reference, and the reward."""
+    stages = load_recipe(str(pipeline(tmp_path, str(QUICKSTART / "model"), "lora"))).stages
+    made = {resolved(stages[name].output): stages[name] for name in ("sft", "reward")}
+    values = stages["ppo"].model_dump(by_alias=True, exclude_unset=True)
+    critic = {"critic": {"kind": "adapter", "from": stages["reward"].output}}
+    own = type(stages["ppo"]).model_validate(values | critic)
+    parts = plan_of(own, machine(), lengths_of(own), 5e8, made).phases[0].parts
+    adapter = tuned(own.model.base, Lora()).own
+    assert parts["adapters"] == 4 * 4 * adapter and parts["optimiser"] >= 2 * 8 * adapter
+    trunk = plan_of(stages["ppo"], machine(), lengths_of(own), 5e8, made).phases[0].parts
+    assert trunk["adapters"] == 3 * 4 * adapter
+
+
 def test_less_memory_where_a_key_says_so(tmp_path):
     path = pipeline(tmp_path, str(QUICKSTART / "model"), "full")
     plain = planned(path).peak

@@ -201,14 +201,12 @@ class _Planner:
     def _trained(self) -> tuple[str, ...]:
         return ("policy", "critic") if self.is_ppo and self.settings.critic.kind == "adapter" else ("policy",)
 
-    def _parents(self) -> list[str]:
-        """Folders of what is loaded beside the base; of a critic on the policy's trunk only a head is."""
-        critic = self.settings.critic.kind if self.is_ppo else "none"
-        return [
-            folder
-            for key, (folder, _) in self.settings.parents().items()
-            if not (key == "critic.from" and critic != "adapter")
-        ]
+    def _parents(self, *, frozen: bool = False) -> list[str]:
+        """Folders of what is loaded beside the base; of a critic on the policy's trunk only a head is. `frozen`: those
+        that nothing trains, as a critic of its own is, where it stood in the run that it starts from."""
+        with_critic = not frozen and self.is_ppo and self.settings.critic.kind == "adapter"
+        parents = self.settings.parents().items()
+        return [folder for key, (folder, _) in parents if key != "critic.from" or with_critic]
 
     def _whole_models(self) -> float:
         """The base, and what of the parents is a whole model too, in sizes of the base."""
@@ -228,7 +226,7 @@ class _Planner:
         """Bytes of what is beside the base and nothing trains: the reference of a policy that goes on, and rewards; in
         the size of the policy's adapter, or of a LoRA; and a reference that follows a policy."""
         count = 0
-        for folder in self._parents():
+        for folder in self._parents(frozen=True):
             maker = self.made.get(resolved(folder))
             if _is_adapter(folder, self.made):
                 count += len(maker.members()) or 1 if maker is not None else 1
