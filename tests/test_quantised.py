@@ -1,14 +1,22 @@
 """The whole pipeline over a 4-bit base, and merging."""
 
+import json
+import shutil
+
 import pytest
 import torch
+import yaml
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from align.errors import BadInput
 from align.manifest import read_manifest
 from align.models.base import bytes_per_parameter, load_base
-from align.models.export import merge
+from align.models.export import merge, merge_adapter
 from align.models.roles import Bases
+from align.preflight import check_recipe
+from align.recipe import load_recipe
 from align.settings import Model
 from align.track import read_metrics
 from tests import tiny
@@ -107,3 +115,77 @@ def test_a_base_that_is_in_4_bits_already_trains_and_merges(in_4_bits_already, d
 def test_a_base_that_is_in_4_bits_already_is_read_as_no_other(in_4_bits_already, load_in):
     with pytest.raises(BadInput, match="quantised already.*`model.load_in: nf4`"):
         load_base(Model(base=str(in_4_bits_already), load_in=load_in), torch.device("cpu"))
+
+
+# ----------------------------------------------------------------------------------------------- floats of 8 bits
+
+
+@pytest.fixture(scope="module")
+def in_8_bit_floats(base, tmp_path_factory):
+    """The tiny base with its layers in fp8, a scale a block of 128 x 128, as DeepSeek's and Qwen's are; and the same
+    numbers in float32."""
+    folder, plain = tmp_path_factory.mktemp("fp8") / "base", tmp_path_factory.mktemp("fp8") / "plain"
+    shutil.copytree(base, folder)
+    shutil.copytree(base, plain)
+    packed, numbers = {}, {}
+    for name, weight in load_file(base / "model.safetensors").items():
+        if not name.endswith("_proj.weight"):
+            packed[name] = weight.bfloat16()
+            numbers[name] = packed[name].float()
+            continue
+        blocks = [block.split(128, dim=1) for block in weight.split(128)]
+        scales = torch.stack([torch.stack([block.abs().max() / 448 for block in row]) for row in blocks])
+        wide = scales.repeat_interleave(128, 0).repeat_interleave(128, 1)[: weight.shape[0], : weight.shape[1]]
+        packed[name], packed[f"{name}_scale_inv"] = (weight / wide).to(torch.float8_e4m3fn), scales
+        numbers[name] = packed[name].float() * wide
+    save_file(packed, folder / "model.safetensors", metadata={"format": "pt"})
+    save_file(numbers, plain / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder, plain
+
+
+def test_a_base_in_8_bit_floats_is_what_its_numbers_stand_for(in_8_bit_floats, data, tmp_path):
+    """It trains, merges and opens as the same numbers in float32 do."""
+    runs = {}
+    for kind, base in zip(("fp8", "plain"), in_8_bit_floats, strict=True):
+        model = {"base": str(base), "load_in": "float32"}
+        tiny.run(tiny.settings("sft", base, data, tmp_path / kind, model=model))
+        assert merge(str(tmp_path / kind), str(tmp_path / f"{kind}-merged")) < 1e-4
+        runs[kind] = [row["loss"] for row in read_metrics(tmp_path / kind) if "loss" in row]
+    assert runs["fp8"] and runs["fp8"] == runs["plain"]
+    ids = torch.tensor([[2, 4, 9, 10, 3]])
+    fp8, plain = (AutoModelForCausalLM.from_pretrained(tmp_path / f"{kind}-merged").eval() for kind in runs)
+    assert torch.equal(fp8(ids).logits, plain(ids).logits)
+    assert getattr(fp8.config, "quantization_config", None) is None
+
+
+@pytest.mark.parametrize("load_in", ["bfloat16", "float16"])
+def test_it_is_of_one_precision(in_8_bit_floats, load_in):
+    model = load_base(Model(base=str(in_8_bit_floats[0]), load_in=load_in), torch.device("cpu")).model
+    assert {p.dtype for p in model.parameters()} == {getattr(torch, load_in)}
+
+
+def test_it_is_not_quantised_again(in_8_bit_floats, data, tmp_path):
+    model = {"base": str(in_8_bit_floats[0]), "load_in": "nf4"}
+    (tmp_path / "recipe.yaml").write_text(
+        yaml.safe_dump(tiny.recipe("sft", in_8_bit_floats[0], data, tmp_path / "out", model=model))
+    )
+    with pytest.raises(BadInput, match=r"quantised already \(fp8\).*would quantise it again: leave that out"):
+        check_recipe(load_recipe(str(tmp_path / "recipe.yaml")))
+
+
+@pytest.mark.parametrize("kind", ["fp8", "4 bits"])
+def test_an_adapter_of_peft_over_a_quantised_base_is_merged(kind, in_8_bit_floats, in_4_bits_already, tmp_path):
+    base = in_8_bit_floats[0] if kind == "fp8" else in_4_bits_already
+    model = load_base(Model(base=str(base), load_in="float32" if kind == "fp8" else "nf4"), torch.device("cpu")).model
+    config = LoraConfig(r=4, task_type="CAUSAL_LM", target_modules=["q_proj"], init_lora_weights=False)
+    theirs = get_peft_model(model, config)
+    theirs.peft_config["default"].base_model_name_or_path = str(base)
+    theirs.save_pretrained(tmp_path / "theirs")
+    assert merge_adapter(str(tmp_path / "theirs"), str(tmp_path / "merged"), dtype="float32") < 1e-4
+    opened = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    ids = torch.tensor([[2, 4, 9, 10, 3]])
+    with torch.no_grad():
+        assert (opened(ids).logits - theirs.eval()(input_ids=ids).logits).abs().max() < 1e-2

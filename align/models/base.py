@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -12,9 +13,9 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from align.errors import BadInput
 from align.identity import fingerprint, hub_commit
 from align.models.backoff import is_out_of_memory
-from align.models.facts import check_quantised
+from align.models.facts import check_quantised, quantised_by
 from align.models.flat_trial import use_flat_attention
-from align.models.loading import load_causal, load_config
+from align.models.loading import as_numbers, load_causal, load_config, plain_numbers
 from align.models.tokenizer import first_line, load_tokenizer
 from align.settings import Model
 
@@ -41,14 +42,6 @@ def load_base(
     Raises:
         BadInput: the model cannot be loaded, or its logits are not its output layer applied to its trunk's states.
     """
-    quantisation = {}  # None would take from a base that is quantised already what it says of itself
-    if not _is_quantised(settings) and settings.load_in == "nf4":
-        quantisation["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=settings.bnb_4bit_use_double_quant,
-            bnb_4bit_compute_dtype=compute_dtype(settings, device),
-        )
     revision = settings.revision if Path(settings.base).is_dir() else hub_commit(settings.base, settings.revision)
     settings = settings.model_copy(update={"revision": revision or settings.revision})  # all of one commit
     try:
@@ -57,7 +50,7 @@ def load_base(
             settings.revision,
             dtype=compute_dtype(settings, device),
             attn_implementation=settings.attn_implementation,
-            **quantisation,
+            **_quantisation(settings, device),
             device_map={"": device if spread is None or settings.load_in == "nf4" else "cpu"},
         )
     except (OSError, ValueError, ImportError, SafetensorError) as error:
@@ -68,6 +61,8 @@ def load_base(
     switch_dropout_off(model)
     if settings.load_in == "nf4":
         _computes_in(model, compute_dtype(settings, device))
+    else:
+        plain_numbers(model, compute_dtype(settings, device))
     sizes = bytes_per_parameter(model), bytes_per_parameter(model, quantised_only=True)
     _same_4_bit_arithmetic(model)
     if spread is not None:
@@ -79,14 +74,30 @@ def load_base(
     return Base(model, load_tokenizer(settings), what, settings.base, settings.revision, *sizes)
 
 
-def _is_quantised(settings: Model) -> bool:
-    """Whether the base is in 4 bits as it was saved, and is read as it is; another form of the kind is refused."""
+def _quantisation(settings: Model, device: torch.device) -> dict[str, Any]:
+    """What transformers is told beside what the base says of itself (None would take that from it): to quantise as it
+    loads, to read floats of 8 bits as what they stand for, or nothing.
+
+    Raises:
+        BadInput: the base is quantised in a way that roles cannot be trained over, or that `load_in` does not take.
+    """
     try:
         config = load_config(settings.base, settings.revision).to_dict()
     except (OSError, ValueError) as error:
         raise BadInput(f"`model.base`: {settings.base} cannot be loaded: {first_line(error)}") from error
     check_quantised(config, settings.load_in, f"`model.base`: {settings.base}")
-    return bool(config.get("quantization_config"))
+    found = quantised_by(config)
+    if found is not None:
+        return as_numbers() if found[0] == "fp8" else {}
+    if settings.load_in != "nf4":
+        return {}
+    how = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=settings.bnb_4bit_use_double_quant,
+        bnb_4bit_compute_dtype=compute_dtype(settings, device),
+    )
+    return {"quantization_config": how}
 
 
 def _computes_in(model: torch.nn.Module, dtype: torch.dtype) -> None:

@@ -18,8 +18,9 @@ from align.locks import LOCK, at_work_in
 from align.manifest import MANIFEST, about, check_whole, read_manifest
 from align.models.backoff import in_words, is_out_of_memory
 from align.models.base import trunk_of
-from align.models.facts import read_shapes
+from align.models.facts import check_quantised, quantised_by, read_shapes
 from align.models.loading import (
+    as_numbers,
     empty_classifier,
     load_adapter,
     load_adapter_config,
@@ -27,6 +28,7 @@ from align.models.loading import (
     load_causal,
     load_classifier,
     load_config,
+    plain_numbers,
 )
 from align.models.roles import Bases, Role
 from align.models.scoring import score_sequences
@@ -213,12 +215,19 @@ def _merge_elsewhere(
 ) -> float:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        model: Any = load_causal(base, revision, dtype=torch.float32, device_map={"": device}).eval()
-        own = load_config(base, revision).get_text_config().dtype
+        config_of_base = load_config(base, revision)
+        by, _ = quantised_by(config_of_base.to_dict()) or ("", None)
+        check_quantised(config_of_base.to_dict(), "nf4" if by == "bitsandbytes" else "float32", f"the base {base}")
+        how = as_numbers() if by == "fp8" else {}
+        model: Any = load_causal(base, revision, dtype=torch.float32, device_map={"": device}, **how).eval()
     except (OSError, ValueError, ImportError) as error:
         if is_out_of_memory(error):
             raise
         raise BadInput(f"the base {base} cannot be loaded: {first_line(error)}; name it, --base BASE") from error
+    if by == "bitsandbytes":
+        _dequantise(model)
+    plain_numbers(model, torch.float32)
+    model = model.float()  # what was in 4 bits is in what these computed in
     tokenizer = _tokenizer_of(str(folder) if has_tokenizer(folder) else base)
     ids = _probe_ids(tokenizer, device)
     _take_tokens(model, folder)
@@ -230,7 +239,7 @@ def _merge_elsewhere(
         raise BadInput(f"the adapter in {folder} does not go over {base}: {one_line(error)}") from error
     before = [adapted(row).logits.float() for row in ids]
     merged = _untied(adapted.merge_and_unload())
-    rounded = DTYPES[dtype] if dtype else own or torch.float32
+    rounded = DTYPES[dtype] if dtype else config_of_base.get_text_config().dtype or torch.float32
     return _saved(merged, tokenizer, target, ids, before, dtype=rounded, max_shard_size=max_shard_size)
 
 

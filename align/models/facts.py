@@ -264,11 +264,12 @@ def check_generates(facts: Facts, where: str) -> None:
         raise BadInput(f"{what} and holds no output layer, which would be random; give the causal language model")
 
 
-def check_quantised(config: dict[str, Any], load_in: str, where: str) -> None:
-    """Raises BadInput where a base is quantised already and the recipe's `load_in` does not take it as it is."""
+def quantised_by(config: dict[str, Any]) -> tuple[str, int | None] | None:
+    """By which method a base is quantised already, in its configuration's words, and in how many bits; None: it is not.
+    Weights of DeepSeek's kind, floats of 8 bits with a scale a block, are `fp8`."""
     quantised = config.get("quantization_config")
     if not quantised:
-        return
+        return None
     values = quantised if isinstance(quantised, dict) else dict(vars(quantised))
     method = str(
         getattr(values.get("quant_method"), "value", values.get("quant_method") or "a method it does not name")
@@ -276,7 +277,23 @@ def check_quantised(config: dict[str, Any], load_in: str, where: str) -> None:
     bits = next(
         (n for n in (4, 8) if values.get(f"load_in_{n}bit") or values.get(f"_load_in_{n}bit")), values.get("bits")
     )
-    if "bitsandbytes" not in method or bits != 4:
+    return "bitsandbytes" if "bitsandbytes" in method else method, bits
+
+
+def check_quantised(config: dict[str, Any], load_in: str, where: str) -> None:
+    """Raises BadInput where a base is quantised already and the recipe's `load_in` does not take it as it is."""
+    found = quantised_by(config)
+    if found is None:
+        return
+    method, bits = found
+    if method == "fp8" and load_in != "nf4":
+        return  # read as what its numbers stand for
+    if method == "fp8":
+        raise BadInput(
+            f"{where} is quantised already (fp8), and `model.load_in: nf4` would quantise it again: leave that "
+            "out, which reads it in 16 or 32 bits, or give its base in 16 bits"
+        )
+    if method != "bitsandbytes" or bits != 4:
         size = f" in {bits} bits" if bits else ""
         raise BadInput(
             f"{where} is quantised already ({method}{size}), which roles cannot be trained over: give its base in 16 "

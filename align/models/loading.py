@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from peft import PeftConfig, PeftModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -16,6 +17,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    FineGrainedFP8Config,
     PreTrainedModel,
 )
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
@@ -48,6 +50,27 @@ def load_causal(name: str, revision: str | None = None, **how: Any) -> PreTraine
         return AutoModelForCausalLM.from_pretrained(
             name, revision=commit, local_files_only=True, trust_remote_code=False, use_safetensors=True, **how
         )
+
+
+def as_numbers() -> dict[str, Any]:
+    """What `load_causal` is told of a base in floats of 8 bits: to read them as what they stand for."""
+    return {"quantization_config": FineGrainedFP8Config(dequantize=True)}
+
+
+def plain_numbers(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Has a model that was read so in one precision, and saved as what it is: transformers leaves what had no 8 bits as
+    it was, and would undo in saving how it was read."""
+    steps = getattr(model, "_weight_conversions", None) or []
+    kept = [step for step in steps if not _made_numbers(step)]
+    if len(kept) == len(steps):
+        return
+    model._weight_conversions = kept
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+
+
+def _made_numbers(step: Any) -> bool:
+    return any("Dequantize" in type(operation).__name__ for operation in getattr(step, "operations", ()))
 
 
 def empty_causal(config: Any) -> PreTrainedModel:
