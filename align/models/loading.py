@@ -64,7 +64,7 @@ def plain_numbers(model: PreTrainedModel, dtype: torch.dtype) -> None:
     kept = [step for step in steps if not _made_numbers(step)]
     if len(kept) == len(steps):
         return
-    model._weight_conversions = kept
+    model._weight_conversions = kept  # type: ignore[assignment]
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
 
