@@ -187,7 +187,8 @@ def merge(
     ] = None,
     max_shard_size: ShardSize = "5GB",
     base: Annotated[
-        str | None, typer.Option(help="Of an adapter made elsewhere: its base, where it is not what its folder names.")
+        str | None,
+        typer.Option(callback=at_home, help="Of an adapter made elsewhere: its base, if not what its folder names."),
     ] = None,
 ) -> None:
     """Merge an adapter into its base: a plain transformers folder."""

@@ -6,6 +6,7 @@ All that is read here are small JSON files and the headers of weights.
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from align.data import looks_like_hub_id
@@ -450,7 +451,7 @@ def _check_shapes(folder: str, base: str | None, key: str) -> None:
 
 def _merge_it(folder: str) -> str:
     is_ours = _adapter_config(folder).get("task_type") != "SEQ_CLS"
-    return f"merge it (`align merge {folder} MERGED`)" if is_ours else "merge it with PEFT (`merge_and_unload`)"
+    return f"merge it (`align merge {quote(folder)} MERGED`)" if is_ours else "merge it with PEFT (`merge_and_unload`)"
 
 
 def _adapter_config(folder: str) -> dict[str, Any]:

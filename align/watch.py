@@ -1,6 +1,7 @@
 """`align watch`: a run as it goes on, in the terminal. It only reads, and what it shows is what the run has logged."""
 
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from itertools import pairwise
 from math import isfinite
@@ -13,16 +14,17 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from align.errors import BadInput
+from align.errors import BadInput, RunFailed
 from align.feedback.database import LOOP
 from align.manifest import MANIFEST, about, read_manifest
 from align.report.tables import plain
 from align.settings import STAGES, Curve
 from align.track import METRICS, read_metrics, read_rows
-from align.wording import did_you_mean_path
+from align.wording import did_you_mean_path, safe
 
 BARS = "▁▂▃▄▅▆▇█"
 NUM_SAMPLES = 2
+STORE_SHARE = 20  # times as long as a look at a loop's store takes, till the next one
 
 
 def watch(run: str, *, every: float = 2.0, store: str | None = None) -> None:
@@ -37,12 +39,18 @@ def watch(run: str, *, every: float = 2.0, store: str | None = None) -> None:
     folder, console = Path(run), Console()
     if not (folder / LOOP).is_file():
         newest(folder)  # or one line that says why not
+        if store is not None:
+            raise BadInput(f"--store is a loop's, and {folder} is none; leave it out")
     if not console.is_terminal:
-        console.print(_screen(folder, console.width, store))
+        console.print(_screen(folder, console.width, _rounds(folder, store)))
         return
     with suppress(KeyboardInterrupt), Live(console=console, auto_refresh=False) as live:
+        rounds, looks_again = [], 0.0
         while True:
-            live.update(_screen(folder, console.width, store), refresh=True)
+            if (begun := time.monotonic()) > looks_again:  # a store of many pairs is not asked all the time
+                rounds = _rounds(folder, store)
+                looks_again = begun + STORE_SHARE * (time.monotonic() - begun)
+            live.update(_screen(folder, console.width, rounds), refresh=True)
             if (folder / MANIFEST).is_file() and _state(folder) == "finished":  # a pipeline or a loop may go on
                 return
             time.sleep(every)
@@ -74,26 +82,28 @@ def _state(run: Path) -> str:
         return "running"  # its manifest is just being written
 
 
-def _screen(folder: Path, width: int, store: str | None) -> RenderableType:
+def _screen(folder: Path, width: int, rounds: Sequence[RenderableType]) -> RenderableType:
     """The run whose figures are the newest, and of a loop its rounds before it."""
-    if not (folder / LOOP).is_file():
+    if not rounds:
         return _shown(newest(folder), width, folder)
-    parts = _rounds(folder, store)
+    parts = list(rounds)
     with suppress(BadInput):  # the loop has not come to its first run
         parts += [Text(""), _shown(newest(folder), width, folder)]
     return Group(*parts)
 
 
 def _rounds(loop: Path, store: str | None) -> list[RenderableType]:
-    """Where a loop stands, and a line a round; where its store cannot be asked just now, why not."""
+    """Where a loop stands, and a line a round; where its store cannot be asked just now, why not. Nothing of a run."""
+    if not (loop / LOOP).is_file():
+        return []
     from align.report.loop_facts import read
     from align.report.standing import round_table, standing
 
     try:
         facts = read(loop, store, pairs=False)
-    except BadInput as error:
-        return [Text(str(error))]
-    head = Text(f"{plain(loop.name, 60)}  ", style="bold").append(standing(facts), style="not bold")
+    except (BadInput, RunFailed) as error:
+        return [Text(safe(str(error)))]
+    head = Text(f"{plain(loop.resolve().name, 60)}  ", style="bold").append(standing(facts), style="not bold")
     return [head, round_table(facts)] if facts.rounds else [head]
 
 
@@ -102,7 +112,7 @@ def _shown(run: Path, width: int, asked: Path) -> RenderableType:
     try:
         manifest = read_manifest(run)
     except BadInput as error:
-        return Text(str(error))
+        return Text(safe(str(error)))
     rows, kind = read_metrics(run), str(manifest.get("kind"))
     done = max((row["step"] for row in rows), default=0)
     total = _total(manifest, kind)

@@ -1,10 +1,12 @@
 """`align check` shows a row: as it stands, what became of it, and what a model sees."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 import yaml
+from rich.cells import cell_len
 from typer.testing import CliRunner
 
 from align.cli import app
@@ -99,16 +101,94 @@ def test_of_pairs(base, place, capsys):
 
 
 def test_of_single_labels(base, place, capsys):
-    rows = [SHORT | {"label": True}, {"prompt": "a kite", "completion": "no", "label": False}]
+    rows = [
+        SHORT | {"label": True},
+        {"prompt": "a kite", "completion": "no", "label": False},
+        {"prompt": "a kite", "completion": "yes", "label": True},
+        {"prompt": "a kite", "completion": "nay", "label": False},
+        {"prompt": "a kite", "completion": "hm", "label": "good"},
+    ]
     written(place, "kto.jsonl", rows)
-    settings = sft(base, train=[{"path": "kto.jsonl", "format": "kto"}], validation=[])
-    assert "a demonstration that trains" in shown(settings, capsys, "1")
-    assert "left out: no counterpart for its prompt, or part of another row's pair" in shown(settings, capsys, "2")
+    own = {"train": [{"path": "kto.jsonl", "format": "kto"}], "on_bad_row": "skip"}
+    shows = [shown(sft(base, validation=[], **own), capsys, str(row)) for row in range(1, 6)]
+    settings = {"stage": "reward", "output": "out", "model": {"base": str(base)}, "data": own}
+    pairs = [shown(settings, capsys, str(row)) for row in range(1, 6)]
+    for outs, words in (
+        (
+            shows,
+            (
+                "a demonstration that trains",
+                "left out: its answer is a bad one",
+                "that trains",
+                "bad one",
+                "skipped: KTO",
+            ),
+        ),
+        (
+            pairs,
+            (
+                "left out: there is no bad answer to its prompt",
+                "part of what another row of its prompt has become",
+                "2 preferences, the first of which trains",
+                "part of what another row",
+                "skipped: KTO's rows have",
+            ),
+        ),
+    ):
+        for out, said in zip(outs, words, strict=True):
+            assert said in out
 
 
-@pytest.mark.parametrize("row", ["9", "0", "rows.jsonl:9", "other.jsonl:1", "x"])
+def test_what_the_stage_leaves_out_is_said(base, place, capsys):
+    """By what carries loss, and by the length of prompts."""
+    turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "a bird"}]
+    written(place, "rows.jsonl", [{"text": "a kite"}, {"messages": turns}])
+    assert "skipped: `loss_on: last_answer` is of messages" in shown(
+        sft(base, loss_on="last_answer", validation=[]), capsys, "1"
+    )
+    written(place, "asked.jsonl", [{"prompt": "a kite"}, {"prompt": "a kite " * 40}])
+    settings = {"stage": "ppo", "output": "out", "model": {"base": str(base)}, "prompts": {"train": "asked.jsonl"}}
+    settings |= {"policy": {"method": {"kind": "lora"}}, "critic": {}, "max_prompt_length": 16}
+    (place / "own.py").write_text("def one(completions, **columns):\n    return [1.0 for _ in completions]\n")
+    settings |= {"rewards": [{"use": "own.py:one"}]}
+    assert re.search(r"a prompt that is answered: \d tokens\n", shown(settings, capsys, "1"))
+    assert re.search(
+        r"a prompt that is answered: left out, for its \d+ tokens are over 16\n", shown(settings, capsys, "2")
+    )
+
+
+@pytest.mark.parametrize(
+    "row", ["2", "rows.json:2", "rows.json:item 2", "./data/../data/rows.json:2", "data/rows.json:2"]
+)
+def test_items_of_a_file_without_lines(base, place, capsys, row):
+    (place / "data").mkdir()
+    (place / "data" / "rows.json").write_text(json.dumps([SHORT, SHORT | {"prompt": "a second"}]))
+    assert "a second" in shown(sft(base, train="data/rows.json", validation=[]), capsys, row)
+
+
+def test_what_rows_say_reaches_no_terminal(base, place, capsys):
+    rows = [{"messages": [{"role": "\x1b[31massistant", "content": "\u202eu"}], "\x1b[2J": "\x1b]0;x\x07"}, SHORT]
+    written(place, "rows.jsonl", rows)
+    out = shown(sft(base, validation=[]), capsys, "1")
+    assert "skipped: " in out and "\x1b" not in out and "\u202e" not in out
+
+
+def test_wide_letters_keep_to_the_line(base, place, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    written(place, "rows.jsonl", [SHORT | {"名": "名" * 200}])
+    lines = [line for line in shown(sft(base, validation=[]), capsys).splitlines() if "名" in line]
+    assert len(lines) == 2 and all(cell_len(line) <= 80 for line in lines[1:])
+
+
+def test_rows_beside_what_is_on_the_hub(base, place, capsys, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    settings = sft(base, train=["rows.jsonl", "org/far"])
+    assert "a demonstration that trains" in shown(settings, capsys, "rows.jsonl:1")
+
+
+@pytest.mark.parametrize("row", ["9", "0", "rows.jsonl:9", "other.jsonl:1", "s.jsonl:1", "x"])
 def test_a_row_that_is_not_there(base, place, capsys, row):
-    with pytest.raises(BadInput, match=f"`--row {row}`: no file that .* reads has a row there; write"):
+    with pytest.raises(BadInput, match=f"`--row {row}`: none is read there by .*; write"):
         shown(sft(base), capsys, row)
 
 

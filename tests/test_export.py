@@ -1,11 +1,15 @@
 """A run as plain weights on disk: merged policies, and reward models as transformers' classifiers."""
 
+import json
+import shutil
+from pathlib import Path
+
 import pytest
 import torch
 import yaml
-from peft import LoraConfig, get_peft_model
-from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 from typer.testing import CliRunner
 
 from align.cli import app
@@ -126,6 +130,22 @@ def plain(base, folder):
     return AutoModelForCausalLM.from_pretrained(base)
 
 
+def tied(base, folder):
+    """Of a base whose output layer is its embeddings; PEFT changes one of the two, as it is not merged."""
+    own = tiny.make_base(folder.parent / "own", tie_word_embeddings=True)
+    return plain(own, folder)
+
+
+def scaled(base, folder):
+    """Of a base whose logits are more than its output layer."""
+    config = AutoConfig.from_pretrained(base).to_dict()
+    sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    own = AutoConfig.for_model("granite", logits_scaling=8.0, **{name: config[name] for name in sizes})
+    AutoModelForCausalLM.from_config(own).save_pretrained(folder.parent / "own")
+    AutoTokenizer.from_pretrained(base).save_pretrained(folder)
+    return AutoModelForCausalLM.from_pretrained(folder.parent / "own")
+
+
 ELSEWHERE = {
     "a LoRA": (plain, {}),
     "biases": (plain, {"bias": "all"}),
@@ -135,6 +155,10 @@ ELSEWHERE = {
     "more tokens, saved with it": (longer, {}),
     "some tokens": (plain, {"trainable_token_indices": {"embed_tokens": [2, 5]}}),
     "DoRA": (plain, {"use_dora": True}),
+    "a LoRA of the output, which is the embeddings'": (tied, {"target_modules": ["q_proj", "lm_head"]}),
+    "a LoRA of the embeddings, which are the output's": (tied, {"target_modules": ["q_proj", "embed_tokens"]}),
+    "a LoRA of more tokens": (longer, {"target_modules": ["q_proj", "embed_tokens", "lm_head"]}),
+    "scaled logits": (scaled, {}),
 }
 
 
@@ -157,7 +181,8 @@ def test_an_adapter_of_peft_is_merged_and_is_a_base_then(case, base, data, tmp_p
     with torch.no_grad():
         assert (opened(ids).logits - theirs.eval()(ids).logits).abs().max() < 1e-4
     assert len(AutoTokenizer.from_pretrained(merged)) <= opened.get_input_embeddings().weight.shape[0]
-    tiny.run(tiny.settings("sft", merged, data, tmp_path / "out", train={"max_steps": 1}))
+    if make is not scaled:  # whose output layer is not all of it, which roles want
+        tiny.run(tiny.settings("sft", merged, data, tmp_path / "out", train={"max_steps": 1}))
 
 
 def test_the_refusal_names_the_command_that_helps(base, data, tmp_path):
@@ -173,25 +198,54 @@ def test_the_refusal_names_the_command_that_helps(base, data, tmp_path):
     assert (tmp_path / "merged" / "model.safetensors").is_file()
 
 
+def cut_off(base, folder):
+    shutil.copytree(base, folder)
+    (folder / "model.safetensors").write_bytes(b"{}")
+    return folder
+
+
+def renamed(folder):
+    """As of a model whose layers have another name."""
+    file = Path(folder) / "adapter_model.safetensors"
+    weights = {name.replace(".layers.", ".blocks."): weight for name, weight in load_file(file).items()}
+    save_file(weights, file, metadata={"format": "pt"})
+    return folder
+
+
+def untyped(folder):
+    """As TRL writes a reward model's."""
+    file = Path(folder) / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"task_type": None}))
+    return folder
+
+
 def test_what_of_others_cannot_be_merged_is_one_line_and_leaves_nothing(base, tmp_path, runs):
-    def made(name, task="CAUSAL_LM"):
+    def made(name, task="CAUSAL_LM", *, kind=None, **config):
         model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=1) if task == "SEQ_CLS" else None
-        model = get_peft_model(model or plain(base, tmp_path / name), LoraConfig(r=2, task_type=task))
+        model = get_peft_model(model or plain(base, tmp_path / name), kind or LoraConfig(r=2, task_type=task, **config))
         model.save_pretrained(tmp_path / name)
         return str(tmp_path / name)
 
     out, run = tmp_path / "out", CliRunner().invoke
     for words, line in (
         ([made("scores", "SEQ_CLS"), str(out)], "is a classifier's adapter"),
-        ([made("own"), str(out), "--base", str(tmp_path / "nowhere")], "name its base, --base BASE"),
+        ([made("own"), str(out), "--base", str(tmp_path / "nowhere")], "nowhere is neither a folder here nor a Hub id"),
         ([str(runs / "sft"), str(out), "--base", str(base)], "--base is for an adapter made elsewhere"),
         ([made("own"), str(tmp_path / "own")], "is not empty; name a new folder"),
-        ([made("own"), str(out), "--base", str(tiny.make_base(tmp_path / "wide", hidden=32))], "does not go over"),
+        ([made("own"), str(out), "--base", str(tiny.make_base(tmp_path / "wide", hidden=32))], "does not go into"),
+        ([made("own"), str(out), "--base", str(cut_off(base, tmp_path / "cut"))], "cannot be loaded"),
+        ([renamed(made("other")), str(out)], "does not fit its base: base_model.model.model.blocks.0"),
+        ([untyped(made("scored", "SEQ_CLS")), str(out)], "is a classifier's adapter"),
+        (
+            [made("soft", kind=PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM")), str(out)],
+            "cannot be merged",
+        ),
+        ([made("drawn", init_lora_weights="pissa_niter_4"), str(out)], "have PEFT convert it"),
     ):
         done = run(app, ["merge", *words])
         assert isinstance(done.exception, BadInput) and line in str(done.exception), (words, done.exception)
         assert not out.exists()
-    (tmp_path / "own" / "adapter_model.safetensors").unlink()
+    (Path(made("own")) / "adapter_model.safetensors").unlink()
     with pytest.raises(BadInput, match="holds no adapter_model.safetensors"):
         merge_adapter(str(tmp_path / "own"), str(out))
 

@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 from align.cli import app
 from align.errors import BadInput
+from align.feedback.database import Away
 from align.feedback.rows import NewLabel
 from align.feedback.schema import Label
 from align.feedback.store import Store
@@ -458,7 +459,7 @@ def watched(folder, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     watch(str(folder))
     out = capsys.readouterr().out
-    assert max(map(len, out.splitlines())) <= 80
+    assert max(map(len, out.splitlines())) <= 80 and "…" not in out
     return out
 
 
@@ -486,9 +487,25 @@ def test_watch_says_where_a_loop_stands(tmp_path, until, rounds, capsys, monkeyp
     assert f"round {rounds - 1} is at the step {step}" in " ".join(out.split())
 
 
+def test_watch_goes_on_while_a_store_is_away_and_shows_no_strangers_escapes(loop, tmp_path, capsys, monkeypatch):
+    def gone(self):
+        raise Away("the database does not answer")
+
+    monkeypatch.setattr(Store, "steps", gone)
+    assert "the database does not answer" in watched(loop, capsys, monkeypatch)
+    (tmp_path / "loop.json").write_text(json.dumps({"store": "postgresql://h/\x1b]0;x\x07\x1b[2J"}))
+    assert "\x1b" not in watched(tmp_path, capsys, monkeypatch)
+
+
+def test_watch_takes_a_store_for_a_loop_alone(tmp_path):
+    (tmp_path / "manifest.json").write_text(json.dumps({"kind": "sft", "status": "running"}))
+    with pytest.raises(BadInput, match="--store is a loop's"):
+        watch(str(tmp_path), store="store.db")
+
+
 def test_watch_of_a_loop_that_has_only_begun(tmp_path, capsys, monkeypatch):
     (tmp_path / "loop.json").write_text("{}")
-    assert "store.db is not there" in " ".join(watched(tmp_path, capsys, monkeypatch).split())
+    assert "store.db is not there" in watched(tmp_path, capsys, monkeypatch).replace("\n", "")
     Store(tmp_path / "store.db", create=True).close()
     assert "round 0 is at the step collect" in watched(tmp_path, capsys, monkeypatch)
 

@@ -11,7 +11,7 @@ import hashlib
 import json
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar, overload
 
@@ -26,7 +26,7 @@ from align.data.formats import (
     parse,
     unused_columns,
 )
-from align.data.named import KTO, READERS, of_labels
+from align.data.named import KTO, READERS, of_labels, skipped
 from align.data.sources import Row, read_rows
 from align.errors import BadInput
 from align.wording import one_line
@@ -61,6 +61,7 @@ class Loaded(Generic[ExampleT]):
     validation: tuple[ExampleT, ...]
     counts: Counts
     messages: tuple[str, ...]
+    nothing: Mapping[str, str]  # where a row is that became no example -> why
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +75,7 @@ class _Converted:
     num_left_out: int
     num_cut: int
     unused: Counter[str]
+    nothing: Mapping[str, str]
 
 
 @overload
@@ -101,12 +103,16 @@ def load(data: Data, kind: Kind) -> Loaded[Any]:
     seen = {prompt_key(example) for example in validation}
     train: list[Example] = []
     num_shared = 0
+    everything = train_sources + held_sources
+    nothing = {where: why for part in everything for where, why in part.nothing.items()}
     for source, rest in kept:
         own = [example for example in rest if prompt_key(example) not in seen]
         num_shared += len(rest) - len(own)
+        if len(own) < len(rest):
+            shared = {example.where for example in rest if prompt_key(example) in seen}
+            nothing |= dict.fromkeys(shared, "removed: its prompt is held out, in another row")
         train += weighted(own, source.weight)
 
-    everything = train_sources + held_sources
     counts = Counts(
         num_read=sum(part.num_read for part in everything),
         num_bad=sum(part.num_bad for part in everything),
@@ -119,7 +125,7 @@ def load(data: Data, kind: Kind) -> Loaded[Any]:
         unused=tuple(sum((part.unused for part in everything), Counter()).items()),
     )
     _check_sides(data, kind, counts)
-    return Loaded(tuple(train), tuple(validation), counts, _messages(counts, kind))
+    return Loaded(tuple(train), tuple(validation), counts, _messages(counts, kind), nothing)
 
 
 def _convert(source: Source, kind: Kind, is_skipping: bool, loss_on: LossOn) -> _Converted:
@@ -128,11 +134,12 @@ def _convert(source: Source, kind: Kind, is_skipping: bool, loss_on: LossOn) -> 
     num_read = num_bad = num_left_out = num_cut = 0
     first_bad = ""
     unused: Counter[str] = Counter()
+    nothing: dict[str, str] = {}
     rows: Iterable[Row] = read_rows(source)  # a file that cannot be read is never skipped, only its bad rows
     if source.format == KTO:
         told = of_labels(rows, kind, is_skipping=is_skipping)
         rows, num_read, num_left_out = told.rows, told.num_read, told.num_left_out
-        num_bad, first_bad = told.num_bad, told.first_bad
+        num_bad, first_bad, nothing = told.num_bad, told.first_bad, dict(told.nothing)
     for row in rows:
         num_read += source.format != KTO
         try:
@@ -143,9 +150,11 @@ def _convert(source: Source, kind: Kind, is_skipping: bool, loss_on: LossOn) -> 
                 raise
             num_bad += 1
             first_bad = first_bad or str(error)
+            nothing[row.where] = skipped(row.where, str(error))
             continue
         if example is None:
             num_left_out += 1
+            nothing[row.where] = f"left out by `format: {source.format}`"
             continue
         if isinstance(example, Demonstration):
             example = replace(example, loss_on=loss_on)
@@ -155,7 +164,7 @@ def _convert(source: Source, kind: Kind, is_skipping: bool, loss_on: LossOn) -> 
             converter is None and source.format not in READERS
         ):  # a function sees the whole row, and says itself what becomes of it
             unused.update(unused_columns(row.values, kind))
-    return _Converted(examples, num_read, num_bad, first_bad, num_left_out, num_cut, unused)
+    return _Converted(examples, num_read, num_bad, first_bad, num_left_out, num_cut, unused, nothing)
 
 
 def _check_loss_on(example: Example | None, loss_on: LossOn) -> None:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
+from align.data.beside import SYSTEM, TEMPLATE, is_stated
 from align.data.conversations import Message, read_messages
 from align.data.sources import Row
 from align.errors import BadInput
@@ -24,6 +25,7 @@ PROMPTS = ("prompt", "instruction", "question", "query", "input", "context", "me
 TIES = {"tie", "tied", "equal", "same", "both", "neither", "draw", "none"}
 SIDES = {"left": 0, "right": 1}
 OF_ARGILLA = ("id", "_server_id", "status", "external_id", "preference")  # of a flat record, beside its fields
+OF_A_PROMPT = ("prompt", "instruction", "input", "history")  # fields that one is made of
 OF_OPENAI = ("messages", "input", "preferred_output", "non_preferred_output", "parallel_tool_calls")
 ANSWER = re.compile(r"(response|answer|completion|generation|reply|output|option|candidate|chosen|rejected)")
 OF_LABEL_STUDIO = (  # beside a task's own data
@@ -261,50 +263,9 @@ class Labelled:
     rows: list[Row]
     num_read: int
     num_left_out: int
-    num_bad: int = 0
-    first_bad: str = ""
-
-
-def of_labels(rows: Iterable[Row], kind: str, *, is_skipping: bool = False) -> Labelled:
-    """KTO's rows, each an answer to a prompt and whether it is good: the good ones as demonstrations; or pairs of a
-    good and a bad one of the same prompt, as few as have every answer in one. What has no counterpart is left out.
-    What else a row has goes with it. `is_skipping`: bad rows are left out and counted.
-
-    Raises:
-        BadInput: no `label`; or, for preferences, no prompt has both.
-    """
-    groups: dict[str, tuple[list[_Answered], list[_Answered]]] = {}
-    count, bad_rows = 0, []
-    for row in rows:
-        count += 1
-        try:
-            answered = _answered(row)
-            groups.setdefault(answered.same, ([], []))[0 if answered.is_good else 1].append(answered)
-        except BadInput as error:
-            if not is_skipping:
-                raise
-            bad_rows.append(str(error))
-    of_bad = len(bad_rows), next(iter(bad_rows), "")
-    if kind == "demonstrations":
-        found = [
-            Row(_without(each.row.values, *LABELS), each.row.where) for good, _ in groups.values() for each in good
-        ]
-        return Labelled(found, count, count - len(found) - len(bad_rows), *of_bad)
-    if kind == "prompts":
-        firsts = [(good or bad)[0] for good, bad in groups.values()]
-        return Labelled([Row(each.asked, each.row.where) for each in firsts], count, 0, *of_bad)
-    pairs, num_used = [], 0
-    for good, bad in groups.values():
-        num_used += (len(good) + len(bad)) * bool(good and bad)
-        for number in range(max(len(good), len(bad)) if good and bad else 0):
-            better, worse = good[number % len(good)], bad[number % len(bad)]
-            pairs.append(Row(better.asked | {"chosen": better.answer, "rejected": worse.answer}, better.row.where))
-    if count and not pairs:
-        raise BadInput(
-            f"no prompt of {count} rows has both a good and a bad answer, and pairs are of one prompt; train on the"
-            " good ones as demonstrations (`stage: sft`, the same `format: kto`)"
-        )
-    return Labelled(pairs, count, count - num_used - len(bad_rows), *of_bad)
+    num_bad: int
+    first_bad: str
+    nothing: Mapping[str, str]  # where a row is that became none -> why
 
 
 LABELS = ("label", "kto_tag")  # TRL's name, and LLaMA-Factory's
@@ -319,20 +280,88 @@ class _Answered:
     same: str  # what rows of one prompt have in common
 
 
+def of_labels(rows: Iterable[Row], kind: str, *, is_skipping: bool = False) -> Labelled:
+    """KTO's rows, each an answer to a prompt and whether it is good: the good ones as demonstrations; or pairs of a
+    good and a bad one of the same prompt, as few as have every answer in one. What has no counterpart is left out.
+    What else a row has goes with it. `is_skipping`: bad rows are left out and counted.
+
+    Raises:
+        BadInput: no `label`; or, for preferences, no prompt has both.
+    """
+    groups: dict[str, tuple[list[_Answered], list[_Answered]]] = {}
+    count, bad_rows = 0, {}
+    for row in rows:
+        count += 1
+        try:
+            answered = _answered(row)
+            groups.setdefault(answered.same, ([], []))[0 if answered.is_good else 1].append(answered)
+        except BadInput as error:
+            if not is_skipping:
+                raise
+            bad_rows[row.where] = str(error)
+    found, why = _FROM_LABELS[kind](list(groups.values()))
+    first_bad = next(iter(bad_rows.values()), "")
+    if count and not found and kind == "preferences":
+        raise BadInput(
+            f"no prompt of {count} rows has both a good and a bad answer, and pairs are of one prompt; train on the"
+            " good ones as demonstrations (`stage: sft`, the same `format: kto`)"
+            + (f"; {len(bad_rows)} bad rows were skipped, the first: {first_bad}" if bad_rows else "")
+        )
+    nothing = {where: f"left out: {said}" for where, said in why.items()} | {
+        at: skipped(at, error) for at, error in bad_rows.items()
+    }
+    return Labelled(found, count, len(why), len(bad_rows), first_bad, nothing)
+
+
+def skipped(where: str, message: str) -> str:
+    """What became of a bad row, from the message about it."""
+    return f"skipped: {message.removeprefix(f'{where}: ')}"
+
+
+def _shown(groups: list[tuple[list[_Answered], list[_Answered]]]) -> tuple[list[Row], dict[str, str]]:
+    found = [Row(_without(each.row.values, *LABELS), each.row.where) for good, _ in groups for each in good]
+    return found, {each.row.where: "its answer is a bad one" for _, bad in groups for each in bad}
+
+
+def _asked(groups: list[tuple[list[_Answered], list[_Answered]]]) -> tuple[list[Row], dict[str, str]]:
+    return [Row((good or bad)[0].asked, (good or bad)[0].row.where) for good, bad in groups], {}
+
+
+def _paired(groups: list[tuple[list[_Answered], list[_Answered]]]) -> tuple[list[Row], dict[str, str]]:
+    found: list[Row] = []
+    why: dict[str, str] = {}
+    for good, bad in groups:
+        if not (good and bad):
+            word = "bad" if good else "good"
+            why |= {each.row.where: f"there is no {word} answer to its prompt" for each in (*good, *bad)}
+            continue
+        for number in range(max(len(good), len(bad))):
+            better, worse = good[number % len(good)], bad[number % len(bad)]
+            found.append(Row(better.asked | {"chosen": better.answer, "rejected": worse.answer}, better.row.where))
+    return found, why
+
+
+_FROM_LABELS = {"demonstrations": _shown, "prompts": _asked, "preferences": _paired}
+
+
 def _answered(row: Row) -> _Answered:
     """A row of KTO's: TRL's, or with a conversation or Alpaca's fields in the place of `prompt` and `completion`."""
-    asked, said = _without(row.values, *LABELS), None
+    asked = {name: value for name, value in _without(row.values, *LABELS).items() if is_stated(value)}
     labels = [row.values[name] for name in LABELS if row.values.get(name) is not None]
-    if asked.get("messages"):
-        *asked["prompt"], last = asked.pop("messages")
-        said = [last]
-    elif asked.get("conversations"):
-        *asked["conversations"], said = asked["conversations"]
+    talk = next((name for name in ("messages", "conversations") if name in asked), None)
+    said: Any = None
+    if talk is not None and "prompt" in asked:
+        raise BadInput(f"{row.where}: a row has `prompt` or `{talk}`, which would be another prompt; drop one of them")
+    if talk is not None:
+        *before, last = read_messages(asked.pop(talk), row.where, talk)
+        if last["role"] != "assistant" or not before:
+            raise BadInput(f"{row.where}: `{talk}` ends with no answer, which `label` would be of")
+        asked["prompt"], said = before, [last]
     elif "prompt" in asked or "instruction" in asked:
         said = asked.pop("completion" if "prompt" in asked else "output", None)
     if len(labels) != 1 or not isinstance(labels[0], bool) or said is None:
         raise BadInput(f"{row.where}: KTO's rows have `prompt`, `completion` and `label: true` or `false`")
-    same = [asked.get(name) for name in ("prompt", "conversations", "instruction", "input", "history", "system")]
-    if isinstance(same[0], list):
-        same[0] = [dict(message) for message in read_messages(same[0], row.where, "prompt")]
-    return _Answered(row, asked, said, labels[0], json.dumps(same, sort_keys=True))
+    same = {name: asked[name] for name in (*OF_A_PROMPT, *SYSTEM, *TEMPLATE) if name in asked}
+    if isinstance(same.get("prompt"), (list, tuple)):
+        same["prompt"] = read_messages(same["prompt"], row.where, "prompt")
+    return _Answered(row, asked, said, labels[0], json.dumps(same, sort_keys=True, default=str))

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from pydantic import ValidationError
+from safetensors import SafetensorError
 
 from align.data import end_token_ids, looks_like_hub_id
 from align.errors import BadInput
@@ -18,19 +19,20 @@ from align.locks import LOCK, at_work_in
 from align.manifest import MANIFEST, about, check_whole, read_manifest
 from align.models.backoff import in_words, is_out_of_memory
 from align.models.base import trunk_of
-from align.models.facts import check_quantised, quantised_by, read_shapes
+from align.models.facts import HEADS, check_quantised, quantised_by, read_shapes
 from align.models.loading import (
     as_numbers,
     empty_classifier,
     load_adapter,
     load_adapter_config,
+    load_adapter_weights,
     load_any_tokenizer,
     load_causal,
     load_classifier,
     load_config,
     plain_numbers,
 )
-from align.models.roles import Bases, Role
+from align.models.roles import Bases, Role, adapter_weights
 from align.models.scoring import score_sequences
 from align.models.tokenizer import first_line
 from align.records import ADAPTER_WEIGHTS
@@ -40,7 +42,12 @@ from align.wording import one_line
 UNMERGEABLE = {
     "BOTTLENECK": "its layers are not linear, so that no matrix of the base can stand for them",
     "PREFIX_TUNING": "its keys and values are not weights of the base",
+    **dict.fromkeys(
+        ("PROMPT_TUNING", "P_TUNING", "MULTITASK_PROMPT_TUNING", "CPT"), "its vectors stand before what is read"
+    ),
+    "ADAPTION_PROMPT": "its prompts are not weights of the base",
 }
+UNREPEATABLE = ("pissa_niter", "corda", "loftq", "lora_ga")  # ways to start LoRA whose share of the base is drawn anew
 PROBE = ("The answer to the question is", "Once upon a time there was a", "1 2 3 4 5 6 7 8", "Dear all, thank you for")
 Write = Callable[[Path, Path, dict[str, Any]], float]  # of a run's folder, a new one and the manifest
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -86,19 +93,26 @@ def merge_adapter(
     _check_size(max_shard_size)
     folder, target = Path(adapter), Path(out)
     config: Any = load_adapter_config(adapter)
-    if config.task_type == "SEQ_CLS":
-        raise BadInput(
-            f"{adapter} is a classifier's adapter: a recipe takes it, `rewards: [{{use: learned, from: ...}}]`"
-        )
     if not (folder / ADAPTER_WEIGHTS).is_file():
         raise BadInput(f"{adapter} holds no {ADAPTER_WEIGHTS} (pickled weights are not loaded); save the adapter again")
-    named = base or config.base_model_name_or_path
-    if not named or not (Path(named).is_dir() or looks_like_hub_id(named)):
-        raise BadInput(
-            f"the adapter in {adapter} is over {named or 'no base that it names'}: name its base, --base BASE"
-        )
+    heads = [name for name in read_shapes(folder / ADAPTER_WEIGHTS) if name.endswith(HEADS) and "lora_" not in name]
+    if config.task_type == "SEQ_CLS" or heads:
+        how = "`rewards: [{use: learned, from: ...}]`"
+        raise BadInput(f"{adapter} is a classifier's adapter, which a recipe takes as it is: {how}")
     _check_mergeable(folder)
-    write = partial(_merge_elsewhere, config, named, None if base else config.revision)
+    start = getattr(config, "init_lora_weights", None)
+    if isinstance(start, str) and start.startswith(UNREPEATABLE):
+        raise BadInput(
+            f"{adapter} was started by `{start}`, which drew or measured what it took from its base, and is not kept: "
+            "have PEFT convert it where it was trained (`path_initial_model_for_weight_conversion`)"
+        )
+    named = base or config.base_model_name_or_path or ""
+    if not (Path(named).is_dir() or looks_like_hub_id(named)):
+        what = f"--base: {named} is" if base else f"the base that {adapter} names, {named or 'none'}, is"
+        raise BadInput(f"{what} neither a folder here nor a Hub id (`owner/name`); say by --base where it is")
+    write = partial(
+        _merge_elsewhere, config, named, config.revision if named == config.base_model_name_or_path else None
+    )
     return _in_new_folder(target, out, partial(write, folder, target, dtype=dtype, max_shard_size=max_shard_size))
 
 
@@ -220,37 +234,68 @@ def _merge_elsewhere(
         check_quantised(config_of_base.to_dict(), "nf4" if by == "bitsandbytes" else "float32", f"the base {base}")
         how = as_numbers() if by == "fp8" else {}
         model: Any = load_causal(base, revision, dtype=torch.float32, device_map={"": device}, **how).eval()
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
         if is_out_of_memory(error):
             raise
-        raise BadInput(f"the base {base} cannot be loaded: {first_line(error)}; name it, --base BASE") from error
+        raise BadInput(f"the base {base} cannot be loaded: {first_line(error)}; say by --base where it is") from error
     if by == "bitsandbytes":
         _dequantise(model)
     plain_numbers(model, torch.float32)
     model = model.float()  # what was in 4 bits is in what these computed in
-    tokenizer = _tokenizer_of(str(folder) if has_tokenizer(folder) else base)
+    tokenizer = _tokenizer_of(*((str(folder),) if has_tokenizer(folder) else (base, revision)))
     ids = _probe_ids(tokenizer, device)
     _take_tokens(model, folder)
+    _part_what_is_tied(model, folder)
     try:
         adapted: Any = load_adapter(model, str(folder), config).eval()
-    except (RuntimeError, ValueError, KeyError) as error:
+        _check_all_is_there(adapted, folder)
+        before = [adapted(row).logits.float() for row in ids]
+        merged = _untied(adapted.merge_and_unload())
+    except (RuntimeError, ValueError, KeyError, NotImplementedError) as error:
         if is_out_of_memory(error):
             raise
-        raise BadInput(f"the adapter in {folder} does not go over {base}: {one_line(error)}") from error
-    before = [adapted(row).logits.float() for row in ids]
-    merged = _untied(adapted.merge_and_unload())
+        raise BadInput(f"the adapter in {folder} does not go into {base}: {one_line(error)}") from error
     rounded = DTYPES[dtype] if dtype else config_of_base.get_text_config().dtype or torch.float32
     return _saved(merged, tokenizer, target, ids, before, dtype=rounded, max_shard_size=max_shard_size)
 
 
 def _take_tokens(model: Any, folder: Path) -> None:
     """Makes the embeddings as long as those that the adapter brings, whose rows take the place of all."""
-    name = next(name for name, module in model.named_modules() if module is model.get_input_embeddings())
     shapes = read_shapes(folder / ADAPTER_WEIGHTS)
-    own = (f"base_model.model.{layer}.weight" for layer in (name, "lm_head"))
+    own = (f"base_model.model.{name}{end}" for name in _ends_of(model) for end in (".weight", ".base_layer.weight"))
     rows = next((shapes[each][0] for each in own if each in shapes), None)
     if rows is not None and rows != model.get_input_embeddings().weight.shape[0]:
         model.resize_token_embeddings(rows, mean_resizing=False)
+
+
+def _part_what_is_tied(model: Any, folder: Path) -> None:
+    """Gives the output layer weights of its own where it shares those of the embeddings, and the adapter changes one of
+    the two: both would change."""
+    embeddings, output = model.get_input_embeddings(), model.get_output_embeddings()
+    touched = any(f".{name}.lora_" in key for name in _ends_of(model) for key in read_shapes(folder / ADAPTER_WEIGHTS))
+    if touched and output.weight is embeddings.weight:
+        output.weight = torch.nn.Parameter(embeddings.weight.detach().clone(), requires_grad=False)
+        _untied(model)
+
+
+def _ends_of(model: Any) -> list[str]:
+    """Names of its embeddings and of its output layer."""
+    ends = model.get_input_embeddings(), model.get_output_embeddings()
+    return [name for name, module in model.named_modules() if any(module is end for end in ends)]
+
+
+def _check_all_is_there(adapted: Any, folder: Path) -> None:
+    """Raises BadInput where the adapter has a tensor that its base has no place for, or the other way round: PEFT would
+    go on without."""
+    given = {name: tensor.shape for name, tensor in load_adapter_weights(str(folder), "cpu").items()}
+    wanted = {name: tensor.shape for name, tensor in adapter_weights(adapted).items()}
+    places = {name.replace(".default.", "."): tensor.shape for name, tensor in adapted.state_dict().items()}
+    for name in sorted(wanted.keys() | given.keys()):
+        if wanted.get(name, places.get(name)) != given.get(name):
+            there, here = ("not there" if s is None else f"{tuple(s)}" for s in (given.get(name), wanted.get(name)))
+            raise BadInput(
+                f"the adapter in {folder} does not fit its base: {name} is {there}, and the base takes {here}"
+            )
 
 
 def _saved(
@@ -272,7 +317,8 @@ def _saved(
         merged.save_pretrained(path, max_shard_size=max_shard_size)
         tokenizer.save_pretrained(path)
         again: Any = load_causal(str(path), dtype=computes_in, device_map={"": device}).eval()
-        return max(float((a - b).abs().max()) for a, b in zip(before, _logits(Role(again), ids), strict=True))
+        after = [again(row).logits.float() for row in ids]
+        return max(float((a - b).abs().max()) for a, b in zip(before, after, strict=True))
 
 
 def _export(folder: Path, target: Path, manifest: dict[str, Any], *, max_shard_size: str) -> float:
@@ -322,9 +368,9 @@ def _pad_of(tokenizer: Any) -> int:
     return int(chosen)
 
 
-def _tokenizer_of(run: str) -> Any:
+def _tokenizer_of(run: str, revision: str | None = None) -> Any:
     try:
-        return load_any_tokenizer(run)
+        return load_any_tokenizer(run, revision)
     except (OSError, ValueError) as error:
         raise BadInput(f"no tokenizer can be loaded from {run}: {first_line(error)}") from error
 

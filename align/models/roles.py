@@ -309,7 +309,7 @@ def _with_saved_adapter(model: PreTrainedModel, folder: str, trainable: bool) ->
     if saved:
         raise BadInput(
             f"the adapter in {folder} brings whole layers of its own ({', '.join(sorted(saved))}), which roles share: "
-            "merge it (`align merge ADAPTER MERGED`) and name that folder"
+            "merge it (`align merge`; a classifier's with PEFT's `merge_and_unload`) and name that folder"
         )
     config.inference_mode = not trainable
     config.task_type = "CAUSAL_LM"  # the head, if any, is ours to place
@@ -346,7 +346,7 @@ def _is_the_bases(weight: Tensor, name: str, model: PeftModel, folder: str) -> b
     if own.shape != weight.shape or not torch.equal(own, weight.to(own.dtype)):
         raise BadInput(
             f"the adapter in {folder} brings embeddings of its own ({name}), which roles share: merge it "
-            "(`align merge ADAPTER MERGED`) and name that folder"
+            "(`align merge`; a classifier's with PEFT's `merge_and_unload`) and name that folder"
         )
     return True
 

@@ -67,8 +67,8 @@ def show(
             console.print(Text(f"trains  {_trainable(settings, method)}"))
         was_shown |= show_row(console, settings, row)
     if row is not None and not was_shown:
-        example = "`--row 17` for the first file's, or `--row rows.jsonl:17`"
-        raise BadInput(f"`--row {row}`: no file that {recipe.path} reads has a row there; write {example}")
+        example = "`--row 17` for the first file's, or `--row rows.jsonl:17` (a line, or an item where there are none)"
+        raise BadInput(f"`--row {row}`: none is read there by {recipe.path}; write {example}")
     console.print(Text(safe(f"{recipe.path}: sound"), style="bold"))
 
 
@@ -88,7 +88,7 @@ def _left_out(whole: Any, given: Any, prefix: str = "") -> list[str]:
 def _counts(kind: str, data: Data) -> tuple[str, tuple[str, ...]]:
     """How many rows of what, from where; and sentences about those that did not become an example of their own."""
     names = ", ".join(source.path for source in data.train)
-    if is_far(data):
+    if any(map(is_far, (*data.train, *data.validation))):
         is_on_hub = any(looks_like_hub_id(source.path) for source in (*data.train, *data.validation))
         return f"{kind} from the Hub: {names}" if is_on_hub else f"{kind} that are not there now: {names}", ()
     loaded = load(data, kind)  # type: ignore[call-overload]

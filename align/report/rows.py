@@ -1,10 +1,11 @@
 """What becomes of a row of data: as it stands in its file, what it is read as, and what a model sees of it."""
 
 import json
-from collections.abc import Iterator
+import os
 from pathlib import Path
 from typing import Any
 
+from rich.cells import cell_len, set_cell_size
 from rich.console import Console
 from rich.text import Text
 
@@ -18,89 +19,101 @@ from align.data import (
     encode_prompt,
     load,
     looks_like_hub_id,
-    parse,
     read_rows,
 )
 from align.data.formats import unused_columns
-from align.data.mixtures import prompt_key
 from align.data.named import KTO
-from align.errors import BadInput
 from align.identity import has_tokenizer
 from align.report.tables import plain
 from align.settings import Data, Source, StageSettings
 from align.settings.fields import MOST
+from align.wording import safe
 
 COLUMNS = 8  # of a row that has many
 INDENT = " " * 8
 
 
-def is_far(data: Data) -> bool:
+def is_far(source: Source) -> bool:
     """Whether it cannot be looked at: it is on the Hub, or not there, be it not yet or no more."""
-    paths = [source.path for source in (*data.train, *data.validation)]
-    return any(looks_like_hub_id(path) or not Path(path).exists() for path in paths)
+    return looks_like_hub_id(source.path) or not Path(source.path).exists()
 
 
 def show_row(console: Console, settings: StageSettings, place: str | None = None) -> bool:
     """Shows one row of what a stage reads, and what becomes of it: what carries loss (or is scored) in green.
 
-    `place`: the row, as `file:line` (or `file:item n`), or a number in the first file; None is the first that trains.
-    Returns whether there is such a row.
+    `place`: the row, as `file:number` (of a line, or of an item where a file has no lines), or a number in the first
+    file; None is the first that trains. Returns whether there is such a row.
     """
     for number, (kind, data) in enumerate(settings.data_sections().values()):
-        if is_far(data) or (number and (place is None or place.isdecimal())):
+        if number and (place is None or place.isdecimal()):
+            break
+        near = _near(data)
+        if near is None:
             continue
-        loaded: Loaded[Any] = load(data, kind)  # type: ignore[call-overload]
-        for source, row in _rows(data):
-            if row.where == loaded.train[0].where if place is None else _is_at(row, place):
-                _show(console, settings, kind, source, row, loaded)
-                return True
-            if place is not None and place.isdecimal() and source is not data.train[0]:
-                break
+        loaded: Loaded[Any] = load(near, kind)  # type: ignore[call-overload]
+        sources = (*near.train, *near.validation)
+        for source in sources[:1] if place is not None and place.isdecimal() else sources:
+            for row in read_rows(source):
+                if row.where == loaded.train[0].where if place is None else _is_at(row, place):
+                    _show(console, settings, kind, source, row, loaded)
+                    return True
     return False
 
 
-def _rows(data: Data) -> Iterator[tuple[Source, Row]]:
-    for source in (*data.train, *data.validation):
-        for row in read_rows(source):
-            yield source, row
+def _near(data: Data) -> Data | None:
+    """The part of it that is on this disk; None without training rows there."""
+    train, validation = (tuple(s for s in side if not is_far(s)) for side in (data.train, data.validation))
+    if (train, validation) == (data.train, data.validation):
+        return data
+    return data.model_copy(update={"train": train, "validation": validation}) if train else None
 
 
 def _is_at(row: Row, place: str) -> bool:
     """`17`, `rows.jsonl:17` and `data/rows.jsonl:17` are all where `data/rows.jsonl:17` is."""
-    if place.isdecimal():
-        return row.where.endswith((f":{place}", f":item {place}"))
-    return row.where == place or row.where.endswith(f"/{place}")
+    (file, _, number), (wanted, _, count) = row.where.rpartition(":"), place.rpartition(":")
+    if number.removeprefix("item ") != count.removeprefix("item "):
+        return False
+    wanted, file = (os.path.normpath(name) if name else "" for name in (wanted, file))
+    return wanted in ("", file) or file.endswith(f"{os.sep}{wanted}")
 
 
 def _show(console: Console, settings: StageSettings, kind: str, source: Source, row: Row, loaded: Loaded[Any]) -> None:
-    console.print(Text(f"row     {row.where}"))
+    console.print(Text(safe(f"row     {row.where}")))
     is_plain = source.format == "auto"  # others' functions see the whole row
     unused = unused_columns({k: v for k, v in row.values.items() if v is not None}, kind) if is_plain else []
-    width = max((len(plain(name, 20)) for name in row.values), default=0)
+    width = max((cell_len(plain(name, 20)) for name in row.values), default=0)
     for name, value in list(row.values.items())[:COLUMNS]:
         said = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
-        line = f"{INDENT}{plain(name, 20):<{width}}  "
         note = "  (nothing is made of it)" if name in unused else ""
-        room = max(20, min(console.width, 120) - len(line) - len(note) - 3)
-        console.print(Text(f"{line}{plain(said, room)}{note}", style="dim"))
+        room = max(20, min(console.width, 120) - len(INDENT) - width - 2 - len(note))
+        line = f"{INDENT}{set_cell_size(plain(name, 20), width)}  "
+        console.print(Text(f"{line}{_fitted(said, room)}{note}", style="dim"))
     if len(row.values) > COLUMNS:
         console.print(Text(f"{INDENT}and {len(row.values) - COLUMNS} more columns", style="dim"))
     example, fate = _fate(kind, source, row, loaded)
     if example is None or not Path(settings.model.base).is_dir():
-        console.print(Text(f"{INDENT}{fate}"))
+        console.print(Text(safe(f"{INDENT}{fate}")))
         return
     from align.models.tokenizer import tokenizer_of
 
     speaker = settings.speaker()  # whose folder has no template before it is made
     tokenizer = tokenizer_of(settings.model, speaker if speaker is not None and has_tokenizer(speaker) else None)
-    length, parts = _seen(tokenizer, example, min(settings.lengths().values(), default=MOST))
-    console.print(Text(f"{INDENT}{fate}: {length}"))
+    length, parts = _seen(tokenizer, example, settings)
+    console.print(Text(safe(f"{INDENT}{fate}: {length}")))
     for name, tokens in parts:
         text = Text(name)
         for piece, is_marked in _pieces(tokenizer, tokens):
             shown = plain(piece.replace("\n", "⏎"), len(piece) + 1, keep_spaces=True)
             text.append(shown, style="black on green" if is_marked else "dim")
         console.print(text)
+
+
+def _fitted(said: str, room: int) -> str:
+    """On a line of so many cells: a letter of some scripts takes two."""
+    shown = plain(said, room)
+    while cell_len(shown) > room:
+        shown = plain(said, len(shown) * room // cell_len(shown) - 3)
+    return shown
 
 
 def _fate(kind: str, source: Source, row: Row, loaded: Loaded[Any]) -> tuple[Any, str]:
@@ -111,25 +124,22 @@ def _fate(kind: str, source: Source, row: Row, loaded: Loaded[Any]) -> tuple[Any
         (loaded.validation, "is held out"),
     ):
         own = [example for example in side if example.where == row.where]
+        if own and source.format == KTO and kind == "preferences" and len(own) > 1:
+            return own[0], f"{len(own)} preferences, the first of which {does}"
         if own:
             times = f", {len(own)} times an epoch" if len(own) > 1 else ""
             return own[0], f"a {what} that {does}{times}"
+    if row.where in loaded.nothing:
+        return None, loaded.nothing[row.where]
     if source.format == KTO:
-        return None, "left out: no counterpart for its prompt, or part of another row's pair"
-    try:
-        example = parse(row, kind, source.format)  # type: ignore[call-overload]
-    except BadInput as error:
-        return None, f"skipped: {str(error).removeprefix(f'{row.where}: ')}"
-    if example is None:
-        return None, f"left out by `format: {source.format}`"
-    if prompt_key(example) in {prompt_key(other) for other in loaded.validation}:
-        return None, "removed: its prompt is held out, in another row"
+        return None, "part of what another row of its prompt has become"
     return None, f"not drawn: `weight: {source.weight:g}`"
 
 
-def _seen(tokenizer: Any, row: Any, max_length: int) -> tuple[str, list[tuple[str, list[tuple[int, bool]]]]]:
+def _seen(tokenizer: Any, row: Any, settings: StageSettings) -> tuple[str, list[tuple[str, list[tuple[int, bool]]]]]:
     """What a model reads of an example: its length in words, and by part the tokens, with whether they carry loss, or
     are scored."""
+    max_length = min(settings.lengths().values(), default=MOST)
     if isinstance(row, Demonstration):
         encoded = encode_demonstration(tokenizer, row, max_length)
         learnt = sum(encoded.loss_mask)
@@ -145,8 +155,9 @@ def _seen(tokenizer: Any, row: Any, max_length: int) -> tuple[str, list[tuple[st
         answers = (("chosen   ", pair.chosen_ids), ("rejected ", pair.rejected_ids))
         said = f"{len(shared):,} tokens, then {len(pair.chosen_ids):,} chosen or {len(pair.rejected_ids):,} rejected"
         return said, [(name, [*shared, *((token, True) for token in ids)]) for name, ids in answers]
-    ids = encode_prompt(tokenizer, row)
-    return f"{len(ids):,} tokens", [("prompt  ", [(token, False) for token in ids])]
+    ids, most = encode_prompt(tokenizer, row), getattr(settings, "max_prompt_length", MOST)
+    said = f"{len(ids):,} tokens" if len(ids) <= most else f"left out, for its {len(ids):,} tokens are over {most:,}"
+    return said, [("prompt  ", [(token, False) for token in ids])]
 
 
 def _pieces(tokenizer: Any, tokens: list[tuple[int, bool]]) -> list[tuple[str, bool]]:

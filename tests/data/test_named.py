@@ -111,11 +111,51 @@ def test_kto_of_other_tools(tmp_path, row, label):
 
 
 @pytest.mark.parametrize(
+    "beside",
+    [
+        ({"system": "S1"}, {"system": "S2"}),
+        ({"system_prompt": "S1"}, {"system_prompt": "S2"}),
+        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, {}),
+        ({"prompt": "another"}, {}),
+    ],
+)
+def test_kto_pairs_answers_to_one_and_the_same(tmp_path, beside):
+    rows = [kto("one", "yes", True) | beside[0], kto("one", "no", False) | beside[1]]
+    with pytest.raises(BadInput, match="no prompt of 2 rows has both"):
+        loaded(tmp_path, rows, "preferences", "kto")
+
+
+def test_what_kto_rows_leave_empty_says_nothing(tmp_path):
+    rows = [kto("one", "yes", True) | {"system": ""}, kto("one", "no", False) | {"instruction": None}]
+    assert len(loaded(tmp_path, rows, "preferences", "kto").train) == 1
+    rows = [{"prompt": None, "instruction": "hi", "output": text, "label": text == "yes"} for text in ("yes", "no")]
+    assert len(loaded(tmp_path, rows, "preferences", "kto").train) == 1
+
+
+@pytest.mark.parametrize(
+    ("row", "line"),
+    [
+        ({"messages": 5}, "`messages` is a number; it must be a list"),
+        ({"conversations": True}, "`conversations` is .*; it must be a list"),
+        ({"messages": "[]"}, "`messages` is text; it must be a list"),
+        ({"prompt": "P", "messages": [turn(U, "hi"), turn(A, "yes")]}, "has `prompt` or `messages`"),
+        ({"messages": [turn(U, "hi"), turn(A, "yes"), turn(U, "more")]}, "ends with no answer"),
+        ({"messages": [turn(A, "yes")]}, "ends with no answer"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["preferences", "demonstrations", "prompts"])
+def test_what_kto_cannot_make_of_a_conversation_is_one_line(tmp_path, row, line, kind):
+    with pytest.raises(BadInput, match=line):
+        loaded(tmp_path, [row | {"label": True}], kind, "kto")
+    good = [kto("one", "yes", True), kto("one", "no", False)]
+    assert loaded(tmp_path, [row | {"label": True}, *good], kind, "kto", on_bad_row="skip").counts.num_bad == 1
+
+
+@pytest.mark.parametrize(
     "row",
     [
         {"prompt": "hi", "completion": "x"},
         {"prompt": "hi", "label": True},
-        {"messages": [], "label": True},
         {"text": "x", "label": True},
         {"prompt": "hi", "completion": "x", "label": True, "kto_tag": False},
         {"prompt": "hi", "completion": "x", "label": "good"},
