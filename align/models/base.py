@@ -42,6 +42,7 @@ def load_base(
     Raises:
         BadInput: the model cannot be loaded, or its logits are not its output layer applied to its trunk's states.
     """
+    quantisation = _quantisation(settings, device)
     revision = settings.revision if Path(settings.base).is_dir() else hub_commit(settings.base, settings.revision)
     settings = settings.model_copy(update={"revision": revision or settings.revision})  # all of one commit
     try:
@@ -50,7 +51,7 @@ def load_base(
             settings.revision,
             dtype=compute_dtype(settings, device),
             attn_implementation=settings.attn_implementation,
-            **_quantisation(settings, device),
+            **quantisation,
             device_map={"": device if spread is None or settings.load_in == "nf4" else "cpu"},
         )
     except (OSError, ValueError, ImportError, SafetensorError) as error:
