@@ -97,7 +97,7 @@ def test_of_pairs(base, place, capsys):
     settings["max_length"] = 64
     out = shown(settings, capsys, "1")
     assert "a preference that trains: " in out and "\nchosen   " in out and "\nrejected " in out
-    assert "a preference that trains: dropped, for it is longer than 64 tokens" in shown(settings, capsys, "2")
+    assert "a preference: dropped, for it is longer than 64 tokens" in shown(settings, capsys, "2")
 
 
 def test_of_single_labels(base, place, capsys):
@@ -152,9 +152,7 @@ def test_what_the_stage_leaves_out_is_said(base, place, capsys):
     (place / "own.py").write_text("def one(completions, **columns):\n    return [1.0 for _ in completions]\n")
     settings |= {"rewards": [{"use": "own.py:one"}]}
     assert re.search(r"a prompt that is answered: \d tokens\n", shown(settings, capsys, "1"))
-    assert re.search(
-        r"a prompt that is answered: left out, for its \d+ tokens are over 16\n", shown(settings, capsys, "2")
-    )
+    assert re.search(r"a prompt: left out, for its \d+ tokens are over 16\n", shown(settings, capsys, "2"))
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,6 @@ PROMPTS = ("prompt", "instruction", "question", "query", "input", "context", "me
 TIES = {"tie", "tied", "equal", "same", "both", "neither", "draw", "none"}
 SIDES = {"left": 0, "right": 1}
 OF_ARGILLA = ("id", "_server_id", "status", "external_id", "preference")  # of a flat record, beside its fields
-OF_A_PROMPT = ("prompt", "instruction", "input", "history")  # fields that one is made of
 OF_OPENAI = ("messages", "input", "preferred_output", "non_preferred_output", "parallel_tool_calls")
 ANSWER = re.compile(r"(response|answer|completion|generation|reply|output|option|candidate|chosen|rejected)")
 OF_LABEL_STUDIO = (  # beside a task's own data
@@ -269,6 +268,11 @@ class Labelled:
 
 
 LABELS = ("label", "kto_tag")  # TRL's name, and LLaMA-Factory's
+OF_A_TASK = (  # fields that a prompt and its answer are made of
+    *("prompt", "messages", "conversations", "instruction", "input", "history", "completion", "output"),
+    *SYSTEM,
+    *TEMPLATE,
+)
 
 
 @dataclass(frozen=True)
@@ -346,7 +350,8 @@ _FROM_LABELS = {"demonstrations": _shown, "prompts": _asked, "preferences": _pai
 
 def _answered(row: Row) -> _Answered:
     """A row of KTO's: TRL's, or with a conversation or Alpaca's fields in the place of `prompt` and `completion`."""
-    asked = {name: value for name, value in _without(row.values, *LABELS).items() if is_stated(value)}
+    given = _without(row.values, *LABELS)  # further columns keep their None, as every row of a file has them
+    asked = {name: value for name, value in given.items() if is_stated(value) or name not in OF_A_TASK}
     labels = [row.values[name] for name in LABELS if row.values.get(name) is not None]
     talk = next((name for name in ("messages", "conversations") if name in asked), None)
     said: Any = None
@@ -361,7 +366,7 @@ def _answered(row: Row) -> _Answered:
         said = asked.pop("completion" if "prompt" in asked else "output", None)
     if len(labels) != 1 or not isinstance(labels[0], bool) or said is None:
         raise BadInput(f"{row.where}: KTO's rows have `prompt`, `completion` and `label: true` or `false`")
-    same = {name: asked[name] for name in (*OF_A_PROMPT, *SYSTEM, *TEMPLATE) if name in asked}
+    same = {name: asked[name] for name in OF_A_TASK if name in asked}
     if isinstance(same.get("prompt"), (list, tuple)):
         same["prompt"] = read_messages(same["prompt"], row.where, "prompt")
     return _Answered(row, asked, said, labels[0], json.dumps(same, sort_keys=True, default=str))

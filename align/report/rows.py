@@ -98,8 +98,8 @@ def _show(console: Console, settings: StageSettings, kind: str, source: Source, 
 
     speaker = settings.speaker()  # whose folder has no template before it is made
     tokenizer = tokenizer_of(settings.model, speaker if speaker is not None and has_tokenizer(speaker) else None)
-    length, parts = _seen(tokenizer, example, settings)
-    console.print(Text(safe(f"{INDENT}{fate}: {length}")))
+    length, parts, is_kept = _seen(tokenizer, example, settings)
+    console.print(Text(safe(f"{INDENT}{fate if is_kept else f'a {kind[:-1]}'}: {length}")))
     for name, tokens in parts:
         text = Text(name)
         for piece, is_marked in _pieces(tokenizer, tokens):
@@ -136,9 +136,11 @@ def _fate(kind: str, source: Source, row: Row, loaded: Loaded[Any]) -> tuple[Any
     return None, f"not drawn: `weight: {source.weight:g}`"
 
 
-def _seen(tokenizer: Any, row: Any, settings: StageSettings) -> tuple[str, list[tuple[str, list[tuple[int, bool]]]]]:
-    """What a model reads of an example: its length in words, and by part the tokens, with whether they carry loss, or
-    are scored."""
+def _seen(
+    tokenizer: Any, row: Any, settings: StageSettings
+) -> tuple[str, list[tuple[str, list[tuple[int, bool]]]], bool]:
+    """What a model reads of an example: its length in words; by part the tokens, with whether they carry loss, or are
+    scored; and whether the stage keeps it."""
     max_length = min(settings.lengths().values(), default=MOST)
     if isinstance(row, Demonstration):
         encoded = encode_demonstration(tokenizer, row, max_length)
@@ -146,18 +148,18 @@ def _seen(tokenizer: Any, row: Any, settings: StageSettings) -> tuple[str, list[
         cut = f", cut at {max_length:,}" if encoded.is_truncated else ""
         said = f"{learnt:,} of {len(encoded.input_ids):,} tokens carry loss{cut}"
         said += "" if learnt else ", so it is dropped"
-        return said, [("sample  ", list(zip(encoded.input_ids, encoded.loss_mask, strict=True)))]
+        return said, [("sample  ", list(zip(encoded.input_ids, encoded.loss_mask, strict=True)))], learnt > 0
     if isinstance(row, Preference):
         pair = encode_pair(tokenizer, row, max_length)
         if pair is None:
-            return f"dropped, for it is longer than {max_length:,} tokens", []
+            return f"dropped, for it is longer than {max_length:,} tokens", [], False
         shared = [(token, False) for token in pair.prompt_ids]
         answers = (("chosen   ", pair.chosen_ids), ("rejected ", pair.rejected_ids))
         said = f"{len(shared):,} tokens, then {len(pair.chosen_ids):,} chosen or {len(pair.rejected_ids):,} rejected"
-        return said, [(name, [*shared, *((token, True) for token in ids)]) for name, ids in answers]
+        return said, [(name, [*shared, *((token, True) for token in ids)]) for name, ids in answers], True
     ids, most = encode_prompt(tokenizer, row), getattr(settings, "max_prompt_length", MOST)
     said = f"{len(ids):,} tokens" if len(ids) <= most else f"left out, for its {len(ids):,} tokens are over {most:,}"
-    return said, [("prompt  ", [(token, False) for token in ids])]
+    return said, [("prompt  ", [(token, False) for token in ids])], len(ids) <= most
 
 
 def _pieces(tokenizer: Any, tokens: list[tuple[int, bool]]) -> list[tuple[str, bool]]:

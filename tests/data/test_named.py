@@ -125,6 +125,11 @@ def test_kto_pairs_answers_to_one_and_the_same(tmp_path, beside):
         loaded(tmp_path, rows, "preferences", "kto")
 
 
+def test_columns_of_kto_rows_keep_their_none(tmp_path):
+    rows = [kto("one", "yes", True) | {"answer": None}, kto("two", "no", False) | {"answer": 4}]
+    assert [p.columns["answer"] for p in loaded(tmp_path, rows, "prompts", "kto").train] == [None, 4]
+
+
 def test_what_kto_rows_leave_empty_says_nothing(tmp_path):
     rows = [kto("one", "yes", True) | {"system": ""}, kto("one", "no", False) | {"instruction": None}]
     assert len(loaded(tmp_path, rows, "preferences", "kto").train) == 1
