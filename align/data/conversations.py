@@ -32,7 +32,9 @@ ROLES = {  # ShareGPT's names and ours -> ours
     "human": "user",
     "assistant": "assistant",
     "gpt": "assistant",
+    "function_call": "assistant",
     "tool": "tool",
+    "observation": "tool",
 }
 FOLLOWERS = {  # a turn of this role -> the roles that may come next
     "system": ("user",),
@@ -45,6 +47,7 @@ MEANT = (  # keys of a message that are part of what it says: a template must re
     "thought", "thoughts", "images", "image", "audio", "video", "documents",
 )  # fmt: skip
 THOUGHTS = ("reasoning_content", "reasoning", "thinking", "thought", "thoughts")
+CALLING = "function_call"  # ShareGPT's role of a turn whose words are the JSON of what it calls
 CALLS = ("tool_calls", "function_call")  # a turn that has them need say nothing
 WRITTEN_OUT = re.compile(r"""\s*\[\s*\{\s*["'](role|content|from|value)["']\s*:""")
 
@@ -93,6 +96,9 @@ def _read_message(item: Any, where: str, field: str) -> Message:
     if not isinstance(item, dict):
         raise BadInput(f"{where}: `{field}` is {kind_of(item)}; a message is {{role, content}}")
     role_key, content_key = ("from", "value") if "from" in item and "role" not in item else ("role", "content")
+    if item.get(role_key) == CALLING and isinstance(item.get(content_key), str) and not item.get("tool_calls"):
+        calls = _calls_written(item[content_key], where, f"{field}.{content_key}")
+        item = {**item, content_key: None, "tool_calls": calls}
     if item.get("content") not in (None, item.get(content_key)):
         raise BadInput(f"{where}: `{field}` has `{content_key}` and `content`, which differ; keep one of them")
     further = _further_keys(item, (role_key, content_key, "content"), where, field)
@@ -127,6 +133,18 @@ def _further_keys(item: dict[str, Any], own: Iterable[str], where: str, field: s
         if not further["tool_calls"]:
             del further["tool_calls"]
     return further
+
+
+def _calls_written(text: str, where: str, field: str) -> list[dict[str, Any]]:
+    """The calls of a turn that is the JSON of one, or of a list of them, `{"name", "arguments"}`."""
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        found = None
+    calls = found if isinstance(found, list) else [found]
+    if not calls or not all(isinstance(call, dict) and isinstance(call.get("name"), str) for call in calls):
+        raise BadInput(f"{where}: `{field}` is no call; a `{CALLING}` turn is the JSON of {{name, arguments}}")
+    return [{"type": "function", "function": call} for call in calls]
 
 
 def _with_read_arguments(call: dict[str, Any], where: str, field: str) -> dict[str, Any]:

@@ -320,3 +320,30 @@ def test_what_else_a_row_has_goes_with_it_and_bad_labels_may_be_skipped(tmp_path
     found = loaded(tmp_path, rows, "preferences", "kto", on_bad_row="skip")
     assert (len(found.train), found.counts.num_bad) == (1, 1)
     assert "rows.jsonl:3" in found.counts.first_bad
+
+
+# ------------------------------------------------------------------------------------------- ShareGPT's turns of tools
+
+
+def sharegpt(*turns):
+    return {"conversations": [{"from": who, "value": words} for who, words in turns]}
+
+
+def test_calls_of_sharegpt_are_tool_calls(tmp_path):
+    """As LLaMA-Factory's documentation shows them; each call is one message, and what it brought another."""
+    call = {"name": "look", "arguments": {"at": "the sky"}}
+    talk = [("human", "any kites?"), ("function_call", json.dumps(call)), ("observation", "two"), ("gpt", "two kites")]
+    shown = first(tmp_path, [sharegpt(*talk) | {"tools": "[]"}], "demonstrations", "auto")
+    turns = (*shown.prompt, *shown.completion)
+    assert said(turns) == [(U, "any kites?"), (A, ""), ("tool", "two"), (A, "two kites")]
+    assert turns[1]["tool_calls"] == [{"type": "function", "function": call}]
+    several = [("human", "any kites?"), ("function_call", json.dumps([call, call])), *talk[2:]]
+    turns = first(tmp_path, [sharegpt(*several)], "demonstrations", "auto")
+    assert len((*turns.prompt, *turns.completion)[1]["tool_calls"]) == 2
+
+
+@pytest.mark.parametrize("words", ["look at the sky", "[]", "{}", '{"name": 3}', "3", "[1]"])
+def test_a_call_that_is_none_is_one_line(tmp_path, words):
+    talk = sharegpt(("human", "any kites?"), ("function_call", words), ("observation", "two"), ("gpt", "two"))
+    with pytest.raises(BadInput, match=r"conversations\[1\]\.value` is no call; a `function_call` turn is the JSON"):
+        first(tmp_path, [talk], "demonstrations", "auto")
