@@ -159,10 +159,8 @@ def _convert(source: Source, kind: Kind, is_skipping: bool, loss_on: LossOn) -> 
         if isinstance(example, Demonstration):
             example = replace(example, loss_on=loss_on)
         examples.append(example)
-        num_cut += any(_is_cut(row, example, field) for field in ("completion", "output", "chosen"))
-        if (
-            converter is None and source.format not in READERS
-        ):  # a function sees the whole row, and says itself what becomes of it
+        if converter is None and source.format not in READERS:  # what another reads whole is its own affair
+            num_cut += any(_is_cut(row, example, field) for field in ("completion", "output", "chosen"))
             unused.update(unused_columns(row.values, kind))
     return _Converted(examples, num_read, num_bad, first_bad, num_left_out, num_cut, unused, nothing)
 

@@ -45,6 +45,7 @@ def test_hh_rlhf_is_a_conversation(tmp_path):
     assert said(first(tmp_path, [HH], "prompts", "hh_rlhf").prompt) == ASKED
     shown = first(tmp_path, [HH], "demonstrations", "hh_rlhf")
     assert said((*shown.prompt, *shown.completion)) == [*ASKED, (A, "A vessel.")]
+    assert len(loaded(tmp_path, [HH], "preferences", "hh_rlhf").messages) == 1  # nothing was wrong with its rows
 
 
 def test_openais_preferences_demonstrations_and_tools(tmp_path):
