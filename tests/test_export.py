@@ -212,6 +212,11 @@ def renamed(folder):
     return folder
 
 
+def valued(folder):
+    (Path(folder) / "value_head.safetensors").write_bytes(b"")
+    return folder
+
+
 def untyped(folder):
     """As TRL writes a reward model's."""
     file = Path(folder) / "adapter_config.json"
@@ -235,6 +240,7 @@ def test_what_of_others_cannot_be_merged_is_one_line_and_leaves_nothing(base, tm
         ([made("own"), str(out), "--base", str(tiny.make_base(tmp_path / "wide", hidden=32))], "does not go into"),
         ([made("own"), str(out), "--base", str(cut_off(base, tmp_path / "cut"))], "cannot be loaded"),
         ([renamed(made("other")), str(out)], "does not fit its base: base_model.model.model.blocks.0"),
+        ([valued(made("valued")), str(out)], "has a value head beside it"),
         ([untyped(made("scored", "SEQ_CLS")), str(out)], "is a classifier's adapter"),
         (
             [made("soft", kind=PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM")), str(out)],

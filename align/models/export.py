@@ -99,6 +99,8 @@ def merge_adapter(
     if config.task_type == "SEQ_CLS" or heads:
         how = "`rewards: [{use: learned, from: ...}]`"
         raise BadInput(f"{adapter} is a classifier's adapter, which a recipe takes as it is: {how}")
+    if any(folder.glob("value_head.*")):
+        raise BadInput(f"{adapter} has a value head beside it, as LLaMA-Factory's reward models do: it would be lost")
     _check_mergeable(folder)
     start = getattr(config, "init_lora_weights", None)
     if isinstance(start, str) and start.startswith(UNREPEATABLE):
