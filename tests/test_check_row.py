@@ -182,6 +182,11 @@ def test_rows_beside_what_is_on_the_hub(base, place, capsys, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     settings = sft(base, train=["rows.jsonl", "org/far"])
     assert "a demonstration that trains" in shown(settings, capsys, "rows.jsonl:1")
+    written(place, "one.jsonl", [SHORT])
+    near = sft(base, train=["one.jsonl", "org/far"], validation=[], validation_split=0.1)
+    assert ": sound" in shown(near, capsys)  # though what is here would be too little by itself
+    with pytest.raises(BadInput, match="none is read there"):
+        shown(sft(base, train=["org/far", "rows.jsonl"]), capsys, "1")  # which is of the first file
 
 
 @pytest.mark.parametrize("row", ["9", "0", "rows.jsonl:9", "other.jsonl:1", "s.jsonl:1", "x"])

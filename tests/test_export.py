@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from peft import LoraConfig, PromptTuningConfig, get_peft_model
+from peft import IA3Config, LoraConfig, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 from typer.testing import CliRunner
@@ -158,7 +158,13 @@ ELSEWHERE = {
     "a LoRA of the output, which is the embeddings'": (tied, {"target_modules": ["q_proj", "lm_head"]}),
     "a LoRA of the embeddings, which are the output's": (tied, {"target_modules": ["q_proj", "embed_tokens"]}),
     "a LoRA of more tokens": (longer, {"target_modules": ["q_proj", "embed_tokens", "lm_head"]}),
+    "a LoRA of both, which are one": (
+        tied,
+        {"target_modules": ["q_proj", "embed_tokens"], "ensure_weight_tying": True},
+    ),
+    "tokens of both, which are one": (tied, {"trainable_token_indices": {"embed_tokens": [2, 5]}}),
     "scaled logits": (scaled, {}),
+    "another method of the output, which is the embeddings'": (tied, IA3Config),
 }
 
 
@@ -169,7 +175,12 @@ def test_an_adapter_of_peft_is_merged_and_is_a_base_then(case, base, data, tmp_p
     folder, merged = tmp_path / "theirs", tmp_path / "merged"
     torch.manual_seed(0)
     values = {"r": 4, "target_modules": ["q_proj", "down_proj"], "task_type": "CAUSAL_LM", "init_lora_weights": False}
-    theirs = get_peft_model(make(base, folder), LoraConfig(**values | config))
+    settings = (
+        LoraConfig(**values | config)
+        if isinstance(config, dict)
+        else config(target_modules=["k_proj", "lm_head"], feedforward_modules=[], task_type="CAUSAL_LM")
+    )
+    theirs = get_peft_model(make(base, folder), settings)
     with torch.no_grad():  # as if they had been trained
         for parameter in theirs.parameters():
             if parameter.requires_grad:
@@ -239,14 +250,14 @@ def test_what_of_others_cannot_be_merged_is_one_line_and_leaves_nothing(base, tm
         ([made("own"), str(tmp_path / "own")], "is not empty; name a new folder"),
         ([made("own"), str(out), "--base", str(tiny.make_base(tmp_path / "wide", hidden=32))], "does not go into"),
         ([made("own"), str(out), "--base", str(cut_off(base, tmp_path / "cut"))], "cannot be loaded"),
-        ([renamed(made("other")), str(out)], "does not fit its base: base_model.model.model.blocks.0"),
+        ([renamed(made("other")), str(out)], "is in only one of the two"),
         ([valued(made("valued")), str(out)], "has a value head beside it"),
         ([untyped(made("scored", "SEQ_CLS")), str(out)], "is a classifier's adapter"),
         (
             [made("soft", kind=PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM")), str(out)],
             "cannot be merged",
         ),
-        ([made("drawn", init_lora_weights="pissa_niter_4"), str(out)], "have PEFT convert it"),
+        ([made("drawn", init_lora_weights="pissa_niter_4"), str(out)], "or merge it where it was trained"),
     ):
         done = run(app, ["merge", *words])
         assert isinstance(done.exception, BadInput) and line in str(done.exception), (words, done.exception)

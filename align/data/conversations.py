@@ -96,7 +96,7 @@ def _read_message(item: Any, where: str, field: str) -> Message:
     if not isinstance(item, dict):
         raise BadInput(f"{where}: `{field}` is {kind_of(item)}; a message is {{role, content}}")
     role_key, content_key = ("from", "value") if "from" in item and "role" not in item else ("role", "content")
-    if item.get(role_key) == CALLING and isinstance(item.get(content_key), str) and not item.get("tool_calls"):
+    if item.get(role_key) == CALLING and item.get(content_key) and not item.get("tool_calls"):
         calls = _calls_written(item[content_key], where, f"{field}.{content_key}")
         item = {**item, content_key: None, "tool_calls": calls}
     if item.get("content") not in (None, item.get(content_key)):
@@ -135,16 +135,16 @@ def _further_keys(item: dict[str, Any], own: Iterable[str], where: str, field: s
     return further
 
 
-def _calls_written(text: str, where: str, field: str) -> list[dict[str, Any]]:
-    """The calls of a turn that is the JSON of one, or of a list of them, `{"name", "arguments"}`."""
+def _calls_written(value: Any, where: str, field: str) -> list[dict[str, Any]]:
+    """The calls of a turn that is one, or a list of them, `{"name", "arguments"}`, as JSON or its text."""
     try:
-        found = json.loads(text)
+        found = json.loads(value) if isinstance(value, str) else value
     except (ValueError, RecursionError):
         found = None
     calls = found if isinstance(found, list) else [found]
     if not calls or not all(isinstance(call, dict) and isinstance(call.get("name"), str) for call in calls):
         raise BadInput(f"{where}: `{field}` is no call; a `{CALLING}` turn is the JSON of {{name, arguments}}")
-    return [{"type": "function", "function": call} for call in calls]
+    return [{"type": "function", "function": {"arguments": {}} | call} for call in calls]
 
 
 def _with_read_arguments(call: dict[str, Any], where: str, field: str) -> dict[str, Any]:

@@ -268,11 +268,7 @@ class Labelled:
 
 
 LABELS = ("label", "kto_tag")  # TRL's name, and LLaMA-Factory's
-OF_A_TASK = (  # fields that a prompt and its answer are made of
-    *("prompt", "messages", "conversations", "instruction", "input", "history", "completion", "output"),
-    *SYSTEM,
-    *TEMPLATE,
-)
+OF_A_PROMPT = ("prompt", "messages", "conversations", "instruction", "input", "history", *SYSTEM, *TEMPLATE)
 
 
 @dataclass(frozen=True)
@@ -351,22 +347,24 @@ _FROM_LABELS = {"demonstrations": _shown, "prompts": _asked, "preferences": _pai
 def _answered(row: Row) -> _Answered:
     """A row of KTO's: TRL's, or with a conversation or Alpaca's fields in the place of `prompt` and `completion`."""
     given = _without(row.values, *LABELS)  # further columns keep their None, as every row of a file has them
-    asked = {name: value for name, value in given.items() if is_stated(value) or name not in OF_A_TASK}
+    empty = [name for name in OF_A_PROMPT if not is_stated(given.get(name))]
+    empty += [name for name in ("completion", "output") if given.get(name) is None]
+    asked = _without(given, *empty)
     labels = [row.values[name] for name in LABELS if row.values.get(name) is not None]
     talk = next((name for name in ("messages", "conversations") if name in asked), None)
     said: Any = None
-    if talk is not None and "prompt" in asked:
-        raise BadInput(f"{row.where}: a row has `prompt` or `{talk}`, which would be another prompt; drop one of them")
     if talk is not None:
         *before, last = read_messages(asked.pop(talk), row.where, talk)
         if last["role"] != "assistant" or not before:
             raise BadInput(f"{row.where}: `{talk}` ends with no answer, which `label` would be of")
+        if asked.get("prompt", before[-1]["content"]) not in (before, before[-1]["content"]):
+            raise BadInput(f"{row.where}: `prompt` and what `{talk}` asks differ; drop one of them")
         asked["prompt"], said = before, [last]
     elif "prompt" in asked or "instruction" in asked:
         said = asked.pop("completion" if "prompt" in asked else "output", None)
     if len(labels) != 1 or not isinstance(labels[0], bool) or said is None:
         raise BadInput(f"{row.where}: KTO's rows have `prompt`, `completion` and `label: true` or `false`")
-    same = {name: asked[name] for name in OF_A_TASK if name in asked}
+    same = {name: asked[name] for name in OF_A_PROMPT if name in asked}
     if isinstance(same.get("prompt"), (list, tuple)):
         same["prompt"] = read_messages(same["prompt"], row.where, "prompt")
     return _Answered(row, asked, said, labels[0], json.dumps(same, sort_keys=True, default=str))

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft.tuners.trainable_tokens import TrainableTokensLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
 from pydantic import ValidationError
 from safetensors import SafetensorError
 
@@ -23,16 +25,16 @@ from align.models.facts import HEADS, check_quantised, quantised_by, read_shapes
 from align.models.loading import (
     as_numbers,
     empty_classifier,
+    left_over,
     load_adapter,
     load_adapter_config,
-    load_adapter_weights,
     load_any_tokenizer,
     load_causal,
     load_classifier,
     load_config,
     plain_numbers,
 )
-from align.models.roles import Bases, Role, adapter_weights
+from align.models.roles import Bases, Role
 from align.models.scoring import score_sequences
 from align.models.tokenizer import first_line
 from align.records import ADAPTER_WEIGHTS
@@ -106,7 +108,7 @@ def merge_adapter(
     if isinstance(start, str) and start.startswith(UNREPEATABLE):
         raise BadInput(
             f"{adapter} was started by `{start}`, which drew or measured what it took from its base, and is not kept: "
-            "have PEFT convert it where it was trained (`path_initial_model_for_weight_conversion`)"
+            "have PEFT convert it (`path_initial_model_for_weight_conversion`) or merge it where it was trained"
         )
     named = base or config.base_model_name_or_path or ""
     if not (Path(named).is_dir() or looks_like_hub_id(named)):
@@ -247,10 +249,11 @@ def _merge_elsewhere(
     tokenizer = _tokenizer_of(*((str(folder),) if has_tokenizer(folder) else (base, revision)))
     ids = _probe_ids(tokenizer, device)
     _take_tokens(model, folder)
-    _part_what_is_tied(model, folder)
     try:
         adapted: Any = load_adapter(model, str(folder), config).eval()
-        _check_all_is_there(adapted, folder)
+        if lost := left_over(adapted, str(folder)):
+            raise BadInput(f"the adapter in {folder} does not fit {base}: {lost[0]} is in only one of the two")
+        _part_what_is_tied(adapted)
         before = [adapted(row).logits.float() for row in ids]
         merged = _untied(adapted.merge_and_unload())
     except (RuntimeError, ValueError, KeyError, NotImplementedError) as error:
@@ -270,34 +273,21 @@ def _take_tokens(model: Any, folder: Path) -> None:
         model.resize_token_embeddings(rows, mean_resizing=False)
 
 
-def _part_what_is_tied(model: Any, folder: Path) -> None:
-    """Gives the output layer weights of its own where it shares those of the embeddings, and the adapter changes one of
-    the two: both would change."""
-    embeddings, output = model.get_input_embeddings(), model.get_output_embeddings()
-    touched = any(f".{name}.lora_" in key for name in _ends_of(model) for key in read_shapes(folder / ADAPTER_WEIGHTS))
-    if touched and output.weight is embeddings.weight:
+def _part_what_is_tied(adapted: Any) -> None:
+    """Gives the output layer weights of its own where it shares those of the embeddings and the adapter is over one of
+    the two: what is merged would change both. (New tokens are PEFT's own affair: it ties them too.)"""
+    model = adapted.get_base_model()
+    ends = model.get_input_embeddings(), model.get_output_embeddings()
+    embeddings, output = (getattr(end, "base_layer", end) for end in ends)
+    is_over = any(isinstance(end, BaseTunerLayer) and not isinstance(end, TrainableTokensLayer) for end in ends)
+    if is_over and output.weight is embeddings.weight:
         output.weight = torch.nn.Parameter(embeddings.weight.detach().clone(), requires_grad=False)
-        _untied(model)
 
 
 def _ends_of(model: Any) -> list[str]:
     """Names of its embeddings and of its output layer."""
     ends = model.get_input_embeddings(), model.get_output_embeddings()
     return [name for name, module in model.named_modules() if any(module is end for end in ends)]
-
-
-def _check_all_is_there(adapted: Any, folder: Path) -> None:
-    """Raises BadInput where the adapter has a tensor that its base has no place for, or the other way round: PEFT would
-    go on without."""
-    given = {name: tensor.shape for name, tensor in load_adapter_weights(str(folder), "cpu").items()}
-    wanted = {name: tensor.shape for name, tensor in adapter_weights(adapted).items()}
-    places = {name.replace(".default.", "."): tensor.shape for name, tensor in adapted.state_dict().items()}
-    for name in sorted(wanted.keys() | given.keys()):
-        if wanted.get(name, places.get(name)) != given.get(name):
-            there, here = ("not there" if s is None else f"{tuple(s)}" for s in (given.get(name), wanted.get(name)))
-            raise BadInput(
-                f"the adapter in {folder} does not fit its base: {name} is {there}, and the base takes {here}"
-            )
 
 
 def _saved(

@@ -172,3 +172,12 @@ def _folder_of(name: str) -> Path:
             return Path(found).parent
     except OSError as error:
         raise BadInput(one_line(error)) from error
+
+
+def left_over(model: PeftModel, name: str) -> list[str]:
+    """What of the adapter that `load_adapter` has put in has no place in the model, or is missing there: PEFT goes on
+    without either."""
+    with fetched(name):
+        result = model.load_adapter(str(_folder_of(name)), "default")
+    # embeddings of new tokens that are a whole layer too are saved once more, under a name that is never read
+    return sorted({key for key in (*result.unexpected_keys, *result.missing_keys) if ".modules_to_save." not in key})

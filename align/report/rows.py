@@ -23,6 +23,7 @@ from align.data import (
 )
 from align.data.formats import unused_columns
 from align.data.named import KTO
+from align.errors import BadInput
 from align.identity import has_tokenizer
 from align.report.tables import plain
 from align.settings import Data, Source, StageSettings
@@ -50,9 +51,16 @@ def show_row(console: Console, settings: StageSettings, place: str | None = None
         near = _near(data)
         if near is None:
             continue
-        loaded: Loaded[Any] = load(near, kind)  # type: ignore[call-overload]
         sources = (*near.train, *near.validation)
-        for source in sources[:1] if place is not None and place.isdecimal() else sources:
+        if place is not None and place.isdecimal():
+            sources = data.train[:1] if data.train[0] in near.train else ()
+        try:
+            loaded: Loaded[Any] = load(near, kind)  # type: ignore[call-overload]
+        except BadInput:  # what is here may be too little without the rest
+            if near is data:
+                raise
+            continue
+        for source in sources:
             for row in read_rows(source):
                 if row.where == loaded.train[0].where if place is None else _is_at(row, place):
                     _show(console, settings, kind, source, row, loaded)

@@ -126,6 +126,22 @@ def test_kto_pairs_answers_to_one_and_the_same(tmp_path, beside):
         loaded(tmp_path, rows, "preferences", "kto")
 
 
+def test_what_kto_rows_say_twice_is_said_once(tmp_path):
+    rows = [kto("one", text, text == "yes") | {"output": text} for text in ("yes", "no")]
+    assert len(loaded(tmp_path, rows, "preferences", "kto").train) == 1
+    for prompt in ("hi", [turn(U, "hi")]):
+        talks = [{"prompt": prompt, "messages": [turn(U, "hi"), turn(A, text)]} for text in ("yes", "no")]
+        rows = [talk | {"completion": "x", "label": good} for talk, good in zip(talks, (True, False), strict=True)]
+        (pair,) = loaded(tmp_path, rows, "preferences", "kto").train
+        assert (said(pair.prompt), said(pair.chosen)) == ([(U, "hi")], [(A, "yes")])
+
+
+def test_an_empty_answer_of_kto_is_a_row_of_its_own(tmp_path):
+    rows = [kto("one", "yes", True), kto("two", "", False)]
+    assert len(loaded(tmp_path, rows, "demonstrations", "kto").train) == 1
+    assert len(loaded(tmp_path, rows, "prompts", "kto").train) == 2
+
+
 def test_columns_of_kto_rows_keep_their_none(tmp_path):
     rows = [kto("one", "yes", True) | {"answer": None}, kto("two", "no", False) | {"answer": 4}]
     assert [p.columns["answer"] for p in loaded(tmp_path, rows, "prompts", "kto").train] == [None, 4]
@@ -144,7 +160,7 @@ def test_what_kto_rows_leave_empty_says_nothing(tmp_path):
         ({"messages": 5}, "`messages` is a number; it must be a list"),
         ({"conversations": True}, "`conversations` is .*; it must be a list"),
         ({"messages": "[]"}, "`messages` is text; it must be a list"),
-        ({"prompt": "P", "messages": [turn(U, "hi"), turn(A, "yes")]}, "has `prompt` or `messages`"),
+        ({"prompt": "P", "messages": [turn(U, "hi"), turn(A, "yes")]}, "`prompt` and what `messages` asks differ"),
         ({"messages": [turn(U, "hi"), turn(A, "yes"), turn(U, "more")]}, "ends with no answer"),
         ({"messages": [turn(A, "yes")]}, "ends with no answer"),
     ],
@@ -338,12 +354,16 @@ def test_calls_of_sharegpt_are_tool_calls(tmp_path):
     turns = (*shown.prompt, *shown.completion)
     assert said(turns) == [(U, "any kites?"), (A, ""), ("tool", "two"), (A, "two kites")]
     assert turns[1]["tool_calls"] == [{"type": "function", "function": call}]
+    as_object = sharegpt(*talk)
+    as_object["conversations"][1]["value"] = {"name": "look"}
+    turns = first(tmp_path, [as_object], "demonstrations", "auto")
+    assert (*turns.prompt, *turns.completion)[1]["tool_calls"][0]["function"] == {"name": "look", "arguments": {}}
     several = [("human", "any kites?"), ("function_call", json.dumps([call, call])), *talk[2:]]
     turns = first(tmp_path, [sharegpt(*several)], "demonstrations", "auto")
     assert len((*turns.prompt, *turns.completion)[1]["tool_calls"]) == 2
 
 
-@pytest.mark.parametrize("words", ["look at the sky", "[]", "{}", '{"name": 3}', "3", "[1]"])
+@pytest.mark.parametrize("words", ["look at the sky", "[]", "{}", '{"name": 3}', "3", "[1]", 3])
 def test_a_call_that_is_none_is_one_line(tmp_path, words):
     talk = sharegpt(("human", "any kites?"), ("function_call", words), ("observation", "two"), ("gpt", "two"))
     with pytest.raises(BadInput, match=r"conversations\[1\]\.value` is no call; a `function_call` turn is the JSON"):
