@@ -1,7 +1,7 @@
 """`align check --memory`: what it says before a run is what the run takes.
 
-`ALIGN_PLANNING=path/to/SmolLM2-135M pytest tests/test_planning.py` holds it against runs of a real model too: a quarter
-of an hour.
+`ALIGN_PLANNING=path/to/SmolLM2-135M pytest tests/test_planning.py` holds it against runs of a real model too: half
+an hour.
 """
 
 import json
