@@ -51,7 +51,6 @@ UNMERGEABLE = {
 }
 UNREPEATABLE = ("pissa_niter", "corda", "loftq", "lora_ga")  # ways to start LoRA whose share of the base is drawn anew
 PROBE = ("The answer to the question is", "Once upon a time there was a", "1 2 3 4 5 6 7 8", "Dear all, thank you for")
-Write = Callable[[Path, Path, dict[str, Any]], float]  # of a run's folder, a new one and the manifest
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
