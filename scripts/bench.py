@@ -140,6 +140,7 @@ def ppo_recipe(
     path = write_rows(folder / "prompts.jsonl", [{"prompt": p["text"], "points": p.get("score")} for p in prompts])
     common = {"num_iterations": options.iterations, "prompts_per_iteration": len(prompts)}
     common |= {"num_generations": len(prompts[0]["answers"]), "missing_eos_penalty": None}
+    common |= {"max_batch_tokens": options.max_batch_tokens}
     return recipe(
         "ppo",
         options.model[0],
@@ -686,7 +687,8 @@ def count(text: str) -> int:
 
 def parsed(arguments: Sequence[str] | None) -> Options:
     parser = argparse.ArgumentParser(description="Our stages beside their peers: speed, memory, parity.")
-    parser.set_defaults(critic="adapter", iterations=1, peer_micro_batch=16, peer=None, scaling=False)  # of some
+    of_some = {"critic": "adapter", "iterations": 1, "peer_micro_batch": 16, "max_batch_tokens": None}
+    parser.set_defaults(peer=None, scaling=False, **of_some)
     commands = parser.add_subparsers(dest="command", required=True)
     names = ("ppo", "grpo", "reward", "dpo", "sft", "parity")
     ppo, grpo, reward, dpo, sft, _ = each = [commands.add_parser(name) for name in names]
@@ -702,6 +704,9 @@ def parsed(arguments: Sequence[str] | None) -> Options:
         one.add_argument("--case", action="append", choices=list(cases), help="all, if none is named")
         one.add_argument("--iterations", type=count, default=4, help="of a run, the first a warm-up (4)")
         one.add_argument("--peer-micro-batch", type=count, default=16, help="TRL's per_device_train_batch_size (16)")
+        one.add_argument(
+            "--max-batch-tokens", type=count, help="our `ppo.max_batch_tokens` (what the recipe's default is)"
+        )
     ppo.add_argument("--critic", choices=["default", "trunk", "adapter"], default="default")
     ppo.add_argument("--scaling", action="store_true", help="ours alone, as sizes double")
     grpo.add_argument("--algorithm", choices=list(ALGORITHMS), default="grpo")
