@@ -5,6 +5,7 @@ same answers. Which of two answers is better may be kept, as TRL's preference pa
 """
 
 import json
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -215,7 +216,10 @@ class _Talk:
         if line not in ("1", "2"):
             return 0
         chosen = int(line) - 1
-        if self.order.keep is not None:
+        texts = {answer.text.strip() for answer in answers}
+        if self.order.keep is not None and (len(texts) == 1 or "" in texts):
+            self.console.print(Text("not kept: the answers are the same, or one is empty", style="dim"))
+        elif self.order.keep is not None:
             _keep(Path(self.order.keep), prompt, answers[chosen].text, answers[1 - chosen].text)
             self.console.print(Text(f"kept in {self.order.keep}", style="dim"))
         return chosen
@@ -225,5 +229,9 @@ def _keep(file: Path, prompt: Prompt, chosen: str, rejected: str) -> None:
     answers = {
         name: [{"role": "assistant", "content": text}] for name, text in (("chosen", chosen), ("rejected", rejected))
     }
-    with file.open("a", encoding="utf-8") as lines:
-        lines.write(json.dumps({"prompt": prompt.prompt, **answers}, ensure_ascii=False) + "\n")
+    line = json.dumps({"prompt": prompt.prompt, **answers}, ensure_ascii=False) + "\n"
+    with file.open("ab+") as lines:
+        if lines.tell():
+            lines.seek(-1, os.SEEK_END)
+            line = line if lines.read() == b"\n" else f"\n{line}"  # an editor may have left the last one open
+        lines.write(line.encode("utf-8", "backslashreplace"))

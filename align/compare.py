@@ -27,6 +27,7 @@ from align import attempts
 from align.data import load
 from align.endings import last
 from align.errors import BadInput
+from align.identity import digest_of
 from align.launch_plan import LaunchPlan, plan
 from align.locks import at_work_in
 from align.manifest import read_manifest
@@ -235,6 +236,8 @@ def _compare(order: Order, launch: LaunchPlan, refused: list[tuple[str, str]], a
             winner = whole
         best.append((winner, swept))
     gold = _gold(order, launch, [trial for trial, _ in best if math.isfinite(trial.quality)])
+    if isinstance(gold, int):
+        return gold
     comparison = Comparison(
         title=f"{order.recipe.path.name}, stage {order.stage.stage}",
         quality_name=order.quality.figure,
@@ -366,8 +369,9 @@ def _result(trial: Trial, swept: list[Trial], gold: dict[str, float], quality: Q
     )
 
 
-def _gold(order: Order, launch: LaunchPlan, trials: list[Trial]) -> dict[str, float]:
-    """Scores of the methods' policies by the judge of the recipe's own `evaluate` stage, if it has one."""
+def _gold(order: Order, launch: LaunchPlan, trials: list[Trial]) -> dict[str, float] | int:
+    """Scores of the methods' policies by the judge of the recipe's own `evaluate` stage, if it has one; an exit code
+    where a signal stopped it."""
     judge = next((s for s in order.recipe.stages.values() if isinstance(s, EvaluateSettings)), None)
     if judge is None or order.stage.makes != "policy":
         return {}
@@ -377,13 +381,14 @@ def _gold(order: Order, launch: LaunchPlan, trials: list[Trial]) -> dict[str, fl
     }
     for load_in in sorted(set(trained_in.values())):
         policies = {t.method: t.settings.output for t in trials if trained_in[t.method] == load_in}
+        name = f"judged-{load_in}-{digest_of(json.dumps(policies).encode())[:8]}"  # of these: others may come
         values = json.loads(judge.model_dump_json(by_alias=True)) | {
             "policies": policies,
             "compare": [],
             "pairwise_judge": None,
             "reference": None,
             "reward": None,
-            "output": str(order.out / f"judged-{load_in}"),
+            "output": str(order.out / name),
         }
         values["model"]["load_in"] = load_in
         settings = EvaluateSettings.model_validate(values)
@@ -393,7 +398,10 @@ def _gold(order: Order, launch: LaunchPlan, trials: list[Trial]) -> dict[str, fl
             print(f"no judge's score: {error}", flush=True)
             return {}
         if state != "finished":
-            code, reason = attempts.run(launch, settings, order.out, f"judged-{load_in}")
+            code, reason = attempts.run(launch, settings, order.out, name)
+            if code in attempts.STOPPED:
+                last.say(reason)
+                return code
             if code:
                 print(f"no judge's score: {reason}", flush=True)
                 return {}

@@ -18,8 +18,10 @@ from align.wording import refused_by_disk
 TEMPORARY = re.compile(r"\..+\.(\d+)\.tmp|\.step-\d{8}\.tmp")
 
 
-def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+def write_atomically(path: Path, write: Callable[[Path], None], *, mode: int = 0o666) -> None:
     """Calls `write` on a temporary file beside `path`, makes it durable, and puts it in `path`'s place.
+
+    `mode`: its permissions, of which the process's umask takes away.
 
     Raises:
         RunFailed: the disk refuses it; `path` is as it was.
@@ -27,7 +29,10 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
     temporary = temporary_beside(path)
     with writing(path):
         try:
+            temporary.touch(mode=mode)
+            allowed = temporary.stat().st_mode
             write(temporary)
+            _allow(temporary, allowed)
             with temporary.open("rb") as file:
                 os.fsync(file.fileno())
             os.replace(temporary, path)
@@ -103,10 +108,9 @@ def write_json(path: Path, values: Any, *, private: bool = False) -> None:
     text = dumps(values, indent=2, ensure_ascii=False, default=str) + "\n"
 
     def write(temporary: Path) -> None:
-        temporary.touch(mode=0o600 if private else 0o666)
         temporary.write_text(text, encoding="utf-8")
 
-    write_atomically(path, write)
+    write_atomically(path, write, mode=0o600 if private else 0o666)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -126,7 +130,7 @@ def write_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> int:
         nonlocal count
         with temporary.open("w", encoding="utf-8", errors="backslashreplace") as file:  # half a pair: its escape
             for row in rows:
-                file.write(dumps(row, ensure_ascii=False) + "\n")
+                file.write(dumps(row, ensure_ascii=False, default=str) + "\n")  # Parquet has dates
                 count += 1
 
     write_atomically(path, write)
@@ -143,6 +147,7 @@ def folder_in_one_go(folder: Path, *, first_stays: bool = False) -> Iterator[Pat
     Raises:
         RunFailed: the disk refuses it; `folder` is as it was.
     """
+    folder = folder.resolve() if folder.is_symlink() else folder  # a link stays one, and what it leads to is made
     if first_stays:  # perhaps another machine's, whose numbers of processes say nothing here
         temporary = folder.with_name(f".{folder.name}.{uuid4().hex}.{os.getpid()}.tmp")
     else:
@@ -153,6 +158,7 @@ def folder_in_one_go(folder: Path, *, first_stays: bool = False) -> Iterator[Pat
         try:
             temporary.mkdir(parents=True)
             yield temporary
+            _open_weights(temporary)
             for file in temporary.rglob("*"):
                 if file.is_file():
                     with file.open("rb") as handle:
@@ -181,7 +187,21 @@ def new_files_of(folder: Path) -> Iterator[Path]:
         try:
             temporary.mkdir()
             yield temporary
+            _open_weights(temporary)
             for file in temporary.iterdir():
                 file.replace(folder / file.name)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _open_weights(folder: Path) -> None:
+    """As `_allow`, of the weights in a folder that has just been made."""
+    for file in folder.rglob("*.safetensors"):
+        _allow(file, folder.stat().st_mode & 0o666)
+
+
+def _allow(file: Path, mode: int) -> None:
+    """Gives a file the permissions that others have here: safetensors writes its own for their owner alone, and nobody
+    else on the machine could read the model."""
+    with suppress(OSError):  # a file system that knows no permissions
+        file.chmod(mode)

@@ -10,6 +10,11 @@ def dumps(value: Any, **options: Any) -> str:
     return json.dumps(_finite(value), allow_nan=False, **options)
 
 
+def as_json(value: Any) -> Any:
+    """`value` as a file would give it back: what JSON has no word for, such as a date of Parquet's, as text."""
+    return json.loads(dumps(value, default=str))
+
+
 def _finite(value: Any) -> Any:
     if isinstance(value, float):
         return value if math.isfinite(value) else None

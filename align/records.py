@@ -36,7 +36,6 @@ Name = Annotated[str, Field(max_length=255), AfterValidator(_plain_name)]  # of 
 Size = Annotated[int, Field(ge=0, le=LARGEST_SIZE)]
 Pattern = Annotated[str, Field(max_length=LONGEST_PATTERN)]
 Names = Pattern | list[Text]
-Nothing = Annotated[None, Field(default=None)]
 
 
 class Record(BaseModel):
@@ -123,11 +122,14 @@ class Manifest(Record):
     score_std: float | None = None
 
 
-class AdapterConfig(Record):
-    """An adapter's adapter_config.json: what is known to matter of all of PEFT's kinds.
+NOT_TAKEN = {  # keys of an adapter's configuration that must be null, and what they would do
+    "layer_replication": "makes layers that nobody has trained",
+    "megatron_config": "names a module to import",
+}
 
-    `layer_replication` would make layers that nobody has trained, and megatron's keys name a module to import.
-    """
+
+class AdapterConfig(Record):
+    """An adapter's adapter_config.json: what is known to matter of all of PEFT's kinds."""
 
     peft_type: Text | None = None
     task_type: Text | None = None
@@ -149,8 +151,6 @@ class AdapterConfig(Record):
     token_dim: Size | None = None
     encoder_hidden_size: Size | None = None
     reduction_factor: Size | None = None
-    layer_replication: Nothing = None
-    megatron_config: Nothing = None
 
     def sizes(self) -> dict[str, int]:
         """The numbers by which the adapter's weights are made: no one is longer than all sides of these."""
@@ -207,11 +207,15 @@ def read_adapter_config(folder: str | Path) -> AdapterConfig:
     """The configuration of the adapter in a folder.
 
     Raises:
-        BadInput: it is damaged, or no adapter of PEFT's could be so.
+        BadInput: it is damaged, or no adapter of PEFT's could be so, or it asks for what is not taken.
     """
     path = Path(folder) / ADAPTER_CONFIG
     try:
-        return checked(read_object(path), AdapterConfig)
+        values = read_object(path)
+        for key, why in NOT_TAKEN.items():
+            if values.get(key) is not None:
+                raise BadInput(f"{path} asks for `{key}`, which {why}; it is not taken here: train an adapter without")
+        return checked(values, AdapterConfig)
     except OSError as error:
         raise BadInput(f"{path} cannot be read: {error.strerror}") from error
     except ValueError as error:

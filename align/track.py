@@ -88,6 +88,8 @@ class Tracker:
         _forget_after(self.path, step)
         with writing(self.path):
             self._file = self.path.open("a", encoding="utf-8")
+        if self._trackers is not None:
+            self._trackers.go_back(step)
         if self._progress is not None:
             self._progress.update(self._task, completed=step)
 

@@ -46,6 +46,13 @@ class Trackers:
         for name, tracker in list(self.open.items()):
             self._try(name, TABLES[name], tracker, step, rows)
 
+    def go_back(self, step: int) -> None:
+        """The run goes on from `step`: TensorBoard drops what it has of later steps when a file begins there. The
+        others keep both, and a figure, `rollbacks`, says where."""
+        if "tensorboard" in self.open:
+            self._try("tensorboard", self.open["tensorboard"].finish)
+            self._try("tensorboard", self._open, "tensorboard", step)
+
     def close(self) -> None:
         """Ends the runs there, with the model of a finished one where the recipe says so."""
         for name, tracker in list(self.open.items()):

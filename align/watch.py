@@ -24,6 +24,7 @@ from align.wording import did_you_mean_path, safe
 
 BARS = "▁▂▃▄▅▆▇█"
 NUM_SAMPLES = 2
+NUM_ROUNDS = 8  # of a loop, the newest, where a screen holds no more
 STORE_SHARE = 20  # times as long as a look at a loop's store takes, till the next one
 
 
@@ -48,7 +49,7 @@ def watch(run: str, *, every: float = 2.0, store: str | None = None) -> None:
         rounds, looks_again = [], 0.0
         while True:
             if (begun := time.monotonic()) > looks_again:  # a store of many pairs is not asked all the time
-                rounds = _rounds(folder, store)
+                rounds = _rounds(folder, store, most=NUM_ROUNDS)
                 looks_again = begun + STORE_SHARE * (time.monotonic() - begun)
             live.update(_screen(folder, console.width, rounds), refresh=True)
             if (folder / MANIFEST).is_file() and _state(folder) == "finished":  # a pipeline or a loop may go on
@@ -92,8 +93,9 @@ def _screen(folder: Path, width: int, rounds: Sequence[RenderableType]) -> Rende
     return Group(*parts)
 
 
-def _rounds(loop: Path, store: str | None) -> list[RenderableType]:
-    """Where a loop stands, and a line a round; where its store cannot be asked just now, why not. Nothing of a run."""
+def _rounds(loop: Path, store: str | None, most: int | None = None) -> list[RenderableType]:
+    """Where a loop stands, and a line a round, of the `most` newest; where its store cannot be asked just
+    now, why not. Nothing of a run."""
     if not (loop / LOOP).is_file():
         return []
     from align.report.loop_facts import read
@@ -104,7 +106,7 @@ def _rounds(loop: Path, store: str | None) -> list[RenderableType]:
     except (BadInput, RunFailed) as error:
         return [Text(safe(str(error)))]
     head = Text(f"{plain(loop.resolve().name, 60)}  ", style="bold").append(standing(facts), style="not bold")
-    return [head, round_table(facts)] if facts.rounds else [head]
+    return [head, round_table(facts, most)] if facts.rounds else [head]
 
 
 def _shown(run: Path, width: int, asked: Path) -> RenderableType:

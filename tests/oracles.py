@@ -109,8 +109,9 @@ def kl_estimate(logprob: float, reference: float, estimator: str) -> float:
 
 
 def next_kl_coef(kl_coef: float, kl: float, target: float, horizon: int, num_sequences: int) -> float:
-    """beta <- beta (1 + e n / horizon), e = clip(KL / target - 1, -0.2, 0.2)   (Ziegler et al. 2019, section 2.2)."""
-    return kl_coef * (1.0 + clip(kl / target - 1.0, -0.2, 0.2) * num_sequences / horizon)
+    """beta <- beta (1 + e n / horizon), e = clip(KL / target - 1, -0.2, 0.2)   (Ziegler et al. 2019, section 2.2), n no
+    more than the horizon."""
+    return kl_coef * (1.0 + clip(kl / target - 1.0, -0.2, 0.2) * clip(num_sequences / horizon, 0.0, 1.0))
 
 
 # ---- rewards and advantages

@@ -360,6 +360,8 @@ MODELS = [
     sft("qlora without 4 bits", {"method": {"kind": "qlora"}}, "`method.kind: qlora`", "`model.load_in: nf4`", "auto"),
     ppo("a start for a head", {"critic": {"kind": "trunk", "from": "runs/reward"}}, "`critic.from`: runs/reward made a reward model", "leave `critic.kind: trunk` out"),
     ppo("gae without a critic", {"critic": {"kind": "none"}}, "`ppo.advantage: gae`", "rloo, grpo or reinforce++"),
+    ppo("a critic whose loss counts nothing", {"ppo.vf_coef": 0.0}, "`ppo.vf_coef`", "must be above 0"),
+    ppo("a target for nothing", {"ppo.kl_coef": 0.0, "ppo.kl_target": 6.0}, "`kl_target` moves `kl_coef` by a factor, and it is 0"),
     ppo("rloo with a critic", {"ppo": {"advantage": "rloo", "num_generations": 2}}, "`ppo.advantage: rloo`", "critic: {kind: none}"),
     ppo("grpo of one answer", WITHOUT | {"ppo": {"advantage": "grpo"}}, "`ppo.num_generations` is 1", "2 or more"),
     *(
@@ -427,6 +429,7 @@ REWARDS = [
     ppo("a reference of no kind", {"reference": {}}, "`reference.from`", "`reference.reset_every`"),
     ppo("a reference that is never reset", {"reference": {"reset_every": 100000}}, "`reference.reset_every`", "`ppo.num_iterations`"),
     ppo("a budget to what moves", {"reference": {"reset_every": 2}, "ppo.kl_budget": 1.0, "prompts.validation_split": 0.5}, "`ppo.kl_budget`", "`reference.reset_every`"),
+    evaluate("a figure of its own beside", {"beside": {"score": {"use": "fns.py:brevity", "target_words": 3}}}, "`beside`", "`score` is a figure of the stage's own"),
     evaluate("a column beside", {"beside": {"x": {"use": "fns.py:right"}}}, "`beside.x`: `right` needs the argument `solution`"),
     evaluate("a pairwise judge's column", {"pairwise_judge": {"use": "fns.py:right"}}, "`pairwise_judge`: `right` needs", "to `pairwise_judge.arguments`"),
     ppo("our argument", {"rewards.1.prompts": "x"}, "`rewards[1]`", "takes no argument `prompts`"),

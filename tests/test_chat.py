@@ -108,3 +108,15 @@ def test_what_cannot_be_is_one_line(runs, changes, message):
             values[key] = str(runs / values[key])
     with pytest.raises(BadInput, match=re.escape(message)):
         chat(Order(**values))
+
+
+def test_what_is_kept_joins_no_open_line_and_is_what_a_stage_takes(runs, monkeypatch, capsys, tmp_path):
+    file = tmp_path / "pairs.jsonl"
+    row = {"prompt": "p", "chosen": "a", "rejected": "b"}
+    file.write_text(json.dumps(row))
+    said = iter(("same", "same", " ", "words", "good", "bad"))
+    monkeypatch.setattr("align.chat.decode_completion", lambda *_: next(said))
+    out = talk(monkeypatch, capsys, ["one", "1", "two", "1", "three", "1"], runs / "sft", "base", keep=str(file))
+    assert out.count("not kept: the answers are the same, or one is empty") == 2
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    assert rows[0] == row and rows[1]["chosen"][0]["content"] == "good" and len(rows) == 2

@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 import yaml
+from pydantic import ValidationError
 
 from align.artifact import checkpoint_path
 from align.errors import BadInput
@@ -194,6 +195,23 @@ def test_pairs_without_an_ensemble_are_by_chance_and_never_of_equal_or_empty_ans
     scores = torch.tensor([0.0, 3.0, 0.0, 9.0, 1.0])
     found = draw_pairs(rows, scores, ScoreSettings(**common, random_pairs=0))
     assert found == [(0, 1, "best_worst")]
+
+
+def test_answers_to_another_template_are_another_prompts(base, tmp_path):
+    rows = [
+        {"prompt": "p", "columns": {}, "text": text, "template": {"enable_thinking": thinks}}
+        for thinks in (True, False)
+        for text in ("a", "b")
+    ]
+    common = {"stage": "score", "model": {"base": str(base)}, "output": str(tmp_path), "candidates": "x"}
+    found = draw_pairs(rows, None, ScoreSettings(**common, random_pairs=9))
+    assert sorted(found) == [(0, 1, "random"), (2, 3, "random")]
+
+
+def test_a_policy_that_is_not_there_draws_nothing():
+    values = {"stage": "collect", "model": {"base": "b/c"}, "output": "o", "prompts": {"train": "p.jsonl"}}
+    with pytest.raises(ValidationError, match="`num_generations` names `stf`, none of the policies; did you mean"):
+        STAGES["collect"](**values, policies={"sft": "runs/sft"}, num_generations={"stf": 16})
 
 
 def test_an_embedding_is_of_the_prompt_alone(base, made):

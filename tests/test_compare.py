@@ -203,7 +203,7 @@ def test_a_pilot_that_fails_is_its_methods_failure_and_one_that_is_stopped_stops
     assert [name for name in started if name.startswith("prefix")] == []
 
 
-def test_the_recipes_own_judge_scores_the_policies(recipe, started, base, data, tmp_path):
+def test_the_recipes_own_judge_scores_the_policies(recipe, started, base, data, tmp_path, monkeypatch):
     judge = tmp_path / "judge.py"
     judge.write_text(
         "def length(prompts, completions):\n    return [float(len(c[0]['content'])) for c in completions]\n"
@@ -222,8 +222,22 @@ def test_the_recipes_own_judge_scores_the_policies(recipe, started, base, data, 
     path.write_text(yaml.safe_dump(values))
     asked = order(str(path), methods="lora,qlora", rates=["lora=1e-2", "qlora=1e-2"], budget="2")
     assert compare(asked) == 0
-    assert started[-2:] == ["judged-float32", "judged-nf4"]
+    judges = dict(zip(("float32", "nf4"), started[-2:], strict=True))
+    assert all(name.startswith(f"judged-{load_in}-") for load_in, name in judges.items())
     for result in read(asked.out).results:
         load_in = "nf4" if result.method == "qlora" else "float32"
-        judged = read_manifest(asked.out / f"judged-{load_in}")["metrics"]["policies"]
+        judged = read_manifest(asked.out / judges[load_in])["metrics"]["policies"]
         assert result.others["gold_score"] == judged[result.method]["score"]
+    start, stopped = attempts.run, []  # a signal that comes while it judges stops all; then one more method is judged
+
+    def stopping(launch, settings, out, name):
+        if settings.stage == "evaluate" and not stopped:
+            stopped.append(name)
+            return 143, "stopped by a signal"
+        return start(launch, settings, out, name)
+
+    monkeypatch.setattr(attempts, "run", stopping)
+    more = order(str(path), methods="lora,qlora,ia3", rates=[f"{m}=1e-2" for m in ("lora", "qlora", "ia3")], budget="2")
+    assert compare(more) == 143 and stopped
+    assert compare(more) == 0
+    assert all(math.isfinite(result.others["gold_score"]) for result in read(more.out).results)

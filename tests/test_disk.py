@@ -20,6 +20,7 @@ from align.errors import BadInput, RunFailed
 from align.files import clear_temporaries, folder_in_one_go, is_temporary, temporary_beside, write_text
 from align.identity import fingerprint
 from align.manifest import MANIFEST, check_parent, read_manifest
+from align.models.export import merge
 from align.preflight import check_recipe
 from align.recipe import Recipe, load_recipe
 from align.resumption import state_of
@@ -339,6 +340,20 @@ def test_what_a_user_may_not_touch(base, data, tmp_path):
     assert {name: kind for name, (kind, _) in told.items()} == dict.fromkeys(told, "line"), list(told.values())
     assert "cannot be written (Permission denied)" in told["output"][1]
     assert all("ermission denied" in line and "\n" not in line for _, line in told.values()), told
+
+
+@pytest.mark.parametrize("method", [{"kind": "lora", "r": 4}, {"kind": "full"}])
+def test_weights_are_for_those_whom_the_umask_lets_read(method, base, data, tmp_path):
+    before = os.umask(0o027)
+    try:
+        tiny.run(tiny.settings("sft", base, data, tmp_path / "sft", method=method))
+        if method["kind"] == "lora":
+            merge(str(tmp_path / "sft"), str(tmp_path / "merged"))
+    finally:
+        os.umask(before)
+    files = [path for path in tmp_path.rglob("*") if path.is_file() and path.parent.name in ("sft", "merged")]
+    assert {path.suffix for path in files} >= {".json", ".safetensors"}
+    assert {path.name: oct(path.stat().st_mode & 0o777) for path in files} == {path.name: "0o640" for path in files}
 
 
 def test_a_manifest_of_another_than_its_run_is_damaged(runs, tmp_path):

@@ -18,6 +18,7 @@ from align.models.tokenizer import load_tokenizer
 from align.preflight import check_recipe
 from align.recipe import load_recipe
 from align.settings import DpoSettings, EvaluateSettings, Model
+from align.stages import dpo as dpo_stage
 from align.track import read_metrics
 from tests import tiny
 from tests.apart import run_apart
@@ -162,11 +163,36 @@ def test_a_run_that_died_goes_on_bit_for_bit(finished, base, data, runs, tmp_pat
     assert read_metrics(finished) == read_metrics(tmp_path / "dpo")
 
 
-@pytest.mark.parametrize("kind", ["sigmoid", "orpo"])
-def test_two_processes_do_what_one_does(kind, base, data, runs, tmp_path):
+def test_a_reference_that_is_read_once(finished, base, data, runs, tmp_path, monkeypatch):
+    """Each pair by one pass at the start, whatever comes after, and the run is the same."""
+    train = {"max_steps": 6, "learning_rate": 3e-3, "eval_steps": 3, "save_steps": 2}
+    read, plain = [], dpo_stage._of_answers
+    once = {"precompute_ref_log_probs": True}
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            dpo_stage, "_of_answers", lambda role, trees: read.append((role, len(trees))) or plain(role, trees)
+        )
+        tiny.run(settings(base, data, runs, tmp_path / "whole", train=train, dpo=once))
+    (reference,) = {role for role, _ in read} - {read[-1][0]}
+    rows = len((data / "pairs.jsonl").read_text().splitlines())
+    assert sum(count for role, count in read if role is reference) == rows
+    cut = settings(base, data, runs, tmp_path / "cut", train=train, dpo=once)
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setattr("align.stages.supervised._step", dying_at(4))
+        tiny.run(cut)
+    tiny.run(cut)
+    assert tiny.largest_difference(tmp_path / "whole", tmp_path / "cut") == 0.0
+    assert read_metrics(tmp_path / "whole") == read_metrics(tmp_path / "cut")
+    assert tiny.largest_difference(tmp_path / "whole", finished) <= 1e-5
+
+
+@pytest.mark.parametrize(
+    "options", [{"loss_type": "sigmoid"}, {"loss_type": "orpo"}, {"precompute_ref_log_probs": True}]
+)
+def test_two_processes_do_what_one_does(options, base, data, runs, tmp_path):
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
-    both = {"dpo": {"loss_type": kind}}
+    both = {"dpo": options}
     train = tiny.recipe("dpo", base, data, tmp_path)["train"]
     half = train | {"per_device_train_batch_size": train["per_device_train_batch_size"] // 2}
     tiny.run(settings(base, data, runs, tmp_path / "one" / "dpo", train=train, **both))
@@ -223,6 +249,10 @@ def test_a_fully_tuned_policy_is_the_base_of_what_goes_on_from_it(base, data, tm
     ("changes", "line"),
     [
         ({"dpo": {"loss_type": "orpo", "rpo_alpha": 1.0}}, "`dpo.rpo_alpha` has no meaning with `dpo.loss_type: orpo`"),
+        (
+            {"dpo": {"loss_type": "simpo", "precompute_ref_log_probs": True}},
+            "`dpo.precompute_ref_log_probs` has no meaning with `dpo.loss_type: simpo`",
+        ),
         ({"dpo": {"simpo_gamma": 0.5}}, "`dpo.simpo_gamma` has no meaning with `dpo.loss_type: sigmoid`"),
         (
             {"dpo": {"loss_type": "simpo"} | NO_ANSWERS, "reference": {"from": "runs/sft"}, "sampling": {}},

@@ -10,7 +10,15 @@ import pytest
 from align.data import load
 from align.errors import BadInput
 from align.feedback.backup import Moved, export_labels, import_labels
-from align.feedback.exchange import Labelled, export_run, import_preferences, import_run, labelled, write_preferences
+from align.feedback.exchange import (
+    Labelled,
+    export_run,
+    import_preferences,
+    import_run,
+    labelled,
+    write_for,
+    write_preferences,
+)
 from align.feedback.queue import Answer, Queue
 from align.feedback.rows import NewLabel
 from align.feedback.store import Store
@@ -539,3 +547,31 @@ def test_labels_of_machines_go_to_no_tool_that_would_take_them_for_peoples(tmp_p
         told = export_run(str(tmp_path / "store.db"), file := tmp_path / f"{tool}{ending}", tool)
         assert told == f"{file}: 1 pairs, 1 left out (equal or empty answers, or a machine's label)"
     assert export_run(str(tmp_path / "store.db"), tmp_path / "trl.jsonl").endswith(": 2 pairs")
+
+
+def test_another_word_on_a_known_pair_is_counted_and_changes_nothing(tmp_path):
+    rows = [{"prompt": "p", "chosen": good, "rejected": "bad"} for good in ("good", "fine")]
+    import_run(str(tmp_path / "run"), write(tmp_path / "in.jsonl", rows))
+    rows[0] |= {"chosen": "bad", "rejected": "good"}
+    said = import_run(str(tmp_path / "run"), write(tmp_path / "again.jsonl", rows))
+    assert said.endswith("0 labels taken, 2 known already (1 of them say otherwise than what is there, which stays)")
+    export_run(str(tmp_path / "run"), tmp_path / "out.jsonl")
+    assert {row["chosen"] for row in read(tmp_path / "out.jsonl")} == {"good", "fine"}
+
+
+def test_tools_and_calls_go_out_as_openai_has_them(other, tmp_path):
+    tools = [{"type": "function", "function": {"name": "add"}}]
+    call = {"type": "function", "function": {"name": "add", "arguments": {"n": 1}}}
+    prompt = [
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "content": "1"},
+    ]
+    answers = {side: [{"role": "assistant", "content": side}] for side in ("chosen", "rejected")}
+    row = {"prompt": prompt, "tools": json.dumps(tools), **answers}
+    import_preferences(other, write(tmp_path / "in.jsonl", [row]))
+    write_for("openai", tmp_path / "out.jsonl", labelled(other))
+    (found,) = read(tmp_path / "out.jsonl")
+    assert found["input"]["tools"] == tools
+    (called,) = found["input"]["messages"][1]["tool_calls"]
+    assert json.loads(called["function"]["arguments"]) == {"n": 1}

@@ -112,6 +112,14 @@ def test_a_merge_may_be_rounded_and_come_in_shards(dtype, runs, tmp_path):
     assert model.dtype == getattr(torch, dtype)
 
 
+def test_a_merge_into_a_link_goes_where_it_leads(runs, tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "merged").symlink_to(tmp_path / "disk")
+    merge(str(runs / "sft"), str(tmp_path / "merged"))
+    assert (tmp_path / "merged").is_symlink()
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "disk")
+
+
 # ------------------------------------------------------------------------------------ adapters that others have made
 
 
@@ -228,6 +236,12 @@ def valued(folder):
     return folder
 
 
+def unnamed(folder):
+    file = Path(folder) / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": None}))
+    return folder
+
+
 def untyped(folder):
     """As TRL writes a reward model's."""
     file = Path(folder) / "adapter_config.json"
@@ -246,6 +260,8 @@ def test_what_of_others_cannot_be_merged_is_one_line_and_leaves_nothing(base, tm
     for words, line in (
         ([made("scores", "SEQ_CLS"), str(out)], "is a classifier's adapter"),
         ([made("own"), str(out), "--base", str(tmp_path / "nowhere")], "nowhere is neither a folder here nor a Hub id"),
+        ([unnamed(made("unnamed")), str(out)], "the base that"),
+        ([unnamed(made("unnamed")), str(out)], "names, none, is neither a folder here nor a Hub id"),
         ([str(runs / "sft"), str(out), "--base", str(base)], "--base is for an adapter made elsewhere"),
         ([made("own"), str(tmp_path / "own")], "is not empty; name a new folder"),
         ([made("own"), str(out), "--base", str(tiny.make_base(tmp_path / "wide", hidden=32))], "does not go into"),

@@ -4,7 +4,6 @@ import json
 import math
 import os
 import shutil
-import struct
 
 import pytest
 
@@ -19,6 +18,7 @@ from align.stages.learner import Learner
 from align.track import Tracker, read_metrics
 from tests import tiny
 from tests.apart import run_apart
+from tests.tracked import rows_in_wandb, scalars
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
 
@@ -422,38 +422,7 @@ def test_what_one_process_of_two_sees_takes_both_back(stage, base, data, runs, t
         assert [other[name] for name in shared] == pytest.approx([one[name] for name in shared], abs=1e-5)
 
 
-# --------------------------------------------------------------------------------------------------------------- wandb
-
-
-def rows_in_wandb(folder):
-    """What a run's offline record in wandb holds, in the order in which it was logged."""
-    import wandb
-    from wandb.proto.wandb_internal_pb2 import Record
-
-    wandb.teardown()  # its own process writes the file, and is waited for
-    rows = []
-    for file in sorted(folder.glob("wandb/offline-run-*/*.wandb")):
-        for data in records_of(file.read_bytes()):
-            record = Record.FromString(data)
-            if record.WhichOneof("record_type") == "history":
-                items = record.history.item
-                rows.append({".".join(item.nested_key) or item.key: json.loads(item.value_json) for item in items})
-    return rows
-
-
-def records_of(log, block=32_768):
-    """Of a log as LevelDB writes it, after wandb's 7 bytes: a record that no block holds is in several pieces."""
-    at, whole = 7, b""
-    while at < len(log):
-        if block - at % block < 7:  # no room for a head: zeros
-            at += block - at % block
-            continue
-        _, size, piece = struct.unpack_from("<IHB", log, at)
-        whole += log[at + 7 : at + 7 + size]
-        at += 7 + size
-        if piece in (1, 4):  # the only one, or the last
-            yield whole
-            whole = b""
+# ------------------------------------------------------------------------------------------------------------ trackers
 
 
 def test_wandbs_own_count_of_steps_never_goes_back(base, data, runs, tmp_path, goes_wrong):
@@ -467,3 +436,16 @@ def test_wandbs_own_count_of_steps_never_goes_back(base, data, runs, tmp_path, g
     last = {row["step"]: row for row in rows}
     for row in read_metrics(tmp_path / "reward"):
         assert {name: last[row["step"]][name] for name in row} == row
+
+
+def test_tensorboard_shows_what_stands_after_going_back(base, data, runs, tmp_path, goes_wrong):
+    track = {"report_to": ["tensorboard"]}
+    run(recipe("reward", base, data, runs, tmp_path / "reward", guard={"on": "rollback"}, track=track))
+    numbers, _ = scalars(tmp_path / "reward/tensorboard")
+    shown = {(tag, step): value for tag, step, value in numbers}
+    assert len(shown) == len(numbers)  # no step twice
+    assert [value for (tag, _), value in shown.items() if tag == "rollbacks"] == [1] * 5
+    for row in read_metrics(tmp_path / "reward"):
+        for name, value in row.items():
+            if isinstance(value, float):
+                assert shown[name, row["step"]] == pytest.approx(value, rel=1e-5, abs=1e-6)

@@ -130,5 +130,7 @@ def test_a_stream_has_an_end_and_is_of_the_hub(tmp_path):
     with pytest.raises(ValueError, match="fetches the rows up to `limit`; give it"):
         Source(path="org/rows", streaming=True)
     (tmp_path / "rows.jsonl").write_text("{}\n")
-    with pytest.raises(BadInput, match="`streaming` is for data sets of the Hub, and this is a file; leave it out"):
+    with pytest.raises(
+        BadInput, match="`streaming` is for data sets of the Hub, and this is a file, all of which is read; leave"
+    ):
         read_rows(Source(path=str(tmp_path / "rows.jsonl"), limit=3, streaming=True))

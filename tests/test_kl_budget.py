@@ -1,11 +1,14 @@
 """PPO's KL budget: noise ends no run, and no policy over the budget is kept without a word."""
 
+import json
+import math
 import random
 import statistics
 
 import pytest
 import torch
 
+from align.errors import BadInput
 from align.manifest import read_manifest
 from align.maths.kl import mean_and_error, moments
 from align.report import stage_page
@@ -145,3 +148,22 @@ def test_a_resumed_run_judges_the_budget_as_if_it_had_never_stopped(base, data, 
     assert rows[0] == rows[1] and len(rows[0]) > 5
     kept = [read_manifest(tmp_path / name)["metrics"] for name in values]
     assert kept[0] == kept[1] and tiny.largest_difference(tmp_path / "whole", tmp_path / "cut") == 0.0
+
+
+def test_held_out_prompts_that_are_too_long_make_room_for_others(base, data, runs, tmp_path):
+    """The first so many are those of the ones that fit."""
+    rows = [json.loads(line) for line in (data / "prompts.jsonl").read_text().splitlines()]
+    for row in rows[:2]:
+        row["prompt"][0]["content"] += " please" * 60
+    (tmp_path / "held_out.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:4]))
+    values = recipe(base, data, runs, tmp_path / "ppo", kl_budget=1e-4, max_eval_prompts=2, num_iterations=1)
+    train = {"train": str(data / "prompts.jsonl")}
+    values |= {"prompts": train | {"validation": str(tmp_path / "held_out.jsonl")}, "max_prompt_length": 40}
+    tiny.run(PpoSettings.model_validate(values))
+    assert math.isfinite(read_metrics(tmp_path / "ppo")[0]["eval_kl"])
+    (tmp_path / "held_out.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:2]))
+    values |= {"output": str(tmp_path / "none")}
+    with pytest.raises(
+        BadInput, match=r"there are none \(2 of 2 rows left out: over 40 tokens\): raise `max_prompt_len"
+    ):
+        tiny.run(PpoSettings.model_validate(values))

@@ -556,3 +556,29 @@ def test_the_commands(begun, tmp_path):
     gone(begun)
     out = run(cli.app, ["feedback", "restore", str(begun.out), str(tmp_path / "kept.db")])
     assert out.exit_code == 0 and "4 labels of people and 2 finished steps" in out.output
+
+
+def test_a_copy_that_finds_no_room_is_not_told_as_damage(begun, monkeypatch):
+    store = Store(begun.store)
+
+    class Full:
+        driver_connection = property(lambda self: self)
+
+        def backup(self, target):
+            raise sqlite3.OperationalError("database or disk is full")
+
+        def close(self):
+            pass
+
+    monkeypatch.setattr(store.engine, "raw_connection", Full)
+    with pytest.raises(
+        RunFailed, match=r"no copy of the store .* could be made \(database or disk is full\); it is as"
+    ):
+        make_copy(store, begun.out / "copy.db")
+    assert not (begun.out / "copy.db").exists()
+    store.close()
+
+
+def test_what_a_restored_loop_says_names_its_folder(begun):
+    said = restore(str(begun.path))
+    assert said.endswith(f"Links of people have ended: align label {begun.out} --add NAME")

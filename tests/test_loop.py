@@ -514,6 +514,14 @@ def test_a_stop_is_of_the_recipe_as_it_is_now(finished, base, data, capsys):
     assert "ends after" not in capsys.readouterr().out
 
 
+def test_a_loop_whose_folder_was_moved_goes_on_there(finished, base, data, tmp_path):
+    _, folder = finished
+    moved = load_loop(recipe(base, data, folder, output=str(tmp_path / "moved")))
+    recipe(base, data, folder)
+    shutil.copytree(folder / "loop", tmp_path / "moved")
+    assert run_loop(moved, lambda *_: pytest.fail("a stage was started again")) == 0
+
+
 def test_two_loops_cannot_share_a_store(finished, base, data, tmp_path):
     loop, _ = finished
     with pytest.raises(BadInput, match="belongs to another loop"):

@@ -183,6 +183,38 @@ def test_prompts_whose_answers_all_score_the_same_are_answered_anew(base, data, 
     assert row["grad_norm_policy"] > 0 and row["first_logratio"] < 1e-4  # all that is known of an answer came with it
 
 
+def test_the_moments_are_those_of_all_scores_that_were_sampled(base, data, runs, tmp_path, monkeypatch):
+    (tmp_path / "own.py").write_text(TIED)
+    monkeypatch.setenv("CALLS", str(tmp_path / "calls"))
+    ppo = {"advantage": "rloo", "resample_tied": 2, "num_iterations": 2, "num_generations": 4, "eval_steps": 0}
+    ppo |= {"normalize_scores": "running", "prompts_per_iteration": 8, "missing_eos_penalty": None}
+    changes = {"critic": {"kind": "none"}, "rewards": [{"use": f"{tmp_path}/own.py:tied"}], "ppo": ppo}
+    sampled, told = stage.sample_and_score, []
+
+    def telling(*given, **how):
+        told.append((how["step"], sampled(*given, **how)))
+        return told[-1][1]
+
+    monkeypatch.setattr(stage, "sample_and_score", telling)
+    tiny.run(settings(base, data, runs, tmp_path / "ppo", **changes))
+    of_first, of_second = ([scored.scores for step, scored in told if step == number] for number in (1, 2))
+    assert len(of_first) == 3
+    seen = torch.cat([*of_first, of_second[0]])  # what is answered anew in the second comes after its scale
+    row = read_metrics(tmp_path / "ppo")[1]
+    assert row["running_mean"] == pytest.approx(float(seen.mean()))
+
+
+def test_a_rate_counts_what_is_learnt_from(base, data, runs, tmp_path):
+    """Of answers that are cut off and masked no token is trained on."""
+    for name in ("mask", "replace"):
+        ppo = {"missing_eos": name, "num_iterations": 1, "num_ppo_epochs": 1, "num_mini_batches": 1, "eval_steps": 0}
+        tiny.run(settings(base, data, runs, tmp_path / name, ppo=ppo, sampling={"max_new_tokens": 4}))
+    mask, plain = (read_metrics(tmp_path / name)[0] for name in ("mask", "replace"))
+    learnt = [row["tokens_per_second_update"] * row["seconds_update"] for row in (mask, plain)]
+    assert mask["eos_share"] == plain["eos_share"] < 1.0
+    assert learnt[0] < learnt[1] == pytest.approx(plain["tokens_per_second_score"] * plain["seconds_score"])
+
+
 def batch_of(answers, scores):
     """Two answers to each prompt, and numbers that tell whose they are; an answer that ends in 3 has ended."""
     rollouts = rollouts_of([[1]] * len(answers), answers, end_ids=[3])

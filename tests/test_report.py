@@ -1,5 +1,6 @@
 """The report of a run: figures of the store in the page, nothing alive in it, the same bytes twice, whatever is missing."""
 
+import io
 import json
 import math
 import random
@@ -10,6 +11,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner
 
 from align.cli import app
@@ -23,6 +25,7 @@ from align.report import loop_facts, loop_labels, loop_page
 from align.report.loop_facts import read
 from align.report.loop_page import report
 from align.report.page import number
+from align.report.standing import round_table
 from align.watch import watch
 from tests import tiny
 
@@ -477,6 +480,13 @@ def test_watch_shows_a_loops_rounds(loop, capsys, monkeypatch):
         policy = facts.result(round_, "evaluate")["policies"][f"round-{round_}"]
         assert float(figures[4]) == pytest.approx(policy["score"], rel=1e-2)
         assert figures[6] == f"{facts.metric(round_, 'win_rate_sft'):.1%}"
+
+
+def test_a_screen_has_room_for_a_loops_newest_rounds(loop):
+    facts, console = read(loop), Console(width=80, record=True, file=io.StringIO())
+    assert len(facts.rounds) > 1
+    console.print(round_table(facts, 1))
+    assert [int(line.split()[0]) for line in console.export_text().splitlines()[1:]] == facts.rounds[-1:]
 
 
 @pytest.mark.parametrize(("rounds", "until"), [(1, "route"), (2, "collect"), (2, "reward")])

@@ -412,3 +412,17 @@ def test_reference_answers_are_rows_of_their_own(base, data, tmp_path):
     parts = parts_of(prefixes, branches, max_tokens=1 << 16, is_flat=True)
     assert all(not any(tree.branches) for part in parts for tree in part.trees)
     assert max(len(tree.prefix) for part in parts for tree in part.trees) <= chosen.max_length
+
+
+def test_a_scores_scale_is_that_of_all_sources(base, data, tmp_path, monkeypatch):
+    """Rows stand in the order of their sources: of too many, every so many-th is read."""
+    monkeypatch.setattr("align.stages.reward.REFERENCE_ROWS", 8)
+    files = []
+    for word in (tiny.WORDS[0], tiny.WORDS[3]):
+        rows = [{"prompt": f"please {i}", "completion": f" {word}"} for i in range(20)]
+        (tmp_path / f"{word}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        files.append(str(tmp_path / f"{word}.jsonl"))
+    chosen = tiny.settings("reward", base, data, tmp_path / "reward", reference=files)
+    tokenizer = load_tokenizer(chosen.model)
+    read = " ".join(tokenizer.decode(ids) for ids in _reference_sequences(chosen, tokenizer, [])[0])
+    assert read.count(tiny.WORDS[0]) == read.count(tiny.WORDS[3]) == 4

@@ -3,11 +3,14 @@
 import json
 import math
 import os
+import shlex
 import signal
 import sqlite3
 import subprocess
 import sys
 import threading
+from datetime import datetime
+from decimal import Decimal
 from pathlib import Path
 
 import pytest
@@ -15,10 +18,11 @@ from sqlalchemy import func, select, text
 from sqlalchemy.exc import IntegrityError
 
 from align.errors import BadInput
-from align.feedback.database import LOOP, read_loop, store_of
+from align.feedback.database import LOOP, label_command, read_loop, store_of
 from align.feedback.rows import NewLabel, answers_of_people
 from align.feedback.schema import Candidate, Comparison, Fact, Label
 from align.feedback.store import Store
+from align.files import write_lines
 from align.report.loop_facts import read as read_facts
 from tests import databases
 from tests.databases import fill
@@ -43,7 +47,7 @@ def test_everything_can_be_added_twice(store):
         prompts = store.add_prompts([("one", {"x": 1}), (MESSAGES, {}), ("one", {"x": 2})], "train")
         first, second, same = prompts
         assert first == same != second
-        answers = [(first, 0, "a"), (first, 1, "b"), (first, 0, "another"), (second, 0, "c"), (second, 1, "d")]
+        answers = [(first, 0, "a"), (first, 1, "b"), (first, 0, "a"), (second, 0, "c"), (second, 1, "d")]
         drawn = store.add_candidates(0, "current", {"temperature": 1.0}, answers)
         assert drawn[0] == drawn[2] and len(set(drawn)) == 4
         rows = [(first, drawn[0], drawn[1], "random"), (first, drawn[1], drawn[0], "random"), (second, *drawn[3:], "x")]
@@ -422,3 +426,38 @@ def test_a_damaged_loop_is_one_line_to_whoever_reads_it(damaged, tmp_path):
         with pytest.raises(BadInput, match=r"loop\.json is damaged .*makes it anew from the store") as refused:
             reader(tmp_path)
         assert "\n" not in str(refused.value)
+
+
+def test_an_answer_in_the_place_of_another_is_refused(store):
+    """What is said of the one would be kept as said of the other."""
+    (prompt,) = store.add_prompts([("one", {})], "train")
+    store.add_candidates(1, "current", {}, [(prompt, 0, "a")])
+    with pytest.raises(BadInput, match="has another answer in the place of one of `current` of round 1"):
+        store.add_candidates(1, "current", {}, [(prompt, 1, "b"), (prompt, 0, "another")])
+    assert [each.text for each in store.candidates(1)] == ["a"]
+
+
+def test_columns_that_json_has_no_word_for_are_kept_as_text(store, tmp_path):
+    columns = {"asked": datetime(2026, 11, 28), "of": [Decimal("1.5"), None, float("nan")], "n": 3}
+    expected = {"asked": "2026-11-28 00:00:00", "of": ["1.5", None, None], "n": 3}
+    (prompt,) = store.add_prompts([("one", columns)], "train")
+    assert store.prompts()[prompt]["columns"] == expected
+    write_lines(tmp_path / "rows.jsonl", [columns])
+    assert json.loads((tmp_path / "rows.jsonl").read_text()) == expected
+
+
+@pytest.mark.parametrize(
+    ("where", "at"),
+    [
+        ("{loop}/store.db", ""),
+        ("{loop}/../other.db", " --store '{parent}/other.db'"),
+        ("postgresql://me:secret@host/labels", " --store postgresql://host/labels"),
+    ],
+)
+def test_the_command_to_label_names_a_store_elsewhere_without_a_password(where, at, tmp_path):
+    loop = tmp_path / "my loop"
+    loop.mkdir()
+    said = label_command(loop, where.format(loop=loop), "--add", "NAME")
+    assert said == f"align label '{loop}'{at.format(parent=tmp_path)} --add NAME".replace(
+        f"'{tmp_path}/other.db'", shlex.quote(f"{tmp_path}/other.db")
+    )

@@ -21,7 +21,7 @@ from align.models.roles import Bases
 from align.models.tokenizer import load_tokenizer
 from align.preflight import check_recipe
 from align.recipe import load_recipe
-from align.settings import Lora, Model, RewardSettings
+from align.settings import STAGES, Lora, Model, RewardSettings
 from align.stages import sft
 from align.stages.course import Course
 from align.stages.learner import Learner
@@ -294,3 +294,35 @@ def test_a_stage_on_pairs_of_ones_own_is_one_short_file(base, data, tmp_path, mo
 def _run_here(path):
     (settings,) = load_recipe(str(path)).stages.values()
     tiny.run(settings)
+
+
+@pytest.mark.parametrize("stage", ["reward", "dpo"])
+def test_a_first_step_of_undecided_pairs_ends_no_run(stage, base, data, tmp_path):
+    rows = [json.loads(line) | {"probability": 0.5} for line in (data / "pairs.jsonl").read_text().splitlines()]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    values = tiny.recipe(stage, base, data, tmp_path / stage, **({"policy": {}} if stage == "dpo" else {}))
+    values |= {"data": {"train": str(tmp_path / "pairs.jsonl")}} | ({"sampling": {}} if stage == "dpo" else {})
+    values["train"] |= {"max_steps": 2}
+    tiny.run(STAGES[stage](**values))
+    assert [row["step"] for row in read_metrics(tmp_path / stage)] == [1, 2]
+
+
+@pytest.mark.parametrize("stage", ["reward", "dpo"])
+@pytest.mark.parametrize(
+    ("num_long", "says"),
+    [
+        (2, "of those held out, 2 of 3 rows left out: over 64 tokens"),
+        (3, "warning: nothing is held out: 3 of 3 rows left out: over 64 tokens; raise `max_length`"),
+    ],
+)
+def test_held_out_pairs_that_are_too_long_are_told(stage, num_long, says, base, data, tmp_path, capsys):
+    rows = [json.loads(line) for line in (data / "pairs.jsonl").read_text().splitlines()[:3]]
+    for row in rows[:num_long]:
+        row["prompt"][0]["content"] += " please" * 60
+    (tmp_path / "held_out.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    values = tiny.recipe(stage, base, data, tmp_path / stage, **({"policy": {}} if stage == "dpo" else {}))
+    values["data"] = {"train": str(data / "pairs.jsonl"), "validation": str(tmp_path / "held_out.jsonl")}
+    values |= {"max_length": 64}
+    values["train"] |= {"max_steps": 1}
+    tiny.run(STAGES[stage](**values))
+    assert says in " ".join(capsys.readouterr().out.split())

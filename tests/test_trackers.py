@@ -2,7 +2,6 @@
 
 import json
 import sqlite3
-import struct
 from contextlib import closing
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from align.settings import Track
 from align.surroundings import check_trackers
 from align.track import Tracker, read_metrics
 from tests import tiny
-from tests.test_guard import rows_in_wandb
+from tests.tracked import rows_in_wandb, scalars
 
 ROOT = Path(__file__).resolve().parents[1]
 PPO_FIGURES = {"score", "kl", "policy_loss", "eval_score"}
@@ -113,24 +112,6 @@ def test_a_tracker_that_fails_is_left_behind_with_a_word(base, data, tmp_path, m
     assert finished == [True]
     assert out.count("warning: trackio is left behind (ZeroDivisionError") == 1
     assert [row["step"] for row in read_metrics(tmp_path / "sft")] == [1, 2, 3, 4]
-
-
-def scalars(folder):
-    """(tag, step, value) and texts of all event files of a folder, in order: TensorFlow's records, without reading sums."""
-    event_pb2 = pytest.importorskip("tensorboardX.proto.event_pb2")
-    numbers, texts = [], {}
-    for file in sorted(folder.rglob("events.out*")):
-        content, at = file.read_bytes(), 0
-        while at < len(content):
-            (size,) = struct.unpack("<Q", content[at : at + 8])
-            event = event_pb2.Event.FromString(content[at + 12 : at + 12 + size])
-            at += 16 + size
-            for value in event.summary.value:
-                if value.HasField("simple_value"):
-                    numbers.append((value.tag, event.step, value.simple_value))
-                elif value.tensor.string_val:
-                    texts[value.tag, event.step] = value.tensor.string_val[0].decode()
-    return numbers, texts
 
 
 def test_tensorboard_has_recipe_figures_and_samples(base, data, runs, tmp_path, monkeypatch):

@@ -121,7 +121,7 @@ TRAINING = {"learning_rate": 2e-2, "per_device_train_batch_size": 4, "max_steps"
 CASES: dict[str, dict[str, Any]] = {
     "as it comes": {"train": {"warmup_ratio": 0.0}},
     "from the base": {"policy": {"method": {"kind": "lora", "r": 2, "lora_alpha": 8, "target_modules": ["q_proj", "down_proj"]}},
-                      "reference": "sft", "dpo": {"beta": 0.3, "label_smoothing": 0.2, "rpo_alpha": 0.5}},
+                      "reference": "sft", "dpo": {"beta": 0.3, "label_smoothing": 0.2, "rpo_alpha": 0.5, "precompute_ref_log_probs": True}},
     "ipo": {"dpo": {"loss_type": "ipo", "beta": 0.4, "label_smoothing": 0.1}, "train": {"weight_decay": 0.2, "max_grad_norm": 50.0}},
     "simpo": {"dpo": {"loss_type": "simpo", "simpo_gamma": 0.6, "rpo_alpha": 0.1}, "train": {"max_batch_tokens": 40}},
     "orpo": {"dpo": {"loss_type": "orpo", "beta": 0.5}, "train": {"lr_scheduler_type": "linear", "warmup_ratio": 0.3}},

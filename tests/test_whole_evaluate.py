@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from align.data import encode_prompt, load
+from align.errors import BadInput
 from align.manifest import read_manifest
 from align.models.tokenizer import load_tokenizer
 from align.settings import Data, EvaluateSettings, Model
@@ -71,3 +72,52 @@ def test_figures_are_those_by_hand(max_new_tokens, base, data, runs, tmp_path):
 def words_of(tokenizer):
     """An answer's words: what is special is no text."""
     return lambda ids: tokenizer.decode(ids, skip_special_tokens=True).split()
+
+
+SOMETIMES = """
+def long(completion_ids, **columns):
+    return [float(len(ids)) if len(ids) > 2 else None for ids in completion_ids]
+
+def never(completion_ids, **columns):
+    return [None for _ in completion_ids]
+"""
+
+
+def test_other_scores_are_of_the_answers_that_they_apply_to(base, data, runs, tmp_path):
+    (tmp_path / "own.py").write_text(REWARD + SOMETIMES)
+    values = {
+        "stage": "evaluate",
+        "model": {"base": str(base)},
+        "output": str(tmp_path / "judged"),
+        "policies": {"base": None},
+        "rewards": [{"use": f"{tmp_path}/own.py:length"}],
+        "beside": {name: {"use": f"{tmp_path}/own.py:{name}"} for name in ("long", "never")},
+        "prompts": {"train": str(data / "prompts.jsonl")},
+        "sampling": {"max_new_tokens": 6},
+        "max_prompts": 12,
+    }
+    tiny.run(EvaluateSettings.model_validate(values))
+    found = read_manifest(tmp_path / "judged")["metrics"]["policies"]["base"]
+    (asked,) = [json.loads(line) for line in (tmp_path / "asked.jsonl").read_text().splitlines()]
+    lengths = [len(ids) for ids in asked]
+    assert min(lengths) <= 2 < max(lengths)
+    assert found["long"] == fmean(length for length in lengths if length > 2) and "never" not in found
+    rows = [json.loads(line)["base"] for line in (tmp_path / "judged/samples.jsonl").read_text().splitlines()]
+    assert [row["long"] for row in rows] == [length if length > 2 else None for length in lengths]
+
+
+def test_a_reward_run_with_no_pair_left_is_said_before_anything_is_drawn(base, data, runs, tmp_path):
+    values = {
+        "stage": "evaluate",
+        "model": {"base": str(base)},
+        "output": str(tmp_path / "judged"),
+        "policies": {"base": None},
+        "rewards": [{"use": "learned", "from": str(runs / "reward")}],
+        "reward": {"from": str(runs / "reward"), "data": {"train": str(data / "pairs.jsonl")}, "max_length": 8},
+        "prompts": {"train": str(data / "prompts.jsonl")},
+    }
+    with pytest.raises(
+        BadInput, match=r"`reward\.data`: no pair is left; 40 of 40 rows left out: over 8 tokens; raise"
+    ):
+        tiny.run(EvaluateSettings.model_validate(values))
+    assert not (tmp_path / "judged").exists()

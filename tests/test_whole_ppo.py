@@ -67,7 +67,8 @@ class Answer:
     behaviour: list[float] = field(default_factory=list)  # log-probabilities
     usual: list[float] = field(default_factory=list)  # the reference's
     entropies: list[float] = field(default_factory=list)
-    divergences: list[float] = field(default_factory=list)
+    divergences: list[float] = field(default_factory=list)  # as they are paid for
+    told: list[float] = field(default_factory=list)  # and as the figures have them: k2's mean is no KL
     values: list[float] = field(default_factory=list)
     advantages: list[float] = field(default_factory=list)
     returns: list[float] = field(default_factory=list)
@@ -138,7 +139,7 @@ class ByHand:
             self.read(row)
         (score, spread), (kl, noise) = (
             slowly.moments([[x] for x in each])
-            for each in ([row.score for row in rows], [sum(row.divergences) for row in rows])
+            for each in ([row.score for row in rows], [sum(row.told) for row in rows])
         )
         return {
             "eval_score": score,
@@ -189,10 +190,9 @@ class ByHand:
         row.usual = [float(x) for x in slowly.logprobs(self.reference, row.prompt, row.ids, self.temperature)]
         row.behaviour = [float(each[token]) for each, token in zip(whole, row.ids, strict=True)]
         row.entropies = [float(-(each.exp() * each).sum()) for each in whole]
-        row.divergences = [
-            slowly.divergence(mine - theirs, self.ppo.kl_estimator)
-            for mine, theirs in zip(row.behaviour, row.usual, strict=True)
-        ]
+        gaps, paid = [p - q for p, q in zip(row.behaviour, row.usual, strict=True)], self.ppo.kl_estimator
+        row.divergences = [slowly.divergence(gap, paid) for gap in gaps]
+        row.told = gaps if paid == "k2" else row.divergences
         row.values = [float(each) for each in self.values(row)]
 
     @torch.no_grad()
@@ -258,7 +258,7 @@ class ByHand:
             **self.of_scale(),
             "reward_learned": sum(row.learned for row in rows) / len(rows),
             "reward_own": sum(row.own for row in rows) / len(rows),
-            "kl": sum(sum(row.divergences) for row in rows) / len(rows),
+            "kl": sum(sum(row.told) for row in rows) / len(rows),
             "kl_coef": self.kl_coef,
             "entropy": slowly.moments([row.entropies for row in rows])[0],
             "return_mean": gain,
@@ -334,10 +334,10 @@ class ByHand:
                 left -= set(chosen)
                 steps.append(figure)
         every, steps = len(steps), [step for step in steps if step]
-        sequence_kl = sum(sum(row.divergences) for row in rows) / len(rows)
+        sequence_kl = sum(sum(row.told) for row in rows) / len(rows)
         if self.ppo.kl_target is not None:  # Ziegler et al. 2019
             error = max(-0.2, min(0.2, sequence_kl / self.ppo.kl_target - 1))
-            self.kl_coef *= 1 + error * len(rows) / self.ppo.kl_horizon
+            self.kl_coef *= 1 + error * min(1, len(rows) / self.ppo.kl_horizon)
         self.iterations += 1
         if self.settings.resets and self.iterations % self.settings.resets == 0:
             self.reference = copy.deepcopy(self.policy)

@@ -16,6 +16,7 @@ from align.data.beside import SYSTEM, TEMPLATE, is_stated
 from align.data.conversations import Message, read_messages
 from align.data.sources import Row
 from align.errors import BadInput
+from align.wording import brief
 
 # row, kind of example, place -> row in a format of TRL's; None: it says nothing (nobody has answered yet)
 Reader: TypeAlias = Callable[[Mapping[str, Any], str, str], "dict[str, Any] | None"]
@@ -344,6 +345,13 @@ def _paired(groups: list[tuple[list[_Answered], list[_Answered]]]) -> tuple[list
 _FROM_LABELS = {"demonstrations": _shown, "prompts": _asked, "preferences": _paired}
 
 
+def _good(label: Any) -> bool | None:
+    """What a label of KTO's says, as JSON, or as a table has it: `True` as text, 1; None: something else."""
+    if isinstance(label, str):
+        return {"true": True, "false": False}.get(label.strip().lower())
+    return bool(label) if label in (True, False) else None
+
+
 def _answered(row: Row) -> _Answered:
     """A row of KTO's: TRL's, or with a conversation or Alpaca's fields in the place of `prompt` and `completion`."""
     given = _without(row.values, *LABELS)  # further columns keep their None, as every row of a file has them
@@ -362,9 +370,11 @@ def _answered(row: Row) -> _Answered:
         asked["prompt"], said = before, [last]
     elif "prompt" in asked or "instruction" in asked:
         said = asked.pop("completion" if "prompt" in asked else "output", None)
-    if len(labels) != 1 or not isinstance(labels[0], bool) or said is None:
-        raise BadInput(f"{row.where}: KTO's rows have `prompt`, `completion` and `label: true` or `false`")
+    label = _good(labels[0]) if len(labels) == 1 else None
+    if label is None or said is None:
+        found = f"; here it is {brief(labels[0])}" if len(labels) == 1 and label is None else ""
+        raise BadInput(f"{row.where}: KTO's rows have `prompt`, `completion` and `label: true` or `false`{found}")
     same = {name: asked[name] for name in OF_A_PROMPT if name in asked}
     if isinstance(same.get("prompt"), (list, tuple)):
         same["prompt"] = read_messages(same["prompt"], row.where, "prompt")
-    return _Answered(row, asked, said, labels[0], json.dumps(same, sort_keys=True, default=str))
+    return _Answered(row, asked, said, label, json.dumps(same, sort_keys=True, default=str))

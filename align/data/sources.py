@@ -28,6 +28,9 @@ STALLED_SECONDS = 600.0  # without a sign of a data set that is read into its ca
 HUB_ID = re.compile(r"[A-Za-z0-9_][\w.-]*/[\w.-]+")
 
 
+OF_THE_HUB = ("streaming", "split", "name", "revision")  # keys of a source that say nothing of a file
+
+
 @dataclass(frozen=True, slots=True)
 class Row:
     """One row as it stands in its source; `where` is "file:line" (JSON, Parquet, Hub: "source:item n")."""
@@ -50,11 +53,17 @@ def read_rows(source: Source) -> Iterator[Row]:
     """
     if looks_like_hub_id(source.path):
         rows = _read_hub(source)
-    elif source.streaming:
-        raise BadInput(f"{source.path}: `streaming` is for data sets of the Hub, and this is a file; leave it out")
     else:
+        _check_for_a_file(source)
         rows = _LOCAL_READERS[_checked_ending(source.path)](source.path)
     return _limited(rows, source)
+
+
+def _check_for_a_file(source: Source) -> None:
+    for name in OF_THE_HUB:
+        if getattr(source, name) != type(source).model_fields[name].default:
+            what = f"`{name}` is for data sets of the Hub"
+            raise BadInput(f"{source.path}: {what}, and this is a file, all of which is read; leave it out")
 
 
 def _limited(rows: Iterator[Row], source: Source) -> Iterator[Row]:

@@ -39,12 +39,13 @@ SET = OF_COMPARISON[3:]  # what is set after a comparison was added
 @dataclass(frozen=True)
 class Moved:
     """What became of the rows or labels of a file: taken (or written), there already, left out; and how many of those
-    read had a weight or margin of their own, which a store does not keep."""
+    read had a weight or margin of their own, which a store does not keep, or say otherwise of a pair than is there."""
 
     taken: int
     known: int = 0
     left_out: int = 0
     weighed: int = 0
+    otherwise: int = 0
 
 
 def export_labels(store: Store, path: str | Path) -> Moved:
@@ -171,14 +172,12 @@ def _add_candidates(store: Store, rows: list[Row], prompts: dict[str, int]) -> d
             (prompts[json.dumps(given[key][0].values["prompt"])], given[key][1]["draw"], given[key][1]["text"])
             for key in keys
         ]
-        found |= dict(zip(keys, store.add_candidates(round_, policy, sampling, answers), strict=True))
+        try:
+            ids = store.add_candidates(round_, policy, sampling, answers)
+        except BadInput as error:
+            raise BadInput(f"{given[keys[0]][0].where}: {error}") from error
+        found |= dict(zip(keys, ids, strict=True))
     here = {c.id: c for round_ in {values["round"] for _, values in given.values()} for c in store.candidates(round_)}
-    for key, (row, values) in given.items():
-        if here[found[key]].text != values["text"]:
-            raise BadInput(
-                f"{row.where}: {store} has another answer in the place of `{values['policy']}` of round "
-                f"{values['round']}; import it into another store"
-            )
     scores = {found[key]: v["scores"] for key, (_, v) in given.items() if v["scores"] and not here[found[key]].scores}
     store.set_scores(scores)
     return found

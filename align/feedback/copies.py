@@ -20,7 +20,7 @@ from sqlalchemy.orm import Session
 from sqlalchemy.pool import NullPool
 
 from align.errors import BadInput, RunFailed
-from align.feedback.database import MARK, StoreFailed
+from align.feedback.database import MARK, StoreFailed, is_damage
 from align.feedback.digests import DamagedRow
 from align.feedback.rows import check_rows
 from align.feedback.schema import UNSEALED, VERSION, Annotator, Base, Fact, Label, Lease, Step
@@ -105,12 +105,11 @@ def make_copy(store: Store, path: Path, *, is_checked: bool = True) -> None:
     """
 
     def write(temporary: Path) -> None:
-        temporary.touch(mode=0o600)
         _copy_pages(store, temporary) if store.is_sqlite else _copy_rows(store, temporary)
         if is_checked and (fault := fault_of(temporary, "quick_check") or _fault_of_rows(temporary)):
             raise _damaged(store, fault)
 
-    write_atomically(path, write)
+    write_atomically(path, write, mode=0o600)
 
 
 def _damaged(store: Store, fault: object) -> RunFailed:
@@ -123,7 +122,11 @@ def _copy_pages(store: Store, path: Path) -> None:
         source.driver_connection.backup(target)  # type: ignore[union-attr]
         target.execute("PRAGMA journal_mode=DELETE").close()  # one file, not three
     except sqlite3.DatabaseError as error:
-        raise _damaged(store, error) from error
+        if is_damage(error):
+            raise _damaged(store, error) from error
+        raise RunFailed(
+            f"no copy of the store {store} could be made ({one_line(error)}); it is as it was: make room for one"
+        ) from error
     finally:
         target.close()
         source.close()

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import re
+import shlex
 import sqlite3
 from collections.abc import Mapping
 from pathlib import Path
@@ -130,9 +131,21 @@ def store_of(run: str | Path, named: str | None = None) -> str:
         return named
     where = str(read_loop(Path(run)).get("store") or Path(run) / "store.db")
     url = store_url(where)
-    if not is_inside(file_of(url) if url.startswith("sqlite:///") and "?" not in url else None, Path(run)):
+    if not _lies_in(url, Path(run)):
         raise outside(shown(url), Path(run))
     return where
+
+
+def label_command(folder: Path, store: str, *words: str) -> str:
+    """How people come to label what a loop's store has; of one outside of its folder, with its name, but for user and
+    password, which no message tells."""
+    url = store_url(store)
+    at = [] if _lies_in(url, folder) else ["--store", shown(url)]
+    return shlex.join(["align", "label", str(folder), *at, *words])
+
+
+def _lies_in(url: str, folder: Path) -> bool:
+    return is_inside(file_of(url) if url.startswith("sqlite:///") and "?" not in url else None, folder)
 
 
 def store_url(where: str) -> str:

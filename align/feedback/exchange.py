@@ -1,13 +1,14 @@
 """Labels to and from files of pairs, as TRL and other tools have them. What every label said: `backup.py`."""
 
 import hashlib
+import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from align.data import Preference, Row, parse, read_rows
-from align.data.beside import TEMPLATE, is_stated
+from align.data.beside import TEMPLATE, is_stated, template_of
 from align.data.conversations import MEANT
 from align.data.formats import load_converter
 from align.data.named import KTO, READERS, of_labels
@@ -16,7 +17,7 @@ from align.feedback.backup import Moved, export_labels, import_labels, looks_lik
 from align.feedback.gate import soft_label
 from align.feedback.kept import open_store
 from align.feedback.rows import NewLabel, Pair, storable
-from align.feedback.schema import EVALUATION, IMPORTED
+from align.feedback.schema import EVALUATION, IMPORTED, Label
 from align.feedback.store import Store
 from align.files import write_lines, write_text
 from align.plain_json import dumps
@@ -127,9 +128,22 @@ def _for_openai(row: Labelled) -> dict[str, Any]:
     asked = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     better, worse = (a, b) if row.probability >= 0.5 else (b, a)
     said = {name: [{"role": "assistant", "content": text}] for name, text in (("yes", better), ("no", worse))}
-    tools = row.pair.columns.get("tools")
-    given = {"messages": asked} | ({"tools": tools} if is_stated(tools) else {})
+    tools = template_of(row.pair.columns, "the pair").get("tools")
+    given = {"messages": [_with_text_arguments(turn) for turn in asked]} | ({"tools": tools} if tools else {})
     return {"input": given, "preferred_output": said["yes"], "non_preferred_output": said["no"]}
+
+
+def _with_text_arguments(message: dict[str, Any]) -> dict[str, Any]:
+    """The message with the arguments of what it calls as JSON text, which OpenAI's have."""
+    if not (calls := message.get("tool_calls")):
+        return message
+    told = [
+        call | {"function": call["function"] | {"arguments": json.dumps(call["function"]["arguments"])}}
+        if isinstance(call.get("function", {}).get("arguments"), dict)
+        else call
+        for call in calls
+    ]
+    return message | {"tool_calls": told}
 
 
 def _for_argilla(row: Labelled) -> dict[str, Any]:
@@ -195,7 +209,14 @@ def import_preferences(store: Store, path: str | Path, *, limit: int | None = No
         key = f"{IMPORTED}-{comparison}"
         labels.setdefault(key, NewLabel(comparison, "human", outcome, key, annotator_id=annotator, probability=own))
     num_new = store.add_labels(labels.values())  # last: a file whose import was cut off is simply imported again
-    return Moved(num_new, known=len(rows) - num_new, left_out=num_left_out, weighed=num_weighed)
+    there = {label.key: label for label in store.labels(sources=("human",), round_=0)}
+    otherwise = sum(_differ(label, there.get(key)) for key, label in labels.items())
+    return Moved(num_new, len(rows) - num_new, left_out=num_left_out, weighed=num_weighed, otherwise=otherwise)
+
+
+def _differ(given: NewLabel, there: Label | None) -> bool:
+    """Whether another word of the pair stands; what people have since said otherwise on the page is theirs to say."""
+    return there is not None and (given.outcome, given.probability) != (there.outcome, there.probability)
 
 
 def _as_answer(text: str, prompt: Any) -> Any:
@@ -314,4 +335,7 @@ def import_run(
         store.close()
     left_out = f", {moved.left_out} left out" if moved.left_out else ""
     weighed = f"; weight or margin of {moved.weighed} rows not kept: a store has labels alone" if moved.weighed else ""
-    return f"{file}: {moved.taken} labels taken, {moved.known} known already{left_out}{weighed}"
+    known = f"{moved.known} known already"
+    if moved.otherwise:
+        known += f" ({moved.otherwise} of them say otherwise than what is there, which stays)"
+    return f"{file}: {moved.taken} labels taken, {known}{left_out}{weighed}"

@@ -64,6 +64,7 @@ from align.feedback.schema import (
     Step,
 )
 from align.feedback.whose import check_ours, check_tables
+from align.plain_json import as_json
 from align.wording import one_line
 
 
@@ -241,15 +242,15 @@ class Store:
         with self.writing() as session:
             new = numbers(session, Prompt)
             for prompt, columns in rows:
-                digest = prompt_hash(prompt)
+                digest, columns = prompt_hash(prompt), as_json(dict(columns))
                 found = session.scalar(select(Prompt).where(Prompt.hash == digest))
                 if found is None:
-                    content = {"prompt": prompt, "columns": dict(columns)}
+                    content = {"prompt": prompt, "columns": columns}
                     found = Prompt(id=next(new), hash=digest, split=split, content=content)
                     session.add(found)
                     session.flush()
                 elif found.split == IMPORTED and split == "train":
-                    found.split, found.content = split, {"prompt": prompt, "columns": dict(columns)}
+                    found.split, found.content = split, {"prompt": prompt, "columns": columns}
                 elif found.split != split and (found.split, split) != ("train", IMPORTED):
                     cure = f"drop it from `{split if found.split == IMPORTED else found.split}`"
                     where = f"in `{found.split}` and in `{split}`"
@@ -260,7 +261,11 @@ class Store:
     def add_candidates(
         self, round_: int, policy: str, sampling: Mapping[str, Any], answers: Iterable[tuple[int, int, str]]
     ) -> list[int]:
-        """Ids of answers (prompt id, draw, text), in their order; those that are there already are not added again."""
+        """Ids of answers (prompt id, draw, text), in their order; those that are there already are not added again.
+
+        Raises:
+            BadInput: another answer is there in the place of one: what will be said of this one is not of that.
+        """
         answers = list(answers)
         with self.writing() as session:
             of_policy = select(Candidate).where(Candidate.round == round_, Candidate.policy == policy)
@@ -280,6 +285,12 @@ class Store:
             session.add_all(new.values())
             session.flush()
             have |= new
+            if any(have[prompt_id, draw].text != storable(answer) for prompt_id, draw, answer in answers):
+                raise BadInput(
+                    f"{self} has another answer in the place of one of `{policy}` of round {round_}, as labels of "
+                    "another run bring with them; begin with a new store, and import those as pairs (`align feedback "
+                    "export RUN FILE`, without `--format labels`)"
+                )
             return [have[prompt_id, draw].id for prompt_id, draw, _ in answers]
 
     def candidates(self, round_: int) -> list[Candidate]:

@@ -7,6 +7,7 @@ backups/    the newest copies of the store, one after each step
 
 import json
 import os
+import shlex
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import asdict
@@ -35,6 +36,7 @@ from align.feedback.database import (
     Damaged,
     NoStore,
     file_of,
+    label_command,
     read_loop,
     shown,
     store_url,
@@ -214,7 +216,11 @@ def restore(run: str, file: str | None = None) -> str:
         finally:
             store.close()
     kept = f"; what was there is kept in {aside}" if aside.exists() else ""
-    again = f"align label {home.name} --add NAME"
+    words = "--add", "NAME"
+    if home.is_loop and home.folder is not None:
+        again = label_command(home.folder, home.where, *words)
+    else:
+        again = shlex.join(["align", "label", home.name, *words])
     return f"{shown(home.where)}: {copy.extent}, from {copy.path}{kept}. Links of people have ended: {again}"
 
 

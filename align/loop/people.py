@@ -1,11 +1,13 @@
 """What people are asked: pairs that train, and policies' answers to compare. Simulated people answer at once."""
 
 import random
+import shlex
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from align.feedback.annotators import Annotator
+from align.feedback.database import label_command
 from align.feedback.exchange import people_say
 from align.feedback.queue import Queue, shown_order
 from align.feedback.rows import NewLabel, prompt_hash
@@ -29,7 +31,8 @@ def ask(this: Context) -> None:
     progress = Queue(this.store).progress()
     if progress.done < progress.wanted:
         wanted = f"{progress.wanted - progress.done} labels are wanted of people{_of_two(this)}"
-        raise Halt(0, f"{wanted}: align label {this.loop.out}\nThen go on with: align loop {this.loop.path}")
+        go_on = f"align loop {shlex.quote(str(this.loop.path))}"
+        raise Halt(0, f"{wanted}: {label_command(this.loop.out, this.loop.store)}\nThen go on with: {go_on}")
 
 
 def _simulate(this: Context, simulated: Simulated) -> None:

@@ -44,7 +44,7 @@ from align.settings.loop import OURS, LoopSettings, Simulated
 from align.wording import brief, safe
 
 # while a loop stands still; a store has its mark
-MAY_CHANGE = {"full_determinism", "launch", "track", "num_rounds", "stop", "store"}
+MAY_CHANGE = {"full_determinism", "launch", "track", "num_rounds", "stop", "store", "output"}
 
 
 def run_loop(loop: Loop, start_stage: Start | None = None) -> int:

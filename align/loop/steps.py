@@ -75,7 +75,9 @@ def score(this: Context) -> Result:
 def route_pairs(this: Context) -> Result:
     """Who labels what. In round 0 people, by chance: there is no machine yet that could be unsure."""
     r = this.loop.settings.route
-    pairs = [p for p in this.store.pairs(this.round) if p.pairing not in (IMPORTED, EVALUATION)]  # people's already
+    asked = set(_prompts_of_round(this))  # labels of another run that were taken in may be of others
+    known = [p for p in this.store.pairs(this.round) if p.prompt_id in asked]
+    pairs = [p for p in known if p.pairing not in (IMPORTED, EVALUATION)]  # people's already
     seed = this.loop.settings.seed + this.round
     if this.round == 0:
         routed = kickstart([pair.id for pair in pairs], r.kickstart, seed=seed)

@@ -11,7 +11,7 @@ def kl_estimate(logprobs: Tensor, reference_logprobs: Tensor, *, estimator: str 
     """Per-token estimate of KL(policy || reference) at tokens drawn from the policy. Any shape.
 
     k1 = log p - log p_ref; k2 = k1^2 / 2; k3 = exp(-k1) - 1 + k1 (Schulman, "Approximating KL Divergence", 2020).
-    k1 and k3 have the right mean; k2 and k3 are never negative.
+    k1 and k3 have the right mean, k2 has not: its gradient is what it is for. k2 and k3 are never negative.
     """
     k1 = logprobs - reference_logprobs
     if estimator == "k1":
@@ -36,12 +36,13 @@ def exact_kl(logits: Tensor, other_logits: Tensor) -> Tensor:
 def next_kl_coef(kl_coef: float, kl: float, *, target: float | None, horizon: int, num_sequences: int) -> float:
     """The coefficient after `num_sequences` more sequences with mean sequence KL `kl`.
 
-    beta <- beta (1 + clip(KL / target - 1, -0.2, 0.2) n / horizon)   (Ziegler et al. 2019, section 2.2)
+    beta <- beta (1 + clip(KL / target - 1, -0.2, 0.2) n / horizon)   (Ziegler et al. 2019, section 2.2), where n is the
+    horizon at the most: more of them would turn beta's sign.
     """
     if target is None:
         return kl_coef
     error = min(max(kl / target - 1.0, -0.2), 0.2)
-    return kl_coef * (1.0 + error * num_sequences / horizon)
+    return kl_coef * (1.0 + error * min(1.0, num_sequences / horizon))
 
 
 def moments(values: Tensor) -> list[float]:

@@ -110,7 +110,7 @@ def merge_adapter(
             "have PEFT convert it (`path_initial_model_for_weight_conversion`) or merge it where it was trained"
         )
     named = base or config.base_model_name_or_path or ""
-    if not (Path(named).is_dir() or looks_like_hub_id(named)):
+    if not named or not (Path(named).is_dir() or looks_like_hub_id(named)):
         what = f"--base: {named} is" if base else f"the base that {adapter} names, {named or 'none'}, is"
         raise BadInput(f"{what} neither a folder here nor a Hub id (`owner/name`); say by --base where it is")
     write = partial(

@@ -249,9 +249,9 @@ class _Planner:
             steps = t.max_steps if t.max_steps > 0 else self._epochs(t.num_train_epochs, rows * self.num_processes)
             drawn = self._drawn(self.lengths.trees, rows)
             total = math.ceil(sum(tree.num_tokens for trees in drawn for tree in trees) / len(drawn))
-            read = total if isinstance(self.settings, DpoSettings) else 0
+            is_read = isinstance(self.settings, DpoSettings) and not self.settings.dpo.precompute_ref_log_probs
             longest = self.lengths.longest
-            return Work(pass_tokens, *_largest(drawn, pass_tokens), longest, 0, 0, total, 0, read, steps)
+            return Work(pass_tokens, *_largest(drawn, pass_tokens), longest, 0, 0, total, 0, total * is_read, steps)
         p, new = self.settings.ppo, self.settings.sampling.max_new_tokens
         rows = math.ceil(p.prompts_per_iteration * p.num_generations / self.num_processes)
         answered = [Tree(tree.prefix, [[0] * new] * p.num_generations) for tree in self.lengths.trees]

@@ -25,15 +25,16 @@ def standing(facts: Facts) -> str:
     return f"It has come to the end of round {last}, and nothing there says that more rounds would not help."
 
 
-def round_table(facts: Facts) -> Table:
-    """A line a round: pairs that people and the machine have labelled, how right its reward models are, and what its
-    policy came to, each by that round's own evaluation."""
+def round_table(facts: Facts, most: int | None = None) -> Table:
+    """A line a round, of the `most` newest: pairs that people and the machine have labelled, how right the reward
+    models are, and what the policy came to, each by that round's own evaluation."""
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
     table.add_column("round", no_wrap=True)
     for title in ("people", "machine", "accuracy", f"{facts.judge} score", "KL", "beats SFT", "alarms"):
         table.add_column(title, justify="right", no_wrap=True)
     kept = facts.verdict.get("kept")
-    for round_ in facts.rounds:
+    shown = facts.rounds[-(most or len(facts.rounds)) :]
+    for round_ in shown:
         merged, name = facts.result(round_, "merge"), f"round-{round_}"
         policy = facts.result(round_, "evaluate").get("policies", {}).get(name, {})
         alarms = facts.result(round_, "decide").get("alarms")

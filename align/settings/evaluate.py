@@ -2,7 +2,7 @@
 
 from typing import Annotated, ClassVar
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from align.settings.about import POLICIES, Match, Parents
 from align.settings.data import Data
@@ -11,6 +11,21 @@ from align.settings.judge import JudgeSettings
 from align.settings.rewards import Reward, learned_parents
 from align.settings.stages import SamplingSettings
 from align.wording import did_you_mean
+
+OF_POLICIES = (
+    *("score", "score_std", "kl", "response_length", "eos_share", "entropy", "distinct_2"),
+    *("response", "policy", "seconds"),
+)
+
+
+def _of_its_own(names: dict[str, Reward]) -> dict[str, Reward]:
+    for name in names:
+        if name in OF_POLICIES or name.startswith("kl_to_"):
+            raise ValueError(f"`{name}` is a figure of the stage's own; choose another word")
+    return names
+
+
+Beside = Annotated[dict[str, Reward], AfterValidator(_of_its_own)]
 
 
 class PairCheck(Settings):
@@ -44,7 +59,7 @@ class EvaluateSettings(SamplingSettings):
     rewards: Annotated[tuple[Reward, ...], Field(min_length=1)] = Field(
         description="What an answer's score is the weighted sum of.",
     )
-    beside: dict[str, Reward] = Field(default_factory=dict, description="Name -> other scores, reported only.")
+    beside: Beside = Field(default_factory=dict, description="Name -> other scores, reported only.")
     reward: PairCheck | None = told(None, "Accuracy of a reward run on pairs.")
     max_prompts: Count = told(256, "The first so many prompts.")
     batch_size: AtATime = None

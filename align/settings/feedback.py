@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Annotated, ClassVar
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from align.settings.about import POLICIES, Parents
 from align.settings.fields import AtATime, Count, Interval, Location, NonNegative, PassTokens, Positive, told
@@ -12,6 +12,7 @@ from align.settings.judge import JudgeSettings
 from align.settings.rewards import Reward, learned_parents
 from align.settings.stage import StageSettings
 from align.settings.stages import RewardSettings, SamplingSettings
+from align.wording import did_you_mean
 
 
 class EnsembleSettings(RewardSettings):
@@ -50,6 +51,14 @@ class CollectSettings(SamplingSettings):
     )
     temperatures: Annotated[tuple[Positive, ...], Field(min_length=1)] = told((1.0,), "Of the answers, taken in turn.")
     batch_size: AtATime = None
+
+    @model_validator(mode="after")
+    def _names_are_known(self) -> "CollectSettings":
+        for name in self.num_generations:
+            if name not in self.policies:
+                hint = did_you_mean(name, self.policies)
+                raise ValueError(f"`num_generations` names `{name}`, none of the policies{hint}")
+        return self
 
     def parents(self) -> Parents:
         return {f"policies.{name}": (path, POLICIES) for name, path in self.policies.items() if path}

@@ -139,7 +139,7 @@ class Ppo(Settings):
         "it.",
     )
     cliprange_value: Positive = told(0.2, "How far a critic's value may go from what it was, in units of a score.")
-    vf_coef: NonNegative = told(0.1, "What the critic's loss is multiplied by.")
+    vf_coef: Positive = told(0.1, "What the critic's loss is multiplied by.")
     whiten_rewards: bool = told(False, "Divide rewards by a batch's deviation.")
     whiten_advantages: bool = told(True, "Advantages of a batch with mean 0 and deviation 1; with rloo and grpo never.")
     kl_coef: NonNegative = told(0.05, "What a nat of KL to the reference costs, in units of a score.")
@@ -199,6 +199,10 @@ class Ppo(Settings):
             raise ValueError(
                 f"`missing_eos_penalty: {self.missing_eos_penalty:g}` has no meaning with `missing_eos: mask`: nothing "
                 "is learnt from an answer that was cut off; leave it out"
+            )
+        if self.kl_target is not None and not self.kl_coef:
+            raise ValueError(
+                "`kl_target` moves `kl_coef` by a factor, and it is 0: set it to more, or leave `kl_target` out"
             )
         if self.target_kl is not None and self.num_ppo_epochs * self.num_mini_batches == 1:
             raise ValueError(

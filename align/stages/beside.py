@@ -13,10 +13,10 @@ from align.worker import Worker
 Beside = dict[str, RewardMix]
 
 
-def build_beside(rewards: dict[str, Reward], bases: Bases, *, must_apply: bool = False) -> Beside:
+def build_beside(rewards: dict[str, Reward], bases: Bases) -> Beside:
     """Each by its name in the recipe; learned ones over the bases that are in memory already where they fit."""
     return {
-        name: build_rewards([reward], bases, keys=[f"beside.{name}"], must_apply=must_apply)
+        name: build_rewards([reward], bases, keys=[f"beside.{name}"], must_apply=False)
         for name, reward in rewards.items()
     }
 

@@ -50,14 +50,15 @@ def run(settings: CollectSettings, worker: Worker) -> None:
             )
         for number, (name, folder) in enumerate(settings.policies.items(), 1):
             sampler, tokenizer = _sampler(bases, folder, settings, worker), bases.tokenizer(folder)
-            for draw in range(settings.num_generations.get(name, NUM_GENERATIONS)):
+            count = settings.num_generations.get(name, NUM_GENERATIONS)
+            for draw in range(count):
                 mine = [kept[i] for i in worker.mine(len(kept))]
                 answers = _answers(sampler, tokenizer, name, draw, mine, prompts[name], settings, worker)
                 for i, answer in zip(mine, answers, strict=True):
                     own = {"template": dict(rows[i].template)} if rows[i].template else {}
                     found[i, name, draw] = {"prompt": rows[i].prompt, "columns": rows[i].columns} | own | answer
             close(sampler, worker)
-            tracker.log(number, {"policy": name, "answers": sum(key[1] == name for key in found)})
+            tracker.log(number, {"policy": name, "answers": count * len(kept)})
         whole = worker.merged(found)
         if worker.is_main:
             order = {name: at for at, name in enumerate(settings.policies)}

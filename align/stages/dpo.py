@@ -22,9 +22,10 @@ from align.identity import has_adapter
 from align.maths.calibration import pair_outcomes
 from align.maths.kl import mean_and_error, moments
 from align.maths.losses import preference_loss
-from align.models.backoff import Phase
+from align.models.backoff import Phase, in_passes
 from align.models.base import stop_ids, switch_dropout_off
-from align.models.layout import Tree
+from align.models.budget import reading_tokens
+from align.models.layout import Tree, passes_of
 from align.models.roles import Bases, Role
 from align.parents import remarks_on_parents
 from align.report.curves import dpo_curves
@@ -36,7 +37,7 @@ from align.settings import DpoSettings, Lora, Sampling
 from align.settings.dpo import WITHOUT_REFERENCE
 from align.stages.beside import Beside, build_beside, figures_beside
 from align.stages.learner import SHORTER
-from align.stages.order import TRAINERS
+from align.stages.order import TRAINERS, of_those_held_out
 from align.stages.reward import Pair, encode_pairs
 from align.stages.supervised import Task, end, save, train
 from align.worker import Worker
@@ -44,6 +45,7 @@ from align.worker import Worker
 ANSWERING = Phase("while answering held-out prompts", "", "begin anew with a smaller `sampling.max_new_tokens`")
 NOT_ITS_DISTRIBUTION = "warning: with top_k or top_p answers are not drawn as the policy would; eval_kl may be negative"
 READING = Phase("while reading the answers to held-out prompts", "train.max_batch_tokens", SHORTER)
+PRECOMPUTING = Phase("while reading the reference's log-probabilities", "train.max_batch_tokens", SHORTER)
 
 
 class Preferences(Task[Pair]):
@@ -55,10 +57,38 @@ class Preferences(Task[Pair]):
     begins_with_evaluation = True
     nothing_to_learn = "chosen and rejected answers are the same to the policy; check the data and max_length"
 
-    def __init__(self, settings: DpoSettings, pairs: Sequence[Pair], reference: Role, speaker: "Speaker | None"):
+    def __init__(
+        self,
+        settings: DpoSettings,
+        pairs: Sequence[Pair],
+        held_out: Sequence[Pair],
+        reference: Role,
+        speaker: "Speaker | None",
+    ):
         self.options, self.reference, self.speaker = settings.dpo, reference, speaker
         self.mean_weight = sum(pair.preference.weight for pair in pairs) / len(pairs)
         self.is_weighed = True
+        self.pairs = [*pairs, *held_out]
+        self.precomputed: dict[int, Tensor] = {}  # by a pair's `id`: (2,)
+
+    def prepare(self, worker: Worker, max_batch_tokens: int | None) -> None:
+        """Reads all pairs in the same passes however often the run begins, so that it goes on bit for bit."""
+        if not self.options.precompute_ref_log_probs:
+            return
+        trees = [pair.tree for pair in self.pairs]
+        mine = worker.dealt([tree.num_tokens for tree in trees])
+        own, found = [trees[i] for i in mine], torch.zeros(len(mine), 2)
+
+        @torch.no_grad()
+        def work(numbers: list[int]) -> Tensor:
+            return _of_answers(self.reference, [own[i] for i in numbers]).float().cpu()
+
+        split = partial(passes_of, own, is_flat=self.reference.is_flat)
+        budget = reading_tokens(self.reference.causal, max_batch_tokens)
+        for numbers, logprobs in in_passes(PRECOMPUTING, budget, split, work):
+            found[numbers] = logprobs
+        (whole,) = worker.gather_rows(mine, len(trees), found)
+        self.precomputed = {id(pair): both for pair, both in zip(self.pairs, whole, strict=True)}
 
     def tree(self, example: Pair) -> Tree:
         return example.tree
@@ -66,11 +96,12 @@ class Preferences(Task[Pair]):
     def count(self, example: Pair) -> int:
         return 1
 
+    def says_nothing(self, example: Pair) -> bool:
+        return example.preference.probability == 0.5 and example.preference.margin == 0.0
+
     def loss(self, role: Role, examples: Sequence[Pair]) -> tuple[Tensor, dict[str, Tensor]]:
         options, trees = self.options, [pair.tree for pair in examples]
-        has_reference = options.loss_type not in WITHOUT_REFERENCE
-        with torch.no_grad():
-            reference = _of_answers(self.reference, trees) if has_reference else None
+        reference = self._of_reference(examples, trees)  # first: a pass without gradients keeps nothing
         said = [(p.preference.probability, p.preference.weight, p.preference.margin) for p in examples]
         probability, weight, margin = torch.tensor(said, device=role.device).T
         if not self.is_weighed:
@@ -92,6 +123,15 @@ class Preferences(Task[Pair]):
         chosen, rejected = worth.sum(0)
         figures = {"accuracy": right.sum(), "margin": towards.sum()}
         return loss, figures | {"rewards_chosen": chosen, "rewards_rejected": rejected}
+
+    @torch.no_grad()
+    def _of_reference(self, examples: Sequence[Pair], trees: Sequence[Tree]) -> Tensor | None:
+        """What the reference holds of the answers, (pairs, 2)."""
+        if self.options.loss_type in WITHOUT_REFERENCE:
+            return None
+        if self.precomputed:
+            return torch.stack([self.precomputed[id(pair)] for pair in examples]).to(self.reference.device)
+        return _of_answers(self.reference, trees)
 
     def evaluate(
         self, role: Role, examples: Sequence[Pair], worker: Worker, max_batch_tokens: int | None
@@ -173,7 +213,7 @@ def run(settings: DpoSettings, worker: Worker) -> None:
     tokenizer = bases.tokenizer(start)
     loaded = load(settings.data, "preferences")
     pairs, said = encode_pairs(tokenizer, loaded.train, settings.max_length)
-    held_out, _ = encode_pairs(tokenizer, loaded.validation, settings.max_length)
+    held_out, said_of_these = encode_pairs(tokenizer, loaded.validation, settings.max_length)
     if not pairs:
         raise BadInput(f"`data`: no pair is left to train on; {said}")
     policy = bases.role(start, method=method, trainable=True)
@@ -185,7 +225,7 @@ def run(settings: DpoSettings, worker: Worker) -> None:
         worker,
         bases,
         policy,
-        Preferences(settings, pairs, reference, speaker),
+        Preferences(settings, pairs, held_out, reference, speaker),
         [[pair] for pair in pairs],
         held_out,
         order=TRAINERS,
@@ -193,6 +233,7 @@ def run(settings: DpoSettings, worker: Worker) -> None:
             *loaded.messages,
             *unread(tokenizer, loaded.train),
             said,
+            of_those_held_out(said_of_these, len(held_out)),
             ending_message(tokenizer),
             *remarks_on_parents(settings),
             NOT_ITS_DISTRIBUTION if settings.sampling.top_k or settings.sampling.top_p < 1.0 else "",

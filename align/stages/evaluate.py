@@ -5,11 +5,12 @@ one. Every policy draws with the same random numbers. A win rate counts
 ties as halves; its interval is Wilson's at 95 %.
 """
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
@@ -37,7 +38,7 @@ from align.rollout.sampler import Seeds
 from align.settings import EvaluateSettings
 from align.stages.beside import build_beside
 from align.stages.judging import CACHE, ask
-from align.stages.reward import encode_pairs, evaluate_pairs
+from align.stages.reward import Pair, encode_pairs, evaluate_pairs
 from align.stages.running import close, running
 from align.stages.unseen import seen_prompts
 from align.track import Tracker
@@ -73,6 +74,13 @@ class Speaker:
     tokenizer: PreTrainedTokenizerBase
 
 
+class _Pairs(NamedTuple):
+    """Of `reward.data`: those that fit, and a sentence on the others."""
+
+    kept: list[Pair]
+    said: str
+
+
 def run(settings: EvaluateSettings, worker: Worker) -> None:
     """Judges the policies and writes the table."""
     started = time.perf_counter()
@@ -83,17 +91,18 @@ def run(settings: EvaluateSettings, worker: Worker) -> None:
     if not rows:
         raise BadInput(f"`prompts`: none has at most {settings.max_prompt_length} tokens (`max_prompt_length`)")
     judge = build_rewards(settings.rewards, bases)
-    beside = build_beside(settings.beside, bases, must_apply=True)
+    beside = build_beside(settings.beside, bases)
     pairwise = None
     if settings.pairwise_judge is not None and worker.is_main:
         cache = Path(settings.output) / CACHE
         pairwise = build_judge(settings.pairwise_judge, bases, cache=cache, key="pairwise_judge")
+    pairs = _pairs(settings, bases)
     reference_name = settings.reference or next(iter(settings.policies))
     reference = bases.role(settings.policies[reference_name])
     with running(settings, worker, bases.main.fingerprint) as track:
         tracker = track(total=len(settings.policies), shown=("score", "kl"))
         seen = seen_prompts(settings.policies.values(), rows)
-        for message in (*remarks, *seen.messages(f"{len(rows)} prompts")):
+        for message in (*remarks, *seen.messages(f"{len(rows)} prompts"), pairs.said):
             tracker.say(message)
         judged = {}
         for number, (name, folder) in enumerate(settings.policies.items(), 1):
@@ -103,7 +112,7 @@ def run(settings: EvaluateSettings, worker: Worker) -> None:
             shown = {"policy": name, "score": _mean(found.scores), "kl": _mean(found.kl)}
             tracker.log(number, with_logged(shown, found.logged))
         metrics = {"prompts": len(rows), "seen_prompts": seen.figure} | _metrics(judged, settings, reference_name)
-        metrics |= _pair_metrics(settings, bases, worker, tracker)
+        metrics |= _pair_metrics(settings, pairs.kept, bases, worker, tracker)
         if settings.pairwise_judge is not None:
             metrics |= judge_metrics(pairwise, judged, rows, settings, worker)
         metrics["seconds"] = time.perf_counter() - started
@@ -189,7 +198,7 @@ def _metrics(judged: dict[str, Judged], settings: EvaluateSettings, reference: s
             "eos_share": _mean(j.ended),
             "entropy": _mean(j.entropies),
             "distinct_2": distinct_n(j.texts, 2),
-            **{key: _mean([each[key] for each in j.beside]) for key in settings.beside},
+            **_means_beside(j, settings),
         }
         for name, j in judged.items()
     }
@@ -198,6 +207,12 @@ def _metrics(judged: dict[str, Judged], settings: EvaluateSettings, reference: s
         own, other = judged[challenger].scores, judged[incumbent].scores
         compared.append(comparison(challenger, incumbent, win_rate(own, other), len(own)))
     return {"policies": policies, "compare": compared}
+
+
+def _means_beside(judged: Judged, settings: EvaluateSettings) -> dict[str, float]:
+    """Of each other score, over the answers that it applies to."""
+    found = {key: [each[key] for each in judged.beside if not math.isnan(each[key])] for key in settings.beside}
+    return {key: _mean(values) for key, values in found.items() if values}
 
 
 def judge_metrics(
@@ -223,17 +238,29 @@ def judge_metrics(
     return {"compare_by_judge": compared} | took
 
 
-def _pair_metrics(settings: EvaluateSettings, bases: Bases, worker: Worker, tracker: Tracker) -> dict:
+def _pairs(settings: EvaluateSettings, bases: Bases) -> _Pairs:
+    """Those that the reward run is asked about."""
     check = settings.reward
     if check is None:
-        return {}
+        return _Pairs([], "")
     loaded = load(check.data, "preferences")
-    pairs, _ = encode_pairs(
+    pairs, said = encode_pairs(
         bases.tokenizer(check.path),
         loaded.validation or loaded.train,
         check.max_length,
         is_whole=reads_whole(read_manifest(check.path)),
     )
+    if not pairs:
+        raise BadInput(f"`reward.data`: no pair is left; {said}; raise `reward.max_length`")
+    return _Pairs(pairs, said and f"of the pairs, {said}")
+
+
+def _pair_metrics(
+    settings: EvaluateSettings, pairs: list[Pair], bases: Bases, worker: Worker, tracker: Tracker
+) -> dict:
+    check = settings.reward
+    if check is None:
+        return {}
     seen = seen_prompts([check.path], [pair.preference for pair in pairs])
     for message in seen.messages(f"{len(pairs)} pairs' prompts"):
         tracker.say(message)

@@ -39,6 +39,13 @@ def left_out(count: int, total: int, max_length: int) -> str:
     return f"{count} of {total} rows left out: over {max_length} tokens" if count else ""
 
 
+def of_those_held_out(said: str, num_left: int) -> str:
+    """The same of held-out rows, `num_left` of which are left."""
+    if not said:
+        return ""
+    return f"of those held out, {said}" if num_left else f"warning: nothing is held out: {said}; raise `max_length`"
+
+
 class Order(NamedTuple):
     """How many steps a run has, and which rows each of them sees."""
 

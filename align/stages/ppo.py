@@ -47,11 +47,13 @@ from align.stages.ppo_steps import (
     asked_of,
     assess,
     beside,
+    end_penalty,
+    estimator_of_figures,
     figures,
     importance_cap,
     improve,
+    kl_of_tokens,
     kl_to,
-    penalties,
     sample_and_score,
     scale_of,
 )
@@ -95,13 +97,14 @@ def run(settings: PpoSettings, worker: Worker) -> None:
     loaded = load(settings.prompts, "prompts")
     remarks = check_columns(settings, (*loaded.train, *loaded.validation))
     train, said = prompt_rows(roles, loaded.train, settings.max_prompt_length)
-    held_out, _ = prompt_rows(roles, loaded.validation[: settings.ppo.max_eval_prompts], settings.max_prompt_length)
+    held_out, said_of_these = prompt_rows(roles, loaded.validation, settings.max_prompt_length)
+    held_out = held_out[: settings.ppo.max_eval_prompts]
     if not train:
         raise BadInput(f"`prompts`: no prompt is left; {said}")
     if settings.ppo.kl_budget is not None and not held_out:
         raise BadInput(
-            "`ppo.kl_budget` keeps the best checkpoint by held-out prompts, and there are none: give "
-            "`prompts.validation` or `prompts.validation_split`"
+            "`ppo.kl_budget` keeps the best checkpoint by held-out prompts, and there are none"
+            + (f" ({said_of_these}): raise `max_prompt_length`" if said_of_these else ": give `prompts.validation`")
         )
     learners = make_learners(roles, settings, worker)
     with running(settings, worker, roles.base.fingerprint, base=roles.base.name) as track:
@@ -215,6 +218,9 @@ def _iterate(this: _Run, iteration: int) -> dict[str, Any]:
         progress["score_moments"] = with_batch(progress.get("score_moments") or NOTHING_YET, first.scores)
     scale = scale_of(progress.get("score_moments"))
     scored, drawn, resampled = answered_anew(first, ppo, scale, answer)
+    if ppo.normalize_scores == "running":
+        for again in drawn[1:]:
+            progress["score_moments"] = with_batch(progress["score_moments"], again.scores)
     cap = importance_cap(roles.policy, settings)
     experience = assess(scored, progress["kl_coef"], ppo, cap, scale)
     with phases("update"):
@@ -243,7 +249,9 @@ def _iterate(this: _Run, iteration: int) -> dict[str, Any]:
         _show_samples(this, scored, experience.kl, iteration)
     if settings.resets:
         found["reference_resets"] = progress.get("reference_resets", 0)
-    found |= resampled | update | speeds(scored, drawn, phases, ppo, update["update_share"])
+    found |= (
+        resampled | update | speeds(scored, experience.is_learnt.tolist(), drawn, phases, ppo, update["update_share"])
+    )
     return with_logged(found, scored.logged)
 
 
@@ -261,7 +269,8 @@ def _evaluate(this: _Run, iteration: int) -> dict[str, float]:
         stream=EVALUATE,
         step=0,
     )
-    penalised, divergences = penalties(scored, settings.ppo, _scale(this, scored))
+    penalised = end_penalty(scored.scores, scored.rollouts.ended, settings.ppo, _scale(this, scored))
+    divergences = kl_of_tokens(scored, estimator_of_figures(settings.ppo))
     _show_samples(this, scored, divergences, iteration)
     score = float(penalised.mean())
     kl, error = mean_and_error([moments(divergences.sum(1))])

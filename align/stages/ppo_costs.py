@@ -13,14 +13,19 @@ from align.track import read_metrics
 PHASES = ("sample", "score", "update")
 
 
-def speeds(scored: Scored, drawn: Sequence[Scored], phases: Phases, ppo: Ppo, update_share: float) -> dict[str, float]:
+def speeds(
+    scored: Scored, is_learnt: Sequence[bool], drawn: Sequence[Scored], phases: Phases, ppo: Ppo, update_share: float
+) -> dict[str, float]:
     """Tokens a second and peak MiB by phase: tokens of all processes, seconds and memory of this one. Sampling counts
     the answers' tokens, the other phases those of prompts and answers; a prompt counts once, as it is computed."""
     answered = sum(map(_answered, drawn))
+    group, rollouts = scored.group, scored.rollouts
+    learnt = sum(len(answer) for answer, is_so in zip(rollouts.answers, is_learnt, strict=True) if is_so)
+    learnt += sum(len(rollouts.prompts[i]) for i in range(0, len(is_learnt), group) if any(is_learnt[i : i + group]))
     tokens = {
         "sample": answered,
         "score": answered + sum(map(_asked, drawn)),
-        "update": (_answered(scored) + _asked(scored)) * ppo.num_ppo_epochs * update_share,
+        "update": learnt * ppo.num_ppo_epochs * update_share,
     }
     return (
         {f"tokens_per_second_{name}": tokens[name] / max(phases.seconds[name], 1e-9) for name in tokens}

@@ -112,7 +112,7 @@ class Experience:
     values: Tensor | None
     advantages: Tensor
     returns: Tensor
-    kl: Tensor  # per token: one tensor for the penalty and for the log
+    kl: Tensor  # per token, as it is told
     scores: Tensor  # (B,) after the penalty for a missing end token, in units of the scale
     weights: Tensor  # of each token's policy loss: 1 where the policy itself has drawn
     is_learnt: Tensor  # (B,) whether anything is learnt from the answer
@@ -219,11 +219,15 @@ def sample_and_score(
     )
 
 
-def penalties(scored: Scored, ppo: Ppo, scale: Scale = AS_GIVEN) -> tuple[Tensor, Tensor]:
-    """Scores (B,) after the penalty for a missing end token, and each token's KL to the reference (B, R)."""
-    kl = kl_estimate(scored.logprobs, scored.reference_logprobs, estimator=ppo.kl_estimator)
-    penalised = end_penalty(scored.scores, scored.rollouts.ended, ppo, scale)
-    return penalised, kl.masked_fill(~scored.rollouts.response_mask, 0.0)
+def kl_of_tokens(scored: Scored, estimator: str) -> Tensor:
+    """(B, R): each token's KL to the reference, nats."""
+    kl = kl_estimate(scored.logprobs, scored.reference_logprobs, estimator=estimator)
+    return kl.masked_fill(~scored.rollouts.response_mask, 0.0)
+
+
+def estimator_of_figures(ppo: Ppo) -> str:
+    """By which KL is told, held to a target and to a budget: the recipe's, where its mean is the KL."""
+    return "k1" if ppo.kl_estimator == "k2" else ppo.kl_estimator
 
 
 def beside(roles: Roles, scored: Scored, worker: Worker) -> dict[str, float]:
@@ -251,7 +255,7 @@ def kl_to(role: Role, scored: Scored, settings: PpoSettings, worker: Worker) -> 
     prompts, answers = [scored.prompts[row].ids for row in mine], [scored.rollouts.answers[row] for row in mine]
     rollouts = rollouts_of(prompts, answers, end_ids=())
     other = _reader(settings)(role, rollouts).logprobs  # (own rows, R)
-    kl = kl_estimate(scored.logprobs[mine, : other.shape[1]], other, estimator=settings.ppo.kl_estimator)
+    kl = kl_estimate(scored.logprobs[mine, : other.shape[1]], other, estimator=estimator_of_figures(settings.ppo))
     own = kl.masked_fill(~rollouts.response_mask, 0.0).sum(1)
     return float(worker.gather_rows(mine, len(scored.texts), own)[0].mean())
 
@@ -259,7 +263,8 @@ def kl_to(role: Role, scored: Scored, settings: PpoSettings, worker: Worker) -> 
 def assess(scored: Scored, kl_coef: float, ppo: Ppo, importance_cap: float | None, scale: Scale) -> Experience:
     """Rewards, advantages, returns and weights: pure maths on the whole batch."""
     mask = scored.rollouts.response_mask
-    scores, kl = penalties(scored, ppo, scale)
+    kl = kl_of_tokens(scored, ppo.kl_estimator)
+    scores = end_penalty(scored.scores, scored.rollouts.ended, ppo, scale)
     scores = (scores - scale.mean) / scale.deviation
     is_learnt = scored.rollouts.ended if ppo.missing_eos == "mask" else torch.ones_like(scored.rollouts.ended)
     in_reward, in_loss = (kl_coef, 0.0) if ppo.kl_in == "reward" else (0.0, kl_coef)
@@ -279,7 +284,7 @@ def assess(scored: Scored, kl_coef: float, ppo: Ppo, importance_cap: float | Non
         scored.values,
         advantages,
         returns,
-        kl,
+        kl_of_tokens(scored, estimator_of_figures(ppo)),
         scores,
         weights,
         is_learnt,

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
@@ -36,7 +36,7 @@ from align.models.scoring import WHOLE, branch_scores, score_sequences
 from align.report.curves import reward_curves
 from align.settings import Data, RewardSettings
 from align.stages.learner import SHORTER
-from align.stages.order import left_out
+from align.stages.order import left_out, of_those_held_out
 from align.stages.supervised import Task, end, save, train
 from align.worker import Worker
 
@@ -48,6 +48,7 @@ TRAINED_ON = (
 )
 PROBE_TOLERANCE = 1e-4
 SCORING = Phase("while scoring answers", "train.max_batch_tokens", SHORTER)
+Row = TypeVar("Row")
 Sequences = tuple[Sequence[Ids], Sequence[Ids]]  # prompts, and an answer to each
 
 
@@ -89,6 +90,9 @@ class Pairs(Task[Pair]):
     def count(self, example: Pair) -> int:
         return 1
 
+    def says_nothing(self, example: Pair) -> bool:
+        return example.preference.probability == 0.5 and example.preference.margin == 0.0
+
     def loss(self, role: Role, examples: Sequence[Pair]) -> tuple[Tensor, dict[str, Tensor]]:
         chosen, rejected = branch_scores(role, [pair.tree for pair in examples]).reshape(-1, 2).T
         said = [(p.preference.probability, p.preference.weight, p.preference.margin) for p in examples]
@@ -111,7 +115,7 @@ def run(settings: RewardSettings, worker: Worker) -> None:
     tokenizer = bases.main.tokenizer
     loaded = load(settings.data, "preferences")
     pairs, said = encode_pairs(tokenizer, loaded.train, settings.max_length)
-    held_out, _ = encode_pairs(tokenizer, loaded.validation, settings.max_length)
+    held_out, said_of_these = encode_pairs(tokenizer, loaded.validation, settings.max_length)
     if not pairs:
         raise BadInput(f"`data`: no pair is left to train on; {said}")
     # read now: bad ones must not cost a training run
@@ -130,6 +134,7 @@ def run(settings: RewardSettings, worker: Worker) -> None:
             *loaded.messages,
             *unread(tokenizer, loaded.train),
             said,
+            of_those_held_out(said_of_these, len(held_out)),
             ending_message(tokenizer),
             TRAINED_ON if source == "train" else "",
         ),
@@ -210,14 +215,19 @@ def score_source(settings: RewardSettings, validation: Sequence[Pair]) -> str:
 def _reference_sequences(settings: RewardSettings, tokenizer: Any, pairs: list[Pair]) -> Sequences:
     """The same as prompts and answers: the recipe's demonstrations, else the answers of `pairs`."""
     if not settings.reference:
-        pairs = pairs[: REFERENCE_ROWS // 2]
+        pairs = _spread(pairs, REFERENCE_ROWS // 2)
         return [p.tokens.prompt_ids for p in pairs for _ in range(2)], [a for p in pairs for a in p.tree.branches]
-    rows = load(Data(train=settings.reference), "demonstrations").train[:REFERENCE_ROWS]
+    rows = _spread(load(Data(train=settings.reference), "demonstrations").train, REFERENCE_ROWS)
     encoded = [encode_pair(tokenizer, _as_pair(row), settings.max_length) for row in rows]
     found = [(*pair.prompt_ids, *pair.chosen_ids) for pair in encoded if pair is not None]
     if not found:
         raise BadInput(f"`reference`: no answer is left within `max_length: {settings.max_length}` tokens; raise it")
     return found, [()] * len(found)
+
+
+def _spread(rows: Sequence[Row], most: int) -> list[Row]:
+    """So many of the rows, evenly from the first to the last: they are in the order of their sources."""
+    return [rows[i * len(rows) // most] for i in range(most)] if len(rows) > most else list(rows)
 
 
 def _as_pair(row: Demonstration) -> Preference:

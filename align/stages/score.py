@@ -131,8 +131,10 @@ def draw_pairs(
     """Pairs of candidates of one prompt, by line: the best with the worst, and others by chance; never two answers of
     the same words, never an empty one (which no data format holds), never a pair twice."""
     pairs = []
-    for group in by_prompt(rows):
-        rng = random.Random(f"pairs {settings.seed} {_key(rows[group[0]])}")
+    for group in by_prompt(rows, "template"):
+        row = rows[group[0]]
+        apart = json.dumps(row["template"], sort_keys=True) if row.get("template") else ""
+        rng = random.Random(f"pairs {settings.seed} {_key(row)}{apart}")
         first_of = {rows[i]["text"]: i for i in reversed(group) if rows[i]["text"].strip()}
         distinct = sorted(first_of.values())
         others = [(a, b) for at, a in enumerate(distinct) for b in distinct[at + 1 :]]

@@ -58,6 +58,13 @@ class Task(ABC, Generic[Example]):
     def count(self, example: Example) -> int:
         """How much is in it of what the figures are means over: supervised tokens; 1 of a pair."""
 
+    def says_nothing(self, example: Example) -> bool:
+        """Whether it moves a model that knows nothing yet nowhere, as a pair does of which neither answer is better."""
+        return False
+
+    def prepare(self, worker: Worker, max_batch_tokens: int | None) -> None:
+        """What is computed once, before the first step that is left. All processes call it."""
+
     @abstractmethod
     def loss(self, role: Role, examples: Sequence[Example]) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss and `figures` of a pass: scalars, each summed over what is counted, the loss with its gradient."""
@@ -152,6 +159,7 @@ def train(
             settings, worker, task, role, rows, held_out, order, num_steps, max_tokens, course, tracker, Costs(worker)
         )
         with this.costs.phases("train"):
+            task.prepare(worker, t.max_batch_tokens)
             while not _loop(this):
                 pass  # it has gone back
         metrics = this.found or _evaluate(this)
@@ -246,7 +254,7 @@ def _step(this: _Run[Any], step: int) -> tuple[dict[str, float], dict[str, Any]]
     this.costs.tokens += sum(task.tree(example).num_tokens for example in mine)
     rate, norm = learner.learning_rate, learner.step()
     this.costs.end_step()
-    if step == 1 and norm == 0.0:
+    if step == 1 and norm == 0.0 and not all(map(task.says_nothing, examples)):
         raise RunFailed(f"the gradient is zero at the first step: {task.nothing_to_learn}")
     return sums, {"grad_norm": norm, "learning_rate": rate, "weight_norm": course.weight_norm()}
 

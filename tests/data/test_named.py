@@ -89,6 +89,16 @@ def test_kto_makes_pairs_of_the_same_prompt_and_demonstrations_of_what_is_good(t
     assert said(first(tmp_path, rows, "preferences", "kto").chosen) == [(A, "yes")]
 
 
+@pytest.mark.parametrize("labels", [("True", "False"), ("true", "false"), (1, 0)])
+def test_ktos_labels_may_be_words_as_a_table_has_them(labels, tmp_path):
+    rows = [kto("one", text, label) for text, label in zip(("good", "bad"), labels, strict=True)]
+    (pair,) = loaded(tmp_path, rows, "preferences", "kto").train
+    assert (pair.chosen, pair.rejected) == ("good", "bad")
+    rows[1]["label"] = "perhaps"
+    with pytest.raises(BadInput, match=r"`label: true` or `false`; here it is 'perhaps'"):
+        loaded(tmp_path, rows, "preferences", "kto")
+
+
 @pytest.mark.parametrize("label", ["label", "kto_tag"])
 @pytest.mark.parametrize(
     "row",

@@ -176,3 +176,12 @@ def test_import_is_light() -> None:
     root = Path(__file__).resolve().parents[2]
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=root)
     assert result.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("own", [{"split": "test"}, {"name": "default"}, {"revision": "main"}])
+def test_what_is_for_the_hub_is_refused_of_a_file(tmp_path: Path, own: dict[str, str]) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"prompt": "p"}\n', encoding="utf-8")
+    assert len(list(read_rows(Source(path=str(path), split="train")))) == 1
+    with pytest.raises(BadInput, match=rf"rows\.jsonl: `{next(iter(own))}` is for data sets of the Hub, and this is a"):
+        read_rows(Source(path=str(path), **own))

@@ -79,9 +79,14 @@ def test_next_kl_coef_by_hand(kl, expected):
 def test_next_kl_coef_matches_the_oracle(seed):
     rng, _, _ = oracles.ragged(seed)
     coef, target, kl = rng.uniform(0.001, 1), rng.uniform(0.5, 20), rng.uniform(-5, 40)
-    horizon, count = rng.randint(1000, 20000), rng.randint(1, 512)
+    horizon, count = rng.randint(20, 20000), rng.randint(1, 512)
     actual = next_kl_coef(coef, kl, target=target, horizon=horizon, num_sequences=count)
     assert actual == pytest.approx(oracles.next_kl_coef(coef, kl, target, horizon, count), rel=1e-12)
+
+
+def test_no_number_of_sequences_turns_the_coefficients_sign():
+    for kl, expected in ((0.0, 0.04), (60.0, 0.06)):
+        assert next_kl_coef(0.05, kl, target=6.0, horizon=100, num_sequences=512) == pytest.approx(expected, rel=1e-12)
 
 
 def test_no_target_keeps_the_coefficient():

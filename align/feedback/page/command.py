@@ -63,7 +63,8 @@ def label(
             tokens = {name: queue.invite(name, is_admin=name in admins) for name in dict.fromkeys([*add, *admins])}
             where = shown(run) if "://" in run else run  # a URL may hold a password
             app = create_app(queue, guidelines=text, allowed_hosts=hosts)
-            for line in [*_known(where, people, tokens), *_told(at, tokens, is_loopback=_is_loopback(host))]:
+            named = [where] if store_at is None else [where, "--store", shown(store_at)]
+            for line in [*_known(named, people, tokens), *_told(at, tokens, is_loopback=_is_loopback(host))]:
                 echo(line)
             with copied_while_open(store, home_of(run, store_at), echo):
                 serve(app, listener)
@@ -94,7 +95,7 @@ def listen(host: str, port: int) -> socket.socket:
         raise BadInput(f"cannot listen on {host} port {port} ({one_line(error)}); {cure}") from error
 
 
-def _known(run: str, people: "Sequence[Annotator]", tokens: dict[str, str]) -> list[str]:
+def _known(where: Sequence[str], people: "Sequence[Annotator]", tokens: dict[str, str]) -> list[str]:
     """How those come in again who were given links before: no link is told twice, so by the command for a new one."""
     before = [person for person in people if person.token_hash and person.name not in tokens]
     if not before:
@@ -103,7 +104,7 @@ def _known(run: str, people: "Sequence[Annotator]", tokens: dict[str, str]) -> l
     more = f" ... ({len(before) - AT_ONCE} more)" if len(before) > AT_ONCE else ""
     return [
         "who signed in before stays so (same browser, same address); new links for them:",
-        f"  align label {_word(run)} {' '.join(words)}{more}",
+        f"  align label {' '.join(map(_word, where))} {' '.join(words)}{more}",
     ]
 
 
