@@ -108,7 +108,8 @@ def run_stage(
     def note(number: int, frame: FrameType | None) -> None:
         received.append(number)
 
-    previous = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    heeded = [n for n in (signal.SIGTERM, signal.SIGINT) if signal.getsignal(n) is not signal.SIG_IGN]  # as with nohup
+    previous = {number: signal.signal(number, note) for number in heeded}
     try:
         launcher = subprocess.Popen(
             [*start, *plan.arguments, "-m", module, *script_arguments],

@@ -121,6 +121,7 @@ def _read_config(path: Path) -> dict[str, Any]:
         raise BadInput(f"{path} cannot be read as YAML: {one_line(error)}") from error
     if not isinstance(config, dict):
         raise BadInput(f"{path} is no accelerate config file: it must hold `key: value` lines")
+    config = {key: value for key, value in config.items() if value is not None}  # left empty: as if it were not there
     kind = config.get("distributed_type")
     if kind is False:
         raise BadInput(f"{path}: write distributed_type: 'NO' in quotes; YAML reads a bare NO as false")

@@ -4,9 +4,11 @@ All that is read here are small JSON files and the headers of weights.
 """
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from shlex import quote
+from types import MappingProxyType
 from typing import Any
 
 from align.data import looks_like_hub_id
@@ -17,6 +19,7 @@ from align.identity import (
     TEMPLATE_FILE,
     base_of,
     fingerprint,
+    has_adapter,
     has_tokenizer,
     have_same_tokens,
     same,
@@ -27,10 +30,12 @@ from align.models.facts import check_classifier, check_generates, check_tokenize
 from align.records import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CRITIC
 from align.settings import (
     Full,
+    Lora,
     Model,
     Prefix,
     StageSettings,
 )
+from align.settings.methods import is_copy
 from align.surroundings import cached_folder, may_be_fetched
 from align.wording import brief
 
@@ -110,7 +115,7 @@ def _check_served(settings: StageSettings, folder: str, key: str, made: dict[str
     drawn = settings.draws()
     if drawn is None or drawn.engine != "vllm" or not key.startswith(("policy.", "policies.")):
         return
-    if key == settings.starts_at and settings.tuned_by() is not None:
+    if key == settings.starts_at and (settings.tuned_by() is not None or starts_whole(settings, made)):
         return  # a whole model, which is what is served, below a method of this stage's own
     maker, place, what = made.get(resolved(folder)), _place(folder), f"`{key}`: the policy in {folder}"
     if maker is not None:
@@ -123,6 +128,47 @@ def _check_served(settings: StageSettings, folder: str, key: str, made: dict[str
         is_adapter = (place / ADAPTER_CONFIG).is_file()
         config = _adapter_config(str(place)) if is_adapter else {"peft_type": "full"}
         check_lora(str(config.get("peft_type")), bool(config.get("use_dora")), what)
+
+
+def method_of(settings: StageSettings, made: Mapping[str, StageSettings]) -> Any:
+    """The method that its policy is tuned by: its own, that of the run that it goes on with, or an adapter's folder."""
+    method = settings.tuned_by()
+    while method is None and (start := settings.start()) is not None:
+        maker = made.get(resolved(start))
+        if maker is None:
+            return start if has_adapter(start) else Lora()
+        settings, method = maker, maker.tuned_by()
+        if isinstance(method, Full):  # a whole model, over which something new is put
+            return Lora()
+    return method or Lora()
+
+
+def stands_on_copies(settings: StageSettings, made: Mapping[str, StageSettings] = MappingProxyType({})) -> bool:
+    """Whether the stage trains copies of a base's weights, or has such an adapter in memory: they are in the base's
+    dtype, and 16 bits would round small updates to nothing. `made`: what earlier stages of the recipe make."""
+    if is_copy(settings.tuned_by()):
+        return True
+    for folder, _ in settings.parents().values():
+        maker, place = made.get(resolved(folder)), _place(folder)
+        if maker is not None:
+            if is_copy(method_of(maker, made)):
+                return True
+        elif place is not None:
+            for each in (place, place / "member-0"):
+                if (each / ADAPTER_CONFIG).is_file() and _adapter_config(str(each)).get("peft_type") == "LN_TUNING":
+                    return True
+    return False
+
+
+def starts_whole(settings: StageSettings, made: Mapping[str, StageSettings] = MappingProxyType({})) -> bool:
+    """Whether what the stage starts from is, or will be, a whole model, over which its own adapter is put."""
+    start = settings.start()
+    if start is None:
+        return False
+    maker, place = made.get(resolved(start)), _place(start)
+    if maker is not None:
+        return isinstance(method_of(maker, made), Full)
+    return place is not None and not (place / ADAPTER_CONFIG).is_file()
 
 
 def check_start(folder: str, wanted: tuple[str, ...], where: str) -> None:

@@ -1,6 +1,6 @@
 """Everything that can be wrong with a recipe is found here, before models are loaded and anything is written."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -28,9 +28,11 @@ from align.rewards.judge import check_judge
 from align.settings import (
     PEFT_METHODS_IN_4_BITS,
     STAGES,
+    Adapter,
     AnyMethod,
     Data,
     Full,
+    Ia3,
     Lora,
     OtherPeft,
     OwnMethod,
@@ -62,7 +64,7 @@ def check_recipe(recipe: Recipe, changes: Sequence[str] = ()) -> dict[str, str]:
                     raise BadInput(f"`{key}`: {folder} is made by stage `{maker}`, which comes later; put it before")
             _check_order(settings, makers, made)
             states[name] = _check_stage(settings, made, recipe.names(name, changes))
-            _hub_remarks(settings)
+            _hub_remarks(settings, makers)
         made[resolved(settings.output)] = settings
     return states
 
@@ -79,10 +81,10 @@ def _check_order(settings: StageSettings, makers: dict[str, str], made: dict[str
 
 def remarks(recipe: Recipe) -> list[str]:
     """What a sound recipe's user should know beforehand, a line each: lengths past the trained ones, an unseen Hub."""
-    found = []
+    found, made = [], {resolved(settings.output) for settings in recipe.stages.values()}
     for settings in recipe.stages.values():
         found += [line for line, is_fault in _over_length(settings) if not is_fault]
-        found += _hub_remarks(settings)
+        found += _hub_remarks(settings, made)
     return list(dict.fromkeys(found))
 
 
@@ -184,9 +186,20 @@ def launches(recipe: Recipe, names: Iterable[str]) -> dict[str, LaunchPlan]:
             found[name] = plan(recipe.stages[name].launch)
             if found[name].is_sharded:
                 check_sharded(recipe.stages[name])
+            if found[name].expected_device == "cuda":
+                _check_copies(recipe.stages[name])
         except BadInput as error:
             raise BadInput(f"{recipe.path}: {f'stage `{name}`: ' if recipe.is_pipeline else ''}{error}") from error
     return found
+
+
+def _check_copies(settings: StageSettings) -> None:
+    method = settings.tuned_by()
+    if method is not None and is_copy(method) and settings.model.load_in == "nf4":
+        raise BadInput(
+            f"`{method_key(settings)}.kind: {method.kind}` over a 4-bit base (`model.load_in: nf4`) computes in 16 "
+            "bits on a GPU, where small updates of its copies round to nothing: use `kind: qlora`, or load_in: float32"
+        )
 
 
 def check_sharded(settings: StageSettings) -> None:
@@ -307,8 +320,9 @@ def _lengths(settings: StageSettings) -> Iterator[tuple[str, int]]:
         yield f"{key} and a prefix of {prefix}" if prefix else key, length + prefix
 
 
-def _hub_remarks(settings: StageSettings) -> list[str]:
+def _hub_remarks(settings: StageSettings, made: Container[str]) -> list[str]:
     """Looks at what the recipe takes from the Hub and the cache does not hold; says where it could not look, and why.
+    `made`: folders of the recipe's own, which may look like the Hub's names as long as they are not there.
 
     Raises:
         BadInput: it is not there.
@@ -317,7 +331,8 @@ def _hub_remarks(settings: StageSettings) -> list[str]:
     if is_on_hub(model.base) and cached_folder(model.base, model.revision) is None:
         found.append(look_at_hub(model.base, model.revision, "`model.base`"))
     for key, (folder, wanted) in settings.parents().items():
-        if "*" in wanted and is_on_hub(folder) and cached_folder(folder, None) is None:
+        is_own = resolved(folder) in made
+        if "*" in wanted and not is_own and is_on_hub(folder) and cached_folder(folder, None) is None:
             found.append(look_at_hub(folder, None, f"`{key}`"))
     for key, (_, data) in settings.data_sections().items():
         for source in (*data.train, *data.validation):
@@ -348,7 +363,8 @@ def _check_method(settings: StageSettings, key: str, method: AnyMethod) -> None:
             f"`{key}.kind: {method.kind}` needs weights in floating point, and `model.load_in` is nf4: use "
             f"`kind: qlora` (or one of {', '.join(PEFT_METHODS_IN_4_BITS)})"
         )
-    if isinstance(method, (OtherPeft, OwnMethod)):  # what PEFT or the user's file says of it: heavy, and only here
+    own = {Adapter: "activation", Ia3: "feedforward_modules"}.get(type(method))  # keys that PEFT has a word on
+    if isinstance(method, (OtherPeft, OwnMethod)) or own in method.model_fields_set:  # heavy, and only here
         from align.models.methods import check_method
 
         check_method(method, key)

@@ -4,6 +4,7 @@
 referred to.
 """
 
+import copy
 import io
 import os
 import re
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import GrammarParseError, InterpolationKeyError, MissingMandatoryValue, OmegaConfBaseException
 
 from align.errors import BadInput
@@ -76,8 +77,8 @@ def _resolved(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
         if not equals or not OVERRIDE_KEY.fullmatch(key):
             raise BadInput(f"override `{cut(item)}` is not of the form a.b=value")
         try:
-            parsed: Any = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))  # `${...}` still to resolve
-            OmegaConf.update(config, key, parsed["value"] if text else None, merge=True, force_add=True)
+            _part(config, key)
+            OmegaConf.update(config, key, _value(text), merge=True, force_add=True)
         except (OmegaConfBaseException, yaml.YAMLError) as error:
             raise BadInput(f"override `{cut(item)}` cannot be applied to {path}: {_reason(error)}") from error
         except (TypeError, ValueError, AttributeError) as error:
@@ -96,6 +97,32 @@ def _resolved(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
     except RecursionError as error:
         raise BadInput(f"{path} cannot be resolved: a value refers to itself, or is {TOO_DEEP}") from error
     return typing.cast(dict[str, Any], values)
+
+
+def _value(text: str) -> Any:
+    """What an override says, as YAML reads it, `${...}` still to resolve; but a `#` in a text begins no comment."""
+    if not text:
+        return None
+    value = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))["value"]  # type: ignore[call-overload,index]
+    is_cut = "#" in text and (value is None or isinstance(value, str)) and not text.lstrip().startswith(("'", '"'))
+    return text if is_cut else value
+
+
+def _part(config: Any, key: str) -> None:
+    """Puts a copy in the place of what is taken over from elsewhere on the way to `key`: OmegaConf would change it
+    there, and with it all others who take it over."""
+    node = config
+    for part in re.findall(r"[^.\[\]]+", key)[:-1]:
+        name: Any = int(part) if isinstance(node, ListConfig) and part.isdecimal() else part
+        if not OmegaConf.is_config(node) or OmegaConf.is_missing(node, name):
+            return
+        if isinstance(node, ListConfig) and not (isinstance(name, int) and name < len(node)):
+            return
+        if isinstance(node, DictConfig) and name not in node:
+            return
+        if OmegaConf.is_interpolation(node, name) and OmegaConf.is_config(node[name]):
+            node[name] = copy.deepcopy(node[name])
+        node = node[name]
 
 
 def _read(path: Path) -> DictConfig:

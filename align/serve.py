@@ -20,7 +20,7 @@ from align.errors import BadInput
 from align.identity import has_adapter
 from align.launch_plan import plan
 from align.models.facts import read_adapter, read_facts
-from align.parents import resolved
+from align.parents import resolved, starts_whole
 from align.preflight import check_recipe
 from align.processes import die_with_parent
 from align.recipe import Recipe
@@ -111,7 +111,8 @@ def serve_here(command: Command) -> int:
         child.send_signal(signal.SIGTERM)
 
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, pass_on)
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, pass_on)
     code = child.wait()
     return code if code >= 0 else 128 - code
 
@@ -125,17 +126,21 @@ def _drawn(stage: StageSettings) -> Sampling | None:
 def _base(stage: StageSettings) -> str:
     """What the policy is an adapter over: the recipe's base, or a whole model that the stage starts from."""
     start = stage.start()
-    is_whole = start is not None and stage.tuned_by() is not None and not has_adapter(start)
+    is_whole = start is not None and not has_adapter(start) and (stage.tuned_by() is not None or starts_whole(stage))
     base = str(start) if is_whole else stage.model.base
     return os.path.abspath(base) if Path(base).is_dir() else base
 
 
 def _dtype(stage: StageSettings) -> str:
     """What the stage itself computes in; over a base in 4 bits 16, as vLLM takes none of bitsandbytes'."""
-    load_in = stage.model.load_in
-    if load_in == "auto":
-        return "bfloat16" if plan(stage.launch).expected_device == "cuda" else "float32"
-    return "bfloat16" if load_in == "nf4" else load_in
+    import torch
+
+    from align.models.base import compute_dtype
+
+    device = plan(stage.launch).expected_device
+    if stage.model.load_in == "nf4" and device == "cpu":
+        return "bfloat16"
+    return str(compute_dtype(stage.model, torch.device(device))).removeprefix("torch.")
 
 
 def _longest(stages: Sequence[StageSettings]) -> int:
@@ -158,14 +163,20 @@ def _rank(stages: Sequence[StageSettings], recipe: Recipe) -> int:
 def _ranks(stage: StageSettings, makers: Mapping[str, StageSettings]) -> Iterator[int]:
     """Of what the stage draws from: the adapter that it trains, and those that it reads, made already or not."""
     method = stage.tuned_by()
+    if method is None and starts_whole(stage, makers):
+        method = Lora()
     if isinstance(method, Lora):
         yield method.r
     for key, (folder, _) in stage.parents().items():
         if not key.startswith(("policy.", "policies.")):
             continue
-        if (Path(folder) / ADAPTER_CONFIG).is_file():
-            config = read_adapter(folder).model_dump(exclude_unset=True)
+        place = Path(folder) if Path(folder).is_dir() else cached_folder(folder, None)
+        if resolved(folder) in makers and place is None:
+            yield from _ranks(makers[resolved(folder)], makers)
+        elif place is None:
+            cure = f"fetch it first (`hf download {folder}`)"
+            raise BadInput(f"`{key}`: the rank of {folder} is not known while it is not in the cache: {cure}")
+        elif (place / ADAPTER_CONFIG).is_file():
+            config = read_adapter(place).model_dump(exclude_unset=True)
             yield int(config.get("r") or 1)
             yield from map(int, (config.get("rank_pattern") or {}).values())
-        elif resolved(folder) in makers:
-            yield from _ranks(makers[resolved(folder)], makers)

@@ -360,6 +360,7 @@ MODELS = [
     sft("qlora without 4 bits", {"method": {"kind": "qlora"}}, "`method.kind: qlora`", "`model.load_in: nf4`", "auto"),
     ppo("a start for a head", {"critic": {"kind": "trunk", "from": "runs/reward"}}, "`critic.from`: runs/reward made a reward model", "leave `critic.kind: trunk` out"),
     ppo("gae without a critic", {"critic": {"kind": "none"}}, "`ppo.advantage: gae`", "rloo, grpo or reinforce++"),
+    sft("a moment that never moves", {"train.adam_beta2": 1.0}, "`train.adam_beta2`", "below 1"),
     ppo("a critic whose loss counts nothing", {"ppo.vf_coef": 0.0}, "`ppo.vf_coef`", "must be above 0"),
     ppo("a target for nothing", {"ppo.kl_coef": 0.0, "ppo.kl_target": 6.0}, "`kl_target` moves `kl_coef` by a factor, and it is 0"),
     ppo("rloo with a critic", {"ppo": {"advantage": "rloo", "num_generations": 2}}, "`ppo.advantage: rloo`", "critic: {kind: none}"),

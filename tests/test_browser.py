@@ -316,6 +316,24 @@ def test_two_people_share_no_pair_and_a_lease_that_ran_out_is_anothers(browser, 
         bob.close(server)
 
 
+def test_more_pairs_in_hand_than_a_heartbeat_takes_are_all_kept(browser, tmp_path):
+    make_store(tmp_path / "store.db", 12).close()
+    with serving(tmp_path) as server:
+        visit, beats = Visit(browser, server, "local"), []
+        for key, told in (("t", "Saved"), ("u", "Undone: answer it again")):
+            for _ in range(9):
+                visit.press(key)
+                visit.saved(told)
+        before = visit.texts()
+        visit.page.on("response", lambda said: beats.append(said) if said.url.endswith("/api/heartbeat") else None)
+        with visit.page.expect_response(lambda _: len(beats) == 2):
+            visit.page.evaluate("document.dispatchEvent(new Event('visibilitychange'))")
+        asked = [beat.request.post_data_json["items"] for beat in beats]
+        assert [len(items) for items in asked] == [8, 3] and [beat.json()["held"] for beat in beats] == asked
+        assert visit.texts() == before
+        visit.close(server)
+
+
 def test_without_a_connection_the_answer_waits(browser, shared):
     visit = Visit(browser, shared, "ann")
     visit.context.set_offline(True)

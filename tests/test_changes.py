@@ -203,3 +203,27 @@ def test_a_stage_of_a_loop_that_is_under_way_changes_too(base, data, tmp_path, m
     assert run_loop(load_loop(path, [word]), begin) == 7  # from now on it is the loop's
     with pytest.raises(BadInput, match="another recipe"):
         run_loop(load_loop(path, [], ["sft.packing=true"]), begin)
+
+
+def test_an_override_of_one_stage_leaves_its_neighbours_alone(tmp_path):
+    """Both take over a section from `vars`."""
+    stage = {"data": {"train": "rows.jsonl"}, "model": {"base": "b/c"}, "train": "${vars.train}"}
+    stages = {name: {"stage": name, "output": f"runs/{name}"} | stage for name in ("sft", "reward")}
+    values = {"vars": {"train": {"learning_rate": 0.5, "max_steps": 3}}, "stages": stages}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(values))
+    changed = load_recipe(str(tmp_path / "recipe.yaml"), ["stages.sft.train.learning_rate=1e-5"]).stages
+    assert (changed["sft"].train.learning_rate, changed["reward"].train.learning_rate) == (1e-5, 0.5)
+    assert changed["sft"].train.max_steps == changed["reward"].train.max_steps == 3
+    of_all = load_recipe(str(tmp_path / "recipe.yaml"), ["vars.train.learning_rate=1e-5"]).stages
+    assert {stage.train.learning_rate for stage in of_all.values()} == {1e-5}
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("run #3", "run #3"), ("#3", "#3"), ("'a #b'", "a #b"), ("my data #2.jsonl", "my data #2.jsonl"), ("null", None)],
+)
+def test_a_number_sign_begins_no_comment_in_an_override(text, value, tmp_path):
+    values = {"stage": "sft", "data": {"train": "rows.jsonl"}, "model": {"base": "b/c"}, "output": "o"}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(values | {"track": {"report_to": ["wandb"], "name": "x"}}))
+    (stage,) = load_recipe(str(tmp_path / "recipe.yaml"), [f"track.name={text}"]).stages.values()
+    assert stage.track.name == value

@@ -112,6 +112,16 @@ def test_a_merge_may_be_rounded_and_come_in_shards(dtype, runs, tmp_path):
     assert model.dtype == getattr(torch, dtype)
 
 
+@pytest.mark.parametrize("over", ["embed_tokens", "lm_head"])
+def test_a_merge_moves_no_twin_of_a_tied_layer(over, data, tmp_path):
+    base = tiny.make_base(tmp_path / "base", tie_word_embeddings=True)
+    method = {"kind": "lora", "r": 2, "target_modules": ["q_proj", over]}
+    tiny.run(tiny.settings("sft", base, data, tmp_path / "sft", method=method))
+    assert merge(str(tmp_path / "sft"), str(tmp_path / "merged")) < 1e-4
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert not torch.equal(merged.get_input_embeddings().weight, merged.get_output_embeddings().weight)
+
+
 def test_a_merge_into_a_link_goes_where_it_leads(runs, tmp_path):
     (tmp_path / "disk").mkdir()
     (tmp_path / "merged").symlink_to(tmp_path / "disk")

@@ -169,6 +169,21 @@ def test_a_signal_lets_the_worker_save(started: Any, tmp_path: Path, launch: str
     assert "to save and end" in shown and "Traceback" not in shown
 
 
+def test_a_signal_that_is_ignored_stays_so(started: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of what a script has started with `&`, which a Ctrl-C is not for."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        process, _ = started("cpu", "save")
+    finally:
+        signal.signal(signal.SIGINT, before)
+    process.send_signal(signal.SIGINT)
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(timeout=2)
+    assert not (tmp_path / "0.saved").exists()
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=30) == 143
+
+
 @pytest.mark.parametrize("name, num_ranks", [("cpu", 1), ("ddp_cpu", 2)])
 def test_a_deaf_worker_is_killed(started: Any, name: str, num_ranks: int) -> None:
     process, launch_id = started(str(CONFIGS / f"{name}.yaml"), "deaf", num_ranks=num_ranks, grace=2)

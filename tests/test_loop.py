@@ -29,13 +29,14 @@ from align.loop.context import Context
 from align.loop.people import duels
 from align.loop.rounds import Loop, load_loop
 from align.loop.run import run_loop
-from align.loop.steps import STEPS, _contradicted, _disagreement
+from align.loop.steps import STEPS, _contradicted, _disagreement, _prompts_of_round
 from align.loop.training_pairs import _is_disputed, is_held_out
 from align.manifest import MANIFEST, kept_critic, read_lines, read_manifest, recipe_of, which_run, write_manifest
 from align.parents import check_parents
 from align.settings.loop import LoopSettings
 from align.stages import checkpoint, in_its_precision
 from tests import tiny
+from tests.databases import fill
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
 
@@ -309,6 +310,17 @@ def test_what_is_rechecked_stays_so_though_labels_come_before_the_step_is_marked
     store.close()
 
 
+def test_pairs_of_prompts_that_this_round_did_not_draw_are_not_routed(base, data, tmp_path):
+    """As labels of another run bring with them, whose round drew others."""
+    this = Context(load_loop(recipe(base, data, tmp_path)), Store(tmp_path / "store.db", create=True), 0, in_process)
+    fill(this.store, 12)  # with a reason of their own
+    assert STEPS["route"](this) == {"kickstart": 8}
+    reasons = {pair.prompt_id: pair.reason for pair in this.store.pairs()}
+    assert {prompt for prompt, reason in reasons.items() if reason == "kickstart"} == set(_prompts_of_round(this))
+    assert list(reasons.values()).count("audit") == 4
+    this.store.close()
+
+
 def test_a_prompt_that_is_evaluated_on_twice_is_compared_once(finished, tmp_path):
     loop, _ = finished
     folder = tmp_path / "round-0" / "evaluate"
@@ -520,6 +532,23 @@ def test_a_loop_whose_folder_was_moved_goes_on_there(finished, base, data, tmp_p
     recipe(base, data, folder)
     shutil.copytree(folder / "loop", tmp_path / "moved")
     assert run_loop(moved, lambda *_: pytest.fail("a stage was started again")) == 0
+
+
+def test_a_loop_whose_folder_was_moved_goes_on_in_its_next_round(finished, base, data, tmp_path):
+    old, new = tmp_path / "old", tmp_path / "new"
+    take, read = taken_over(finished[1], old), []
+
+    def stopping(settings, path):
+        return (143, "") if settings.output.endswith("round-1/collect") else take(settings, path)
+
+    def reading(settings, path):
+        read.extend(folder for folder, _ in settings.parents().values())
+        return 143, ""
+
+    assert run_loop(load_loop(recipe(base, data, old)), stopping) == 143
+    (old / "loop").rename(new)
+    assert run_loop(load_loop(recipe(base, data, old, output=str(new))), reading) == 143
+    assert read and all(Path(folder).is_relative_to(new) for folder in read)
 
 
 def test_two_loops_cannot_share_a_store(finished, base, data, tmp_path):

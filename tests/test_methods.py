@@ -703,3 +703,17 @@ def test_copies_of_layers_are_not_trained_in_16_bits(base, data, tmp_path):
     path.write_text(yaml.safe_dump(values))
     with pytest.raises(BadInput, match="`method.kind: ln_tuning` needs `model.load_in: float32`"):
         check_recipe(load_recipe(str(path)))
+
+
+@pytest.mark.parametrize(
+    ("method", "says"),
+    [
+        ({"kind": "ia3", "target_modules": ["k_proj"], "feedforward_modules": ["down_proj"]}, "subset"),
+        ({"kind": "adapter", "activation": "relue"}, "relue"),
+    ],
+)
+def test_what_peft_refuses_of_our_kinds_is_said_at_the_door(method, says, base, data, tmp_path):
+    values = tiny.recipe("sft", base, data, tmp_path / "sft", method=method)
+    (tmp_path / "recipe.yaml").write_text(json.dumps(values))
+    with pytest.raises(BadInput, match=rf"`method`: .*{says}"):
+        check_recipe(load_recipe(str(tmp_path / "recipe.yaml")))

@@ -23,10 +23,10 @@ from align.models.base import bytes_per_parameter, load_base
 from align.models.layout import Tree
 from align.models.roles import Bases
 from align.models.shape import shape_of, tuned
-from align.parents import resolved
+from align.parents import method_of, resolved
 from align.planning.advice import changed, changes, largest_pass
 from align.planning.machine import Machine, Rates, libraries
-from align.planning.phases import Lengths, lengths_of, method_of, plan_of
+from align.planning.phases import Lengths, lengths_of, plan_of
 from align.planning.seconds import seconds_a_step
 from align.recipe import load_recipe
 from align.settings import Freeze, Full, Ia3, Lora, Model, Prefix

@@ -1,18 +1,29 @@
 """`model.load_in: auto`: what is best on the device, settled once a run."""
 
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
+from align.errors import BadInput
+from align.launch_plan import plan
 from align.manifest import read_manifest
 from align.models import base as bases_of
 from align.models.base import best_precision, compute_dtype
 from align.models.layout import Tree
 from align.models.merging import sampling_view
 from align.models.roles import Bases, Role
+from align.parents import resolved, stands_on_copies
+from align.preflight import launches
+from align.recipe import Recipe
+from align.report import checking
 from align.resumption import state_of
-from align.settings import Full, Model
+from align.settings import STAGES, Full, Model
 from align.stages import in_its_precision
 from align.track import read_metrics
 from tests import tiny
@@ -155,3 +166,49 @@ def test_ppo_with_all_weights_over_16_bits(base, data, runs, tmp_path):
     assert rows[1]["first_logratio"] < 0.1 and 0 < abs(rows[1]["sampler_kl"]) < 0.01
     assert 0 < abs(rows[1]["importance_weight"] - 1) < 0.1
     assert kept(tiny.settings("ppo", base, data, tmp_path / "run", model=model, **changes)) == "bfloat16"
+
+
+@pytest.mark.parametrize("method", [{"kind": "freeze", "num_layers": 1}, {"kind": "ln_tuning"}])
+def test_what_reads_a_run_of_copies_is_in_float32(method, base, data, tmp_path, monkeypatch):
+    """In 16 bits they could not be loaded beside each other, which would be seen after the earlier stages alone."""
+    monkeypatch.setattr("align.models.base.best_precision", lambda device: "bfloat16")
+    for name, own in (("sft", {"kind": "lora"}), ("reward", method)):
+        tiny.run(
+            tiny.settings(
+                name, base, data, tmp_path / name, method=own, model={"base": str(base), "load_in": "float32"}
+            )
+        )
+    settings = tiny.settings("ppo", base, data, tmp_path / "ppo")
+    assert settings.model.load_in == "auto"
+    assert in_its_precision(settings, CPU).model.load_in == "float32"
+    values = tiny.recipe("ppo", base, data, tmp_path / "ppo", critic={"kind": "trunk"})
+    values["rewards"] = [{"use": "learned", "from": str(tmp_path / "sft")}]
+    other = STAGES["ppo"](**values)
+    assert in_its_precision(other, CPU).model.load_in == "bfloat16"
+    maker = tiny.settings("reward", base, data, tmp_path / "other", method=method)
+    made = {resolved(str(tmp_path / "reward2")): maker}
+    values["rewards"] = [{"use": "learned", "from": str(tmp_path / "reward2")}]
+    assert stands_on_copies(STAGES["ppo"](**values), made)
+
+
+def test_copies_over_4_bits_are_refused_where_a_gpu_would_compute_in_16(base, data, tmp_path, monkeypatch):
+    values = tiny.recipe("sft", base, data, tmp_path / "sft", method={"kind": "freeze", "num_layers": 1})
+    recipe = Recipe(
+        Path("r.yaml"),
+        {"sft": STAGES["sft"](**values | {"model": {"base": str(base), "load_in": "nf4"}})},
+        is_pipeline=False,
+    )
+    launches(recipe, ["sft"])
+    monkeypatch.setattr("align.preflight.plan", lambda launch: replace(plan(launch), expected_device="cuda"))
+    with pytest.raises(BadInput, match=r"`method\.kind: freeze` over a 4-bit base .* computes in 16 bits on a GPU"):
+        launches(recipe, ["sft"])
+
+
+def test_a_base_saved_in_16_bits_is_counted_like_any_other(base, tmp_path, data):
+    shutil.copytree(base, tmp_path / "base")
+    config = json.loads((tmp_path / "base/config.json").read_text())
+    (tmp_path / "base/config.json").write_text(json.dumps(config | {"dtype": "bfloat16"}))
+    settings = tiny.settings(
+        "sft", tmp_path / "base", data, tmp_path / "sft", method={"kind": "freeze", "num_layers": 1}
+    )
+    assert "parameters" in checking._trainable(settings, settings.method)

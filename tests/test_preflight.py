@@ -22,6 +22,7 @@ from align.settings import Track
 from align.settings.fields import at_home
 from align.surroundings import check_trackers, check_writable, wandb_mode
 from align.track import read_metrics
+from tests import tiny
 from tests.test_bad_input import SOUND, Case, build, edit, inside, listing, ppo, reward, sft
 
 NO_HOME = {"WANDB_API_KEY": "", "WANDB_MODE": "", "WANDB_DISABLED": "", "NETRC": "", "WANDB_BASE_URL": ""}
@@ -378,6 +379,7 @@ def test_what_a_config_asks_for_is_obeyed_or_refused(tmp_path: Path, line: str, 
 def test_what_a_config_leaves_off_is_no_fault(tmp_path: Path) -> None:
     path = tmp_path / "config.yaml"
     values = {"distributed_type": "NO", "mixed_precision": False, "downcast_bf16": "no", "dynamo_config": {}}
+    values |= {"num_machines": None, "num_processes": None, "machine_rank": None, "main_process_port": None}
     values |= {"fsdp_config": {}, "fp8_config": None, "tpu_use_sudo": False, "gpu_ids": "all", "debug": False}
     values |= {"main_training_function": "main", "rdzv_backend": "static", "same_network": True, "use_cpu": True}
     path.write_text(yaml.safe_dump(values))
@@ -499,6 +501,27 @@ def test_the_hub_is_looked_at(place: Path, monkeypatch: pytest.MonkeyPatch, name
         check_recipe(recipe)
         assert [says in line for line in remarks(recipe)] == ([True] if says else [])
     surroundings.look_at_hub.cache_clear()
+
+
+def test_what_the_recipe_will_make_is_not_looked_for_at_the_hub(
+    base: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`output: demo` is no folder yet, so that `demo/sft` could be a name there."""
+    monkeypatch.chdir(tmp_path)
+    asked: list[str] = []
+    monkeypatch.setattr("align.preflight.look_at_hub", lambda name, *_: asked.append(name))
+    stages = {}
+    for stage in ("sft", "reward", "ppo"):
+        stages[stage] = tiny.recipe(stage, base, data, tmp_path / "demo" / stage) | {"output": f"demo/{stage}"}
+    stages["ppo"] |= {"policy": {"from": "demo/sft"}, "rewards": [{"use": "learned", "from": "demo/reward"}]}
+    stages["evaluate"] = {"stage": "evaluate", "model": {"base": str(base)}, "output": "demo/evaluate"}
+    stages["evaluate"] |= {"policies": {"sft": "demo/sft"}, "rewards": stages["ppo"]["rewards"]}
+    stages["evaluate"] |= {"prompts": {"train": str(data / "prompts.jsonl")}}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({"stages": stages}, sort_keys=False))
+    recipe = load_recipe("recipe.yaml")
+    check_recipe(recipe)
+    remarks(recipe)
+    assert not asked
 
 
 def test_a_hub_that_never_ends_its_answer_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:

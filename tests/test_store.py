@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import shlex
 import signal
 import sqlite3
 import subprocess
@@ -450,7 +449,7 @@ def test_columns_that_json_has_no_word_for_are_kept_as_text(store, tmp_path):
     ("where", "at"),
     [
         ("{loop}/store.db", ""),
-        ("{loop}/../other.db", " --store '{parent}/other.db'"),
+        ("{loop}/../other.db", " --store {parent}/other.db"),
         ("postgresql://me:secret@host/labels", " --store postgresql://host/labels"),
     ],
 )
@@ -458,6 +457,4 @@ def test_the_command_to_label_names_a_store_elsewhere_without_a_password(where, 
     loop = tmp_path / "my loop"
     loop.mkdir()
     said = label_command(loop, where.format(loop=loop), "--add", "NAME")
-    assert said == f"align label '{loop}'{at.format(parent=tmp_path)} --add NAME".replace(
-        f"'{tmp_path}/other.db'", shlex.quote(f"{tmp_path}/other.db")
-    )
+    assert said == f"align label '{loop}'{at.format(parent=tmp_path)} --add NAME"

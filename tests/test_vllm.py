@@ -21,11 +21,12 @@ import yaml
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-from align import servers
+from align import serve, servers
 from align.artifact import DRAWN, SERVED
 from align.cli import app
 from align.errors import BadInput, Diverged, RunFailed
 from align.models.roles import Bases
+from align.parents import check_parents
 from align.preflight import check_recipe
 from align.recipe import load_recipe
 from align.resumption import is_harmless
@@ -33,7 +34,7 @@ from align.rollout.choose import sampler_of
 from align.rollout.reading import read_all
 from align.rollout.sampler import Seeds
 from align.rollout.vllm import version_of
-from align.settings import Lora, Model, Sampling
+from align.settings import STAGES, Lora, Model, Sampling
 from align.stages import ppo, ppo_steps
 from align.track import read_metrics
 from tests import tiny
@@ -655,3 +656,22 @@ def test_a_real_one(tmp_path, monkeypatch):
     finally:
         engine.process.terminate()
         engine.process.wait()
+
+
+def test_the_rank_of_what_is_on_the_hub_is_read_from_the_cache_or_asked_for(base, tmp_path, monkeypatch):
+    values = {"stage": "collect", "model": {"base": str(base)}, "policies": {"theirs": "owner/adapter"}, "output": "o"}
+    values |= {"prompts": {"train": "p.jsonl"}, "sampling": {"engine": "vllm", "url": "http://127.0.0.1:1"}}
+    stage = STAGES["collect"](**values)
+    with pytest.raises(BadInput, match=r"the rank of owner/adapter is not known .* \(`hf download owner/adapter`\)"):
+        list(serve._ranks(stage, {}))
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 64}))
+    monkeypatch.setattr(serve, "cached_folder", lambda name, revision: tmp_path)
+    assert list(serve._ranks(stage, {})) == [64]
+
+
+def test_a_whole_model_is_served_below_the_lora_that_ppo_puts_over_it(base, data, runs, tmp_path, engine):
+    values = values_of("ppo", base, data, runs, tmp_path / "ppo", engine)
+    tiny.run(tiny.settings("sft", base, data, tmp_path / "whole", method={"kind": "full"}))
+    stage = STAGES["ppo"](**values | {"policy": {"from": str(tmp_path / "whole")}})
+    check_parents(stage, {})
+    assert serve._base(stage) == str(tmp_path / "whole") and max(serve._ranks(stage, {})) == Lora().r

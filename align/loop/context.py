@@ -43,8 +43,9 @@ class Context:
 
     @property
     def current(self) -> str:
-        """The policy that this round collects from and goes on with: the one that was kept."""
-        return str(self.before("decide").get("policy", self.loop.sft_folder))
+        """The policy that this round collects from and goes on with: the one that was kept, where the loop's folder is
+        now."""
+        return self.loop.policies(self.round - 1)[self.start_name]
 
     @property
     def start_name(self) -> str:
@@ -54,7 +55,8 @@ class Context:
     @property
     def previous(self) -> str:
         """The one before it."""
-        return str(self.before("decide").get("previous", self.loop.sft_folder))
+        began = self.store.result(self.round - 2, "decide") or {}
+        return self.loop.policies(self.round - 2)[str(began.get("kept", SFT))]
 
     def run(self, settings: StageSettings) -> dict[str, Any]:
         """Runs a stage unless it is finished; its manifest."""

@@ -86,7 +86,7 @@ def _run(loop: Loop, prompts: Prompts, start_stage: Start) -> int:
                 if why := outlast(partial(why_to_stop, this, verdict)):
                     print(f"ends after round {number}: {why}", flush=True)
                     break
-        print(f"kept: {verdict['kept']}, {verdict['policy']}", flush=True)
+        print(f"kept: {verdict['kept']}, {loop.policies(number)[verdict['kept']]}", flush=True)
         print(outlast(partial(report, loop.out, loop.store), was_open=True), flush=True)
         return 0
     except Halt as halt:

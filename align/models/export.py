@@ -194,6 +194,8 @@ def _merged(bases: Bases, folder: Path, *, head: bool = False) -> Any:
     model: Any = bases.role(str(folder), head=head).model
     if not has_adapter(folder):
         return model
+    if not head:
+        _part_what_is_tied(model)
     try:
         model = model.merge_and_unload()
     except (RuntimeError, ValueError, NotImplementedError) as error:

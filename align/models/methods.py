@@ -65,7 +65,7 @@ def with_method(
             raise BadInput(f"`{method.kind}` returned {type(model).__name__}; it must return a PeftModel")
         _check_config(view, model.active_peft_config)
         return model
-    model = inject(view, _config(view, method, head))
+    model = inject(view, config_of(view, method, head))
     if isinstance(method, Prefix) and tokenizer is not None:
         _start_prefix(model, tokenizer, method.init_text)
     return model
@@ -124,8 +124,19 @@ def _leaves_weights_alone(config: PeftConfig) -> bool:
     return is_plain and not getattr(values, "target_parameters", None)
 
 
+def config_of(model: PreTrainedModel | None, method: AnyMethod, head: bool) -> PeftConfig:
+    """PEFT's own configuration of a recipe's method; `freeze` and `prefix` alone look at the model.
+
+    Raises:
+        BadInput: its class refuses a value.
+    """
+    try:
+        return _config(cast(Any, model), method, head)
+    except (ValueError, TypeError) as error:
+        raise BadInput(f"`kind: {method.kind}`: {one_line(error)}") from error
+
+
 def _config(model: PreTrainedModel, method: AnyMethod, head: bool) -> PeftConfig:
-    """PEFT's own configuration of a recipe's method."""
     if isinstance(method, Freeze):
         return LNTuningConfig(task_type=TASK, target_modules=_thawed(model, method, head))
     values = {key: _plain(value) for key, value in method.model_dump(exclude={"kind"}).items()}
@@ -172,8 +183,8 @@ def check_method(method: AnyMethod | None, key: str) -> None:
         BadInput: with the recipe's `key`.
     """
     try:
-        if isinstance(method, OtherPeft):
-            other_config(method)
+        if isinstance(method, Lora | Adapter | Ia3 | OtherPeft):
+            config_of(None, method, head=False)
         if isinstance(method, OwnMethod):
             function = load_object(method.kind)
             if not callable(function):

@@ -23,7 +23,7 @@ from align.models.facts import read_facts
 from align.models.layout import Tree, passes_of
 from align.models.shape import Shape, shape_of, tuned
 from align.models.tokenizer import tokenizer_of
-from align.parents import resolved
+from align.parents import method_of, resolved, stands_on_copies
 from align.planning.machine import Machine
 from align.settings import (
     DpoSettings,
@@ -36,7 +36,6 @@ from align.settings import (
     Training,
 )
 from align.settings.about import WITH_HEAD
-from align.settings.methods import is_copy
 from align.settings.stages import SamplingSettings
 
 ROWS = 512  # that lengths are taken from
@@ -158,7 +157,7 @@ class _Planner:
         self.shape = shape_of(model.base, model.revision)
         self.method = method_of(settings, made)
         self.role = tuned(model.base, self.method, head=settings.makes in WITH_HEAD, revision=model.revision)
-        self.load_in = precision(settings, self.method, machine)
+        self.load_in = precision(settings, made, machine)
         is_wide = self.load_in == "float32" or (self.load_in == "nf4" and not self.is_gpu)
         self.itemsize = 4 if is_wide else 2
         self.is_ppo = isinstance(settings, PpoSettings)
@@ -341,25 +340,12 @@ class _Planner:
         return Phase(name, parts | {"allocator": (HOLES - 1) * parts.get("activations", 0.0) + left})
 
 
-def method_of(settings: StageSettings, made: Mapping[str, StageSettings]) -> Any:
-    """The method that its policy is tuned by: its own, that of the run that it goes on with, or an adapter's folder."""
-    method = settings.tuned_by()
-    while method is None and (start := settings.start()) is not None:
-        maker = made.get(resolved(start))
-        if maker is None:
-            return start if has_adapter(start) else Lora()
-        settings, method = maker, maker.tuned_by()
-        if isinstance(method, Full):  # a whole model, over which something new is put
-            return Lora()
-    return method or Lora()
-
-
-def precision(settings: StageSettings, method: Any, machine: Machine) -> str:
+def precision(settings: StageSettings, made: Mapping[str, StageSettings], machine: Machine) -> str:
     """What `model.load_in` is there."""
     load_in = settings.model.load_in
     if load_in != "auto":
         return load_in
-    if not isinstance(method, str) and is_copy(method):
+    if stands_on_copies(settings, made):
         return "float32"
     if machine.is_here:
         return best_precision(torch.device(machine.device))

@@ -117,10 +117,14 @@ def _trainable(settings: StageSettings, method: AnyMethod) -> str:
 
 
 def _empty(base: str) -> Any:
+    import torch
+
     from align.models.loading import empty_causal, load_config
     from align.models.tokenizer import first_line
 
     try:
-        return empty_causal(load_config(base))
+        config = load_config(base)
+        config.get_text_config().dtype = config.dtype = torch.float32  # what is counted has no precision
+        return empty_causal(config)
     except (OSError, ValueError, ImportError) as error:
         raise BadInput(f"`model.base`: {base} cannot be loaded: {first_line(error)}") from error

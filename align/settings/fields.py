@@ -49,6 +49,7 @@ def _named(value: str) -> str:
 Location = Annotated[str, BeforeValidator(_at_home)]  # a path, or what stands in a path's place: a Hub id, `file.py:f`
 Folder = Annotated[Location, AfterValidator(_named)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0), BeforeValidator(_no_switch)]
+Share = Annotated[float, Field(ge=0.0, lt=1.0), BeforeValidator(_no_switch)]
 Positive = Annotated[float, Field(gt=0.0), BeforeValidator(_no_switch)]
 NonNegative = Annotated[float, Field(ge=0.0), BeforeValidator(_no_switch)]
 Count = Annotated[int, Field(ge=1, le=MOST), BeforeValidator(_no_switch)]

@@ -4,7 +4,18 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from align.settings.fields import MOST, Count, Fraction, Interval, NonNegative, PassTokens, Positive, Settings, told
+from align.settings.fields import (
+    MOST,
+    Count,
+    Fraction,
+    Interval,
+    NonNegative,
+    PassTokens,
+    Positive,
+    Settings,
+    Share,
+    told,
+)
 
 Optimizer = Literal["adamw_torch_fused", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit"]  # transformers' names
 
@@ -31,8 +42,8 @@ class Training(Settings):
     warmup_ratio: Fraction = told(0.03, "Share of the steps in which the rate rises.")
     lr_scheduler_type: Literal["linear", "cosine", "constant"] = told("cosine", "How the rate falls after that.")
     max_grad_norm: Positive = told(1.0, "Gradients are clipped to this norm.")
-    adam_beta1: Fraction = told(0.9, "Decay of Adam's first moment.")
-    adam_beta2: Fraction = told(0.999, "Decay of Adam's second moment.")
+    adam_beta1: Share = told(0.9, "Decay of Adam's first moment.")
+    adam_beta2: Share = told(0.999, "Decay of Adam's second moment.")
     adam_epsilon: Positive = told(1e-8, "Added to the root of the second moment.")
     gradient_checkpointing: bool = told(
         False,

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from align.manifest import MANIFEST, read_manifest
+from align.parents import stands_on_copies
 from align.plugins import users_code
 from align.settings import STAGES, StageSettings
-from align.settings.methods import is_copy
 
 if TYPE_CHECKING:
     import torch
@@ -25,14 +25,14 @@ def runner(settings: StageSettings) -> Callable[[Any, Any], None]:
 
 def in_its_precision(settings: Stage, device: "torch.device") -> Stage:
     """The settings with what `model.load_in: auto` is: as the run under way began, else what is best on this device;
-    float32 for a method that trains copies of weights."""
+    float32 where copies of weights are trained, or were."""
     if settings.model.load_in != "auto":
         return settings
     from align.models.base import best_precision
 
     is_under_way = (Path(settings.output) / MANIFEST).is_file()
     began = read_manifest(settings.output).get("recipe", {}).get("model", {}).get("load_in") if is_under_way else None
-    load_in = began or ("float32" if is_copy(settings.tuned_by()) else best_precision(device))
+    load_in = began or ("float32" if stands_on_copies(settings) else best_precision(device))
     return settings.model_copy(update={"model": settings.model.model_copy(update={"load_in": load_in})})
 
 
