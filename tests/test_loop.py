@@ -163,7 +163,7 @@ def test_every_step_of_every_round_is_done_once(finished):
     assert verdict["leads"] == max(policies, key=lambda name: policies[name]["held_out"])
     rows = read_lines(loop.folder(1) / "evaluate" / "samples.jsonl")
     assert verdict["kept"] == policy_to_keep({name: [row[name]["held_out"] for row in rows] for name in policies})
-    assert read_manifest(verdict["policy"])["kind"] == ("sft" if verdict["kept"] == "sft" else "ppo")
+    assert read_manifest(loop.policies(1)[verdict["kept"]])["kind"] == ("sft" if verdict["kept"] == "sft" else "ppo")
     store.close()
 
 
@@ -394,7 +394,7 @@ def test_round_0_is_peoples_alone_and_held_out_prompts_are_never_trained_on(fini
     manifest = read_manifest(loop.folder(1) / "ppo")
     assert manifest["recipe"]["reference"]["from"] == loop.sft_folder
     store = Store(loop.store)
-    assert manifest["recipe"]["policy"]["from"] == store.result(0, "decide")["policy"]
+    assert manifest["recipe"]["policy"]["from"] == loop.policies(0)[store.result(0, "decide")["kept"]]
     store.close()
 
 

@@ -169,7 +169,6 @@ def fill_step(store, folder, r, step, prompts, person, words, rng, judge):
         raised = ["entropy drop: 0.27 nats a token, against 0.58 after SFT"] if r == 1 else []
         result = {
             "kept": f"round-{min(r, 1)}",
-            "policy": f"loop/round-{min(r, 1)}/ppo",
             "alarms": raised,
             "stop": "no better policy in 2 rounds" if r == 2 else None,
         }

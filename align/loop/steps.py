@@ -189,8 +189,6 @@ def decide(this: Context) -> Result:
     decided = {
         "kept": kept,
         "leads": leader(scores),
-        "policy": this.loop.policies(this.round)[kept],
-        "previous": this.current,
         "alarms": raised,
         "human_labels": this.store.counts().get("human", 0),
     }

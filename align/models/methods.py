@@ -183,7 +183,7 @@ def check_method(method: AnyMethod | None, key: str) -> None:
         BadInput: with the recipe's `key`.
     """
     try:
-        if isinstance(method, Lora | Adapter | Ia3 | OtherPeft):
+        if isinstance(method, Adapter | Ia3 | OtherPeft):
             config_of(None, method, head=False)
         if isinstance(method, OwnMethod):
             function = load_object(method.kind)

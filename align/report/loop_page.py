@@ -376,7 +376,8 @@ def _origin(facts: Facts) -> Section:
     own = facts.recipe.get("sft") or {}
     sft = Path(str(own["from"])) if "from" in own else facts.folder / "sft"
     manifest = facts.manifest(sft) or facts.manifest(facts.folder / "round-0" / "collect")
-    kept = str(facts.verdict.get("policy", NONE))
+    name = str(facts.verdict.get("kept", NONE))
+    kept = str(facts.folder / name / "ppo") if name.startswith("round-") else str(sft) if name == "sft" else name
     folders = table("Folders", ("what", "folder"), [("SFT policy", str(sft)), ("kept policy", kept)], is_prose=True)
     versions = stage_page.versions(manifest)
     return Section("Where it comes from", tables=(folders, *((versions,) if versions.rows else ())))

@@ -12,10 +12,8 @@ from align.settings.rewards import Reward, learned_parents
 from align.settings.stages import SamplingSettings
 from align.wording import did_you_mean
 
-OF_POLICIES = (
-    *("score", "score_std", "kl", "response_length", "eos_share", "entropy", "distinct_2"),
-    *("response", "policy", "seconds"),
-)
+# of a policy, and of an answer
+OF_POLICIES = ("score", "score_std", "response_length", "eos_share", "entropy", "distinct_2", "response", "kl")
 
 
 def _of_its_own(names: dict[str, Reward]) -> dict[str, Reward]:
