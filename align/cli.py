@@ -70,8 +70,13 @@ def check(
     ] = None,
 ) -> None:
     """Validate a recipe and show what it would do: files, trainable parameters, and tokens that carry loss."""
-    from align.recipe import load_recipe
+    from align.recipe import is_of_loop, load_recipe
+    from align.recipe_file import read_recipe
     from align.sizes import size_of
+
+    if is_of_loop(read_recipe(recipe, overrides or [])[1]):
+        _check_loop(recipe, overrides or [], defaults, {"--memory": memory, "--row": row})
+        return
 
     is_elsewhere = memory is not None and size_of(memory) is not None  # how it would start here is nothing to it
     loaded = load_recipe(recipe, overrides or [])
@@ -92,6 +97,21 @@ def check(
         from align.planning.shown import show_plans
 
         show_plans(loaded, memory, plans)
+
+
+def _check_loop(recipe: str, overrides: list[str], defaults: bool, unused: dict[str, str | None]) -> None:
+    for name, value in unused.items():
+        if value is not None:
+            raise BadInput(f"`{name}` is for recipes of stages, and {recipe} is a loop's; leave it out")
+    from align.loop.rounds import load_loop
+
+    loop = load_loop(recipe, overrides)
+    from align.libraries import quiet_libraries
+
+    quiet_libraries()
+    from align.loop.checking import show_loop
+
+    show_loop(loop, defaults=defaults)
 
 
 @app.command()
@@ -166,10 +186,9 @@ def serve(
     start: Annotated[bool, typer.Option("--start", help="Start it here, and end it when this command ends.")] = False,
 ) -> None:
     """Print the command of the vLLM server that a recipe's `sampling.engine: vllm` draws from."""
-    from align.recipe import load_recipe
-    from align.serve import command_of, in_lines, serve_here
+    from align.serve import command_of, in_lines, read, serve_here
 
-    command = command_of(load_recipe(recipe, overrides or []))
+    command = command_of(read(recipe, overrides or []))
     typer.echo(in_lines(command))
     if start:
         raise typer.Exit(serve_here(command))

@@ -185,6 +185,6 @@ def take_signals() -> list[int]:
         raise Interrupted
 
     for number in (signal.SIGTERM, signal.SIGINT):
-        if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup and a shell's background have it
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as a shell's background has it
             signal.signal(number, interrupt)
     return received

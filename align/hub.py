@@ -13,7 +13,7 @@ import re
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
@@ -99,21 +99,22 @@ def fetched(name: str, revision: str | None = None, *, weights: bool = False) ->
 
 
 @contextmanager
-def asking(name: str, revision: str | None = None) -> Iterator[bool]:
+def asking(name: str, revision: str | None = None, *, is_kept: bool = True) -> Iterator[bool]:
     """The same around a library that fetches by itself what it needs of the data set `name`. Unless it is a Hub id that
-    a recipe names and the Hub answers, no request leaves this process meanwhile. Yields whether that is so."""
+    a recipe names and the Hub answers, no request leaves this process meanwhile. Yields whether that is so.
+    `is_kept`: what has come stays in the cache where the rest fails."""
     fault: BadInput | RunFailed | None = None
     if may_ask(name) and not _is_off():
         try:
             look(name, revision, "dataset")
         except Exception as error:
-            fault = fault_of(error, name, revision, "dataset") or _failed(name, error)
+            fault = fault_of(error, name, revision, "dataset", is_kept=is_kept) or _failed(name, error, is_kept)
     is_local = not may_ask(name) or fault is not None
     with _alone(name) if is_local else nullcontext():
         try:
             yield is_local
         except Exception as error:
-            fault = fault or (None if is_local else fault_of(error, name, revision, "dataset"))
+            fault = fault or (None if is_local else fault_of(error, name, revision, "dataset", is_kept=is_kept))
             if fault is None:
                 raise
             raise fault from error
@@ -247,10 +248,10 @@ def _bring(name: str, file: str, commit: str) -> str:
     )
 
 
-def in_time(call: Callable[[], Any], seconds: float, *growing: Path, what: str = "") -> Any:
+def in_time(call: Callable[[], Any], seconds: float, *growing: Path, what: str = "", rows: Sequence[Any] = ()) -> Any:
     """What `call` returns or raises; TimeoutError after so many seconds in which the folders that it fills have hardly
-    grown. (The Hub's library bounds each read alone: a server that sends a byte now and then would hold us for ever.)
-    Of `what` it is told now and then how much has come.
+    grown, nor the `rows`, a list that it fills too. (The Hub's library bounds each read alone: a server that sends a
+    byte now and then would hold us for ever.) Of `what` it is told now and then how much has come.
     """
     ended: list[tuple[bool, Any]] = []
 
@@ -261,16 +262,17 @@ def in_time(call: Callable[[], Any], seconds: float, *growing: Path, what: str =
             ended.append((False, error))
 
     thread = threading.Thread(target=work, daemon=True)  # one that hangs must not hold the process
-    size, since = sum(map(_size_of, growing)), time.monotonic()
+    size, count, since = sum(map(_size_of, growing)), len(rows), time.monotonic()
     first, told = size, since
     thread.start()
     while thread.is_alive() and time.monotonic() - since < seconds:
         thread.join(min(1.0, seconds))
-        now = sum(map(_size_of, growing))
-        if now >= size + LEAST_BYTES:
-            size, since = now, time.monotonic()
-        if what and size > first and time.monotonic() - told >= TOLD_SECONDS:
-            print(f"fetching {what}: {in_bytes(size - first)} so far", file=sys.stderr, flush=True)
+        now, come = sum(map(_size_of, growing)), len(rows)
+        if now >= size + LEAST_BYTES or come > count:
+            size, count, since = now, come, time.monotonic()
+        if what and (come or size > first) and time.monotonic() - told >= TOLD_SECONDS:
+            much = f"{come:,} rows" if come else in_bytes(size - first)
+            print(f"fetching {what}: {much} so far", file=sys.stderr, flush=True)
             told = time.monotonic()
     if not ended:
         raise TimeoutError(f"it was too slow for {seconds:g} s")
@@ -293,7 +295,7 @@ def _size_of(folder: Path) -> int:
 
 
 def fault_of(
-    error: BaseException, name: str, revision: str | None = None, kind: str = "model"
+    error: BaseException, name: str, revision: str | None = None, kind: str = "model", *, is_kept: bool = True
 ) -> BadInput | RunFailed | None:
     """What an error, or one that it came from, says of the Hub; None where it does not speak of it.
 
@@ -328,7 +330,7 @@ def fault_of(
         is_nets = type(each).__module__.partition(".")[0] in ("httpx", "httpx2", "httpcore", "requests", "aiohttp")
         kinds = (HfHubHTTPError, LocalEntryNotFoundError, ConnectionError, TimeoutError)
         if is_nets or isinstance(each, kinds) or "Consistency check failed" in str(each):
-            return _failed(name, each)
+            return _failed(name, each, is_kept)
     return None
 
 
@@ -341,11 +343,12 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__cause__ or error.__context__
 
 
-def _failed(name: str, error: BaseException) -> RunFailed:
+def _failed(name: str, error: BaseException, is_kept: bool = True) -> RunFailed:
     response = getattr(error, "response", None)
     status = getattr(response, "status_code", None)
     why = f"answered {status}" if status is not None else one_line(f"{type(error).__name__}: {error}".rstrip(": "), 120)
-    return RunFailed(f"the Hub failed while {name} was fetched ({why}); {AGAIN}: what has come is kept")
+    left = ": what has come is kept" if is_kept else ", or leave `streaming` out: what is streamed is not kept"
+    return RunFailed(f"the Hub failed while {name} was fetched ({why}); {AGAIN}{left}")
 
 
 def unnamed(name: str) -> str:

@@ -63,14 +63,19 @@ FAMILIES = (
 _LOOK_EVERY = 0.1  # seconds
 
 
+def check_here(launch: LaunchPlan) -> None:
+    """Raises BadInput for several machines, each of which would have to know what the others are at."""
+    if launch.num_machines > 1:
+        raise BadInput(f"{launch.description}: only `align run` goes over several machines; use one here")
+
+
 def start(launch: LaunchPlan, settings: StageSettings, path: Path) -> tuple[int, str]:
     """Writes the keys that a stage was given to `path`, and runs it; its exit code and last words.
 
     Raises:
-        BadInput: on several machines, where each would have to know what the others are at.
+        BadInput: on several machines.
     """
-    if launch.num_machines > 1:
-        raise BadInput(f"{launch.description}: only `align run` goes over several machines; use one here")
+    check_here(launch)
     values = json.loads(settings.model_dump_json(by_alias=True, exclude_unset=True))
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, f"# align run {path}\n" + yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
@@ -108,7 +113,8 @@ def run_stage(
     def note(number: int, frame: FrameType | None) -> None:
         received.append(number)
 
-    heeded = [n for n in (signal.SIGTERM, signal.SIGINT) if signal.getsignal(n) is not signal.SIG_IGN]  # as with nohup
+    # what was ignored before stays so, as a shell's background has SIGINT
+    heeded = [n for n in (signal.SIGTERM, signal.SIGINT) if signal.getsignal(n) is not signal.SIG_IGN]
     previous = {number: signal.signal(number, note) for number in heeded}
     try:
         launcher = subprocess.Popen(

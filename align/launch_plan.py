@@ -6,6 +6,7 @@ What the stages would not do as a file asks is refused, with the cure.
 import difflib
 import os
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,6 +32,7 @@ OF_OTHERS = (
     *("parallelism_config_sp_seq_length", "parallelism_config_sp_seq_length_is_variable"),
     "parallelism_config_sp_attn_implementation",
 )
+NEVER_EMPTY = "compute_environment", "num_machines", "num_processes", "use_cpu"
 NOT_OBEYED = (
     *("downcast_bf16", "fp8_config", "dynamo_config", "deepspeed_config", "fsdp_config", "megatron_lm_config"),
     *("parallelism_config", "mpirun_config", "gradient_accumulation_steps", "command_file", "commands"),
@@ -121,6 +123,9 @@ def _read_config(path: Path) -> dict[str, Any]:
         raise BadInput(f"{path} cannot be read as YAML: {one_line(error)}") from error
     if not isinstance(config, dict):
         raise BadInput(f"{path} is no accelerate config file: it must hold `key: value` lines")
+    for key in NEVER_EMPTY:
+        if key in config and config[key] is None:
+            raise BadInput(f"{path}: {key} is empty, which accelerate cannot read: give it a value, or drop the line")
     config = {key: value for key, value in config.items() if value is not None}  # left empty: as if it were not there
     kind = config.get("distributed_type")
     if kind is False:
@@ -232,7 +237,7 @@ def _plan_from_file(path: Path, num_processes: int | None = None) -> LaunchPlan:
         environment["OMP_NUM_THREADS"] = str(max(1, _num_cores() // here))
     if device == "cuda" and not ALLOCATOR & os.environ.keys():
         # what a phase has freed serves the next one, whose tensors are of other sizes
-        environment["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
+        environment |= allocator()
     what = "one process" if num_processes == 1 else f"{num_processes} processes"
     description = f"{what} on the {'CPU' if device == 'cpu' else 'GPU'}"
     if path.parent != recipes_folder() / "accelerate":  # a file of the user's own, maybe not the one in mind
@@ -243,6 +248,13 @@ def _plan_from_file(path: Path, num_processes: int | None = None) -> LaunchPlan:
         environment[SHARD] = str(group or num_processes)
         description += f", the base spread over {f'each {group} of them' if group else 'them'}"
     return LaunchPlan(tuple(arguments), environment, num_processes, device, description, machine, num_machines)
+
+
+def allocator() -> dict[str, str]:
+    """What torch's allocator is told by the environment: torch before 2.10 obeys the former name alone."""
+    major, minor = (int(part) for part in version("torch").split(".")[:2])
+    name = "PYTORCH_ALLOC_CONF" if (major, minor) >= (2, 10) else "PYTORCH_CUDA_ALLOC_CONF"
+    return {name: "expandable_segments:True"}
 
 
 def _check_fsdp(config: dict[str, Any], path: Path) -> int | None:

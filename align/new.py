@@ -91,8 +91,7 @@ def write_recipe(given: Given, out: str | None) -> str:
     rows = _look_at(given)
     command = "loop" if given.kind == "loop" else "run"
     head = [f"# align {command} {path}", "#"]
-    head += [f"# align check {path}: what it would do"] * (command == "run")
-    head += [f"# align keys {given.kind}: every other key"]
+    head += [f"# align check {path}: what it would do", f"# align keys {given.kind}: every other key"]
     values = _values(given, rows) | {"seed": 0, "output": f"runs/{path.stem}"}
     body = _lines(values, _meanings(given.kind))
     text = "\n".join([*head, *body, ""])
@@ -108,7 +107,7 @@ def write_recipe(given: Given, out: str | None) -> str:
             raise BadInput(str(error).replace(f"{trial}: ", "").replace(f" in {trial}", "")) from error
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, text)
-    return f"wrote {path}, for {rows.told}; now: align {'check' if command == 'run' else command} {path}"
+    return f"wrote {path}, for {rows.told}; now: align check {path}"
 
 
 def _check_options(given: Given) -> None:
@@ -212,7 +211,7 @@ def _loop(given: Given, rows: _Rows) -> dict[str, Any]:
         "max_prompt_length": _round_up(rows.longest, given.base, beside=ANSWER) or 512,
         "sampling": {"max_new_tokens": ANSWER, "temperature": 1.0},
         "collect": {"prompts_per_round": min(128, rows.count or 128), "num_generations": 4},
-        "route": {"kickstart": 200, "budget": 100},
+        "route": {"kickstart": 200, "budget": 100, "overlap": 0.1},
         "annotators": "people",
         "ensemble": {"num_members": 4, "method": dict(LORA), "train": {"learning_rate": 1e-4, "num_train_epochs": 1}},
         "ppo": {"ppo": {"num_iterations": 100, "prompts_per_iteration": 64, "learning_rate": 3e-5, "eval_steps": 0}},

@@ -4,7 +4,7 @@ All that is read here are small JSON files and the headers of weights.
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from shlex import quote
@@ -120,8 +120,9 @@ def _check_served(settings: StageSettings, folder: str, key: str, made: dict[str
     maker, place, what = made.get(resolved(folder)), _place(folder), f"`{key}`: the policy in {folder}"
     if maker is not None:
         method, before = maker.tuned_by(), maker.start()
-        if method is None and before is not None:  # it goes on with that one's adapter
-            _check_served(settings, before, key, made)
+        if method is None and before is not None:  # it goes on with that one's adapter, or puts LoRA over a whole model
+            if not starts_whole(maker, made):
+                _check_served(settings, before, key, made)
         elif method is not None:
             check_lora(str(method.kind), getattr(method, "use_dora", False), what)
     elif place is not None:
@@ -143,21 +144,59 @@ def method_of(settings: StageSettings, made: Mapping[str, StageSettings]) -> Any
     return method or Lora()
 
 
-def stands_on_copies(settings: StageSettings, made: Mapping[str, StageSettings] = MappingProxyType({})) -> bool:
-    """Whether the stage trains copies of a base's weights, or has such an adapter in memory: they are in the base's
-    dtype, and 16 bits would round small updates to nothing. `made`: what earlier stages of the recipe make."""
-    if is_copy(settings.tuned_by()):
-        return True
-    for folder, _ in settings.parents().values():
-        maker, place = made.get(resolved(folder)), _place(folder)
-        if maker is not None:
-            if is_copy(method_of(maker, made)):
-                return True
-        elif place is not None:
-            for each in (place, place / "member-0"):
-                if (each / ADAPTER_CONFIG).is_file() and _adapter_config(str(each)).get("peft_type") == "LN_TUNING":
-                    return True
-    return False
+def copies_trained(settings: StageSettings, made: Mapping[str, StageSettings] = MappingProxyType({})) -> str | None:
+    """The recipe's key by which the stage trains copies of a base's weights, which are in the base's dtype: 16 bits
+    would round small updates to nothing. None: it trains none. `made`: what earlier stages of the recipe make."""
+    method, start = settings.tuned_by(), settings.start()
+    if is_copy(method):
+        return method_key(settings)
+    is_known = start is not None and (resolved(start) in made or _place(start) is not None)
+    if method is None and is_known and _are_copies(method_of(settings, made)):
+        return settings.starts_at
+    return "critic.from" if any(map(_are_copies, _critics(settings, made))) else None
+
+
+def check_copies(settings: StageSettings, made: Mapping[str, StageSettings], device: str = "cpu") -> None:
+    """Copies of a base's weights are trained in float32.
+
+    Raises:
+        BadInput: with the recipe's key and the cure.
+    """
+    load_in, key = settings.model.load_in, copies_trained(settings, made)
+    is_in_16_bits = load_in in ("bfloat16", "float16") or (load_in == "nf4" and device == "cuda")
+    if key is None or not is_in_16_bits:
+        return
+    method = settings.tuned_by() if key == method_key(settings) else None
+    what = f"`{key}`: what it goes on with, copies of layers," if method is None else f"`{key}.kind: {method.kind}`"
+    where = "over nf4 a GPU computes in 16 bits, where" if load_in == "nf4" else f"in {load_in}"
+    raise BadInput(
+        f"{what} needs `model.load_in: float32`: {where} small updates of copies round to nothing; or use `kind: lora`"
+    )
+
+
+def _critics(settings: StageSettings, made: Mapping[str, StageSettings]) -> Iterator[Any]:
+    """What a critic of its own goes on with: a method, or the folder of an adapter."""
+    folder, _ = settings.parents().get("critic.from", (None, ()))
+    if folder is None or settings.value("critic.kind") == "trunk":  # a head alone
+        return
+    maker = made.get(resolved(folder))
+    if maker is None:
+        yield str(Path(folder) / CRITIC) if kept_critic(folder) else folder
+    elif "critic" not in maker.keeps():
+        yield method_of(maker, made)
+    elif "critic.from" in maker.parents():
+        yield from _critics(maker, made)
+    else:  # it began where that one's policy did
+        yield method_of(maker, made)
+
+
+def _are_copies(method: Any) -> bool:
+    """`method`: of a recipe, or the folder of an adapter."""
+    if not isinstance(method, str):
+        return is_copy(method)
+    place = _place(method)
+    is_adapter = place is not None and (place / ADAPTER_CONFIG).is_file()
+    return is_adapter and _adapter_config(str(place)).get("peft_type") == "LN_TUNING"
 
 
 def starts_whole(settings: StageSettings, made: Mapping[str, StageSettings] = MappingProxyType({})) -> bool:
@@ -446,15 +485,25 @@ def _check_foreign_adapter(settings: StageSettings, folder: str, key: str) -> No
         cure = "as `rewards: [{use: learned, from: ...}]`" if key != "critic.from" else "a reward model"
         raise BadInput(f"`{key}`: the adapter in {folder} is {what} adapter; name it {cure}")
     named = str(config.get("base_model_name_or_path") or "")
-    is_known = named != "" and (Path(named).is_dir() or is_on_hub(named))
-    differs = named != base and is_known and Path(named).is_dir() == Path(base).is_dir()
-    if differs and not same(fingerprint(named, config.get("revision")), fingerprint(base, settings.model.revision)):
+    if is_another_base(named, config.get("revision"), settings.model):
         raise BadInput(
             f"`{key}`: the adapter in {folder} is for the base {named}, and this recipe's `model.base` is {base}; use "
             "the same base"
         )
     _no_second_method(settings, folder, key)
     _check_shapes(folder, base, key)
+
+
+def may_be_loaded(base: str) -> bool:
+    """Whether a base's name leads somewhere: to a folder here, or to the Hub."""
+    return base != "" and (Path(base).is_dir() or is_on_hub(base))
+
+
+def is_another_base(named: str, revision: str | None, model: Model) -> bool:
+    """Whether the base that an adapter made elsewhere names is known to be another than `model.base`."""
+    is_comparable = may_be_loaded(named) and Path(named).is_dir() == Path(model.base).is_dir()
+    differs = is_comparable and named != model.base
+    return differs and not same(fingerprint(named, revision), fingerprint(model.base, model.revision))
 
 
 def _changed_in_base(config: dict[str, Any]) -> str | None:

@@ -1,11 +1,12 @@
 """Everything that can be wrong with a recipe is found here, before models are loaded and anything is written."""
 
-from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 from align.data import Loaded, load, looks_like_hub_id
+from align.data.formats import load_converter
 from align.data.kwargs import KEY, check_kwargs
 from align.errors import BadInput
 from align.files import reading
@@ -19,7 +20,16 @@ from align.models.facts import (
     check_tokenizer,
     read_facts,
 )
-from align.parents import SPEAKERS, check_lora, check_parents, check_prefix, is_on_hub, method_key, resolved
+from align.parents import (
+    SPEAKERS,
+    check_copies,
+    check_lora,
+    check_parents,
+    check_prefix,
+    is_on_hub,
+    method_key,
+    resolved,
+)
 from align.plugins import is_reference, users_code
 from align.recipe import Recipe
 from align.resumption import named_none, state_of
@@ -40,7 +50,6 @@ from align.settings import (
     Source,
     StageSettings,
 )
-from align.settings.methods import is_copy
 from align.surroundings import cached_folder, check_trackers, check_writable, look_at_hub
 from align.wording import did_you_mean_path
 
@@ -114,9 +123,18 @@ def _naming(recipe: Recipe, name: str) -> Iterator[None]:
         raise BadInput(f"{recipe.path}: {stage}{error}") from error
 
 
-def _check_stage(
-    settings: StageSettings, made: dict[str, StageSettings], named: Callable[[str], bool] = named_none
-) -> str:
+def check_ahead(settings: StageSettings, made: dict[str, StageSettings]) -> None:
+    """What can be wrong with a stage whose turn comes when others have run: all but its data and its output.
+
+    Raises:
+        BadInput: with the key, the reason and the cure.
+    """
+    with reading():
+        _check_settings(settings, made)
+        _hub_remarks(settings, made)
+
+
+def _check_settings(settings: StageSettings, made: dict[str, StageSettings]) -> None:
     """`made` maps the folders that earlier stages of the pipeline will have made to these."""
     check_model(settings)
     check_sampler(settings)
@@ -130,17 +148,19 @@ def _check_stage(
         )
     check_trackers(settings.track)
     check_parents(settings, made)
+    check_copies(settings, made)
     _check_lengths(settings)
+
+
+def _check_stage(
+    settings: StageSettings, made: dict[str, StageSettings], named: Callable[[str], bool] = named_none
+) -> str:
+    _check_settings(settings, made)
     state = state_of(settings, named)
     if state != "finished":
         check_writable(settings.output)
         for key, (kind, data) in settings.data_sections().items():
-            every = (*data.train, *data.validation)
-            there = tuple(source for source in every if not _will_be_made(key, kind, source, made))
-            if there and len(there) < len(every):  # each by itself: what holds of the whole is seen when it is there
-                part = data.model_copy(update={"train": there, "validation": (), "validation_split": 0.0})
-                _check_data(key, kind, part)
-            loaded = _check_data(key, kind, data) if there == every else None
+            loaded = check_data(key, kind, data, made)
             if kind == "prompts" and loaded is not None:
                 check_columns(settings, (*loaded.train, *loaded.validation))
         check_columns_beside(settings)
@@ -181,25 +201,16 @@ def launches(recipe: Recipe, names: Iterable[str]) -> dict[str, LaunchPlan]:
         BadInput: with the stage's name: it cannot be started so.
     """
     found: dict[str, LaunchPlan] = {}
+    made = {resolved(settings.output): settings for settings in recipe.stages.values()}
     for name in names:
         try:
             found[name] = plan(recipe.stages[name].launch)
             if found[name].is_sharded:
                 check_sharded(recipe.stages[name])
-            if found[name].expected_device == "cuda":
-                _check_copies(recipe.stages[name])
+            check_copies(recipe.stages[name], made, found[name].expected_device)
         except BadInput as error:
             raise BadInput(f"{recipe.path}: {f'stage `{name}`: ' if recipe.is_pipeline else ''}{error}") from error
     return found
-
-
-def _check_copies(settings: StageSettings) -> None:
-    method = settings.tuned_by()
-    if method is not None and is_copy(method) and settings.model.load_in == "nf4":
-        raise BadInput(
-            f"`{method_key(settings)}.kind: {method.kind}` over a 4-bit base (`model.load_in: nf4`) computes in 16 "
-            "bits on a GPU, where small updates of its copies round to nothing: use `kind: qlora`, or load_in: float32"
-        )
 
 
 def check_sharded(settings: StageSettings) -> None:
@@ -349,11 +360,6 @@ def _check_method(settings: StageSettings, key: str, method: AnyMethod) -> None:
             f"`{key}.kind: full` cannot train a 4-bit base (`model.load_in: nf4`): use `kind: qlora`, or "
             "`load_in: float32` or 16 bits"
         )
-    if is_copy(method) and load_in in ("bfloat16", "float16"):
-        raise BadInput(
-            f"`{key}.kind: {method.kind}` needs `model.load_in: float32`: in {load_in} small updates round to nothing; "
-            "or use `kind: lora`"
-        )
     if isinstance(method, Lora) and method.kind == "qlora" and load_in != "nf4":
         raise BadInput(f"`{key}.kind: qlora` needs `model.load_in: nf4` (it is {load_in}); or use `kind: lora`")
     if isinstance(method, Prefix):
@@ -361,7 +367,7 @@ def _check_method(settings: StageSettings, key: str, method: AnyMethod) -> None:
     if isinstance(method, OtherPeft) and load_in == "nf4" and method.kind not in PEFT_METHODS_IN_4_BITS:
         raise BadInput(
             f"`{key}.kind: {method.kind}` needs weights in floating point, and `model.load_in` is nf4: use "
-            f"`kind: qlora` (or one of {', '.join(PEFT_METHODS_IN_4_BITS)})"
+            f"`kind: qlora` (or one of {', '.join(kind for kind in PEFT_METHODS_IN_4_BITS if kind != 'ln_tuning')})"
         )
     own = {Adapter: "activation", Ia3: "feedforward_modules"}.get(type(method))  # keys that PEFT has a word on
     if isinstance(method, (OtherPeft, OwnMethod)) or own in method.model_fields_set:  # heavy, and only here
@@ -370,7 +376,7 @@ def _check_method(settings: StageSettings, key: str, method: AnyMethod) -> None:
         check_method(method, key)
 
 
-def _will_be_made(key: str, kind: str, source: Source, made: dict[str, StageSettings]) -> bool:
+def _will_be_made(key: str, kind: str, source: Source, made: Mapping[str, StageSettings]) -> bool:
     """Whether an earlier stage of the pipeline has still to write this file.
 
     Raises:
@@ -389,16 +395,23 @@ def _will_be_made(key: str, kind: str, source: Source, made: dict[str, StageSett
     return True
 
 
-def _check_data(key: str, kind: str, data: Data) -> Loaded[Any] | None:
-    """Reads local files to their last row; a data set on the Hub is read by the stage."""
-    paths = [source.path for source in (*data.train, *data.validation) if looks_like_hub_id(source.path)]
-    for path in paths:
-        if not is_on_hub(path):
-            hint = did_you_mean_path(Path(path)) or "; name a data file, or a data set on the Hub"
-            raise BadInput(f"`{key}`: {path} is not there{hint}")
-    if paths:
-        return None
+def check_data(key: str, kind: str, data: Data, made: Mapping[str, StageSettings]) -> Loaded[Any] | None:
+    """Reads local files to their last row. Rows of the Hub, and of files that an earlier stage has still to write, are
+    read by the stage; where there are some, nothing is returned: what holds of the whole is seen then."""
+    unwritten = [source for source in _sources(data) if _will_be_made(key, kind, source, made)]
+    for source in _sources(data):
+        if source not in unwritten and looks_like_hub_id(source.path) and not is_on_hub(source.path):
+            hint = did_you_mean_path(Path(source.path)) or "; name a data file, or a data set on the Hub"
+            raise BadInput(f"`{key}`: {source.path} is not there{hint}")
+    here = data.part(lambda source: source not in unwritten and not looks_like_hub_id(source.path))
     try:
-        return load(data, kind)  # type: ignore[call-overload, no-any-return]
+        for source in _sources(data):
+            load_converter(source.format)
+        loaded: Loaded[Any] = load(here, kind, whole=data)  # type: ignore[call-overload]
     except BadInput as error:
         raise BadInput(f"`{key}`: {error}") from error
+    return loaded if here == data else None
+
+
+def _sources(data: Data) -> tuple[Source, ...]:
+    return (*data.train, *data.validation)

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from align.errors import BadInput, RunFailed
-from align.hub import HUB_ID, fault_of, is_folder_name, look
+from align.hub import HUB_ID, fault_of, look
 from align.manifest import about, check_whole, read_manifest
-from align.model_card import CARD, TASKS, card_of
+from align.model_card import CARD, TASKS, adapter_of, card_of, hub_ids
 from align.records import ADAPTER_CONFIG, MODEL_FILES
 from align.wording import in_bytes, one_line, safe
 
@@ -30,6 +30,8 @@ def push(run: str, name: str, *, base: str | None, is_sent: bool, is_public: boo
     for file, content in files.items():
         note = "  replaces what is there" if file in held else ""
         yield f"  {safe(file):<36} {in_bytes(_length(content)):>9}{note}"
+    if isinstance(files[CARD], Path):
+        yield f"{CARD} goes as it is here; without one, a new one is written"
     if why:
         yield f"what {name} holds already is not known ({why})"
     if held & files.keys():
@@ -67,20 +69,18 @@ def _files(folder: Path, base: str | None) -> dict[str, Path | bytes]:
         for path in sorted(folder.glob(glob))
         if path.is_file()
     }
-    is_adapter = ADAPTER_CONFIG in found
-    own = str(manifest["base"])
-    if is_adapter and is_folder_name(own) and base is None:
+    adapter, own = adapter_of(folder), str(manifest["base"])
+    if adapter and own not in hub_ids(manifest) and base is None:
         raise BadInput(f"its base is {own}, a folder of this machine; say by --base owner/name how others have it")
-    if base is None:
-        return found
-    if not HUB_ID.fullmatch(base):
+    if base is not None and not HUB_ID.fullmatch(base):
         raise BadInput(f"--base: {base} is no name on the Hub; give owner/name")
-    if is_adapter:
+    if adapter and base is not None:
         config: dict[str, Any] = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
         found[ADAPTER_CONFIG] = (json.dumps(config | {"base_model_name_or_path": base}, indent=2) + "\n").encode()
     card = folder / CARD
-    if not card.is_file() or card.read_text(encoding="utf-8") == card_of(manifest, str(made), is_adapter=is_adapter):
-        found[CARD] = card_of(manifest | {"base": base}, str(made), is_adapter=is_adapter).encode()
+    if not card.is_file() or card.read_text(encoding="utf-8") == card_of(manifest, str(made), adapter=adapter):
+        others = {} if base is None else {"base": base, "base_fingerprint": base}
+        found[CARD] = card_of(manifest | others, str(made), adapter=adapter).encode()
     return found
 
 

@@ -59,6 +59,11 @@ class Recipe:
         return found[0]
 
 
+def is_of_loop(values: Mapping[str, Any]) -> bool:
+    """Whether a recipe's values are those of a loop."""
+    return not {"stage", "stages"} & set(values) and bool({"num_rounds", "evaluation"} & set(values))
+
+
 def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
     """Reads, overrides and validates a recipe. Imports nothing heavy and writes nothing.
 
@@ -66,7 +71,7 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
         BadInput: with the key, the file and the cure.
     """
     path, values, where = read_recipe(name, overrides)
-    if not {"stage", "stages"} & set(values) and {"num_rounds", "evaluation"} & set(values):
+    if is_of_loop(values):
         raise BadInput(f"{path} is a recipe of a loop; start it with: align loop {path}")
     if "stages" not in values:
         return Recipe(path, {path.stem: _validated(values, where, prefix="")}, is_pipeline=False)

@@ -4,12 +4,13 @@
 referred to.
 """
 
-import copy
 import io
 import os
 import re
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -72,20 +73,19 @@ def _resolved(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
     here = path.resolve().parent
     OmegaConf.register_resolver("here", lambda name: str(here / os.path.expanduser(name)), replace=True)
     config = _read(path)
+    read = []
     for item in overrides:
         key, equals, text = item.partition("=")
         if not equals or not OVERRIDE_KEY.fullmatch(key):
             raise BadInput(f"override `{cut(item)}` is not of the form a.b=value")
-        try:
-            _part(config, key)
-            OmegaConf.update(config, key, _value(text), merge=True, force_add=True)
-        except (OmegaConfBaseException, yaml.YAMLError) as error:
-            raise BadInput(f"override `{cut(item)}` cannot be applied to {path}: {_reason(error)}") from error
-        except (TypeError, ValueError, AttributeError) as error:
-            cure = "it does not fit what is there; an entry of a list is named as in `rewards[0]`"
-            raise BadInput(f"override `{cut(item)}` cannot be applied to {path}: {cure}") from error
-        except RecursionError as error:
-            raise BadInput(f"override `{cut(item)}` cannot be applied to {path}: it is {TOO_DEEP}") from error
+        with _overriding(item, path):
+            value = _value(text)
+            read.append((_depth(config, key, value), item, key, value))
+    # what sections are taken over from changes before those that take it over part from it
+    for _, item, key, value in sorted(read, key=itemgetter(0)):
+        with _overriding(item, path):
+            _part(config, key, value)
+            OmegaConf.update(config, key, value, merge=True, force_add=True)
     try:
         raw = OmegaConf.to_container(config)
         if _num_letters(raw, raw, {}) > MOST_LETTERS:
@@ -104,24 +104,68 @@ def _value(text: str) -> Any:
     if not text:
         return None
     value = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))["value"]  # type: ignore[call-overload,index]
-    is_cut = "#" in text and (value is None or isinstance(value, str)) and not text.lstrip().startswith(("'", '"'))
+    is_cut = "#" in text and not isinstance(value, (dict, list)) and not text.lstrip().startswith(("'", '"'))
     return text if is_cut else value
 
 
-def _part(config: Any, key: str) -> None:
-    """Puts a copy in the place of what is taken over from elsewhere on the way to `key`: OmegaConf would change it
-    there, and with it all others who take it over."""
-    node = config
-    for part in re.findall(r"[^.\[\]]+", key)[:-1]:
+@contextmanager
+def _overriding(item: str, path: Path) -> Iterator[None]:
+    what = f"override `{cut(item)}` cannot be applied to {path}"
+    try:
+        yield
+    except (OmegaConfBaseException, yaml.YAMLError) as error:
+        raise BadInput(f"{what}: {_reason(error)}") from error
+    except (TypeError, ValueError, AttributeError) as error:
+        cure = "it does not fit what is there; an entry of a list is named as in `rewards[0]`"
+        raise BadInput(f"{what}: {cure}") from error
+    except RecursionError as error:
+        raise BadInput(f"{what}: it is {TOO_DEEP}") from error
+
+
+def _depth(config: DictConfig, key: str, value: Any) -> int:
+    """How many sections that an override goes through are taken over from elsewhere (`${...}`), one within another."""
+    return max(
+        sum(OmegaConf.is_interpolation(node, name) for node, name in _way(config, section))
+        for section in (_names(key), *_sections(_names(key), value))
+    )
+
+
+def _part(config: DictConfig, key: str, value: Any) -> None:
+    """Puts copies in the place of sections that are taken over from elsewhere and in which something is to be changed:
+    OmegaConf would change it there, and with it all others who take it over."""
+    for section in _sections(_names(key), value):
+        for node, name in _way(config, section):
+            if OmegaConf.is_interpolation(node, name) and OmegaConf.is_config(node[name]):
+                node[name] = node[name]  # OmegaConf copies what it is given
+
+
+def _names(key: str) -> list[str]:
+    return re.findall(r"[^.\[\]]+", key)
+
+
+def _sections(names: list[str], value: Any) -> Iterator[list[str]]:
+    """The sections in which something changes: that of a value, or those that a mapping is merged into."""
+    if not isinstance(value, dict):
+        yield names[:-1]
+        return
+    yield names
+    for name, inner in value.items():
+        if isinstance(inner, dict):
+            yield from _sections([*names, name], inner)
+
+
+def _way(config: DictConfig, names: list[str]) -> Iterator[tuple[Any, Any]]:
+    """The nodes that are there on the way to a section, each with the name of the next."""
+    node: Any = config
+    for part in names:
         name: Any = int(part) if isinstance(node, ListConfig) and part.isdecimal() else part
-        if not OmegaConf.is_config(node) or OmegaConf.is_missing(node, name):
-            return
         if isinstance(node, ListConfig) and not (isinstance(name, int) and name < len(node)):
             return
-        if isinstance(node, DictConfig) and name not in node:
+        if not OmegaConf.is_config(node) or (isinstance(node, DictConfig) and name not in node):
             return
-        if OmegaConf.is_interpolation(node, name) and OmegaConf.is_config(node[name]):
-            node[name] = copy.deepcopy(node[name])
+        if OmegaConf.is_missing(node, name):
+            return
+        yield node, name
         node = node[name]
 
 

@@ -15,6 +15,14 @@ from align.wording import one_line
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
+UNMERGEABLE = {  # types of adapters of which no weights can be made, and why
+    "BOTTLENECK": "its layers are not linear, so that no matrix of the base can stand for them",
+    "PREFIX_TUNING": "its keys and values are not weights of the base",
+    **dict.fromkeys(
+        ("PROMPT_TUNING", "P_TUNING", "MULTITASK_PROMPT_TUNING", "CPT"), "its vectors stand before what is read"
+    ),
+    "ADAPTION_PROMPT": "its prompts are not weights of the base",
+}
 MODEL_FILES = (  # of a model's or an adapter's folder: all that others open it by
     *("*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", ADAPTER_CONFIG),
     *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "spiece.model", "*.jinja"),

@@ -1,5 +1,6 @@
 """Whether an output holds this recipe's run, and what of a run under way may become another."""
 
+import os
 import re
 from collections.abc import Callable
 from contextlib import suppress
@@ -17,6 +18,7 @@ from align.identity import (
 )
 from align.locks import LOCKS
 from align.manifest import MANIFEST, at_key, check_whole, note, parents_of, read_manifest, recipe_of
+from align.plugins import is_reference
 from align.settings import StageSettings, sampling
 from align.wording import brief
 
@@ -87,7 +89,7 @@ def state_of(settings: StageSettings, named: Callable[[str], bool] = named_none)
             how = "to go on with it so, give the key after `--set`; else " if may_change else ""
             raise BadInput(
                 f"`output`: {folder} holds a run of another recipe (`{key}` was {brief(was)}, is {brief(becomes)}); "
-                f"{how}choose another output, or delete that folder"
+                f"{how}write it as it was, choose another output, or delete that folder"
             )
     for key, parent in runs_now.items():
         if not same(runs_before.get(key, {}).get("manifest"), parent["manifest"]):
@@ -119,7 +121,7 @@ def _made_of_before(manifest: dict[str, Any]) -> dict[str, dict[str, str]]:
 def _other_keys(manifest: dict[str, Any], settings: StageSettings) -> list[tuple[str, Any, Any]]:
     """Where the recipe that a run goes on with differs from today's."""
     found = differences(_recipe_before(manifest, settings), recipe_of(settings))
-    return [(key, was, becomes) for key, was, becomes in found if not goes_on(key, becomes)]
+    return [(key, was, becomes) for key, was, becomes in found if not goes_on(key, was, becomes)]
 
 
 def _recipe_before(manifest: dict[str, Any], settings: StageSettings) -> dict[str, Any]:
@@ -171,9 +173,9 @@ def _put(values: Any, key: str, value: Any) -> None:
     values[last] = value
 
 
-def goes_on(key: str, value: Any) -> bool:
-    """Whether a key's value is what the run began with, whatever that was."""
-    return key == "model.load_in" and value == "auto"
+def goes_on(key: str, was: Any, becomes: Any) -> bool:
+    """Whether a key's value is what the run began with, if spelt otherwise: `auto` is, whatever that was."""
+    return (key == "model.load_in" and becomes == "auto") or _is_same_object(was, becomes)
 
 
 def is_harmless(key: str) -> bool:
@@ -198,3 +200,11 @@ def differences(before: Any, now: Any, key: str = "") -> list[tuple[str, Any, An
         pairs = enumerate(zip(before, now, strict=True))
         return [d for i, (was, becomes) in pairs for d in differences(was, becomes, f"{key}[{i}]")]
     return [] if before == now else [(key, before, now)]
+
+
+def _is_same_object(before: Any, now: Any) -> bool:
+    """Whether two references (`file.py:object`) lead to the same object of the same file."""
+    if not (isinstance(before, str) and isinstance(now, str) and is_reference(before) and is_reference(now)):
+        return False
+    (first, _, name), (second, _, other) = before.rpartition(":"), now.rpartition(":")
+    return name == other and os.path.realpath(first) == os.path.realpath(second)

@@ -17,22 +17,25 @@ from typing import cast
 from urllib.parse import urlsplit
 
 from align.errors import BadInput
-from align.identity import has_adapter
+from align.identity import base_of, fingerprint, has_adapter, same
 from align.launch_plan import plan
+from align.manifest import MANIFEST, read_manifest
 from align.models.facts import read_adapter, read_facts
-from align.parents import resolved, starts_whole
+from align.parents import is_on_hub, method_of, resolved, starts_whole
 from align.preflight import check_recipe
 from align.processes import die_with_parent
-from align.recipe import Recipe
+from align.recipe import Recipe, is_of_loop, load_recipe
+from align.recipe_file import read_recipe
 from align.records import ADAPTER_CONFIG
 from align.servers import api_key_of
-from align.settings import Lora, Sampling, StageSettings
+from align.settings import Full, Lora, Sampling, StageSettings
 from align.surroundings import cached_folder
 
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM's kernels have
 PORTS = {"http": 80, "https": 443}
 IN_FLIGHT = 2  # adapters at once: a version of the policy, and the one before it until that is unloaded
 WHERE = "ALIGN_VLLM"
+Makers = Mapping[str, StageSettings]  # folder -> the stage of the recipe that makes it
 
 
 @dataclass(frozen=True)
@@ -44,32 +47,55 @@ class Command:
     api_key_env: str | None  # the variable that holds the key without which it lets nobody in
 
 
+def read(name: str, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe, checked; of a loop, the stages of its first round that may draw, and SFT.
+
+    Raises:
+        BadInput: something is wrong with it.
+    """
+    if not is_of_loop(read_recipe(name, overrides)[1]):
+        recipe = load_recipe(name, overrides)
+        check_recipe(recipe)
+        return recipe
+    from align.loop.rounds import load_loop
+    from align.loop.run import check_loop
+
+    loop = load_loop(name, overrides)
+    check_loop(loop)
+    sft, start = loop.sft(), loop.sft_folder
+    stages = [loop.collect(0, start, start), loop.ppo(0, start), loop.evaluate(0, has_held_out=False)]
+    every = stages if sft is None else [sft, *stages]
+    return Recipe(loop.path, {stage.kind: stage for stage in every}, is_pipeline=True)
+
+
 def command_of(recipe: Recipe) -> Command:
     """The server for all stages of a recipe that draw by vLLM.
 
     Raises:
         BadInput: there is none, or they need different servers.
     """
-    check_recipe(recipe)
     stages = [stage for stage in recipe.stages.values() if _drawn(stage) is not None]
     if not stages:
         raise BadInput(
             f"{recipe.path}: no stage draws by vLLM; write `sampling: {{engine: vllm, url: ...}}` where one may"
         )
-    urls, bases = {drawn.url for stage in stages if (drawn := _drawn(stage))}, {_base(stage) for stage in stages}
+    makers = {resolved(stage.output): stage for stage in recipe.stages.values()}
+    urls = {drawn.url for stage in stages if (drawn := _drawn(stage))}
+    bases = {base for stage in stages for base in _bases(stage, makers)}
     for what, found in (("sampling.url", urls), ("model.base", bases)):
         if len(found) > 1:
             raise BadInput(f"{recipe.path}: its stages have different `{what}` ({', '.join(sorted(map(str, found)))})")
-    first, drawn = stages[0], cast(Sampling, _drawn(stages[0]))
+    first, drawn, (base,) = stages[0], cast(Sampling, _drawn(stages[0])), bases
     at = urlsplit(str(drawn.url))
-    revision = () if first.model.revision is None else ("--revision", first.model.revision)
+    is_recipes = first.model.revision is not None and base == _place(first.model.base)
+    revision = ("--revision", str(first.model.revision)) if is_recipes else ()
     return Command(
         (
-            "vllm", "serve", _base(first), *revision,
+            "vllm", "serve", base, *revision,
             "--host", str(at.hostname), "--port", str(at.port or PORTS[at.scheme]),
-            "--dtype", _dtype(first),
-            "--max-model-len", str(_longest(stages)),
-            "--enable-lora", "--max-lora-rank", str(_rank(stages, recipe)), "--max-loras", str(IN_FLIGHT),
+            "--dtype", _dtype(first, makers),
+            "--max-model-len", str(_longest(stages, base)),
+            "--enable-lora", "--max-lora-rank", str(_rank(stages, makers)), "--max-loras", str(IN_FLIGHT),
             "--logprobs-mode", "processed_logprobs",  # of softmax(logits / temperature), as the token was drawn
             "--generation-config", "vllm",  # a request says how to sample, and not what came with the model
         ),
@@ -123,44 +149,70 @@ def _drawn(stage: StageSettings) -> Sampling | None:
     return drawn if drawn is not None and drawn.engine == "vllm" else None
 
 
-def _base(stage: StageSettings) -> str:
-    """What the policy is an adapter over: the recipe's base, or a whole model that the stage starts from."""
-    start = stage.start()
-    is_whole = start is not None and not has_adapter(start) and (stage.tuned_by() is not None or starts_whole(stage))
-    base = str(start) if is_whole else stage.model.base
-    return os.path.abspath(base) if Path(base).is_dir() else base
+def _bases(stage: StageSettings, makers: Makers) -> set[str]:
+    """What the policies that it draws from stand over: one, unless they are of several."""
+    policies = getattr(stage, "policies", None)
+    folders = policies.values() if isinstance(policies, Mapping) else [stage.start()]
+    return {_under(folder, stage, makers) for folder in folders}
 
 
-def _dtype(stage: StageSettings) -> str:
+def _under(folder: str | None, stage: StageSettings, makers: Makers) -> str:
+    """The base of a policy that a stage reads: the recipe's (None), an adapter's own, or a whole model itself."""
+    if folder is None:
+        return _place(stage.model.base)
+    maker = makers.get(resolved(folder))
+    if maker is not None and not isinstance(method_of(maker, makers), Full):
+        return _under(maker.start(), maker, makers)
+    if maker is not None:
+        return os.path.abspath(folder)
+    if not has_adapter(folder):
+        return _place(folder)
+    if not (Path(folder) / MANIFEST).is_file():  # made elsewhere: it is meant for the recipe's base
+        return _place(stage.model.base)
+    base = base_of(read_manifest(folder), folder, recipes=stage.model.base)
+    is_recipes = same(fingerprint(base), fingerprint(stage.model.base, stage.model.revision))
+    return _place(stage.model.base if is_recipes else base)
+
+
+def _place(base: str) -> str:
+    """As vLLM finds it from wherever it is started."""
+    return base if is_on_hub(base) else os.path.abspath(base)
+
+
+def _dtype(stage: StageSettings, makers: Makers) -> str:
     """What the stage itself computes in; over a base in 4 bits 16, as vLLM takes none of bitsandbytes'."""
     import torch
 
     from align.models.base import compute_dtype
+    from align.stages import in_its_precision
 
-    device = plan(stage.launch).expected_device
-    if stage.model.load_in == "nf4" and device == "cpu":
+    device = torch.device(plan(stage.launch).expected_device)
+    if stage.model.load_in == "nf4" and device.type == "cpu":
         return "bfloat16"
-    return str(compute_dtype(stage.model, torch.device(device))).removeprefix("torch.")
+    model = in_its_precision(stage, device, makers).model
+    return str(compute_dtype(model, device)).removeprefix("torch.")
 
 
-def _longest(stages: Sequence[StageSettings]) -> int:
-    """Tokens of a sequence; vLLM takes no more than the base was trained for."""
+def _longest(stages: Sequence[StageSettings], base: str) -> int:
+    """Tokens of a sequence; vLLM takes no more than the base was trained for (or what it will be made of)."""
     longest = max(length for stage in stages for length in stage.lengths().values())
-    place = _base(stages[0]) if Path(_base(stages[0])).is_dir() else cached_folder(_base(stages[0]), None)
-    known = None if place is None else read_facts(Path(place)).positions()
-    return longest if known is None else min(longest, known[0])
+    for name in (base, stages[0].model.base):
+        place = Path(name) if Path(name).is_dir() else cached_folder(name, None)
+        if place is not None and (place / "config.json").is_file():
+            known = read_facts(place).positions()
+            return longest if known is None else min(longest, known[0])
+    return longest
 
 
-def _rank(stages: Sequence[StageSettings], recipe: Recipe) -> int:
+def _rank(stages: Sequence[StageSettings], makers: Makers) -> int:
     """The smallest that vLLM has for every policy."""
-    makers = {resolved(stage.output): stage for stage in recipe.stages.values()}
     largest = max(max(_ranks(stage, makers), default=1) for stage in stages)
     if largest > RANKS[-1]:
         raise BadInput(f"a policy has LoRA of rank {largest}, and vLLM takes {RANKS[-1]} at most; use a smaller `r`")
     return next(rank for rank in RANKS if rank >= largest)
 
 
-def _ranks(stage: StageSettings, makers: Mapping[str, StageSettings]) -> Iterator[int]:
+def _ranks(stage: StageSettings, makers: Makers) -> Iterator[int]:
     """Of what the stage draws from: the adapter that it trains, and those that it reads, made already or not."""
     method = stage.tuned_by()
     if method is None and starts_whole(stage, makers):
@@ -170,13 +222,14 @@ def _ranks(stage: StageSettings, makers: Mapping[str, StageSettings]) -> Iterato
     for key, (folder, _) in stage.parents().items():
         if not key.startswith(("policy.", "policies.")):
             continue
-        place = Path(folder) if Path(folder).is_dir() else cached_folder(folder, None)
-        if resolved(folder) in makers and place is None:
-            yield from _ranks(makers[resolved(folder)], makers)
-        elif place is None:
+        maker = makers.get(resolved(folder))
+        place = Path(folder) if Path(folder).is_dir() or maker is not None else cached_folder(folder, None)
+        if place is None:
             cure = f"fetch it first (`hf download {folder}`)"
             raise BadInput(f"`{key}`: the rank of {folder} is not known while it is not in the cache: {cure}")
-        elif (place / ADAPTER_CONFIG).is_file():
+        if (place / ADAPTER_CONFIG).is_file():
             config = read_adapter(place).model_dump(exclude_unset=True)
             yield int(config.get("r") or 1)
             yield from map(int, (config.get("rank_pattern") or {}).values())
+        elif maker is not None:
+            yield from _ranks(maker, makers)

@@ -30,7 +30,10 @@ if compgen -G "$wheels/peers/*.whl" > /dev/null; then
 fi
 export PYTHONPATH="$PWD:$work/site${PYTHONPATH:+:$PYTHONPATH}" TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 WANDB_MODE=disabled
 tell() { echo "[$(date +%T)] $*" | tee -a "$out/summary.txt"; }
-gpu_work() { timeout "$1" "$python" scripts/gpu_work.py --work "$work" --out "$out" ${SMALL:+--small} "${@:2}" 2>> "$out/log.txt"; }
+gpu_work() {
+    timeout "$1" "$python" scripts/gpu_work.py --work "$work" --out "$out" ${SMALL:+--small} "${@:2}" 2>> "$out/log.txt"
+    [[ $? == 124 ]] && echo "over its $1 s"
+}
 
 { nvidia-smi || true; "$python" --version; "$python" -m pip list; } > "$out/machine.txt" 2>&1
 for part in $parts; do

@@ -13,6 +13,7 @@ import json
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -24,6 +25,8 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from align.launch_plan import allocator
+
 ROOT = Path(__file__).resolve().parents[1]
 TOKENIZER = ROOT / "recipes" / "quickstart" / "model"
 SHAPES = {  # layers, hidden, inner, query heads, key-value heads, vocabulary
@@ -34,7 +37,6 @@ SHAPES = {  # layers, hidden, inner, query heads, key-value heads, vocabulary
 WORDS = ("red", "blue", "green", "golden", "silver", "bells", "books", "coats", "lamps", "bags", "bowls")
 EPOCHS = 2
 STEPS = 4  # of SFT and reward models
-ALLOCATOR = {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}  # as `launch: gpu` has it, for what goes around that
 LIMITED = """
 import sys, torch
 total = torch.cuda.get_device_properties(0).total_memory
@@ -98,10 +100,12 @@ def make_model(shape: str, folder: Path) -> None:
         eos_token_id=2,
     )
     torch.set_default_dtype(torch.bfloat16 if cuda else torch.float32)
+    whole = folder.with_suffix(".part")  # a part that is cut off leaves none behind that is not
     with torch.device("cuda" if cuda else "cpu"):
-        LlamaForCausalLM(config).save_pretrained(folder)
+        LlamaForCausalLM(config).save_pretrained(whole)
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
-        shutil.copy(TOKENIZER / name, folder)
+        shutil.copy(TOKENIZER / name, whole)
+    whole.rename(folder)
 
 
 def ppo(options: argparse.Namespace) -> dict[str, Any]:
@@ -198,7 +202,7 @@ def peer(stage: str, options: argparse.Namespace) -> dict[str, Any]:
     result.unlink(missing_ok=True)  # an earlier run's
     with (options.out / f"{name}.txt").open("w") as log:
         command = [sys.executable, str(ROOT / "scripts" / "bench_peers" / program), str(task), str(result)]
-        code = subprocess.run(command, stdout=log, stderr=log, env=ALLOCATOR | os.environ).returncode
+        code = subprocess.run(command, stdout=log, stderr=log, env=allocator() | os.environ).returncode
     found = json.loads(result.read_text()) if result.is_file() else {"seconds": []}
     return {"exit_code": code, "seconds": found["seconds"], "peak_mib": found.get("peak_mib")}
 
@@ -236,11 +240,15 @@ def run_of(stage: str, recipe: dict[str, Any], options: argparse.Namespace, want
     if options.memory:
         command = [sys.executable, "-c", LIMITED, str(options.memory), str(path)]
     with (options.out / f"{name}.txt").open("w") as log:
-        child = subprocess.Popen(command, stdout=log, stderr=log, env=ALLOCATOR | os.environ)
-        while child.poll() is None:  # figures are kept as they come: this may be cut off
-            time.sleep(1)
-            if metrics.is_file():
-                shutil.copy(metrics, kept)
+        child = subprocess.Popen(command, stdout=log, stderr=log, env=allocator() | os.environ)
+        try:
+            while child.poll() is None:  # figures are kept as they come: this may be cut off
+                time.sleep(1)
+                if metrics.is_file():
+                    shutil.copy(metrics, kept)
+        finally:  # what is measured next has the card to itself
+            child.terminate()
+            child.wait()
     lines = metrics.read_text().splitlines() if metrics.is_file() else []
     if not lines:
         return {"exit_code": child.returncode}
@@ -335,6 +343,7 @@ def main() -> None:
         of_model.add_argument("--learned", action="store_true", help="a reward model over the same base")
         of_model.add_argument("--memory", type=float, metavar="GIB", help="that the stage may have of the card")
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("over its time"))
     if options.command == "make":
         return make_model(options.shape, options.work / options.shape)
     if options.small and "shape" in options:

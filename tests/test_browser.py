@@ -245,7 +245,7 @@ def test_a_session_by_keyboard(browser, tmp_path):
             visit.press("t")
             visit.saved()
             expect(page.locator("#notice")).not_to_have_text("Loading …")
-        expect(page.locator("#notice")).to_contain_text("Nothing is left")
+        expect(page.locator("#notice")).to_contain_text("Nothing is left to label for now. This page")
         visit.press("1")
         assert len(server.labels()) == 12
         page.goto(f"{server.at}/admin")
@@ -314,6 +314,17 @@ def test_two_people_share_no_pair_and_a_lease_that_ran_out_is_anothers(browser, 
         bob.see()
         assert answers_of(bob.texts())[0] == answers_of(kept)[0]
         bob.close(server)
+
+
+def test_who_has_nothing_left_is_told_that_others_have(browser, tmp_path):
+    make_store(tmp_path / "store.db", 2, wanted=2).close()
+    with serving(tmp_path) as server:
+        visit = Visit(browser, server, "local")
+        for key in ("1", "2"):
+            visit.press(key)
+            visit.saved()
+        expect(visit.page.locator("#notice")).to_contain_text("Labels that other people have to give: 2.")
+        visit.close(server)
 
 
 def test_more_pairs_in_hand_than_a_heartbeat_takes_are_all_kept(browser, tmp_path):

@@ -1,5 +1,6 @@
 """What an error advises can be done: a run under way goes on with another rate, seed or guard after an explicit word."""
 
+import itertools
 import json
 import os
 import subprocess
@@ -218,9 +219,65 @@ def test_an_override_of_one_stage_leaves_its_neighbours_alone(tmp_path):
     assert {stage.train.learning_rate for stage in of_all.values()} == {1e-5}
 
 
+@pytest.mark.parametrize("own", ["stages.sft.train.learning_rate=1e-5", "stages.sft.train={learning_rate: 1e-5}"])
+def test_overrides_of_a_stage_and_of_what_it_takes_over_come_together_in_any_order(own, tmp_path):
+    stage = {"data": {"train": "rows.jsonl"}, "model": {"base": "b/c"}, "train": "${vars.train}"}
+    stages = {name: {"stage": name, "output": f"runs/{name}"} | stage for name in ("sft", "reward")}
+    values = {"vars": {"train": {"learning_rate": 0.5, "max_steps": 3}}, "stages": stages}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(values))
+    for words in itertools.permutations([own, "vars.train.max_steps=7", "vars.train.learning_rate=0.25"]):
+        changed = load_recipe(str(tmp_path / "recipe.yaml"), words).stages
+        found = {name: (stage.train.learning_rate, stage.train.max_steps) for name, stage in changed.items()}
+        assert found == {"sft": (1e-5, 7), "reward": (0.25, 7)}, words
+
+
+def test_overrides_go_through_sections_within_sections_and_the_last_wins(tmp_path):
+    stage = {"data": {"train": "rows.jsonl"}, "model": {"base": "b/c"}}
+    values = {
+        "vars": {
+            "train": {"learning_rate": 0.5, "max_steps": 3},
+            "sft": stage | {"train": "${vars.train}"},
+            "list": [1],
+        },
+        "stages": {
+            "sft": "${vars.sft}",
+            "reward": stage | {"stage": "reward", "output": "runs/reward", "train": "${vars.train}"},
+        },
+    }
+    values["vars"]["sft"] |= {"stage": "sft", "output": "runs/sft"}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(values))
+
+    def found(*words):
+        stages = load_recipe(str(tmp_path / "recipe.yaml"), words).stages
+        return {name: (stage.train.learning_rate, stage.train.max_steps) for name, stage in stages.items()}
+
+    own, shared, all_of_it = (
+        "stages.sft.train.learning_rate=1e-5",
+        "vars.sft.train.max_steps=7",
+        "vars.train.max_steps=8",
+    )
+    for words in itertools.permutations([own, shared]):
+        assert found(*words) == {"sft": (1e-5, 7), "reward": (0.5, 3)}, words
+    for words in itertools.permutations([own, shared, all_of_it]):
+        assert found(*words) == {"sft": (1e-5, 7), "reward": (0.5, 8)}, words
+    for whole in ("stages.sft={train: {learning_rate: 2e-5}}", "stages.sft.train=learning_rate: 2e-5"):
+        for words in itertools.permutations([whole, all_of_it]):
+            assert found(*words) == {"sft": (2e-5, 8), "reward": (0.5, 8)}, words
+        assert found(own, whole)["sft"] == (2e-5, 3) and found(whole, own)["sft"] == (1e-5, 3)
+    with pytest.raises(BadInput, match="^override `.* cannot be applied to"):
+        found(f"vars.list[{'9' * 5000}].x=1")
+
+
 @pytest.mark.parametrize(
     ("text", "value"),
-    [("run #3", "run #3"), ("#3", "#3"), ("'a #b'", "a #b"), ("my data #2.jsonl", "my data #2.jsonl"), ("null", None)],
+    [
+        ("run #3", "run #3"),
+        ("3 #2", "3 #2"),
+        ("#3", "#3"),
+        ("'a #b'", "a #b"),
+        ("my data #2.jsonl", "my data #2.jsonl"),
+        ("null", None),
+    ],
 )
 def test_a_number_sign_begins_no_comment_in_an_override(text, value, tmp_path):
     values = {"stage": "sft", "data": {"train": "rows.jsonl"}, "model": {"base": "b/c"}, "output": "o"}

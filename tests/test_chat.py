@@ -2,10 +2,17 @@
 
 import io
 import json
+import os
 import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from align.chat import Order, chat
 from align.data import load
@@ -14,7 +21,9 @@ from align.models.roles import Bases
 from align.rollout.reading import read_all
 from align.rollout.rollouts import rollouts_of
 from align.settings import Data, Model, Sampling
+from tests import tiny
 
+ROOT = Path(__file__).resolve().parents[1]
 SAMPLING = Sampling(max_new_tokens=6)
 
 
@@ -91,6 +100,16 @@ def test_what_a_model_says_steers_no_terminal(runs, monkeypatch, capsys):
     assert "red[/bold]" in out
 
 
+def test_an_answer_ends_where_positions_do(runs, monkeypatch, capsys):
+    """Of 128, whatever was asked for; what leaves none is not asked."""
+    whole = Sampling(max_new_tokens=500)
+    monkeypatch.setattr("align.chat.end_token_ids", lambda *_: ())  # nothing ends it
+    words = ["good", "good " * 200, "good"]
+    out = " ".join(talk(monkeypatch, capsys, words, runs / "sft", sampling=whole).split())
+    first, refused = re.search(r"(\d+) tokens, cut off", out), re.search(r"(\d+) tokens leave none of sft's 128", out)
+    assert 100 < int(first[1]) < 128 and int(refused[1]) > 200
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -120,3 +139,154 @@ def test_what_is_kept_joins_no_open_line_and_is_what_a_stage_takes(runs, monkeyp
     assert out.count("not kept: the answers are the same, or one is empty") == 2
     rows = [json.loads(line) for line in file.read_text().splitlines()]
     assert rows[0] == row and rows[1]["chosen"][0]["content"] == "good" and len(rows) == 2
+
+
+def adapter(base, folder, **how):
+    """An adapter as PEFT's `save_pretrained` writes one, without a tokenizer."""
+    torch.manual_seed(0)
+    lora = LoraConfig(r=4, task_type=how.pop("task_type", "CAUSAL_LM"), init_lora_weights=False)
+    get_peft_model(AutoModelForCausalLM.from_pretrained(base, **how), lora).save_pretrained(folder)
+    return folder
+
+
+def edit(file, **values):
+    file.write_text(json.dumps(json.loads(file.read_text()) | values))
+
+
+def said_by(name, out):
+    return re.findall(rf"{name}> (.*)\n", out)
+
+
+def test_an_adapter_made_elsewhere_stands_over_the_base_that_it_names(base, monkeypatch, capsys, tmp_path):
+    theirs = adapter(base, tmp_path / "theirs")
+    lines = ["please give me a red cup", "thanks"]
+    out = talk(monkeypatch, capsys, lines, theirs)
+    assert min(abs(float(kl)) for kl in re.findall(r"KL to its base (-?[\d.]+) nats", out)) > 0.01
+    both = talk(monkeypatch, capsys, [lines[0], "2", lines[1], "2"], base, theirs)
+    assert said_by("theirs", out) == said_by("2 theirs", both)
+    assert said_by(base.name, talk(monkeypatch, capsys, lines, base)) != said_by("theirs", out)
+
+
+def test_adapter_and_base_may_be_on_the_hub(base, tmp_path):
+    """In its cache, as somebody without a connection has them."""
+    edit(adapter(base, tmp_path / "adapter") / "adapter_config.json", base_model_name_or_path="org/base")
+    for name, source in (("base", base), ("adapter", tmp_path / "adapter")):
+        repository = tmp_path / "cache" / f"models--org--{name}"
+        shutil.copytree(source, repository / "snapshots" / ("a" * 40))
+        (repository / "refs").mkdir()
+        (repository / "refs" / "main").write_text("a" * 40)
+    environment = os.environ | {"HF_HUB_CACHE": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", "from align.cli import app; app()", "chat", "org/adapter", "--max-new-tokens", "4"]
+    done = subprocess.run(command, input="thanks\n", env=environment, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert len(said_by("adapter", done.stdout)) == 1
+
+
+def test_an_adapter_over_a_base_in_4_bits_is_taken_as_it_is(base, monkeypatch, capsys, tmp_path):
+    how = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    small = AutoModelForCausalLM.from_pretrained(base, quantization_config=how, device_map={"": "cpu"})
+    small.save_pretrained(tmp_path / "small")
+    AutoTokenizer.from_pretrained(base).save_pretrained(tmp_path / "small")
+    theirs = adapter(tmp_path / "small", tmp_path / "theirs", device_map={"": "cpu"})
+    assert len(said_by("theirs", talk(monkeypatch, capsys, ["thanks"], theirs))) == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "other", "message"),
+    [
+        ({"base_model_name_or_path": None}, None, "names, none, is neither .* correct `base_model_name_or_path`"),
+        ({"base_model_name_or_path": "/nowhere/at/all"}, None, "names, /nowhere/at/all, is neither a folder here nor"),
+        ({"base_model_name_or_path": "org/nothing"}, None, "`hf download org/nothing` fetches it"),
+        ({"task_type": "SEQ_CLS"}, None, "is a classifier's adapter, which writes no text"),
+        ({}, "theirs", "align chat OTHER: the adapter in .*theirs is for the base .*/other, and .* stands over"),
+        ({}, "nothing", "align chat OTHER: .*nothing is not there"),
+    ],
+)
+def test_an_adapter_that_cannot_speak_is_refused_before_anything_is_loaded(
+    changes, other, message, base, monkeypatch, capsys, tmp_path
+):
+    made_over = base if other is None else tiny.make_base(tmp_path / "other", seed=1)
+    theirs = adapter(made_over, tmp_path / "theirs")
+    edit(theirs / "adapter_config.json", **changes)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)  # which nothing that is named here reaches
+    monkeypatch.setattr("align.chat.Bases", lambda *_, **__: pytest.fail("a base was loaded"))
+    with pytest.raises(BadInput, match=message) as caught:
+        talk(monkeypatch, capsys, [], *([theirs] if other is None else [base, tmp_path / other]))
+    assert "\n" not in str(caught.value) and "model.base" not in str(caught.value)
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    """A base whose tokenizer has no chat template."""
+    folder = tiny.make_base(tmp_path_factory.mktemp("plain") / "plain")
+    (folder / "chat_template.jinja").unlink()
+    return folder
+
+
+def test_a_policy_without_a_template_goes_on_from_what_is_typed(plain, monkeypatch, capsys, tmp_path):
+    out = talk(monkeypatch, capsys, ["good", "give me a cup"], plain)
+    said = "plain has no chat template: it goes on from what you type as plain text, each line by itself /new"
+    assert said in " ".join(out.split())
+    assert said_by("plain", out)[1] == said_by("plain", talk(monkeypatch, capsys, ["bad", "give me a cup"], plain))[1]
+    seen, said, file = [], iter(("good", "bad", "a cup", "a hat")), tmp_path / "pairs.jsonl"
+    monkeypatch.setattr("align.chat.encode_prompt", lambda _, prompt: seen.append(prompt.prompt) or [2, 14, 15])
+    monkeypatch.setattr("align.chat.decode_completion", lambda *_: next(said))
+    lines = ["give me a cup", "2", "thanks", "1"]
+    talk(monkeypatch, capsys, lines, plain, adapter(plain, tmp_path / "theirs"), keep=str(file))
+    assert set(seen) == {"give me a cup", "thanks"}
+    assert [json.loads(line) for line in file.read_text().splitlines()] == [
+        {"prompt": "give me a cup", "chosen": "bad", "rejected": "good"},
+        {"prompt": "thanks", "chosen": "a cup", "rejected": "a hat"},
+    ]
+    assert len(load(Data(train=str(file)), "preferences").train) == 2
+
+
+def test_beside_one_that_takes_turns_the_conversation_is_kept(base, plain, monkeypatch, capsys, tmp_path):
+    said, file = iter(("good", "bad", "a cup", "a hat")), tmp_path / "pairs.jsonl"
+    monkeypatch.setattr("align.chat.decode_completion", lambda *_: next(said))
+    out = talk(monkeypatch, capsys, ["thanks", "1", "give me a cup", "1"], plain, base, keep=str(file))
+    assert out.count("has no chat template") == 1
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    assert [turn["role"] for turn in rows[1]["prompt"]] == ["user", "assistant", "user"]
+
+
+def test_the_base_is_read_by_the_template_of_the_run_over_it(plain, data, monkeypatch, capsys, tmp_path):
+    (tmp_path / "own.jinja").write_text(tiny.TEMPLATE)
+    model = {"base": str(plain), "chat_template": str(tmp_path / "own.jinja")}
+    tiny.run(tiny.settings("sft", plain, data, tmp_path / "run", model=model))
+    out = talk(monkeypatch, capsys, ["thanks"], tmp_path / "run", "base")
+    assert "has no chat template" not in out and len(said_by("2 base", out)) == 1
+
+
+def with_template(base, folder, template):
+    shutil.copytree(base, folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = template
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("template", [{"one": tiny.TEMPLATE, "two": tiny.TEMPLATE}, "{{ nothing.at.all }}", "{% if"])
+def test_a_template_that_takes_no_question_is_said_before_anything_is_loaded(
+    template, plain, monkeypatch, capsys, tmp_path
+):
+    model = with_template(plain, tmp_path / "model", template)
+    monkeypatch.setattr("align.chat.Bases", lambda *_, **__: pytest.fail("a base was loaded"))
+    with pytest.raises(BadInput, match="correct the template beside its tokenizer") as caught:
+        talk(monkeypatch, capsys, [], model)
+    assert "model.chat_template" not in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_system_message_that_a_template_refuses_ends_no_conversation(plain, monkeypatch, capsys, tmp_path):
+    strict = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}" + tiny.TEMPLATE
+    model = with_template(plain, tmp_path / "model", strict)
+    out = talk(monkeypatch, capsys, ["/system good", "thanks", "/system", "thanks"], model)
+    assert re.search(r"refuses\s+this\s+conversation", out) and "model.chat_template" not in out
+    assert "/system alone" in out and len(said_by("model", out)) == 1
+
+
+def test_a_system_message_that_a_template_wants_is_asked_for(plain, monkeypatch, capsys, tmp_path):
+    strict = "{% if messages[0]['role'] != 'system' %}{{ raise_exception('no system') }}{% endif %}" + tiny.TEMPLATE
+    model = with_template(plain, tmp_path / "model", strict)
+    out = talk(monkeypatch, capsys, ["thanks", "/system good", "thanks"], model)
+    assert "/system TEXT begins anew with a system message" in " ".join(out.split()) and len(said_by("model", out)) == 1

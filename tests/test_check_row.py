@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 from rich.cells import cell_len
+from rich.console import Console
 from typer.testing import CliRunner
 
 from align.cli import app
@@ -14,6 +15,8 @@ from align.errors import BadInput
 from align.preflight import check_recipe
 from align.recipe import load_recipe
 from align.report.checking import show
+from align.report.rows import show_row
+from align.settings import EvaluateSettings
 
 SHORT = {"prompt": "a red kite", "completion": "is a bird"}
 ROWS = {
@@ -118,7 +121,7 @@ def test_of_single_labels(base, place, capsys):
             shows,
             (
                 "a demonstration that trains",
-                "left out: its answer is a bad one",
+                "left out by `format: kto`: the answer is a bad one",
                 "that trains",
                 "bad one",
                 "skipped: KTO",
@@ -127,7 +130,7 @@ def test_of_single_labels(base, place, capsys):
         (
             pairs,
             (
-                "left out: there is no bad answer to its prompt",
+                "left out by `format: kto`: there is no bad answer to the prompt",
                 "part of what another row of its prompt has become",
                 "2 preferences, the first of which trains",
                 "part of what another row",
@@ -199,3 +202,54 @@ def test_from_the_command_line(base, place):
     prepare(sft(base), place)
     done = CliRunner().invoke(app, ["check", "recipe.yaml", "--row", "2"])
     assert done.exit_code == 0 and "row     rows.jsonl:2" in done.output and "cut at 64" in done.output
+
+
+def test_what_stands_beside_the_hubs_is_counted(base, place, capsys, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    out = shown(sft(base, train=["rows.jsonl", "org/far"]), capsys)
+    assert "reads   3 demonstrations, 1 held out: rows.jsonl; demonstrations from the Hub: org/far  (data)" in out
+    assert "1 bad rows skipped; the first: rows.jsonl:3: `completion` is missing" in out
+    assert "reads   demonstrations from the Hub: org/far  (data)" in shown(sft(base, train="org/far"), capsys)
+
+
+PAIRS = [
+    {"prompt": "a kite", "chosen": "flies " * 60, "rejected": "is red"},
+    {"prompt": "b", "chosen": "c", "rejected": "d"},
+]
+
+
+def seen(settings, capsys, row):
+    """What is shown of a row alone: the runs that the stage reads need not be there."""
+    assert show_row(Console(), settings, row)
+    return capsys.readouterr().out
+
+
+def test_rows_of_a_second_section_have_its_length_and_its_words(base, place, capsys):
+    written(place, "pairs.jsonl", PAIRS)
+    values = {"stage": "evaluate", "output": "out", "model": {"base": str(base)}, "policies": {"base": None}}
+    values |= {"rewards": [{"use": "learned", "from": "runs/reward"}], "prompts": {"train": "rows.jsonl"}}
+    values |= {"max_prompt_length": 8, "sampling": {"max_new_tokens": 8}}
+    values["reward"] = {"from": "runs/reward", "data": {"train": "pairs.jsonl"}}
+    out = seen(EvaluateSettings.model_validate(values), capsys, "pairs.jsonl:1")
+    assert "a preference that is scored: " in out and "dropped" not in out
+    values["reward"]["max_length"] = 16
+    out = seen(EvaluateSettings.model_validate(values), capsys, "pairs.jsonl:1")
+    assert "a preference: dropped, for it is longer than 16 tokens" in out
+    values["reward"]["data"]["validation_split"] = 0.5
+    settings = EvaluateSettings.model_validate(
+        values | {"prompts": {"train": "rows.jsonl", "validation": "held.jsonl"}}
+    )
+    assert "that is scored: " in seen(settings, capsys, "pairs.jsonl:2")
+    assert "a prompt that is answered: " in seen(settings, capsys, "held.jsonl:1")
+    assert "a prompt that is passed over for those held out: " in seen(settings, capsys, "rows.jsonl:1")
+
+
+def test_of_what_scores_are_measured_on(base, place, capsys):
+    written(place, "pairs.jsonl", PAIRS)
+    values = {"stage": "reward", "output": "out", "model": {"base": str(base)}, "data": {"train": "pairs.jsonl"}}
+    values |= {"reference": ["held.jsonl", "rows.jsonl"], "max_length": 64}
+    written(place, "rows.jsonl", [ROWS[2]])
+    out = shown(values, capsys, "held.jsonl:1")
+    assert re.search(r"a demonstration that is scored for the scale: \d+ tokens, then \d+ of the answer\n", out)
+    assert "carry loss" not in out
+    assert "a demonstration: dropped, for it is longer than 64 tokens" in shown(values, capsys, "rows.jsonl:1")

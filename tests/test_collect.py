@@ -15,6 +15,7 @@ from align.manifest import read_lines, read_manifest
 from align.models.roles import Bases
 from align.preflight import check_recipe
 from align.recipe import load_recipe
+from align.resumption import state_of
 from align.rewards import build_rewards
 from align.rewards.learned import ensemble_members
 from align.settings import STAGES, CollectSettings, Reward, ScoreSettings
@@ -101,6 +102,28 @@ def test_answers_are_of_every_policy_and_draw_whatever_the_batch(base, data, run
     assert rows[0]["columns"]["thing"] in tiny.WORDS and all(row["num_tokens"] <= 8 for row in rows)
     assert collect(base, data, runs, tmp_path / "again", batch_size=3) == rows
     assert collect(base, data, runs, tmp_path / "other", seed=1) != rows
+
+
+def test_answers_are_drawn_as_sampling_says_unless_temperatures_are_given(base, data, runs, tmp_path):
+    half = {"max_new_tokens": 8, "temperature": 0.5}
+    (tmp_path / "two.jsonl").write_text("".join((data / "prompts.jsonl").read_text().splitlines(True)[:2]))
+    prompts = {"train": str(tmp_path / "two.jsonl")}
+    rows = collect(base, data, runs, tmp_path / "half", prompts=prompts, temperatures=None, sampling=half)
+    assert {row["temperature"] for row in rows} == {0.5}
+    for name, sampling in (
+        ("cool", half),
+        ("one", {"max_new_tokens": 8}),
+    ):  # as an earlier version took what says nothing
+        collect(base, data, runs, tmp_path / name, prompts=prompts, temperatures=[1.0], sampling=sampling)
+    cool, one = (
+        CollectSettings(
+            **read_manifest(tmp_path / name)["recipe"] | {"output": str(tmp_path / name), "temperatures": None}
+        )
+        for name in ("cool", "one")
+    )
+    assert state_of(one) == "finished"
+    with pytest.raises(BadInput, match=r"`temperatures\[0\]` was 1.0, is 0.5\); write it as it was, choose another"):
+        state_of(cool)
 
 
 def test_prompts_that_are_too_long_are_left_out_and_counted(base, data, runs, tmp_path, capsys):

@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 from align.cli import app
 from align.errors import BadInput
+from align.models import export
 from align.models.export import export_classifier, merge, merge_adapter
 from align.models.roles import Bases
 from align.models.scoring import score_sequences
@@ -291,6 +292,15 @@ def test_what_of_others_cannot_be_merged_is_one_line_and_leaves_nothing(base, tm
     (Path(made("own")) / "adapter_model.safetensors").unlink()
     with pytest.raises(BadInput, match="holds no adapter_model.safetensors"):
         merge_adapter(str(tmp_path / "own"), str(out))
+
+
+def test_an_architecture_without_a_classifier_is_told_before_anything_is_loaded(data, tmp_path, monkeypatch):
+    own = tiny.make_base(tmp_path / "base", kind="own scale")
+    tiny.run(tiny.settings("reward", own, data, tmp_path / "run"))
+    monkeypatch.setattr(export, "Bases", None)
+    with pytest.raises(BadInput, match=r"no classifier of one score for granite \(.*\); open it with PEFT"):
+        export_classifier(str(tmp_path / "run"), str(tmp_path / "plain"))
+    assert not (tmp_path / "plain").exists()
 
 
 def test_what_cannot_be_exported_is_one_line_and_leaves_nothing(runs, rewards, tmp_path):

@@ -170,6 +170,11 @@ def test_a_capture_that_fails_leaves_a_process_that_samples_and_trains(llama, cu
     assert drawn[0] == drawn[1] and len(graphs._reasons) == 1
     torch.nn.functional.dropout(torch.ones(8, device=cuda)).sum().item()
     torch.cuda.empty_cache()
+    before = torch.cuda.memory_reserved()
+    torch.ones(2**26, device=cuda)
+    assert torch.cuda.memory_reserved() > before
+    torch.cuda.empty_cache()
+    assert torch.cuda.memory_reserved() == before  # torch up to 2.12 gave nothing back any more
 
 
 @pytest.mark.parametrize("load_in", ["float32", "bfloat16", "nf4"])
@@ -283,7 +288,8 @@ def test_a_run_on_a_full_card_goes_on_in_smaller_passes(big, tmp_path, capfd, st
         size = int(held + share * (peak_of(tmp_path / "whole") - held))
         said = re.findall("out of memory (.*?):.*from here on", capfd.readouterr().err)
         figures = {"held": held, "cached": cached, "room": size, "peak": peak_of(tmp_path / name)}
-        assert bool(said) == (name == "full") and len(said) == len(set(said)), figures
+        assert cached < size and bool(said) == (name == "full"), figures
+        assert len(said) == len(set(said)), said
     assert peak_of(tmp_path / "full") <= size
     assert len(rows[0]) == len(rows[1])
     first, other = rows[0][0], rows[1][0]

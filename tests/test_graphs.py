@@ -1,7 +1,9 @@
 """Steps that are captured and replayed draw what steps draw that are launched one by one."""
 
 import warnings
+from contextlib import nullcontext
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -122,6 +124,22 @@ def test_what_cannot_be_captured_runs_as_it_is(folder, captured, monkeypatch, ca
         assert drawn(role, sampling, 4)[0].answers == expected
     assert len(tried) == times
     assert capfd.readouterr().err.count(f"one by one, which is slower: {why} (") == 1
+
+
+def test_a_capture_that_fails_leaves_torch_as_it_was(monkeypatch):
+    """By torch's own functions that put right what its `graph` leaves: no card is needed to see that they are called."""
+    done, at = [], SimpleNamespace(device_index=1)
+    generator = SimpleNamespace(clone_state=lambda: "a copy", graphsafe_set_state=lambda state: done.append(state))
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph, pool, capture_error_mode: nullcontext())
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 7))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: at)
+    monkeypatch.setattr(torch.cuda, "set_stream", done.append)
+    monkeypatch.setattr(torch.cuda, "default_generators", {1: generator})
+    monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", lambda *given: done.append(given), raising=False)
+    with pytest.raises(RuntimeError, match="it waits"):
+        graphs.capture(failing(RuntimeError("it waits")), None)
+    assert done == [at, "a copy", (1, (0, 7))]
 
 
 def test_torchs_notice_of_its_own_mode_is_no_wait(monkeypatch):

@@ -5,6 +5,7 @@ All cases are tried by one process (`tests/helpers/hub_that_fails.py`), with a H
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -13,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from align import hub
-from align.data import read_rows
-from align.errors import BadInput
+from align.data import read_rows, sources
+from align.errors import BadInput, RunFailed
 from align.settings import Source
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -134,3 +135,42 @@ def test_a_stream_has_an_end_and_is_of_the_hub(tmp_path):
         BadInput, match="`streaming` is for data sets of the Hub, and this is a file, all of which is read; leave"
     ):
         read_rows(Source(path=str(tmp_path / "rows.jsonl"), limit=3, streaming=True))
+
+
+class _Streamed:
+    """Stands for a data set that is streamed: a row every so often, and then none for a while."""
+
+    def __init__(self, seconds, num_rows, then):
+        self.seconds, self.num_rows, self.then = seconds, num_rows, then
+
+    def __iter__(self):
+        for number in range(self.num_rows):
+            time.sleep(self.seconds)
+            yield {"text": str(number)}
+        time.sleep(self.then)
+
+
+@pytest.fixture
+def streaming(monkeypatch):
+    """Stands for the Hub, which streams as it is told."""
+    import datasets
+
+    monkeypatch.setattr(hub, "_named", {"org/rows"})
+    monkeypatch.setattr(hub, "look", lambda *_: None)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(sources, "STALLED_SECONDS", 2.0)
+    monkeypatch.setattr(hub, "TOLD_SECONDS", 0.0)
+    return lambda *how: monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: _Streamed(*how))
+
+
+def test_rows_that_come_are_a_streams_sign_of_life(streaming, capsys):
+    streaming(0.6, 6, 0.0)
+    rows = list(read_rows(Source(path="org/rows", limit=6, streaming=True)))
+    assert [row.values["text"] for row in rows] == list("012345")
+    assert re.search(r"fetching org/rows\[train\]: \d rows so far", capsys.readouterr().err)
+
+
+def test_a_stream_that_stalls_says_that_nothing_is_kept(streaming):
+    streaming(0.0, 3, 5.0)
+    with pytest.raises(RunFailed, match=r"too slow for 2 s.*same command again, or leave `streaming` out: what is"):
+        read_rows(Source(path="org/rows", limit=6, streaming=True))

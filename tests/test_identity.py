@@ -260,6 +260,7 @@ HARMLESS = {
     "another spelling of the run before": {"policy.from": "{here}/runs/sft"},
     "the launcher": {"launch": "ddp"},
     "how others would sample": {},
+    "another spelling of a function": {"rewards": [{"use": "{here}/runs/../rewards.py:one"}]},
     "recomputed activations": {"ppo.gradient_checkpointing": True},
     "a pass of the reward": {"rewards": [{"use": "learned", "from": "runs/reward", "max_batch_tokens": 32}]},
 }
@@ -268,7 +269,9 @@ HARMLESS = {
 @pytest.mark.parametrize("change", HARMLESS)
 def test_what_changes_no_figure_makes_no_other_run(house, change):
     values = tiny.recipe("ppo", Path("base"), Path("data"), Path("runs/ppo"))
-    begin(ppo(), fingerprint("base"))
+    Path("rewards.py").write_text("def one(completions, **_): return [0.0] * len(completions)\n")
+    own = {"rewards": [{"use": "rewards.py:one"}]} if change == "another spelling of a function" else {}
+    begin(ppo(**own), fingerprint("base"))
     if not HARMLESS[change]:
         edit_json("base/generation_config.json", temperature=0.5)
     for key, value in HARMLESS[change].items():

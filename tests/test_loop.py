@@ -5,6 +5,7 @@ import json
 import math
 import os
 import random
+import re
 import shutil
 from contextlib import contextmanager
 from pathlib import Path
@@ -35,7 +36,7 @@ from align.manifest import MANIFEST, kept_critic, read_lines, read_manifest, rec
 from align.parents import check_parents
 from align.settings.loop import LoopSettings
 from align.stages import checkpoint, in_its_precision
-from tests import tiny
+from tests import test_machines, tiny
 from tests.databases import fill
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
@@ -321,6 +322,43 @@ def test_pairs_of_prompts_that_this_round_did_not_draw_are_not_routed(base, data
     this.store.close()
 
 
+def test_pairs_of_prompts_that_this_round_did_not_draw_are_no_audit(base, data, tmp_path):
+    """Nor are machine labels taken in with them forgotten as of a gate that was cut off."""
+    figures = {}
+    for name in ("own", "with labels of another run"):
+        loop, store = load_loop(recipe(base, data, tmp_path)), Store(tmp_path / f"{name}.db", create=True)
+        this, person = Context(loop, store, 1, in_process), store.add_annotator("Ada")
+        prompts = store.add_prompts([(f"question {n}", {}) for n in range(40)], "train")
+        drawn = store.add_candidates(1, "current", {}, [(p, k, f"{p} {k}") for p in prompts for k in (0, 1)])
+        rows = [(p, drawn[2 * n], drawn[2 * n + 1], "random") for n, p in enumerate(prompts)]
+        own = set(_prompts_of_round(this))
+        made = store.add_comparisons(1, [row for row in rows if name != "own" or row[0] in own])
+        pairs = [pair for pair in store.pairs(1) if pair.id in made]
+        said = {
+            pair.id: {"margins": [1.0, 0.5 * (n % 5)], "route": "human", "reason": "audit"}
+            for n, pair in enumerate(pairs)
+        }
+        theirs = [pair for pair in pairs if pair.prompt_id not in own]
+        for n, pair in enumerate(pair for pair in pairs if pair.prompt_id in own):
+            said[pair.id] = {"margins": [2.0 - n % 5, 0.5], "route": "human", "reason": "audit"}
+            if n % 4 == 3:
+                said[pair.id] |= {"route": "machine", "reason": "machine"}
+            else:
+                store.add_labels([NewLabel(pair.id, "human", "ab"[n % 3 == 1], f"ada-{pair.id}", annotator_id=person)])
+        store.set_comparisons(said)
+        for pair in theirs:
+            store.add_labels([NewLabel(pair.id, "human", "b", f"theirs-{pair.id}", annotator_id=person)])
+            store.add_labels([NewLabel(pair.id, "reward", "b", f"reward-{pair.id}", probability=0.1)])
+        assert bool(theirs) == (name != "own")
+        figures[name] = STEPS["merge"](this), store.metrics()[1]
+        kept = {label.comparison_id for label in store.labels(sources=("reward",))}
+        assert {pair.id for pair in theirs} <= kept
+        store.close()
+    of_gate = ("audited", "temperature", "audit_accuracy", "accepted", "accepted_share", "corrected_audit")
+    first, other = ({key: metrics[key] for key in of_gate} for _, metrics in figures.values())
+    assert first == other and first["audited"] >= 2
+
+
 def test_a_prompt_that_is_evaluated_on_twice_is_compared_once(finished, tmp_path):
     loop, _ = finished
     folder = tmp_path / "round-0" / "evaluate"
@@ -439,10 +477,10 @@ def test_killed_at_every_boundary_and_inside_every_stage_it_ends_the_same(finish
     assert state(loop, tmp_path) == state(*finished)
 
 
-def answer_all(store, outcome):
-    """Two people answer what they are asked until nothing is left."""
+def answer_all(store, outcome, names=("one", "two")):
+    """People answer what they are asked until nothing is left."""
     queue = Queue(store)
-    people = [store.add_annotator(name) for name in ("one", "two")]
+    people = [store.add_annotator(name) for name in names]
     while any(tasks := [queue.next(person) for person in people]):
         for person, found in zip(people, tasks, strict=True):
             for task in found:
@@ -455,6 +493,12 @@ def test_people_are_waited_for(base, data, tmp_path, capsys):
     assert run_loop(loop, in_process) == 0
     assert "pairs go to two people each): align label" in capsys.readouterr().out
     store = Store(loop.store)
+    answer_all(store, "a", names=("one",))
+    assert run_loop(loop, in_process) == 0
+    said = capsys.readouterr().out
+    assert re.search(
+        r"^3 pairs still want a second person: align label \S+ --add NAME\nThen go on with", said, re.MULTILINE
+    )
     answer_all(store, "a")
     assert run_loop(loop, in_process) == 0
     said = capsys.readouterr().out
@@ -476,7 +520,7 @@ def test_soft_labels_from_elsewhere_stay_soft_and_a_cut_off_gate_is_done_anew(tm
     store.add_labels([NewLabel(pair, "human", "b", "imported-1", annotator_id=person, probability=0.4)])
     assert people_say(store) == {pair: 0.4}
     store.add_labels([NewLabel(pair, "reward", "a", "reward-0-1", probability=0.9)])
-    store.drop_machine_labels(0)
+    store.drop_machine_labels([pair])
     assert store.counts() == {"human": 1}
     store.close()
 
@@ -557,6 +601,10 @@ def test_two_loops_cannot_share_a_store(finished, base, data, tmp_path):
         run_loop(load_loop(recipe(base, data, tmp_path, store=f"sqlite:///{loop.store}")), in_process)
 
 
+UNSEEN = {"prompts": {"train": "{folder}/unseen.jsonl"}}
+HELD_OUT = {"train": "{folder}/train.jsonl", "validation_split": 0.2}
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
@@ -567,20 +615,77 @@ def test_two_loops_cannot_share_a_store(finished, base, data, tmp_path):
         ({"annotators": {"use": "{folder}/world.py:right"}}, "`annotators`: `right` needs the argument `nowhere`; add a col"),
         ({"judge": {"use": "{folder}/world.py:right"}}, "`judge`: `right` needs the argument `nowhere`"),
         ({"evaluation": {"rewards": [{"use": "{folder}/world.py:right"}], "prompts": {"train": "{folder}/unseen.jsonl"}}}, r"`evaluation.rewards\[0\]`: `right` needs"),
-        ({"sft": "runs/none"}, "runs/none is not there"),
+        ({"sft": "runs/none"}, "loop.yaml: `sft.from`: runs/none is not there"),
         ({"judge": {"use": "server"}}, "needs `url`"),
         ({"rounds": 3}, "`rounds` is unknown"),
         ({"ensemble": {"method": {"kind": "qlora"}}}, "in `ensemble`.*needs `model.load_in: nf4`"),
-        ({"ppo": {"critic": {"from": "nowhere"}}}, "`ppo.critic.from`.*nowhere is not there"),
+        ({"ppo": {"critic": {"from": "nowhere"}}}, "in `ppo`: `critic.from`: nowhere is not there"),
+        ({"ppo": {"critic": {"from": "{folder}"}}}, "in `ppo`: `critic.from`: {folder} is not a run's folder"),
+        ({"ppo": {"ppo": {"eval_steps": 1}, "beside": {"brief": {"use": "{folder}/world.py:nothing"}}}, "prompts": HELD_OUT}, "in `ppo`: `beside.brief`: {folder}/world.py has no `nothing`"),
+        ({"ppo": {"ppo": {"eval_steps": 1}, "beside": {"brief": {"use": "{folder}/world.py:right"}}}, "prompts": HELD_OUT}, "`ppo.beside.brief`: `right` needs"),
+        ({"ppo": {"ppo": {"eval_steps": 1}, "beside": {"rm": {"use": "learned", "from": "runs/typo"}}}, "prompts": HELD_OUT}, "in `ppo`: `beside.rm.from`: runs/typo is not there"),
+        ({"ensemble": {"reference": "data/typo.jsonl"}}, "in `ensemble`: `reference`: .*data/typo.jsonl"),
+        ({"evaluation": UNSEEN | {"rewards": [{"use": "learned", "from": "runs/typo"}]}}, r"in `evaluation`: `rewards\[0\].from`: runs/typo is not there"),
+        ({"evaluation": UNSEEN | {"pairwise_judge": {"use": "model", "model": "{folder}"}}}, "in `evaluation`: `pairwise_judge.model`: {folder} holds neither"),
+        ({"judge": {"use": "model", "model": "runs/typo"}}, "loop.yaml: `judge.model`: runs/typo is"),
+        ({"launch": "fsdp", "evaluation": UNSEEN | {"pairwise_judge": {"use": "model"}}}, "stage `evaluation`: `pairwise_judge`: a model that judges is asked by one"),
+        ({"launch": "{folder}/machines.yaml"}, "machine 0 of 2: only `align run` goes over several machines"),
         ({"annotators": {"use": "x.py:gold", "num_annotators": 1}}, "`route.overlap` asks two people"),
         ({"collect": {"random_pairs": 0}}, "`collect.random_pairs`.* must be 1 or more"),
     ],
 )  # fmt: skip
 def test_bad_recipes_are_refused_in_one_line(changes, said, base, data, tmp_path):
+    test_machines.config(tmp_path, 0, 29500).rename(tmp_path / "machines.yaml")
     changes = json.loads(json.dumps(changes).replace("{folder}", str(tmp_path)))
-    with pytest.raises(BadInput, match=said) as caught:
+    with pytest.raises(BadInput, match=said.replace("{folder}", str(tmp_path))) as caught:
         run_loop(load_loop(recipe(base, data, tmp_path, **changes)), in_process)
     assert "\n" not in str(caught.value) and not (tmp_path / "loop").exists()
+
+
+def test_what_no_step_has_read_may_be_put_right(finished, base, data, tmp_path):
+    stopped = lambda *_: (143, "")  # noqa: E731
+    assert run_loop(load_loop(recipe(base, data, tmp_path)), stopped) == 143
+    weighed = [{"use": f"{tmp_path}/world.py:gold", "weight": 2.0}]
+    evaluation = {"prompts": {"train": str(tmp_path / "unseen.jsonl")}, "rewards": weighed}
+    right = {"evaluation": evaluation, "judge": {"use": "model"}, "ppo": {}, "ensemble": {"train": {"max_steps": 1}}}
+    null = {"ensemble": {"train": {"max_steps": 1, "max_batch_tokens": None}}}
+    for changes in (right, right | null, right):
+        assert run_loop(load_loop(recipe(base, data, tmp_path, **changes)), stopped) == 143
+    assert json.loads((tmp_path / "loop" / "loop.json").read_text())["evaluation"]["rewards"] == weighed
+    few = {"train": str(tmp_path / "unseen.jsonl"), "on_bad_row": "skip"}  # prompts are read when a loop begins
+    for wrong in ({"evaluation": evaluation | {"prompts": few}}, {"route": {"kickstart": 13}}):
+        with pytest.raises(BadInput, match="holds a loop of another recipe"):
+            run_loop(load_loop(recipe(base, data, tmp_path, **right | wrong)), stopped)
+    _, folder = finished
+    evaluation = {"prompts": {"train": str(folder / "unseen.jsonl")}, "rewards": weighed, "people_prompts": 2}
+    for own in ({"evaluation": evaluation}, {"judge": {"use": "model"}}, {"ppo": {}}):
+        with pytest.raises(BadInput, match=f"holds a loop of another recipe .`{next(iter(own))}"):
+            run_loop(load_loop(recipe(base, data, folder, **own)), stopped)
+    spelt = {"use": f"{folder}/../{folder.name}/world.py:gold", "noise": 0.1}  # the same function
+    assert run_loop(load_loop(recipe(base, data, folder, annotators=spelt)), stopped) == 0
+    recipe(base, data, folder)
+    (tmp_path / "loop" / "round-0" / "evaluate").mkdir(parents=True)  # it has begun
+    with pytest.raises(BadInput, match="holds a loop of another recipe .`evaluation.rewards"):
+        unweighed = right["evaluation"] | {"rewards": [weighed[0] | {"weight": 1.0}]}
+        run_loop(load_loop(recipe(base, data, tmp_path, **right | {"evaluation": unweighed})), stopped)
+
+
+def test_a_round_collects_as_it_samples_and_a_loop_of_an_earlier_version_as_it_did(base, data, tmp_path):
+    stopped = lambda *_: (143, "")  # noqa: E731
+    settings = {"collect": {"prompts_per_round": 8}, "sampling": {"max_new_tokens": 8}}
+    loop = load_loop(recipe(base, data, tmp_path, **settings))
+    assert run_loop(loop, stopped) == 143
+    written = json.loads((loop.out / "loop.json").read_text())
+    assert written["collect"]["temperatures"] == [1.0]  # as before it could be left out
+    warm = {"sampling": {"max_new_tokens": 8, "temperature": 0.7}}
+    assert load_loop(recipe(base, data, tmp_path, **settings | warm)).collect(0, "", "").temperatures == (0.7,)
+    begun = {"output": str(tmp_path / "begun"), "collect": {"prompts_per_round": 8, "temperatures": [1.0]}}
+    assert run_loop(load_loop(recipe(base, data, tmp_path, **begun | warm)), stopped) == 143
+    left_out = settings | warm | {"output": str(tmp_path / "begun")}
+    said = r"\(`collect.temperatures\[0\]` was 1.0, is 0.7\); write it as it was, or choose another output"
+    with pytest.raises(BadInput, match=said):
+        run_loop(load_loop(recipe(base, data, tmp_path, **left_out)), stopped)
+    assert run_loop(load_loop(recipe(base, data, tmp_path, **begun | warm)), stopped) == 143
 
 
 def test_a_prompt_to_evaluate_on_is_never_trained_on(base, data, tmp_path):

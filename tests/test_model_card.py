@@ -5,19 +5,30 @@ import itertools
 import json
 import re
 import shutil
+import subprocess
+import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from huggingface_hub import ModelCard
 
 from align.artifact import finish
 from align.errors import BadInput, RunFailed
 from align.manifest import read_manifest, write_manifest
-from align.model_card import CARD, card_of
+from align.model_card import CARD, adapter_of, card_of
+from align.models.roles import Bases
+from align.models.scoring import score_sequences
 from align.push import push
+from align.settings import Model
 from tests import tiny
+
+ROOT = Path(__file__).resolve().parents[1]
+METHODS = {"whole": {"kind": "full"}, "behind": {"kind": "adapter", "reduction_factor": 4}}
+ROWS = [[2, 4, 12, 6, 3], [2, 4, 17, 0], [5, 7, 9]]  # one ends with the pad, as answers do where that is the end token
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +37,8 @@ def made(base, data, tmp_path_factory):
     folder = tmp_path_factory.mktemp("made")
     for stage in ("sft", "reward"):
         tiny.run(tiny.settings(stage, base, data, folder / stage))
-    tiny.run(tiny.settings("sft", base, data, folder / "whole", method={"kind": "full"}))
+        for name, method in METHODS.items():
+            tiny.run(tiny.settings(stage, base, data, folder / f"{stage}-{name}", method=method))
     return folder
 
 
@@ -39,7 +51,7 @@ def head_of(text):
     [
         ("sft", "peft", "text-generation", ["align", "sft", "lora"]),
         ("reward", "peft", "text-classification", ["align", "reward", "lora"]),
-        ("whole", "transformers", "text-generation", ["align", "sft"]),
+        ("sft-whole", "transformers", "text-generation", ["align", "sft"]),
     ],
 )
 def test_a_run_has_a_card_that_the_hubs_library_reads(made, run, library, task, tags):
@@ -53,13 +65,45 @@ def test_a_run_has_a_card_that_the_hubs_library_reads(made, run, library, task, 
     assert manifest["made_of"]["data.train[0]"]["fingerprint"] in card.text
 
 
-def test_what_a_card_shows_to_use_it_opens_it(made, base, tmp_path):
+def lines_of(run, base):
     """The lines under "Use", with the names of this machine put in."""
-    for run in ("sft", "reward"):
-        lines = re.search(r"```python\n(.*?)```", (made / run / CARD).read_text(), re.DOTALL)[1]
-        found = {}
-        exec(lines.replace(f'"{base.name}"', repr(str(base))).replace("PATH_OR_NAME_OF_THIS", str(made / run)), found)
-        assert sum(p.numel() for name, p in found["model"].named_parameters() if "lora" in name) > 0
+    lines = re.search(r"```python\n(.*?)```", (run / CARD).read_text(), re.DOTALL)[1]
+    return lines.replace(f'"{base.name}"', repr(str(base))).replace("PATH_OR_NAME_OF_THIS", str(run))
+
+
+@pytest.mark.parametrize("run", ["sft", "sft-whole", "sft-behind", "reward", "reward-whole", "reward-behind"])
+@torch.no_grad()
+def test_what_a_card_shows_to_use_it_gives_what_the_run_does(made, base, run):
+    found = {}
+    exec(lines_of(made / run, base), found)
+    theirs = [found["model"](input_ids=torch.tensor([row])).logits[0] for row in ROWS]
+    bases = Bases(Model(base=str(made / run if run.endswith("whole") else base)), torch.device("cpu"))
+    is_reward = run.startswith("reward")
+    role = bases.role(str(made / run), head=is_reward)
+    if is_reward:
+        ours = list(score_sequences(role, [row[:1] for row in ROWS], [row[1:] for row in ROWS]))
+        assert len({round(float(score), 4) for score in ours}) == len(ROWS)
+    else:
+        rows = [torch.tensor([row]) for row in ROWS]
+        ours = [role.logits(role.hidden(row, torch.ones_like(row, dtype=torch.bool)))[0] for row in rows]
+    for one, other in zip(ours, theirs, strict=True):
+        assert (one - other).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("stage", ["sft", "reward"])
+def test_a_card_of_our_own_type_of_adapter_opens_it_where_nothing_else_is_imported(made, base, stage):
+    code = lines_of(made / f"{stage}-behind", base) + "\nprint(model.peft_type.value)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split()[-1] == "BOTTLENECK"
+
+
+def test_a_run_that_goes_on_with_an_adapter_has_its_type_from_its_folder(made):
+    manifest = read_manifest(made / "sft-behind")
+    recipe = {key: value for key, value in manifest["recipe"].items() if key != "method"}
+    text = card_of(manifest | {"recipe": recipe}, "policy", adapter=adapter_of(made / "sft-behind"))
+    assert "```python\nimport align" in text
+    assert "import align" not in (made / "sft" / CARD).read_text()
 
 
 def test_a_card_says_the_bases_licence_and_names_what_is_on_the_hub(made, base, tmp_path):
@@ -67,11 +111,13 @@ def test_a_card_says_the_bases_licence_and_names_what_is_on_the_hub(made, base, 
     own.mkdir()
     (own / CARD).write_text("---\nlicense: apache-2.0\n---\n# A base\n")
     manifest = read_manifest(made / "sft")
-    assert head_of(card_of(manifest | {"base": str(own)}, "policy", is_adapter=True))["license"] == "apache-2.0"
-    data = {"data.train[0]": {"what": "data", "path": "org/rows", "fingerprint": "x@0"}}
-    named = manifest | {"base": "org/base", "made_of": data}
-    head = head_of(card_of(named, "policy", is_adapter=True))
-    assert (head["base_model"], head["datasets"]) == ("org/base", ["org/rows"])
+    assert head_of(card_of(manifest | {"base": str(own)}, "policy", adapter="LORA"))["license"] == "apache-2.0"
+    data = {"data.train[0]": {"what": "data", "path": "org/rows-v1.5", "fingerprint": "org/rows-v1.5@d0"}}
+    named = manifest | {"base": "org/base", "base_fingerprint": "org/base@c0", "made_of": data}
+    text = card_of(named, "policy", adapter="LORA")
+    head = head_of(text)
+    assert (head["base_model"], head["datasets"]) == ("org/base", ["org/rows-v1.5"])
+    assert 'from_pretrained("org/base", revision="c0")' in text
     assert head["tags"][-1] == "base_model:adapter:org/base"
 
 
@@ -84,7 +130,7 @@ def test_what_people_wrote_is_no_markup(made, name):
     text = card_of(
         manifest | {"made_of": {"data.train[0]": part}, "metrics": {name: 1.0}, "recipe": recipe, "kind": "other"},
         "policy",
-        is_adapter=True,
+        adapter="LORA",
     )
     assert "\x1b" not in text
     rows = [line for line in text.splitlines() if line.startswith("| `")]
@@ -101,7 +147,7 @@ def test_a_manifest_of_an_earlier_version_has_a_card_too(made):
     manifest = read_manifest(made / "sft")
     del manifest["versions"]
     recipe = manifest["recipe"] | {"of_long_ago": True}
-    text = card_of(manifest | {"recipe": recipe}, "policy", is_adapter=True)
+    text = card_of(manifest | {"recipe": recipe}, "policy", adapter="LORA")
     assert "of_long_ago: true" in text
 
 
@@ -111,13 +157,54 @@ def test_a_cards_recipe_tells_nothing_of_this_machine(made):
         "stage": "other",
         "policy": {"from": "/home/ada/clients/acme/sft"},
         "rewards": [{"use": "/home/ada/mine.py:f", "api": "sk-live-123"}],
+        "init_text": "see http://10.1.2.3/x",
+        "chat_template_kwargs": {"end": "</think>", "at": "http://10.1.2.3"},
         "sampling": {"url": "http://user:pw@10.1.2.3:8000", "engine": "vllm"},
         "judge": {"question": "../secret/ask.jinja", "address": "http://10.1.2.3"},
         "method": {"kind": "/home/ada/method.py:mine", "size": 3},
     }
-    text = card_of(manifest | {"recipe": recipe}, "policy", is_adapter=True)
+    text = card_of(manifest | {"recipe": recipe}, "policy", adapter="LORA")
     assert not re.search(r"/home|ada/|acme/|sk-live|10\.1\.2\.3|secret/|pw@", text)
-    assert "mine.py:f" in text and "from: sft" in text
+    assert "mine.py:f" in text and "from: sft" in text and "</think>" in text
+
+
+def test_a_cards_paths_are_shown_by_their_last_names(made):
+    """Also those that look like names on the Hub; what is there has its commit in its fingerprint."""
+    manifest = read_manifest(made / "sft")
+    digest = {"what": "data", "fingerprint": "0123456789abcdef"}
+    recipe = manifest["recipe"] | {
+        "stage": "other",
+        "model": {"base": "clients/acme-7b", "revision": "refs/pr/3"},
+        "data": {"train": [{"path": "clients/acme/complaints.jsonl"}, {"path": "org/rows"}]},
+        "policy": {"from": "clients/acme/sft"},
+        "reference": {"from": "org/policy"},
+        "format": "clients/acme/mine.py:rows",
+    }
+    text = card_of(
+        manifest
+        | {
+            "base": "clients/acme-7b",
+            "base_fingerprint": "0123:4567",
+            "made_of": {
+                "data.train[0]": digest | {"path": "clients/acme/complaints.jsonl"},
+                "data.train[1]": digest | {"path": "clients/acme-rows"},
+                "data.train[2]": {"what": "data", "path": "org/rows", "fingerprint": "org/rows"},  # of no known commit
+            },
+            "parents": {
+                "policy.from": {"path": "clients/acme/sft", "manifest": "0123456789abcdef"},
+                "reference.from": {"path": "org/policy", "manifest": "org/policy@c0"},
+            },
+            "recipe": recipe,
+        },
+        "policy",
+        adapter="LORA",
+    )
+    assert not re.search(r"clients|acme/", text)
+    assert text.count("`complaints.jsonl`") == text.count("`acme-rows`") == 1
+    head = head_of(text)
+    assert (head.get("base_model"), head["datasets"]) == (None, ["org/rows"])
+    for line in ("base: acme-7b", "revision: refs/pr/3", "from: sft", "from: org/policy", "format: mine.py:rows"):
+        assert line in text
 
 
 def test_a_run_ends_though_its_card_cannot_be_made(made, tmp_path, monkeypatch, capsys):
@@ -208,6 +295,16 @@ def test_a_push_is_shown_before_it_is_sent(made, hub):
     assert any(re.match(r"  adapter_model.safetensors +\d+(\.\d+)? [KM]B$", line) for line in lines)
     assert max(map(len, lines)) <= 80
     assert hub.made == []
+
+
+def test_a_card_that_is_not_as_it_would_be_written_is_sent_as_it_is_and_said(made, hub, tmp_path):
+    run = tmp_path / "sft"
+    shutil.copytree(made / "sft", run)
+    for text in ("# Mine\n", None):  # and where there is none, it is written
+        (run / CARD).unlink() if text is None else (run / CARD).write_text(text)
+        lines = list(push(str(run), "somebody/model", base="org/base", is_sent=True, is_public=False))
+        assert any(line.startswith(f"{CARD} goes as it is here") for line in lines) == (text is not None)
+        assert hub.files[CARD].decode().startswith("# Mine" if text else "---")
 
 
 @pytest.mark.parametrize("is_sent", [False, True])

@@ -481,6 +481,9 @@ def test_a_restart_says_how_to_come_in_again_and_tells_no_link_twice(tmp_path, m
     assert told(monkeypatch, run)[1] == f"  align label '{run}' --admin local --add bob --add carl ... (1 more)"
     last = told(monkeypatch, run, add=["bob", "carl"], admin=["local"])
     assert last[1] == f"  align label '{run}' --add 'd?[31m'"
+    (run / "store.db").rename(tmp_path / "other.db")
+    elsewhere = told(monkeypatch, run, store_at=str(tmp_path / "other.db"), admin=["local"])
+    assert elsewhere[1].startswith(f"  align label '{run}' --store {tmp_path}/other.db --add bob")
     for line in (*first, *more, *last):  # the command as it was told works, and makes another link
         assert line.count("/enter#") == ("http" in line and "labelling" not in line)
 

@@ -18,7 +18,8 @@ from align.models.base import best_precision, compute_dtype
 from align.models.layout import Tree
 from align.models.merging import sampling_view
 from align.models.roles import Bases, Role
-from align.parents import resolved, stands_on_copies
+from align.models.scoring import score_sequences
+from align.parents import check_copies, copies_trained, resolved
 from align.preflight import launches
 from align.recipe import Recipe
 from align.report import checking
@@ -168,27 +169,71 @@ def test_ppo_with_all_weights_over_16_bits(base, data, runs, tmp_path):
     assert kept(tiny.settings("ppo", base, data, tmp_path / "run", model=model, **changes)) == "bfloat16"
 
 
-@pytest.mark.parametrize("method", [{"kind": "freeze", "num_layers": 1}, {"kind": "ln_tuning"}])
-def test_what_reads_a_run_of_copies_is_in_float32(method, base, data, tmp_path, monkeypatch):
-    """In 16 bits they could not be loaded beside each other, which would be seen after the earlier stages alone."""
+COPIES = [{"kind": "freeze", "num_layers": 1}, {"kind": "ln_tuning"}]
+
+
+def reward_of(base, data, out, **changes):
+    return tiny.settings("reward", base, data, out, **{"model": {"base": str(base), "load_in": "float32"}} | changes)
+
+
+@pytest.mark.parametrize(("load_in", "exact_in"), [("bfloat16", "float32"), ("nf4", "nf4")])
+@pytest.mark.parametrize("method", COPIES)
+def test_copies_are_read_in_16_bits(method, load_in, exact_in, base, data, tmp_path, monkeypatch):
+    """Which rounds them as it rounds the base, and no more."""
+    run = tmp_path / "reward"
+    tiny.run(reward_of(base, data, run, method=method, train={"learning_rate": 0.01}))
+    rows = [[2, 5, 6], [2, 7, 8, 9], [2, 9]]
+
+    def scores(precision):
+        role = Bases(Model(base=str(base), load_in=precision), CPU).role(str(run), head=True)
+        return role.causal.dtype, score_sequences(role, rows, [[3]] * 3)
+
+    _, exact = scores(exact_in)
+    monkeypatch.setattr(bases_of, "compute_dtype", lambda *_: torch.bfloat16)  # as 4 bits have it on a GPU
+    dtype, found = scores(load_in)
+    assert dtype == torch.bfloat16
+    assert exact.std() > 0.1 and 0 < (found - exact).abs().max() < 0.2 * exact.std()
+
+
+@pytest.mark.parametrize("method", COPIES)
+def test_what_trains_copies_is_in_float32_and_what_reads_them_is_not(method, base, data, tmp_path, monkeypatch):
     monkeypatch.setattr("align.models.base.best_precision", lambda device: "bfloat16")
-    for name, own in (("sft", {"kind": "lora"}), ("reward", method)):
-        tiny.run(
-            tiny.settings(
-                name, base, data, tmp_path / name, method=own, model={"base": str(base), "load_in": "float32"}
-            )
-        )
-    settings = tiny.settings("ppo", base, data, tmp_path / "ppo")
-    assert settings.model.load_in == "auto"
-    assert in_its_precision(settings, CPU).model.load_in == "float32"
-    values = tiny.recipe("ppo", base, data, tmp_path / "ppo", critic={"kind": "trunk"})
-    values["rewards"] = [{"use": "learned", "from": str(tmp_path / "sft")}]
-    other = STAGES["ppo"](**values)
-    assert in_its_precision(other, CPU).model.load_in == "bfloat16"
-    maker = tiny.settings("reward", base, data, tmp_path / "other", method=method)
-    made = {resolved(str(tmp_path / "reward2")): maker}
-    values["rewards"] = [{"use": "learned", "from": str(tmp_path / "reward2")}]
-    assert stands_on_copies(STAGES["ppo"](**values), made)
+    run, other = str(tmp_path / "scorer"), str(tmp_path / "speaker")
+    tiny.run(reward_of(base, data, Path(run), method=method))
+    tiny.run(tiny.settings("sft", base, data, Path(other), method=method))
+    own = {"policy": {"method": {"kind": "lora"}}, "critic": {"kind": "trunk"}}
+    values = tiny.recipe("ppo", base, data, tmp_path / "ppo", **own)
+    trained = {
+        "policy.from": values | {"policy": {"from": other}},
+        "policy.method": values | {"policy": {"method": method}},
+        "critic.from": values | {"critic": {"from": run}},
+    }
+    made = {resolved(run): reward_of(base, data, Path(run), method=method)}
+    made |= {resolved(other): tiny.settings("sft", base, data, Path(other), method=method)}
+    for key, changes in trained.items():
+        for earlier in ({}, made):
+            settings = STAGES["ppo"](**changes)
+            assert copies_trained(settings, earlier) == key
+            assert in_its_precision(settings, CPU, earlier).model.load_in == "float32"
+            for load_in, device in (("bfloat16", "cpu"), ("float16", "cuda"), ("nf4", "cuda")):
+                model = {"base": str(base), "load_in": load_in}
+                refused = STAGES["ppo"](**changes | {"model": model})
+                with pytest.raises(BadInput, match=rf"^`{key}.* needs `model.load_in: float32`: .*{load_in}"):
+                    check_copies(refused, earlier, device)
+            check_copies(STAGES["ppo"](**changes | {"model": model}), earlier, "cpu")  # 4 bits, computing in 32
+    alone = {"policy": {"from": "org/model", "method": method}}  # not in the cache
+    assert copies_trained(STAGES["ppo"](**values | alone)) == "policy.method"
+    first = STAGES["ppo"](**values | {"output": "first", "policy": {"method": method}, "critic": {"kind": "adapter"}})
+    after = values | {"critic": {"from": "first"}}  # whose critic began as its policy did
+    assert copies_trained(STAGES["ppo"](**after), {resolved("first"): first}) == "critic.from"
+    first = STAGES["ppo"](**values | {"output": "first", "policy": {"method": method}, "critic": {"kind": "trunk"}})
+    after["critic"] = {"from": "first", "kind": "trunk"}  # a head alone
+    assert copies_trained(STAGES["ppo"](**after), {resolved("first"): first}) is None
+    values["rewards"] = [{"use": "learned", "from": run}]
+    for earlier in ({}, made):
+        read = STAGES["ppo"](**values)
+        assert copies_trained(read, earlier) is None
+        assert in_its_precision(read, CPU, earlier).model.load_in == "bfloat16"
 
 
 def test_copies_over_4_bits_are_refused_where_a_gpu_would_compute_in_16(base, data, tmp_path, monkeypatch):
@@ -200,7 +245,7 @@ def test_copies_over_4_bits_are_refused_where_a_gpu_would_compute_in_16(base, da
     )
     launches(recipe, ["sft"])
     monkeypatch.setattr("align.preflight.plan", lambda launch: replace(plan(launch), expected_device="cuda"))
-    with pytest.raises(BadInput, match=r"`method\.kind: freeze` over a 4-bit base .* computes in 16 bits on a GPU"):
+    with pytest.raises(BadInput, match=r"`method\.kind: freeze` needs .* over nf4 a GPU computes in 16 bits"):
         launches(recipe, ["sft"])
 
 
@@ -211,4 +256,4 @@ def test_a_base_saved_in_16_bits_is_counted_like_any_other(base, tmp_path, data)
     settings = tiny.settings(
         "sft", tmp_path / "base", data, tmp_path / "sft", method={"kind": "freeze", "num_layers": 1}
     )
-    assert "parameters" in checking._trainable(settings, settings.method)
+    assert "parameters" in checking.trainable(settings, settings.method)

@@ -514,7 +514,7 @@ def test_watch_takes_a_store_for_a_loop_alone(tmp_path):
 
 def test_watch_of_a_loop_that_has_only_begun(tmp_path, capsys, monkeypatch):
     (tmp_path / "loop.json").write_text("{}")
-    assert "store.db is not there" in watched(tmp_path, capsys, monkeypatch).replace("\n", "")
+    assert "store.dbisnotthere" in "".join(watched(tmp_path, capsys, monkeypatch).split())  # however it is folded
     Store(tmp_path / "store.db", create=True).close()
     assert "round 0 is at the step collect" in watched(tmp_path, capsys, monkeypatch)
 

@@ -319,6 +319,11 @@ def test_answers_and_their_scores_over_a_spread_base(way, load_in, base, data, r
         )
         assert len(ours) > 1
         same_rows(ours, theirs)
+    first, other = (
+        [row["answers"] for row in read_metrics(tmp_path / name / "collect") if "answers" in row]
+        for name in ("one", "two")
+    )
+    assert first == other == [3, 1]  # all processes' together
 
 
 def same_rows(ours, theirs):

@@ -136,7 +136,7 @@ def test_labels_that_are_none_are_refused(store):
     assert store.counts() == {}
 
 
-def test_machine_labels_of_a_round_can_be_forgotten_and_peoples_cannot(store):
+def test_machine_labels_of_pairs_can_be_forgotten_and_peoples_cannot(store):
     pairs, person = fill(store, 2) + fill(store, 1, round_=1), store.add_annotator("Ada")
     for pair in pairs:
         store.add_labels(
@@ -146,7 +146,7 @@ def test_machine_labels_of_a_round_can_be_forgotten_and_peoples_cannot(store):
                 NewLabel(pair, "gold", "b", key=f"gold-{pair}"),
             ]
         )
-    store.drop_machine_labels(0)
+    store.drop_machine_labels(pairs[:2])
     assert store.counts(0) == {"human": 2, "gold": 2}
     assert store.counts(1) == {"human": 1, "gold": 1, "reward": 1}
     assert store.counts() == {"human": 3, "gold": 3, "reward": 1}

@@ -235,6 +235,24 @@ def test_a_checkpoint_whose_optimiser_has_other_groups_is_refused():
         Learner("critic", [*layer.parameters()], Worker(), **given, weight_decay=0.1).load_state_dict(before)
 
 
+@pytest.mark.parametrize(
+    ("began", "goes_on"), [("adamw_torch_fused", "adamw_8bit"), ("adamw_8bit", "adamw_torch_fused")]
+)
+def test_moments_of_another_library_are_refused(began, goes_on):
+    """As `paged_adamw_32bit` has them on a CPU and on a GPU."""
+    layer = torch.nn.Linear(2, 1)
+    given = {"learning_rate": 0.1, "schedule": "constant", "num_steps": 3}
+    first, same, other = (
+        Learner("policy", [*layer.parameters()], Worker(), **given, optim=optim) for optim in (began, began, goes_on)
+    )
+    other.load_state_dict(first.state_dict())  # none yet
+    layer(torch.ones(2)).sum().backward()
+    first.step()
+    same.load_state_dict(first.state_dict())
+    with pytest.raises(BadInput, match=r"optimiser of the policy is another than here .*paged_adamw_32bit"):
+        other.load_state_dict(first.state_dict())
+
+
 def test_no_rows_are_one_line(base, tmp_path):
     (tmp_path / "pairs.jsonl").write_text(json.dumps({"prompt": "give " * 40, "chosen": "a", "rejected": "b"}) + "\n")
     values = tiny.recipe("reward", base, tmp_path, tmp_path / "toy", max_length=8)

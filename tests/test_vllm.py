@@ -7,6 +7,8 @@ asked too.
 import itertools
 import json
 import os
+import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -37,7 +39,7 @@ from align.rollout.vllm import version_of
 from align.settings import STAGES, Lora, Model, Sampling
 from align.stages import ppo, ppo_steps
 from align.track import read_metrics
-from tests import tiny
+from tests import test_loop, tiny
 from tests.apart import run_apart
 from tests.vllm_server import serving
 from tests.waiting import waited_for
@@ -545,22 +547,45 @@ def test_the_command_of_the_server(base, data, runs, tmp_path, engine, monkeypat
         CliRunner().invoke(app, ["serve", str(ROOT / "recipes/quickstart/quickstart.yaml")], catch_exceptions=False)
 
 
-def test_it_starts_one_that_ends_with_it(base, data, runs, tmp_path, engine):
-    program = tmp_path / "vllm" / "bin" / "vllm"
+def stand_in(folder):
+    """A program `vllm` that writes down its number and what it was told, and sleeps; and where it writes."""
+    program = folder / "vllm" / "bin" / "vllm"
     program.parent.mkdir(parents=True)
     program.write_text("#!/bin/sh\necho $$ $VLLM_ALLOW_RUNTIME_LORA_UPDATING $@ > $0.said; exec sleep 600\n")
     program.chmod(0o755)
+    return program.with_name("vllm.said")
+
+
+def test_it_starts_one_that_ends_with_it(base, data, runs, tmp_path, engine):
+    said = stand_in(tmp_path)
     values = values_of("ppo", base, data, runs, tmp_path / "ppo", engine)
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(values))
     environment = os.environ | {"ALIGN_VLLM": str(tmp_path / "vllm")}
     command = [sys.executable, "-m", "align.cli", "serve", str(tmp_path / "recipe.yaml"), "--start"]
     process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, cwd=ROOT)
-    said = program.with_name("vllm.said")
     pid, allowed, serve, *_ = waited_for(lambda: said.is_file() and said.read_text().split())
     assert (allowed, serve) == ("True", "serve")
     process.kill()  # not even asked
     process.wait()
     waited_for(lambda: not is_running(int(pid)))
+
+
+def test_a_signal_that_was_ignored_before_stays_so(tmp_path):
+    """As Ctrl-C is for what a shell starts in the background."""
+    said = stand_in(tmp_path)
+    code = (
+        "import signal, sys; from align.serve import Command, serve_here; "
+        "signal.signal(signal.SIGINT, signal.SIG_IGN); sys.exit(serve_here(Command(('vllm', 'serve'), {}, None)))"
+    )
+    environment = os.environ | {"ALIGN_VLLM": str(tmp_path / "vllm")}
+    process = subprocess.Popen([sys.executable, "-c", code], env=environment, cwd=ROOT)
+    pid = int(waited_for(lambda: said.is_file() and said.read_text().split())[0])
+    process.send_signal(signal.SIGINT)
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(1)
+    assert is_running(pid)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(30) == 128 + signal.SIGTERM and not is_running(pid)
 
 
 def is_running(pid):
@@ -674,4 +699,52 @@ def test_a_whole_model_is_served_below_the_lora_that_ppo_puts_over_it(base, data
     tiny.run(tiny.settings("sft", base, data, tmp_path / "whole", method={"kind": "full"}))
     stage = STAGES["ppo"](**values | {"policy": {"from": str(tmp_path / "whole")}})
     check_parents(stage, {})
-    assert serve._base(stage) == str(tmp_path / "whole") and max(serve._ranks(stage, {})) == Lora().r
+    assert serve._bases(stage, {}) == {str(tmp_path / "whole")} and max(serve._ranks(stage, {})) == Lora().r
+
+
+@pytest.mark.parametrize("method", [{"kind": "lora", "r": 24}, {"kind": "full"}])
+def test_the_server_of_a_pipeline_is_the_same_whatever_of_it_has_run(method, base, data, runs, tmp_path, engine):
+    sft = tiny.recipe("sft", base, data, tmp_path / "sft", method=method)
+    own = {"policy": {"from": str(tmp_path / "sft")}, "critic": {"kind": "trunk"}}
+    ppo = values_of("ppo", base, data, runs, tmp_path / "ppo", engine, **own)
+    evaluate = {name: ppo[name] for name in ("model", "launch", "prompts", "sampling", "rewards") if name in ppo}
+    evaluate |= {"stage": "evaluate", "policies": {"ppo": str(tmp_path / "ppo")}, "output": str(tmp_path / "evaluate")}
+    path = tmp_path / "pipeline.yaml"
+    path.write_text(yaml.safe_dump({"stages": {"sft": sft, "ppo": ppo, "evaluate": evaluate}}, sort_keys=False))
+
+    def command():
+        words = serve.command_of(load_recipe(str(path))).words
+        return words[2], words[words.index("--max-lora-rank") + 1]
+
+    is_full = method["kind"] == "full"
+    expected = (str(tmp_path / "sft"), "16") if is_full else (str(base), "32")
+    assert command() == expected  # nothing has
+    (tmp_path / "sft").mkdir()
+    (tmp_path / "sft" / "manifest.json").write_text("{}")
+    assert command() == expected  # sft has begun
+    shutil.rmtree(tmp_path / "sft")
+    tiny.run(STAGES["sft"](**sft))
+    assert command() == expected
+    stage = STAGES["evaluate"](**evaluate | {"policies": {"base": None, "sft": str(tmp_path / "sft")}})
+    assert serve._bases(stage, {}) == ({str(base), str(tmp_path / "sft")} if is_full else {str(base)})
+    shutil.copytree(base, tmp_path / "copy")
+    other = {"model": {"base": str(tmp_path / "copy")}, "policies": {"base": None, "sft": str(runs / "sft")}}
+    assert serve._bases(STAGES["evaluate"](**evaluate | other), {}) == {str(tmp_path / "copy")}  # the same weights
+
+
+def test_a_loop_has_one_server(base, data, tmp_path, engine):
+    path = test_loop.recipe(base, data, tmp_path, sampling={"engine": "vllm", "url": engine.url, "max_new_tokens": 8})
+    said = CliRunner().invoke(app, ["serve", path, "sft.method.r=24"], catch_exceptions=False)
+    words = said.stdout.replace("\\\n", "").split()
+    assert words[1:4] == ["vllm", "serve", str(base)] and words[words.index("--max-lora-rank") + 1] == "32"
+    assert not (tmp_path / "loop").exists()
+
+
+def test_the_server_computes_in_what_the_stage_does(base, data, runs, tmp_path, engine, monkeypatch):
+    """In float32 where `auto` trains copies of weights, here the critic's."""
+    monkeypatch.setattr("align.models.base.best_precision", lambda device: "bfloat16")
+    tiny.run(tiny.settings("reward", base, data, tmp_path / "copies", method={"kind": "ln_tuning"}))
+    values = values_of("ppo", base, data, runs, tmp_path / "ppo", engine, model={"base": str(base)})
+    assert serve._dtype(STAGES["ppo"](**values), {}) == "bfloat16"
+    values["critic"] = {"from": str(tmp_path / "copies")}
+    assert serve._dtype(STAGES["ppo"](**values), {}) == "float32"

@@ -23,7 +23,7 @@ OURS = (  # arguments of `apply_chat_template` that say how we call it, not how 
 )  # fmt: skip
 OTHER_MEDIA = ("image", "images", "audio", "audios", "video", "videos")
 RENAMED = {  # what a row may call the template's arguments -> what they are called here
-    "functions": "`tools`",
+    "functions": "`tools` (`format: openai` takes it so)",
     "enable_thinking": "a key of `chat_template_kwargs`",
     "thinking_budget": "a key of `chat_template_kwargs`",
     "reasoning_effort": "a key of `chat_template_kwargs`",
@@ -49,9 +49,9 @@ def check_supported(values: Mapping[str, Any], where: str) -> None:
     """Refuses what no stage here can honour, naming it: other media, and arguments under another name."""
     for name, value in values.items():
         plain = plain_name(name)
-        if not is_stated(value) or value is False:
+        if not is_stated(value):
             continue
-        if plain in OTHER_MEDIA:
+        if plain in OTHER_MEDIA and value is not False:
             raise BadInput(
                 f"{where}: `{name}` is there, but models are given text alone; leave the row out, or drop the field if"
                 " the answer does not need it"
@@ -164,10 +164,8 @@ def _check_scores(values: Mapping[str, Any], where: str) -> None:
     """Scores of both answers (`score_chosen`, `chosen_rating`, ...) may stand there if they say what the row says."""
     sides: dict[str, dict[str, tuple[str, float]]] = {}
     for name, value in values.items():
-        parts = plain_name(name).split("_")
-        side = next((side for side in ("chosen", "rejected") if side in parts), None)
-        what = " ".join(part for part in parts if part != side)
-        if side is None or not any(word in what for word in ("score", "rating", "reward")):
+        what, side = _scored(name)
+        if not side:
             continue
         try:
             sides.setdefault(what, {})[side] = (name, float(value))
@@ -180,6 +178,20 @@ def _check_scores(values: Mapping[str, Any], where: str) -> None:
                 f"{where}: `{one}` is {shown(high)} and `{other}` {shown(low)}: its own scores call the rejected"
                 " answer the better one; swap the two, or leave the row out"
             )
+
+
+def _scored(name: str) -> tuple[str, str]:
+    """Which score of which answer a column holds; nothing for another column."""
+    parts = plain_name(name).split("_")
+    side = next((side for side in ("chosen", "rejected") if side in parts), "")
+    what = " ".join(part for part in parts if part != side)
+    return (what, side) if side and any(word in what for word in ("score", "rating", "reward")) else ("", "")
+
+
+def tells_how_much(name: str) -> bool:
+    """Whether a column's name says that it holds how much better one of a pair's answers is."""
+    meant = name if name in NUMBERS else _number_meant(plain_name(name))
+    return meant in ("probability", "margin") or bool(_scored(name)[1])
 
 
 def number(values: Mapping[str, Any], field: str, default: float, where: str) -> float:

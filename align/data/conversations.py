@@ -97,7 +97,7 @@ def _read_message(item: Any, where: str, field: str) -> Message:
         raise BadInput(f"{where}: `{field}` is {kind_of(item)}; a message is {{role, content}}")
     role_key, content_key = ("from", "value") if "from" in item and "role" not in item else ("role", "content")
     if item.get(role_key) == CALLING and item.get(content_key) and not item.get("tool_calls"):
-        calls = _calls_written(item[content_key], where, f"{field}.{content_key}")
+        calls = calls_written(item[content_key], where, f"{field}.{content_key}")
         item = {**item, content_key: None, "tool_calls": calls}
     if item.get("content") not in (None, item.get(content_key)):
         raise BadInput(f"{where}: `{field}` has `{content_key}` and `content`, which differ; keep one of them")
@@ -105,9 +105,8 @@ def _read_message(item: Any, where: str, field: str) -> Message:
     is_call = any(key in further for key in CALLS)
     for key in (role_key, content_key):
         if item.get(key) is None and not (is_call and key == content_key):
-            raise BadInput(
-                f"{where}: `{field}.{key}` is missing{rename_hint(key, item)}; a message is {{role, content}}"
-            )
+            hint = rename_hint(key, [name for name in item if name != key])
+            raise BadInput(f"{where}: `{field}.{key}` is missing{hint}; a message is {{role, content}}")
     role = read_string(item[role_key], where, f"{field}.{role_key}")
     if role not in ROLES:
         near = nearest(role.lower(), ROLES)
@@ -135,7 +134,7 @@ def _further_keys(item: dict[str, Any], own: Iterable[str], where: str, field: s
     return further
 
 
-def _calls_written(value: Any, where: str, field: str) -> list[dict[str, Any]]:
+def calls_written(value: Any, where: str, field: str) -> list[dict[str, Any]]:
     """The calls of a turn that is one, or a list of them, `{"name", "arguments"}`, as JSON or its text."""
     try:
         found = json.loads(value) if isinstance(value, str) else value

@@ -11,7 +11,8 @@ loss hold (`marks.py`), and so does what stands beside them (`beside.py`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, overload
 
@@ -28,8 +29,8 @@ from align.data.beside import (
 )
 from align.data.conversations import Message, Text, check_order, kind_of, read_messages, read_string, says
 from align.data.hints import LAYOUTS, missing_fields
-from align.data.marks import WEIGHTS, check_verdict, check_weight, is_mark, turn_is_learnt
-from align.data.named import KTO, NAMES, READERS, Reader
+from align.data.marks import WEIGHTS, check_verdict, check_weight, is_mark, is_tie, turn_is_learnt
+from align.data.named import NAMES, READERS
 from align.data.prompts import (
     OF_ALPACA,
     PROMPT_FIELDS,
@@ -83,6 +84,10 @@ class Demonstration:
         marks = self.marks or (None,) * len(roles)
         return tuple(is_on if mark is None else mark for is_on, mark in zip(rule, marks, strict=True))
 
+    def as_pair(self) -> Preference:
+        """Itself as both answers of a pair, to be read as they are."""
+        return Preference(self.prompt, self.completion, self.completion, 1.0, 1.0, 0.0, self.where, self.template)
+
 
 @dataclass(frozen=True, slots=True)
 class Preference:
@@ -129,28 +134,42 @@ def parse(row: Row, kind: Kind, format: str | Converter = "auto") -> Example | N
     `format` is "auto", a name of `named.py`, a reference to a function, or the function. `BadInput` says file, field
     and cure.
     """
+    given = reformatted(row, kind, format)
+    if given is None:
+        return None
+    with _in_one_line():
+        return _example(given, kind)
+
+
+def reformatted(row: Row, kind: Kind, format: str | Converter) -> Row | None:
+    """The row in one of TRL's formats, or Alpaca's or ShareGPT's, as `format` makes it; None where it is left out."""
     reader = READERS.get(format) if isinstance(format, str) else None
-    converter = (load_converter(format) if reader is None else None) if isinstance(format, str) else format
+    converter = load_converter(format) if isinstance(format, str) else format
+    values: dict[str, Any] | None = row.values
+    with _in_one_line():
+        if reader is not None:
+            try:
+                values = reader(row.values, kind, row.where)
+            except (AttributeError, TypeError, ValueError, KeyError, IndexError) as error:
+                raise BadInput(f"{row.where}: no row as `format: {reader.__name__}` has them ({error!r})") from error
+        elif converter is not None:
+            values = _converted(converter, row)
+    return None if values is None else Row(values, row.where)
+
+
+@contextmanager
+def _in_one_line() -> Iterator[None]:
+    """A refusal is one: others' names, values and errors may have several."""
     try:
-        return _example(row, kind, converter, reader)
+        yield
     except BadInput as error:
-        line = " ".join(str(error).splitlines())  # others' names, values and errors may have several
+        line = " ".join(str(error).splitlines())
         raise BadInput(line if len(line) <= MAX_LINE else f"{line[:MAX_LINE]} ...") from error
 
 
-def _example(row: Row, kind: Kind, converter: Converter | None, reader: Reader | None) -> Example | None:
-    given: dict[str, Any] | None = row.values
-    if reader is not None:
-        try:
-            given = reader(row.values, kind, row.where)
-        except (AttributeError, TypeError, ValueError, KeyError, IndexError) as error:
-            raise BadInput(f"{row.where}: no row as `format: {reader.__name__}` has them ({error!r})") from error
-    elif converter is not None:
-        given = _converted(converter, row)
-    if given is None:
-        return None
+def _example(row: Row, kind: Kind) -> Example:
     # Arrow writes a missing field as None
-    values = {name: value for name, value in given.items() if value is not None}
+    values = {name: value for name, value in row.values.items() if value is not None}
     check_supported(values, row.where)
     if kind == "demonstrations":
         return _demonstration(values, row.where)
@@ -158,7 +177,8 @@ def _example(row: Row, kind: Kind, converter: Converter | None, reader: Reader |
         return _preference(values, row.where)
     prompt, template = _prompt(values, row.where)
     # columns keep their None: every row of a file has the same ones
-    return Prompt(prompt, {name: value for name, value in given.items() if name != "prompt"}, row.where, template)
+    columns = {name: value for name, value in row.values.items() if name != "prompt"}
+    return Prompt(prompt, columns, row.where, template)
 
 
 def unused_columns(values: Mapping[str, Any], kind: str) -> list[str]:
@@ -168,12 +188,16 @@ def unused_columns(values: Mapping[str, Any], kind: str) -> list[str]:
     own = {*PROMPT_FIELDS, *OF_ALPACA, *SYSTEM, *TEMPLATE, *(name for layout in LAYOUTS[kind] for name in layout)}
     own |= set(NUMBERS) if kind == "preferences" else set(WEIGHTS)
     own |= set(OF_A_LOOP) if "comparison" in values else set()
-    return [name for name, value in values.items() if name not in own and is_stated(value) and not is_mark(name, value)]
+
+    def is_read(name: str, value: Any) -> bool:
+        return name in own or is_mark(name, value) or (kind == "preferences" and is_tie(name, value))
+
+    return [name for name, value in values.items() if is_stated(value) and not is_read(name, value)]
 
 
 def load_converter(format: str) -> Converter | None:
-    """The function of the user's that `format` names; None for "auto"."""
-    if format in ("auto", KTO):
+    """The function of the user's that `format` names; None for "auto" and the names of `named.py`."""
+    if format in ("auto", *NAMES):
         return None
     if ":" not in format:
         raise BadInput(

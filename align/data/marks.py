@@ -203,12 +203,20 @@ def is_undecided(values: Mapping[str, Any], where: str) -> bool:
         BadInput: it says that the rejected one is.
     """
     for name, value in values.items():
-        plain = plain_name(name)
-        if plain in TIES and truth(value):
+        if is_tie(name, value):
             return True
-        word = plain_name(value) if isinstance(value, str) else ""
-        if plain in OUTCOMES and word in UNDECIDED:
-            return True
-        if plain in OUTCOMES and word == "rejected":
+        if plain_name(name) in OUTCOMES and isinstance(value, str) and plain_name(value) == "rejected":
             raise BadInput(f"{where}: `{name}` is {shown(value)}, which contradicts the row; swap its two answers")
     return False
+
+
+def is_outcome(name: str) -> bool:
+    """Whether a column's name says that it holds which of a pair's answers is the better one."""
+    return plain_name(name) in (*TIES, *OUTCOMES)
+
+
+def is_tie(name: str, value: Any) -> bool:
+    """Whether a column of a pair's says that neither answer is the better one."""
+    if plain_name(name) in TIES:
+        return bool(truth(value))
+    return plain_name(name) in OUTCOMES and isinstance(value, str) and plain_name(value) in UNDECIDED

@@ -24,9 +24,10 @@ from align.data.formats import (
     Prompt,
     load_converter,
     parse,
+    reformatted,
     unused_columns,
 )
-from align.data.named import KTO, READERS, of_labels, skipped
+from align.data.named import KTO, UNANSWERED, of_labels
 from align.data.sources import Row, read_rows
 from align.errors import BadInput
 from align.wording import one_line
@@ -45,12 +46,13 @@ class Counts:
     num_read: int
     num_bad: int  # skipped, `on_bad_row: skip`
     first_bad: str  # message of the first row skipped, "" without one
-    num_left_out: int  # a format function gave None
+    num_left_out: int  # a format function gave None, or a named format's row has no answer
     num_shared: int  # training rows removed: their prompt is in validation too
     num_train: int
     num_validation: int
     num_cut: int = 0  # rows whose text answers held their prompt, which stands apart from them now
     unused: tuple[tuple[str, int], ...] = ()  # columns that nothing is made of, with the rows that fill them
+    left_out: tuple[tuple[str, int], ...] = ()  # why rows were left out ("": a function says none), and how many
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,24 +72,24 @@ class _Converted:
 
     examples: list[Any]
     num_read: int
-    num_bad: int
-    first_bad: str
-    num_left_out: int
+    bad: Mapping[str, str]  # where a row is that was skipped -> what is wrong with it
+    left_out: Mapping[str, str]  # where a row is that is sound and became none -> why, if it is known
     num_cut: int
     unused: Counter[str]
     nothing: Mapping[str, str]
 
 
 @overload
-def load(data: Data, kind: Literal["demonstrations"]) -> Loaded[Demonstration]: ...
+def load(data: Data, kind: Literal["demonstrations"], *, whole: Data | None = ...) -> Loaded[Demonstration]: ...
 @overload
-def load(data: Data, kind: Literal["preferences"]) -> Loaded[Preference]: ...
+def load(data: Data, kind: Literal["preferences"], *, whole: Data | None = ...) -> Loaded[Preference]: ...
 @overload
-def load(data: Data, kind: Literal["prompts"]) -> Loaded[Prompt]: ...
-def load(data: Data, kind: Kind) -> Loaded[Any]:
+def load(data: Data, kind: Literal["prompts"], *, whole: Data | None = ...) -> Loaded[Prompt]: ...
+def load(data: Data, kind: Kind, *, whole: Data | None = None) -> Loaded[Any]:
     """Every source of `data` as examples of `kind`.
 
-    Raises `BadInput` for a source that cannot be read, a bad row (unless skipped) or a side left empty.
+    Raises `BadInput` for a source that cannot be read, a bad row (unless skipped) or a side left empty; of `data` that
+    is a part of a `whole`, a side that has all of its sources.
     """
     loss_on: LossOn = getattr(data, "loss_on", "answers")  # a section of demonstrations alone has it
     train_sources = [_convert(source, kind, data.on_bad_row == "skip", loss_on) for source in data.train]
@@ -115,54 +117,58 @@ def load(data: Data, kind: Kind) -> Loaded[Any]:
 
     counts = Counts(
         num_read=sum(part.num_read for part in everything),
-        num_bad=sum(part.num_bad for part in everything),
-        first_bad=next((part.first_bad for part in everything if part.first_bad), ""),
-        num_left_out=sum(part.num_left_out for part in everything),
+        num_bad=sum(len(part.bad) for part in everything),
+        first_bad=next((message for part in everything for message in part.bad.values()), ""),
+        num_left_out=sum(len(part.left_out) for part in everything),
+        left_out=tuple(Counter(why for part in everything for why in part.left_out.values()).items()),
         num_shared=num_shared,
         num_train=len(train),
         num_validation=len(validation),
         num_cut=sum(part.num_cut for part in everything),
         unused=tuple(sum((part.unused for part in everything), Counter()).items()),
     )
-    _check_sides(data, kind, counts)
+    _check_sides(data, whole or data, kind, counts)
     return Loaded(tuple(train), tuple(validation), counts, _messages(counts, kind), nothing)
 
 
 def _convert(source: Source, kind: Kind, is_skipping: bool, loss_on: LossOn) -> _Converted:
-    converter = None if source.format in READERS else load_converter(source.format)
+    converter = load_converter(source.format)
     examples: list[Example] = []
-    num_read = num_bad = num_left_out = num_cut = 0
-    first_bad = ""
+    num_read = num_cut = 0
     unused: Counter[str] = Counter()
-    nothing: dict[str, str] = {}
+    bad: dict[str, str] = {}
+    left_out: dict[str, str] = {}
     rows: Iterable[Row] = read_rows(source)  # a file that cannot be read is never skipped, only its bad rows
     if source.format == KTO:
         told = of_labels(rows, kind, is_skipping=is_skipping)
-        rows, num_read, num_left_out = told.rows, told.num_read, told.num_left_out
-        num_bad, first_bad, nothing = told.num_bad, told.first_bad, dict(told.nothing)
+        rows, num_read, left_out, bad = told.rows, told.num_read, dict(told.left_out), dict(told.bad)
     for row in rows:
         num_read += source.format != KTO
         try:
-            example = parse(row, kind, converter or source.format)
+            given = reformatted(row, kind, converter or source.format)
+            example = None if given is None else parse(given, kind)
             _check_loss_on(example, loss_on)
         except BadInput as error:
             if not is_skipping:
                 raise
-            num_bad += 1
-            first_bad = first_bad or str(error)
-            nothing[row.where] = skipped(row.where, str(error))
+            bad[row.where] = str(error)
             continue
-        if example is None:
-            num_left_out += 1
-            nothing[row.where] = f"left out by `format: {source.format}`"
+        if given is None or example is None:
+            left_out[row.where] = UNANSWERED.get((source.format, kind), "")
             continue
         if isinstance(example, Demonstration):
             example = replace(example, loss_on=loss_on)
         examples.append(example)
-        if converter is None and source.format not in READERS:  # what another reads whole is its own affair
-            num_cut += any(_is_cut(row, example, field) for field in ("completion", "output", "chosen"))
-            unused.update(unused_columns(row.values, kind))
-    return _Converted(examples, num_read, num_bad, first_bad, num_left_out, num_cut, unused, nothing)
+        if converter is None:  # what a function reads is its own affair
+            num_cut += any(_is_cut(given, example, field) for field in ("completion", "output", "chosen"))
+            unused.update(unused_columns(given.values, kind))
+    nothing = {where: f"skipped: {message.removeprefix(f'{where}: ')}" for where, message in bad.items()}
+    nothing |= {where: _because(f"left out by `format: {source.format}`", why) for where, why in left_out.items()}
+    return _Converted(examples, num_read, bad, left_out, num_cut, unused, nothing)
+
+
+def _because(what: str, why: str) -> str:
+    return f"{what}: {why}" if why else what
 
 
 def _check_loss_on(example: Example | None, loss_on: LossOn) -> None:
@@ -242,17 +248,18 @@ def _content_hash(example: Example) -> bytes:
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).digest()
 
 
-def _check_sides(data: Data, kind: Kind, counts: Counts) -> None:
+def _check_sides(data: Data, whole: Data, kind: Kind, counts: Counts) -> None:
     paths = ", ".join(source.path for source in data.train) or "no source"
-    if counts.num_train == 0:
+    has_train, has_validation = data.train == whole.train, data.validation == whole.validation
+    if has_train and counts.num_train == 0:
         reasons = "; ".join(_messages(counts, kind)[1:]) or "no rows were read"
         raise BadInput(f"no {kind} are left to train on in {paths}: {reasons}")
-    if data.validation_split and counts.num_validation == 0:
+    if has_train and data.validation_split and counts.num_validation == 0:
         raise BadInput(
             f"`validation_split: {data.validation_split}` holds out nothing: {paths} has one distinct prompt;"
             " add rows, or set it to 0"
         )
-    if data.validation and counts.num_validation == 0:
+    if has_validation and data.validation and counts.num_validation == 0:
         raise BadInput(f"no {kind} are left to validate on in {', '.join(s.path for s in data.validation)}")
 
 
@@ -261,8 +268,7 @@ def _messages(counts: Counts, kind: Kind) -> tuple[str, ...]:
     lines = [f"{sides}, {counts.num_read} rows read"]
     if counts.num_bad:
         lines.append(f"{counts.num_bad} bad rows skipped; the first: {counts.first_bad}")
-    if counts.num_left_out:
-        lines.append(f"{counts.num_left_out} rows left out by the format")
+    lines += [_because(f"{count} rows left out by the format", why) for why, count in counts.left_out]
     if counts.num_cut:
         lines.append(f"{counts.num_cut} rows have answers that open with their prompt: it stands once, before them")
     if counts.unused:

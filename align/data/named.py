@@ -9,11 +9,13 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-from align.data.beside import SYSTEM, TEMPLATE, is_stated
-from align.data.conversations import Message, read_messages
+from align.data.beside import SYSTEM, TEMPLATE, is_stated, tells_how_much
+from align.data.conversations import CALLING, Message, calls_written, read_messages, read_objects
+from align.data.marks import is_outcome, truth
 from align.data.sources import Row
 from align.errors import BadInput
 from align.wording import brief
@@ -26,8 +28,10 @@ PROMPTS = ("prompt", "instruction", "question", "query", "input", "context", "me
 TIES = {"tie", "tied", "equal", "same", "both", "neither", "draw", "none"}
 SIDES = {"left": 0, "right": 1}
 OF_ARGILLA = ("id", "_server_id", "status", "external_id", "preference")  # of a flat record, beside its fields
-OF_OPENAI = ("messages", "input", "preferred_output", "non_preferred_output", "parallel_tool_calls")
+OF_OPENAI = ("messages", "preferred_output", "non_preferred_output", "functions", "parallel_tool_calls")
+OF_A_TASK = (*SYSTEM, *TEMPLATE, "input", "history")  # what is read, or refused, beside its prompt and its answers
 ANSWER = re.compile(r"(response|answer|completion|generation|reply|output|option|candidate|chosen|rejected)")
+ANNOTATED = ("annotations", "completions")  # what Label Studio calls the work of people, and what it did
 OF_LABEL_STUDIO = (  # beside a task's own data
     *("id", "annotations", "annotator", "annotation_id", "created_at", "updated_at", "lead_time", "agreement"),
     *("inner_id", "project", "updated_by", "comment_count", "total_annotations", "cancelled_annotations"),
@@ -38,9 +42,10 @@ def hh_rlhf(values: Mapping[str, Any], kind: str, where: str) -> dict[str, Any]:
     """`chosen` and `rejected` are transcripts, "\\n\\nHuman: ...\\n\\nAssistant: ..."."""
     names = ("chosen", "rejected") if kind == "preferences" else ("chosen",)
     talks = {name: _turns(values.get(name), where, name) for name in names}
+    further = _without(values, "prompt", "chosen", "rejected")  # a prompt of its own is what they open with
     if kind == "demonstrations":
-        return {"messages": talks["chosen"]}
-    return talks if kind == "preferences" else {"prompt": talks["chosen"][:-1]}
+        return further | {"messages": talks["chosen"]}
+    return further | (talks if kind == "preferences" else {"prompt": talks["chosen"][:-1]})
 
 
 def _turns(text: Any, where: str, name: str) -> list[Message]:
@@ -54,25 +59,45 @@ def _turns(text: Any, where: str, name: str) -> list[Message]:
 
 
 def openai(values: Mapping[str, Any], kind: str, where: str) -> dict[str, Any]:
-    """OpenAI's files for fine-tuning: `messages` (with `weight` and `tools`), and preferences with `input`,
-    `preferred_output` and `non_preferred_output`."""
+    """OpenAI's files for fine-tuning: `messages` (with `weight` and `tools`, or `functions` as they were called), and
+    preferences with `input`, `preferred_output` and `non_preferred_output`."""
     given = values.get("input")
     source = given if isinstance(given, Mapping) else values
     if "messages" not in source:
         raise BadInput(f"{where}: `messages` is missing; OpenAI's rows have it, those of preferences under `input`")
-    found = {"tools": source["tools"]} if source.get("tools") else {}
-    if kind == "prompts":  # whose other columns are the rewards'
-        found |= _without(values, *OF_OPENAI)
+    whole = {**values, **source}
+    found = _without(whole, *OF_OPENAI, *(["input"] if source is given else []))
+    if is_stated(whole.get("functions")):
+        if is_stated(found.get("tools")):
+            raise BadInput(f"{where}: `functions` is an older name of `tools`, and both are there; keep one of them")
+        functions = read_objects(whole["functions"], where, "functions")
+        found["tools"] = [{"type": "function", "function": function} for function in functions]
+    asked = _with_tool_calls(source["messages"], where, "messages")
     if kind != "preferences":
-        asked = list(source["messages"])
-        is_answered = given is None and bool(asked) and dict(asked[-1]).get("role") == "assistant"
+        is_answered = source is values and bool(asked) and dict(asked[-1]).get("role") == "assistant"
         return found | ({"messages": asked} if kind == "demonstrations" or is_answered else {"prompt": asked})
     answers = {}
     for name, theirs in (("chosen", "preferred_output"), ("rejected", "non_preferred_output")):
         if theirs not in values:
             raise BadInput(f"{where}: `{theirs}` is missing; OpenAI's preferences have it beside `input`")
-        answers[name] = values[theirs]
-    return found | {"prompt": list(source["messages"])} | answers
+        answers[name] = _with_tool_calls(values[theirs], where, theirs)
+    return found | {"prompt": asked} | answers
+
+
+def _with_tool_calls(turns: Any, where: str, field: str) -> Any:
+    """The same with calls and their results as they are called now: `function_call` and the role `function` are of
+    the time of `functions`. What is no list is for its reader to refuse."""
+    if not isinstance(turns, (list, tuple)):
+        return turns
+    found = []
+    for index, turn in enumerate(turns):
+        if isinstance(turn, Mapping) and turn.get("role") == "function":
+            turn = {**turn, "role": "tool"}
+        if isinstance(turn, Mapping) and turn.get(CALLING) and not turn.get("tool_calls"):
+            calls = calls_written(turn[CALLING], where, f"{field}[{index}].{CALLING}")
+            turn = _without(turn, CALLING) | {"tool_calls": calls}
+        found.append(turn)
+    return found
 
 
 def argilla(values: Mapping[str, Any], kind: str, where: str) -> dict[str, Any] | None:
@@ -83,13 +108,13 @@ def argilla(values: Mapping[str, Any], kind: str, where: str) -> dict[str, Any] 
     fields = dict(nested) if isinstance(nested, Mapping) else flat
     prompt = _prompt_of(fields, where)
     if kind == "prompts":
-        return {"prompt": fields[prompt]}
+        return _without(fields, prompt) | {"prompt": fields[prompt]}
     if kind == "demonstrations":
         raise BadInput(
             f"{where}: Argilla's records are read as preferences or prompts; export demonstrations as messages"
         )
-    answers = _answers_of([name for name in fields if name != prompt])
-    questions = _responses(values)
+    answers = _answers_of([name for name in fields if name not in (prompt, *OF_A_TASK)])
+    questions = _responses(values, where)
     if not questions:
         return None  # nobody has answered yet
     votes = next((found for each in questions if (found := _votes(each, answers))), [])
@@ -101,20 +126,23 @@ def argilla(values: Mapping[str, Any], kind: str, where: str) -> dict[str, Any] 
         raise BadInput(f"{where}: {what}")
     if len(answers) > 2 and any(len(vote) < len(answers) for vote in votes):
         raise BadInput(f"{where}: {len(answers)} answers ({named}) and a choice of one; rank them, or give two answers")
-    return _decided(fields[prompt], fields, votes)
+    return _beside(fields, prompt, *answers) | _decided(fields[prompt], fields, votes)
 
 
 def _answers_of(names: Sequence[str]) -> list[str]:
     """The fields that are answers: both, where there are two; else those that are called so."""
-    return list(names) if len(names) == 2 else [name for name in names if ANSWER.search(name.lower())]
+    texts = [name for name in names if not tells_how_much(name)]
+    return texts if len(texts) == 2 else [name for name in texts if ANSWER.search(name.lower())]
 
 
-def _responses(values: Mapping[str, Any]) -> list[list[Any]]:
+def _responses(values: Mapping[str, Any], where: str) -> list[list[Any]]:
     """The values that people gave to each question, of what they have submitted."""
     found = []
     nested = values.get("responses")
     lists = dict(nested) if isinstance(nested, Mapping) else {}
     for name, each in values.items():
+        if name.endswith(".responses") and isinstance(each, str) and each:
+            raise BadInput(f"{where}: `{name}` is text, and holds a list; export the records as JSON or Parquet")
         if name.endswith(".responses") and isinstance(each, list):  # flat, of version 2
             states = values.get(f"{name}.status") or ["submitted"] * len(each)
             found.append([v for v, state in zip(each, states, strict=False) if state in (None, "submitted")])
@@ -160,9 +188,11 @@ def label_studio(values: Mapping[str, Any], kind: str, where: str) -> dict[str, 
         return _without(task, prompt) | {"prompt": task[prompt]}
     results = _results(values)
     if kind == "demonstrations":
-        texts = [(r.get("value") or {}).get("text") or [] for r in results if r.get("type") == "textarea"]
-        written = [text for each in texts for text in each]
-        return _demonstration(task[prompt], str(written[-1])) if written else None
+        if data is None and not any(name in values for name in ANNOTATED):
+            raise BadInput(f"{where}: JSON-MIN does not say what was written in a `TextArea`; export the tasks as JSON")
+        written = _written(results, where)
+        beside = {name: value for name, value in task.items() if name in OF_A_TASK and name != prompt}
+        return beside | _demonstration(task[prompt], written) if written else None
     chosen = [(r.get("value") or {}).get("selected") for r in results if r.get("type") == "pairwise"]
     if not results and data is None:  # JSON-MIN has the value alone, under the tag's own name
         chosen = [side for value in task.values() for side in _sides(value)]
@@ -170,9 +200,9 @@ def label_studio(values: Mapping[str, Any], kind: str, where: str) -> dict[str, 
     if not chosen:
         return None  # nobody has answered yet
     told = next((str(r.get("to_name")) for r in results if r.get("type") == "pairwise"), "")
-    sides = [name for name in told.split(",") if name in task] or [
-        name for name, value in task.items() if name != prompt and _is_said(value)
-    ]
+    sides = [name for name in told.split(",") if name in task] or _answers_of(
+        [name for name, value in task.items() if name not in (prompt, *OF_A_TASK) and _is_said(value)]
+    )
     if len(sides) != 2:
         found = ", ".join(f"`{name}`" for name in sides) or "none"
         raise BadInput(f"{where}: a task has a prompt and two answers, and the answers here are {found}")
@@ -181,18 +211,42 @@ def label_studio(values: Mapping[str, Any], kind: str, where: str) -> dict[str, 
         if side not in SIDES and _plain(str(side or "none")) not in TIES:
             raise BadInput(f"{where}: `selected` is {_short(side)}, and is read as left or right; leave own values out")
         votes.append({name: float(SIDES.get(str(side), at) != at) for at, name in enumerate(sides)})
-    return _decided(task[prompt], task, votes)
+    return _beside(task, prompt, *sides) | _decided(task[prompt], task, votes)
+
+
+def _beside(task: Mapping[str, Any], *own: str) -> dict[str, Any]:
+    """What else a task brings to its pair. Which answer is the better one people have said: what stands there of that
+    was known before."""
+    names = (name for name in task if name not in own and not tells_how_much(name) and not is_outcome(name))
+    return {name: task[name] for name in names}
+
+
+def _written(results: Sequence[Mapping[str, Any]], where: str) -> str:
+    """What was written last in the `TextArea` that is for the answer; nothing where nobody wrote."""
+    texts: dict[str, str] = {}  # by the tag's name
+    for result in results:
+        text = (result.get("value") or {}).get("text") if result.get("type") == "textarea" else None
+        if text:
+            texts[str(result.get("from_name"))] = text if isinstance(text, str) else str(text[-1])
+    named = [name for name in texts if len(texts) == 1 or ANSWER.search(name.lower())]
+    if texts and len(named) != 1:
+        found = ", ".join(f"`{name}`" for name in texts)
+        raise BadInput(f"{where}: it was written in {found}, one of which has the answer; call that one `answer`")
+    return texts[named[0]] if texts else ""
 
 
 def _sides(value: Any) -> list[Any]:
-    """What JSON-MIN has of a `Pairwise` tag: `left`, or a list of `{"selected": "left"}`."""
+    """What JSON-MIN has of a `Pairwise` tag: `left`, or a list of `{"selected": "left"}`, of which CSV has the JSON."""
+    if isinstance(value, str) and value.startswith("["):
+        with suppress(ValueError, RecursionError):
+            value = json.loads(value)
     if isinstance(value, list) and value and all(isinstance(each, Mapping) and "selected" in each for each in value):
         return [each["selected"] for each in value]
     return [value] if isinstance(value, str) and value in SIDES else []
 
 
 def _results(values: Mapping[str, Any]) -> list[Any]:
-    annotations = values.get("annotations") or values.get("completions") or ()
+    annotations = next((values[name] for name in ANNOTATED if values.get(name)), ())
     kept = [each for each in annotations if isinstance(each, Mapping) and not each.get("was_cancelled")]
     return [result for each in kept for result in each.get("result") or () if isinstance(result, Mapping)]
 
@@ -252,20 +306,23 @@ def _short(value: Any) -> str:
 
 
 READERS: dict[str, Reader] = {"hh_rlhf": hh_rlhf, "openai": openai, "argilla": argilla, "label_studio": label_studio}
+UNANSWERED = {  # why a row says nothing: its format and kind -> words
+    ("argilla", "preferences"): "no response was submitted",
+    ("label_studio", "preferences"): "nothing was selected in a `Pairwise` tag",
+    ("label_studio", "demonstrations"): "nothing was written in a `TextArea`",
+}
 KTO = "kto"
 NAMES = (*READERS, KTO)
 
 
 @dataclass(frozen=True)
 class Labelled:
-    """What rows of single answers came to: rows of the kind asked for, and how many were read, left out, and bad."""
+    """What rows of single answers came to: those of the kind asked for, how many were read, and why others are none."""
 
     rows: list[Row]
     num_read: int
-    num_left_out: int
-    num_bad: int
-    first_bad: str
-    nothing: Mapping[str, str]  # where a row is that became none -> why
+    left_out: Mapping[str, str]  # where a row is that is sound and became none -> why
+    bad: Mapping[str, str]  # where a row is that was skipped -> what is wrong with it
 
 
 LABELS = ("label", "kto_tag")  # TRL's name, and LLaMA-Factory's
@@ -290,7 +347,7 @@ def of_labels(rows: Iterable[Row], kind: str, *, is_skipping: bool = False) -> L
         BadInput: no `label`; or, for preferences, no prompt has both.
     """
     groups: dict[str, tuple[list[_Answered], list[_Answered]]] = {}
-    count, bad_rows = 0, {}
+    count, bad = 0, {}
     for row in rows:
         count += 1
         try:
@@ -299,29 +356,20 @@ def of_labels(rows: Iterable[Row], kind: str, *, is_skipping: bool = False) -> L
         except BadInput as error:
             if not is_skipping:
                 raise
-            bad_rows[row.where] = str(error)
+            bad[row.where] = str(error)
     found, why = _FROM_LABELS[kind](list(groups.values()))
-    first_bad = next(iter(bad_rows.values()), "")
     if count and not found and kind == "preferences":
         raise BadInput(
             f"no prompt of {count} rows has both a good and a bad answer, and pairs are of one prompt; train on the"
             " good ones as demonstrations (`stage: sft`, the same `format: kto`)"
-            + (f"; {len(bad_rows)} bad rows were skipped, the first: {first_bad}" if bad_rows else "")
+            + (f"; {len(bad)} bad rows were skipped, the first: {next(iter(bad.values()))}" if bad else "")
         )
-    nothing = {where: f"left out: {said}" for where, said in why.items()} | {
-        at: skipped(at, error) for at, error in bad_rows.items()
-    }
-    return Labelled(found, count, len(why), len(bad_rows), first_bad, nothing)
-
-
-def skipped(where: str, message: str) -> str:
-    """What became of a bad row, from the message about it."""
-    return f"skipped: {message.removeprefix(f'{where}: ')}"
+    return Labelled(found, count, why, bad)
 
 
 def _shown(groups: list[tuple[list[_Answered], list[_Answered]]]) -> tuple[list[Row], dict[str, str]]:
     found = [Row(_without(each.row.values, *LABELS), each.row.where) for good, _ in groups for each in good]
-    return found, {each.row.where: "its answer is a bad one" for _, bad in groups for each in bad}
+    return found, {each.row.where: "the answer is a bad one" for _, bad in groups for each in bad}
 
 
 def _asked(groups: list[tuple[list[_Answered], list[_Answered]]]) -> tuple[list[Row], dict[str, str]]:
@@ -334,7 +382,7 @@ def _paired(groups: list[tuple[list[_Answered], list[_Answered]]]) -> tuple[list
     for good, bad in groups:
         if not (good and bad):
             word = "bad" if good else "good"
-            why |= {each.row.where: f"there is no {word} answer to its prompt" for each in (*good, *bad)}
+            why |= {each.row.where: f"there is no {word} answer to the prompt" for each in (*good, *bad)}
             continue
         for number in range(max(len(good), len(bad))):
             better, worse = good[number % len(good)], bad[number % len(bad)]
@@ -346,9 +394,10 @@ _FROM_LABELS = {"demonstrations": _shown, "prompts": _asked, "preferences": _pai
 
 
 def _good(label: Any) -> bool | None:
-    """What a label of KTO's says, as JSON, or as a table has it: `True` as text, 1; None: something else."""
+    """What a label of KTO's says, as JSON, or as a table has it: `True` as text, 1, `1.0`; None: something else."""
     if isinstance(label, str):
-        return {"true": True, "false": False}.get(label.strip().lower())
+        word = label.strip().lower()
+        return truth(word) if word in ("true", "false", "1", "0", "1.0", "0.0") else None
     return bool(label) if label in (True, False) else None
 
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from align.settings import Source
 
 DATA_ENDINGS = (".jsonl", ".json", ".csv", ".parquet")
-STALLED_SECONDS = 600.0  # without a sign of a data set that is read into its cache
+STALLED_SECONDS = 600.0  # without a sign of a data set that is read into its cache, or of a streamed row
 HUB_ID = re.compile(r"[A-Za-z0-9_][\w.-]*/[\w.-]+")
 
 
@@ -202,18 +202,20 @@ def _read_parquet(path: str) -> Iterator[Row]:
 
 def _read_hub(source: Source) -> Iterator[Row]:
     label = f"{source.path}[{source.split}]"
+    streamed: list[Any] = []
     try:
         import datasets
         from huggingface_hub import constants
     except ImportError:
         raise BadInput(f"{label}: a Hub dataset needs the `datasets` package; pip install datasets") from None
     try:
-        with asking(source.path, source.revision):
+        with asking(source.path, source.revision, is_kept=not source.streaming):
             rows = in_time(
-                lambda: _rows_of(source, datasets.load_dataset),
+                lambda: _rows_of(source, datasets.load_dataset, streamed),
                 STALLED_SECONDS,
                 *map(Path, (constants.HF_HUB_CACHE, datasets.config.HF_DATASETS_CACHE)),
                 what=label,
+                rows=streamed,
             )
     except (BadInput, RunFailed) as error:
         raise type(error)(f"{label}: {error}") from None
@@ -225,12 +227,15 @@ def _read_hub(source: Source) -> Iterator[Row]:
     return (Row(_without_nulls(values), f"{label}:item {number}") for number, values in enumerate(rows, start=1))
 
 
-def _rows_of(source: Source, load_dataset: Any) -> Any:
-    """All rows, from the cache of what was fetched; or, streamed, a list of the first `limit`."""
+def _rows_of(source: Source, load_dataset: Any, streamed: list[Any]) -> Any:
+    """All rows, from the cache of what was fetched; or the first `limit`, put into `streamed` one by one."""
     where = {"split": source.split, "revision": source.revision}
     if not source.streaming:
         return load_dataset(source.path, source.name, **where)
-    return list(itertools.islice(load_dataset(source.path, source.name, streaming=True, **where), source.limit))
+    rows = load_dataset(source.path, source.name, streaming=True, **where)
+    for values in itertools.islice(rows, source.limit):
+        streamed.append(values)
+    return streamed
 
 
 def _without_nulls(values: dict[str, Any]) -> dict[str, Any]:

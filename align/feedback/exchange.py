@@ -11,7 +11,7 @@ from align.data import Preference, Row, parse, read_rows
 from align.data.beside import TEMPLATE, is_stated, template_of
 from align.data.conversations import MEANT
 from align.data.formats import load_converter
-from align.data.named import KTO, READERS, of_labels
+from align.data.named import KTO, of_labels
 from align.errors import BadInput
 from align.feedback.backup import Moved, export_labels, import_labels, looks_like_labels
 from align.feedback.gate import soft_label
@@ -183,7 +183,7 @@ def import_preferences(store: Store, path: str | Path, *, limit: int | None = No
     given: Iterable[Row] = read_rows(Source(path=str(path), limit=limit))
     if format == KTO:
         told = of_labels(given, "preferences")
-        given, num_left_out = told.rows, told.num_left_out
+        given, num_left_out = told.rows, len(told.left_out)
     for row in given:
         preference = parse(row, "preferences", format)
         if preference is None or row.values.get("source") in MACHINES:
@@ -325,8 +325,7 @@ def import_run(
     Raises:
         BadInput: the file cannot be read, or does not fit the store.
     """
-    if format != KTO and format not in READERS:
-        load_converter(format)  # or one line, before a store is made
+    load_converter(format)  # or one line, before a store is made
     is_backup = format == "auto" and looks_like_labels(file)
     store = open_store(run, create=True, named=store_at)
     try:

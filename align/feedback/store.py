@@ -75,7 +75,8 @@ class Store:
         BadInput: it is not there, cannot be opened, or has tables of another version.
     """
 
-    def __init__(self, where: str | Path, *, create: bool = False):
+    def __init__(self, where: str | Path, *, create: bool = False, migrates: bool = True):
+        """`migrates`: an earlier version's tables become this one's (else what has no digest yet cannot be read)."""
         self.url = store_url(str(where))
         file = file_of(self.url)
         if file is not None:
@@ -92,7 +93,7 @@ class Store:
         # SQLite's writers poll for their turn; those of one process queue for it
         self._turn: AbstractContextManager[Any] = threading.RLock() if self.is_sqlite else nullcontext()
         try:
-            self._open(create)
+            self._open(create, migrates)
         except (DBAPIError, sqlite3.Error, StoreFailed) as error:
             self.close()
             failed = error.__cause__ if isinstance(error, StoreFailed) else error
@@ -147,7 +148,7 @@ class Store:
         with self.answering(), turn, engine.begin() as connection:
             yield connection
 
-    def _open(self, create: bool) -> None:
+    def _open(self, create: bool, migrates: bool) -> None:
         """Makes the tables where there are none, or checks their version; two that do it at once take turns."""
         with self.writing() if create else self.reading() as session:
             there = set(inspect(session.connection()).get_table_names())
@@ -163,7 +164,7 @@ class Store:
             if have not in (str(UNSEALED), str(VERSION)):
                 cure = "choose another store, or the align that made this one"
                 raise BadInput(f"{self} has tables of version {have}, and this align's are {VERSION}; {cure}")
-        if have == str(UNSEALED):
+        if have == str(UNSEALED) and migrates:
             self._add_digests()
 
     def _add_digests(self) -> None:
@@ -382,13 +383,12 @@ class Store:
         with self.reading() as session:
             return _detached(session, session.scalars(query))
 
-    def drop_machine_labels(self, round_: int) -> None:
-        """Forgets what machines said in a round that is gated anew; people's labels are never deleted."""
-        of_round = select(Comparison.id).where(Comparison.round == round_)
+    def drop_machine_labels(self, comparison_ids: list[int]) -> None:
+        """Forgets what machines said of pairs that are gated anew; people's labels are never deleted."""
         with self.writing() as session:
-            session.execute(
-                delete(Label).where(Label.source.in_(("reward", "judge")), Label.comparison_id.in_(of_round))
-            )
+            for part in chunks(comparison_ids):
+                of_machines = Label.source.in_(("reward", "judge")), Label.comparison_id.in_(part)
+                session.execute(delete(Label).where(*of_machines))
 
     def annotators(self) -> list[Annotator]:
         with self.reading() as session:

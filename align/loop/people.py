@@ -5,6 +5,7 @@ import shlex
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from align.feedback.annotators import Annotator
 from align.feedback.database import label_command
@@ -30,9 +31,8 @@ def ask(this: Context) -> None:
         _simulate(this, simulated)
     progress = Queue(this.store).progress()
     if progress.done < progress.wanted:
-        wanted = f"{progress.wanted - progress.done} labels are wanted of people{_of_two(this)}"
         go_on = f"align loop {shlex.quote(str(this.loop.path))}"
-        raise Halt(0, f"{wanted}: {label_command(this.loop.out, this.loop.store)}\nThen go on with: {go_on}")
+        raise Halt(0, f"{_missing(this, progress.wanted - progress.done)}\nThen go on with: {go_on}")
 
 
 def _simulate(this: Context, simulated: Simulated) -> None:
@@ -65,12 +65,19 @@ def _simulate(this: Context, simulated: Simulated) -> None:
     this.store.add_labels(labels)
 
 
-def _of_two(this: Context) -> str:
-    """That one person alone cannot finish, where that is so."""
+def _missing(this: Context, count: int) -> str:
+    """How many labels are missing, and the command by which they come: for a pair that somebody has answered already,
+    from somebody else."""
     labels = this.store.labels(sources=("human",))
     answers = Counter(label.comparison_id for label in labels if not label.is_reask)
-    count = sum(pair.wanted > 1 and answers[pair.id] < pair.wanted for pair in this.store.pairs(route="human"))
-    return f" ({count} pairs go to two people each)" if count else ""
+    still = [pair for pair in this.store.pairs(route="human") if answers[pair.id] < pair.wanted]
+    command = partial(label_command, this.loop.out, this.loop.store)
+    if still and all(answers[pair.id] for pair in still):
+        add = command("--add", "NAME")
+        return f"{len(still)} pairs still want a second person: {add}"
+    num_twice = sum(pair.wanted > 1 for pair in still)
+    of_two = f" ({num_twice} pairs go to two people each)" if num_twice else ""
+    return f"{count} labels are wanted of people{of_two}: {command()}"
 
 
 @dataclass(frozen=True)

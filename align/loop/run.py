@@ -3,8 +3,8 @@
 import json
 import time
 import uuid
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Container, Iterator, Mapping
+from contextlib import closing, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
@@ -14,13 +14,13 @@ from align.data import Prompt
 from align.endings import last
 from align.errors import BadInput
 from align.feedback.copies import BACKUPS
-from align.feedback.database import BESIDE, KEPT, MADE_OF, MARK, write_loop
+from align.feedback.database import BESIDE, KEPT, MADE_OF, MARK, NoStore, write_loop
 from align.feedback.kept import at_work_on
 from align.feedback.store import Store
 from align.files import clear_temporaries
 from align.hub import name_all
 from align.identity import changed_part, data_parts, equal_paths, model_parts
-from align.launch import start
+from align.launch import check_here, start
 from align.launch_plan import plan
 from align.locks import LOCK, at_work_in
 from align.loop.context import Context, Halt, Result, Start
@@ -29,22 +29,24 @@ from align.loop.patience import outlast
 from align.loop.rounds import Loop
 from align.loop.steps import STEPS, Prompts, bring_back_files, prompts_of, why_to_stop
 from align.manifest import MANIFEST, which_run
-from align.parents import check_start
-from align.preflight import check_model, check_recipe, launches
+from align.parents import check_start, resolved
+from align.preflight import check_ahead, check_data, check_recipe, launches
 from align.recipe import Recipe
 from align.recipe_errors import first_error
+from align.recipe_file import is_within
 from align.report.loop_page import report
 from align.resumption import CHANGEABLE, differences, goes_on, is_harmless, state_of
 from align.rewards import check_columns, check_rewards
 from align.rewards.columns import missing_columns
-from align.rewards.judge import check_judge
 from align.settings import Reward, StageSettings
-from align.settings.about import CRITICS
+from align.settings.about import POLICIES
 from align.settings.loop import OURS, LoopSettings, Simulated
 from align.wording import brief, safe
 
 # while a loop stands still; a store has its mark
 MAY_CHANGE = {"full_determinism", "launch", "track", "num_rounds", "stop", "store", "output"}
+# section -> the round and the step (and its folder) that read it first: until then what was wrong may be put right
+FIRST_READ = {"ensemble": (0, "reward"), "ppo": (0, "ppo"), "evaluation": (0, "evaluate"), "judge": (1, "score")}
 
 
 def run_loop(loop: Loop, start_stage: Start | None = None) -> int:
@@ -109,8 +111,7 @@ def _opened(loop: Loop) -> Iterator[tuple[Store, dict]]:
     mark = told.get(MARK) or uuid.uuid4().hex
     store = open_loop(loop, told) or Store(loop.store, create=True)
     try:
-        if store.fact(MARK) not in (None, mark):
-            raise BadInput(f"{loop.path}: `store`: {store} belongs to another loop; name a database of its own")
+        _check_mark(loop, store, mark)
         with at_work_on(store):
             if remark:
                 print(safe(f"note: {remark}"), flush=True)
@@ -172,46 +173,58 @@ def check_loop(loop: Loop) -> Prompts:
     sft = loop.sft()
     if sft is not None:
         stages["sft"] = sft
+    else:
+        check_start(loop.sft_folder, POLICIES, f"{loop.path}: `sft.from`")
     # prompts are read as a stage would read them; what stages start from is made on the way
     reads = loop.collect(0, loop.sft_folder, loop.sft_folder)
     for name, data in (("prompts", loop.settings.prompts), ("evaluation", loop.settings.evaluation.prompts)):
         stages[name] = reads.model_copy(update={"prompts": data, "output": str(loop.out / f".{name}")})
     check_recipe(Recipe(loop.path, stages, is_pipeline=True), [f"stages.{word}" for word in loop.changes])
-    later = {"score": loop.score(1), "ensemble": loop.reward(0), "ppo": loop.ppo(0, loop.sft_folder)}
-    launches(Recipe(loop.path, stages | later, is_pipeline=True), [*stages, *later])
-    _check_sections(loop)
-    _check_functions(loop)
+    later = later_stages(loop)
+    for launch in launches(Recipe(loop.path, stages | later, is_pipeline=True), [*stages, *later]).values():
+        with _naming(loop):
+            check_here(launch)
+    _check_later(loop, later)
+    if isinstance(loop.settings.annotators, Simulated):
+        with _naming(loop):
+            check_rewards([Reward(use=loop.settings.annotators.use)], "annotators")
     _check_output(loop)
     prompts = prompts_of(loop)
     _check_columns(loop, prompts)
     return prompts
 
 
-def _check_sections(loop: Loop) -> None:
-    """What would fail only after people have labelled: tuning methods, and a critic that the recipe names."""
-    ppo = loop.ppo(0, loop.sft_folder)
-    for section, settings in (("ensemble", loop.reward(0)), ("ppo", ppo)):
-        try:
-            check_model(settings)
-        except BadInput as error:
-            raise BadInput(f"{loop.path}: in `{section}`: {error}") from error
-    if "from" in loop.settings.ppo.get("critic", {}) and ppo.critic.path is not None:
-        check_start(ppo.critic.path, CRITICS, f"{loop.path}: `ppo.critic.from`")
-
-
-def _check_functions(loop: Loop) -> None:
+@contextmanager
+def _naming(loop: Loop, section: str = "") -> Iterator[None]:
+    """Puts the recipe's file, and a section in which the stage's keys stand, before what is wrong."""
     try:
-        check_rewards(loop.settings.evaluation.rewards, "evaluation.rewards")
-        if isinstance(loop.settings.annotators, Simulated):
-            check_rewards([Reward(use=loop.settings.annotators.use)], "annotators")
-        for key, judge in (
-            ("judge", loop.settings.judge),
-            ("evaluation.pairwise_judge", loop.settings.evaluation.pairwise_judge),
-        ):
-            if judge is not None:
-                check_judge(judge, key)
+        yield
     except BadInput as error:
-        raise BadInput(f"{loop.path}: {error}") from error
+        raise BadInput(f"{loop.path}: {f'in `{section}`: ' if section else ''}{error}") from error
+
+
+def later_stages(loop: Loop) -> dict[str, StageSettings]:
+    """The stages that run only after people have labelled, by their section in the recipe, if they have one."""
+    return {
+        "score": loop.score(1),
+        "ensemble": loop.reward(0),
+        "ppo": loop.ppo(0, loop.sft_folder),
+        "evaluation": loop.evaluate(0, has_held_out=True),
+    }
+
+
+def _check_later(loop: Loop, later: Mapping[str, StageSettings]) -> None:
+    """What would fail only after people have labelled: methods, runs, functions, judges and data that the recipe
+    names."""
+    sft, collect, ensemble = loop.sft(), loop.collect(1, loop.sft_folder, loop.sft_folder), loop.reward(0)
+    own = [sft, collect, ensemble, *ensemble.members(), loop.held_out(0), later["ppo"]]
+    made = {resolved(each.output): each for each in own if each is not None}
+    for name, settings in later.items():
+        with _naming(loop, name if name in LoopSettings.model_fields else ""):
+            check_ahead(settings, made)
+            for key, (kind, data) in settings.data_sections().items():
+                if name in OURS and key not in OURS[name]:
+                    check_data(key, kind, data, {})
 
 
 def _check_columns(loop: Loop, prompts: Prompts) -> None:
@@ -219,13 +232,12 @@ def _check_columns(loop: Loop, prompts: Prompts) -> None:
     train, unseen = (
         [Prompt(prompt, dict(columns), "") for prompt, columns in prompts[s]] for s in ("train", "evaluation")
     )
-    try:
-        check_columns(loop.evaluate(0, True), unseen, "evaluation.")
+    with _naming(loop):
+        check_columns(loop.evaluate(0, has_held_out=True), unseen, "evaluation.")
         check_columns(loop.score(1), train)
+        check_columns(loop.ppo(0, loop.sft_folder), train, "ppo.")
         if isinstance(loop.settings.annotators, Simulated):
             missing_columns(loop.settings.annotators.use, {}, [*train, *unseen], key="annotators", place="")
-    except BadInput as error:
-        raise BadInput(f"{loop.path}: {error}") from error
 
 
 def _check_output(loop: Loop) -> None:
@@ -235,22 +247,23 @@ def _check_output(loop: Loop) -> None:
         parts_before, parts = written.get(MADE_OF, {}), _made_of(loop)
         before, now = _values(_as_read_now(loop, written)), _values(loop.settings)
         equal = equal_paths(parts_before, parts)
-        for section in now:
-            if section not in MAY_CHANGE and before[section] != now[section]:
-                found = differences(before[section], now[section], section)  # none: a key that is null, or left out
-                changed = [
-                    (key, was, becomes)
-                    for key, was, becomes in found
-                    if key not in equal and not _may_be(key, loop) and not goes_on(key, becomes)
-                ]
-                if found and not changed:
-                    continue
-                key, was, becomes = changed[0] if changed else (section, before[section], now[section])
-                how = "to go on with it so, give the key after `--set`; else " if _may_change(key) else ""
-                raise BadInput(
-                    f"{loop.path}: `output`: {loop.out} holds a loop of another recipe (`{key}` was {brief(was)}, is "
-                    f"{brief(becomes)}); {how}choose another output"
-                )
+        others = [section for section in now if section not in MAY_CHANGE and before[section] != now[section]]
+        done = _steps_done(loop, written) if others else []
+        for section in others:
+            found = differences(before[section], now[section], section)  # none: a key that is null, or left out
+            changed = [
+                (key, was, becomes)
+                for key, was, becomes in found
+                if key not in equal and not _may_be(key, loop, done) and not goes_on(key, was, becomes)
+            ]
+            if not changed and (found or _may_be(section, loop, done)):
+                continue
+            key, was, becomes = changed[0] if changed else (section, before[section], now[section])
+            how = "to go on with it so, give the key after `--set`; else " if _may_change(key) else ""
+            raise BadInput(
+                f"{loop.path}: `output`: {loop.out} holds a loop of another recipe (`{key}` was {brief(was)}, is "
+                f"{brief(becomes)}); {how}write it as it was, or choose another output"
+            )
         what = changed_part(parts_before, parts)
         if what is not None:
             raise BadInput(
@@ -263,13 +276,33 @@ def _check_output(loop: Loop) -> None:
         raise BadInput(f"{loop.path}: `output`: {loop.out} holds files that are no loop; choose another folder")
     if (loop.out / MANIFEST).is_file():
         raise BadInput(f"{loop.path}: `output`: {loop.out} is a run's folder; choose another")
-    if store := open_loop(loop, written):
-        store.close()
+    store = open_loop(loop, written)
+    if store is None:
+        with _naming(loop), suppress(NoStore):  # it is made
+            store = Store(loop.store, migrates=False)
+    if store is not None:
+        with closing(store):
+            _check_mark(loop, store, written.get(MARK))
 
 
-def _may_be(key: str, loop: Loop) -> bool:
-    """Whether a key may be another than the loop began with."""
-    return is_harmless(key) or (_may_change(key) and loop.names(key))
+def _check_mark(loop: Loop, store: Store, mark: str | None) -> None:
+    if store.fact(MARK) not in (None, mark):
+        raise BadInput(f"{loop.path}: `store`: {store} belongs to another loop; name a database of its own")
+
+
+def _steps_done(loop: Loop, written: dict) -> list[tuple[int, str]]:
+    store = open_loop(loop, written)
+    if store is None:
+        return []
+    with closing(store):
+        return store.steps()
+
+
+def _may_be(key: str, loop: Loop, done: Container[tuple[int, str]]) -> bool:
+    """Whether a key may be another than the loop began with; `done` are its steps."""
+    first = None if is_within(key, "evaluation.prompts") else FIRST_READ.get(key.partition(".")[0])
+    is_unread = first is not None and first not in done and not (loop.folder(first[0]) / first[1]).exists()
+    return is_unread or is_harmless(key) or (_may_change(key) and loop.names(key))
 
 
 def _may_change(key: str) -> bool:

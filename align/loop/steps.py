@@ -75,9 +75,7 @@ def score(this: Context) -> Result:
 def route_pairs(this: Context) -> Result:
     """Who labels what. In round 0 people, by chance: there is no machine yet that could be unsure."""
     r = this.loop.settings.route
-    asked = set(_prompts_of_round(this))  # labels of another run that were taken in may be of others
-    known = [p for p in this.store.pairs(this.round) if p.prompt_id in asked]
-    pairs = [p for p in known if p.pairing not in (IMPORTED, EVALUATION)]  # people's already
+    pairs = _pairs_of_round(this)
     seed = this.loop.settings.seed + this.round
     if this.round == 0:
         routed = kickstart([pair.id for pair in pairs], r.kickstart, seed=seed)
@@ -121,7 +119,7 @@ def label(this: Context) -> Result:
 
 def merge(this: Context) -> Result:
     """People's votes and the machine labels that pass, as the files that the reward models train on."""
-    found = merge_labels(this.loop, this.store, this.round)
+    found = merge_labels(this.loop, this.store, this.round, _pairs_of_round(this))
     this.store.set_metrics(this.round, found)
     figures = {key: v for key, v in found.items() if math.isfinite(v)}
     files = _digests(this, "pairs.jsonl", "held-out-pairs.jsonl")
@@ -267,6 +265,14 @@ def _plain(prompt: Any) -> Any:
 def _prompts_of_round(this: Context) -> list[int]:
     settings, ids = this.loop.settings, sorted(this.store.prompts(split="train"))
     return _of_round(ids, min(settings.collect.prompts_per_round, len(ids)), this.round, settings.seed)
+
+
+def _pairs_of_round(this: Context) -> list[Pair]:
+    """Of the prompts that this round drew: labels of another run that were taken in may be of others. People's pairs
+    (from a file, or to compare policies) are not among them."""
+    drawn = set(_prompts_of_round(this))
+    pairs = [pair for pair in this.store.pairs(this.round) if pair.prompt_id in drawn]
+    return [pair for pair in pairs if pair.pairing not in (IMPORTED, EVALUATION)]
 
 
 def _write_prompts(this: Context, ids: list[int]) -> None:

@@ -21,17 +21,17 @@ from align.settings import Reward
 from align.settings.loop import Simulated
 
 
-def merge_labels(loop: Loop, store: Store, round_: int) -> dict[str, float]:
-    """Gates the round's machine labels into the store, writes pairs.jsonl and held-out-pairs.jsonl of the round's
-    folder, and returns figures."""
+def merge_labels(loop: Loop, store: Store, round_: int, of_round: Sequence[Pair]) -> dict[str, float]:
+    """Gates machine labels of the round's pairs into the store, writes pairs.jsonl and held-out-pairs.jsonl of the
+    round's folder, and returns figures."""
     pairs = {pair.id: pair for pair in store.pairs()}
     votes = people_say(store)
     figures = _of_people(store)
     held = {key: is_held_out(pair, loop.settings.gate.held_out) for key, pair in pairs.items()}
     if round_ > 0:
-        store.drop_machine_labels(round_)  # of a merge that was cut off: people may have said more since
-        taught_pairs = [pair for key, pair in pairs.items() if pair.round == round_ and not held[key]]
-        figures |= _gate(loop, store, taught_pairs, votes, figures)
+        # of a merge that was cut off: people may have said more since
+        store.drop_machine_labels([pair.id for pair in of_round])
+        figures |= _gate(loop, store, [pair for pair in of_round if not held[pair.id]], votes, figures)
     accepted, weight = write_labels(loop, store, round_)
     figures |= {"human_pairs": len(votes), "machine_pairs": len(accepted), "machine_weight": weight}
     if isinstance(loop.settings.annotators, Simulated):

@@ -163,13 +163,20 @@ def _after_prefix(prefix: Prefix, module: Any, key: Tensor, value: Tensor) -> tu
     return first, second
 
 
+@cache
+def _has_flash(device: torch.device) -> bool:
+    """Whether torch's kernels for 16 bits whose heads may share keys run there."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
 def _causal(query: Tensor, key: Tensor, value: Tensor, scaling: float | None) -> Tensor:
     """The last of K positions ask: (B, heads, Q, D) over (B, kv heads, K, D), each seeing itself and all before it."""
     asked, seen = query.shape[2], key.shape[2]
     mask = None
     if asked != seen:
         mask = torch.ones(asked, seen, dtype=torch.bool, device=query.device).tril(seen - asked)
-    if query.is_cuda and (mask is not None or query.dtype == torch.float32):  # else it would keep all scores
+    is_kept = mask is not None or query.dtype == torch.float32 or not _has_flash(query.device)
+    if query.is_cuda and is_kept:  # all scores, where heads share keys
         key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
     return F.scaled_dot_product_attention(
         query, key, value, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=True

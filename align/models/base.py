@@ -75,6 +75,18 @@ def load_base(
     return Base(model, load_tokenizer(settings), what, settings.base, settings.revision, *sizes)
 
 
+def config_of(settings: Model) -> Any:
+    """The base's configuration.
+
+    Raises:
+        BadInput: there is none that can be read.
+    """
+    try:
+        return load_config(settings.base, settings.revision)
+    except (OSError, ValueError) as error:
+        raise BadInput(f"`model.base`: {settings.base} cannot be loaded: {first_line(error)}") from error
+
+
 def _quantisation(settings: Model, device: torch.device) -> dict[str, Any]:
     """What transformers is told beside what the base says of itself (None would take that from it): to quantise as it
     loads, to read floats of 8 bits as what they stand for, or nothing.
@@ -82,10 +94,7 @@ def _quantisation(settings: Model, device: torch.device) -> dict[str, Any]:
     Raises:
         BadInput: the base is quantised in a way that roles cannot be trained over, or that `load_in` does not take.
     """
-    try:
-        config = load_config(settings.base, settings.revision).to_dict()
-    except (OSError, ValueError) as error:
-        raise BadInput(f"`model.base`: {settings.base} cannot be loaded: {first_line(error)}") from error
+    config = config_of(settings).to_dict()
     check_quantised(config, settings.load_in, f"`model.base`: {settings.base}")
     found = quantised_by(config)
     if found is not None:

@@ -20,7 +20,7 @@ from align.identity import base_of, has_adapter, has_tokenizer
 from align.locks import LOCK, at_work_in
 from align.manifest import MANIFEST, about, check_whole, read_manifest
 from align.models.backoff import in_words, is_out_of_memory
-from align.models.base import trunk_of
+from align.models.base import config_of, trunk_of
 from align.models.facts import HEADS, check_quantised, quantised_by, read_shapes
 from align.models.loading import (
     as_numbers,
@@ -37,18 +37,10 @@ from align.models.loading import (
 from align.models.roles import Bases, Role
 from align.models.scoring import score_sequences
 from align.models.tokenizer import first_line
-from align.records import ADAPTER_WEIGHTS
+from align.records import ADAPTER_WEIGHTS, UNMERGEABLE
 from align.settings import Model
 from align.wording import one_line
 
-UNMERGEABLE = {
-    "BOTTLENECK": "its layers are not linear, so that no matrix of the base can stand for them",
-    "PREFIX_TUNING": "its keys and values are not weights of the base",
-    **dict.fromkeys(
-        ("PROMPT_TUNING", "P_TUNING", "MULTITASK_PROMPT_TUNING", "CPT"), "its vectors stand before what is read"
-    ),
-    "ADAPTION_PROMPT": "its prompts are not weights of the base",
-}
 UNREPEATABLE = ("pissa_niter", "corda", "loftq", "lora_ga")  # ways to start LoRA whose share of the base is drawn anew
 PROBE = ("The answer to the question is", "Once upon a time there was a", "1 2 3 4 5 6 7 8", "Dear all, thank you for")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -177,14 +169,18 @@ def _check_new(target: Path) -> None:
         raise BadInput(f"{target} is not empty; name a new folder")
 
 
-def _bases_of(folder: Path, manifest: dict[str, Any]) -> Bases:
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+def _settings_of(folder: Path, manifest: dict[str, Any]) -> Model:
+    """The run's `model`, over its base of now."""
     try:
         settings = Model.model_validate(manifest["recipe"]["model"])
     except ValidationError as error:
         raise BadInput(f"{folder / MANIFEST} is damaged (`recipe.model`); run its stage again") from error
-    base = base_of(manifest, folder) if has_adapter(folder) else str(folder)
-    return Bases(settings.over(base=base), device, is_stages=False)
+    return settings.over(base=base_of(manifest, folder) if has_adapter(folder) else str(folder))
+
+
+def _bases_of(folder: Path, manifest: dict[str, Any]) -> Bases:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return Bases(_settings_of(folder, manifest), device, is_stages=False)
 
 
 def _merged(bases: Bases, folder: Path, *, head: bool = False) -> Any:
@@ -309,38 +305,58 @@ def _saved(
     with folder_in_one_go(target) as path:
         merged.save_pretrained(path, max_shard_size=max_shard_size)
         tokenizer.save_pretrained(path)
+        merged.to("cpu")  # a card holds one of the two at a time
         again: Any = load_causal(str(path), dtype=computes_in, device_map={"": device}).eval()
         after = [again(row).logits.float() for row in ids]
         return max(float((a - b).abs().max()) for a, b in zip(before, after, strict=True))
 
 
 def _export(folder: Path, target: Path, manifest: dict[str, Any], *, max_shard_size: str) -> float:
-    bases, tokenizer = _bases_of(folder, manifest), _tokenizer_of(str(folder))
+    tokenizer, settings = _tokenizer_of(str(folder)), _settings_of(folder, manifest)
+    pad = _pad_of(tokenizer)
+    with torch.device("meta"):
+        _classifier(config_of(settings), pad, folder)  # whether there is one, before anything is loaded
+    bases = _bases_of(folder, manifest)
     role = bases.role(str(folder), head=True)
     end = end_token_ids(tokenizer)[:1]  # as every answer that is scored has one
     rows = [[*row[0].tolist(), *end] for row in _probe_ids(tokenizer, bases.device)]
     before = score_sequences(role, [row[:1] for row in rows], [row[1:] for row in rows])
     assert role.head is not None
     merged = _merged(bases, folder, head=True)
-    config = copy.deepcopy(merged.config)
-    config.num_labels, config.pad_token_id = 1, _pad_of(tokenizer)
+    made = _classifier(merged.config, pad, folder).to(merged.dtype)
+    made.score.weight.copy_(role.head.weight)
     try:
-        made: Any = empty_classifier(config).to(merged.dtype)
-        made.score.weight.copy_(role.head.weight)
         made.base_model.load_state_dict(trunk_of(merged).state_dict())
-    except (ValueError, AttributeError, RuntimeError) as error:
-        if is_out_of_memory(error):
-            raise
-        what = f"transformers has no classifier of one score for {config.model_type}"
-        raise BadInput(f"{folder}: {what} ({one_line(error, 120)}); open it with PEFT") from error
+    except RuntimeError as error:
+        raise _no_classifier(folder, merged.config, error) from error
+    dtype = merged.dtype
+    merged.to("cpu")  # a card holds one of the two at a time
     with folder_in_one_go(target) as path:
         made.save_pretrained(path, max_shard_size=max_shard_size)
         tokenizer.save_pretrained(path)
         again: Any = load_classifier(str(path))[0]
-        again = again.to(merged.dtype).to(bases.device)
+        again = again.to(dtype).to(bases.device)
         batch = tokenizer.pad({"input_ids": rows}, padding_side="right", return_tensors="pt").to(bases.device)
         given = {name: batch[name] for name in ("input_ids", "attention_mask")}
         return float((again.eval()(**given).logits[:, 0].float().cpu() - before).abs().max())
+
+
+def _classifier(of: Any, pad: int, folder: Path) -> Any:
+    """A classifier of one score for the shape that the configuration `of` tells, without the run's weights."""
+    config = copy.deepcopy(of)
+    config.num_labels, config.pad_token_id = 1, pad
+    try:
+        made: Any = empty_classifier(config)
+        if made.score.weight.shape != (1, config.get_text_config().hidden_size):
+            raise ValueError(f"its `score` is {tuple(made.score.weight.shape)}")
+        return made
+    except (ValueError, AttributeError) as error:
+        raise _no_classifier(folder, config, error) from error
+
+
+def _no_classifier(folder: Path, config: Any, error: Exception) -> BadInput:
+    what = f"transformers has no classifier of one score for {config.model_type}"
+    return BadInput(f"{folder}: {what} ({one_line(error, 120)}); open it with PEFT")
 
 
 def _pad_of(tokenizer: Any) -> int:

@@ -106,7 +106,7 @@ def _check_config(view: PreTrainedModel, config: PeftConfig) -> None:
             "`kind: prefix` needs an architecture whose attention goes through transformers' interface without windows "
             "(and `attn_implementation: sdpa`); this one does not: use `kind: lora`"
         )
-    if kind == "LN_TUNING" and view.dtype != torch.float32:
+    if kind == "LN_TUNING" and not config.inference_mode and view.dtype != torch.float32:
         raise BadInput(
             f"copies of layers in {str(view.dtype).removeprefix('torch.')} cannot be trained, small updates round to "
             "nothing: use `model.load_in: float32`, or `kind: lora`"
@@ -248,7 +248,7 @@ def _trainable_copies(view: PreTrainedModel, config: PeftConfig) -> Iterator[Non
         and _matches(name, wanted if isinstance(wanted, str) else tuple(wanted or ()))
     }
     for name, module in originals.items():
-        view.set_submodule(name, _dequantised(module))
+        view.set_submodule(name, _dequantised(module).to(view.dtype))
     yield
     for name, module in originals.items():
         cast(Any, view.get_submodule(name)).base_layer = module

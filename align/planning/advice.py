@@ -6,7 +6,6 @@ from typing import Any
 from align.models.budget import ANSWERS_BOUNDS, BOUNDS
 from align.planning.phases import Plan
 from align.settings import Full, Lora, OtherPeft, OwnMethod, PpoSettings, StageSettings
-from align.settings.methods import is_copy
 
 Planned = Callable[[StageSettings], Plan]
 
@@ -57,7 +56,7 @@ def _candidates(plan: Plan) -> Iterator[tuple[str, str, dict[str, Any]]]:
     if isinstance(settings.tuned_by(), Full):
         yield f"{method}.kind=lora", "adapters instead of all weights", {method: Lora()}
     tuned_by = settings.tuned_by()
-    if plan.machine.device == "cuda" and not isinstance(tuned_by, OtherPeft | OwnMethod) and not is_copy(tuned_by):
+    if plan.machine.device == "cuda" and not (plan.trains_copies or isinstance(tuned_by, OtherPeft | OwnMethod)):
         if settings.model.load_in == "float32":
             yield "model.load_in=bfloat16", "weights in 16 bits", {"model.load_in": "bfloat16"}
         yield "model.load_in=nf4", "weights in 4 bits, slower", {"model.load_in": "nf4"}

@@ -23,7 +23,7 @@ from align.models.facts import read_facts
 from align.models.layout import Tree, passes_of
 from align.models.shape import Shape, shape_of, tuned
 from align.models.tokenizer import tokenizer_of
-from align.parents import method_of, resolved, stands_on_copies
+from align.parents import copies_trained, method_of, resolved
 from align.planning.machine import Machine
 from align.settings import (
     DpoSettings,
@@ -92,6 +92,7 @@ class Plan:
     is_checkpointed: bool
     kept: float  # numbers of a token, for the backward pass
     itemsize: int
+    trains_copies: bool
 
     @property
     def peak(self) -> float:
@@ -177,6 +178,7 @@ class _Planner:
             is_checkpointed=self.options.gradient_checkpointing,
             kept=self.role.kept,
             itemsize=self.itemsize,
+            trains_copies=copies_trained(self.settings, self.made) is not None,
         )
 
     @property
@@ -345,7 +347,7 @@ def precision(settings: StageSettings, made: Mapping[str, StageSettings], machin
     load_in = settings.model.load_in
     if load_in != "auto":
         return load_in
-    if stands_on_copies(settings, made):
+    if copies_trained(settings, made):
         return "float32"
     if machine.is_here:
         return best_precision(torch.device(machine.device))

@@ -11,8 +11,9 @@ from rich.text import Text
 
 from align.errors import BadInput
 from align.launch_plan import LaunchPlan
+from align.models.base import best_precision
 from align.models.budget import ANSWERS_BOUNDS, BOUNDS
-from align.parents import resolved
+from align.parents import check_copies, resolved
 from align.planning.advice import changes, largest_pass, most_slots
 from align.planning.machine import Device, Machine, Rates, libraries, machine_of, probe
 from align.planning.phases import Plan, is_planned, lengths_of, plan_of
@@ -63,6 +64,7 @@ def _show_stage(
     machine = machine_of(asked, cast(Device, device), count)
     every = count if launch is None else launch.expected_processes
     try:
+        check_copies(settings, made, device)
         planned = partial(_planned, machine, lengths_of(settings), libraries(settings.stage, machine), made, every)
         plan = planned(settings)
     except BadInput as error:  # a sound recipe all the same
@@ -72,7 +74,8 @@ def _show_stage(
     if launch is not None and launch.is_sharded:
         console.print(Text("        (as if each process had all of the base: `launch: fsdp` spreads its layers)"))
     if machine.is_here and plan.fits:
-        dtype = torch.float32 if plan.itemsize == 4 else torch.bfloat16
+        is_half = machine.device == "cuda" and best_precision(torch.device("cuda")) == "float32"  # of an older card
+        dtype = torch.float32 if plan.itemsize == 4 else torch.float16 if is_half else torch.bfloat16
         _show_time(console, plan, probe(machine.device, dtype, plan.shape.hidden))
 
 

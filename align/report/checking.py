@@ -11,7 +11,7 @@ from rich.text import Text
 from align.data import load, looks_like_hub_id
 from align.errors import BadInput
 from align.recipe import Recipe
-from align.report.rows import is_far, show_row
+from align.report.rows import is_far, near_part, show_row
 from align.settings import AnyMethod, Data, Full, StageSettings
 from align.settings.about import WITH_HEAD
 from align.wording import safe
@@ -47,15 +47,15 @@ def show(
         console.rule(Text(f"{name} ({settings.stage})"), align="left")
         values = settings.model_dump(mode="json", by_alias=True, exclude_defaults=True)
         console.print(Text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True).rstrip(), style="dim"))
-        left_out = _left_out(settings.model_dump(mode="json", by_alias=True), values)
+        others = left_out(settings.model_dump(mode="json", by_alias=True), values)
         if defaults:
-            console.print(Text(f"by default  {', '.join(left_out)}", style="dim"))
+            console.print(Text(f"by default  {', '.join(others)}", style="dim"))
         else:
-            console.print(Text(f"by default  {len(left_out)} other keys (`--defaults` shows them)", style="dim"))
+            console.print(Text(f"by default  {len(others)} other keys (`--defaults` shows them)", style="dim"))
         for key, (folder, _) in settings.parents().items():
             console.print(Text(f"reads   {folder}  ({key})"))
         for key, (kind, data) in settings.data_sections().items():
-            counted, further = _counts(kind, data)
+            counted, further = counts_of(kind, data)
             console.print(Text(f"reads   {counted}  ({key})"))
             for line in further:
                 console.print(Text(safe(f"        {line}"), style="yellow"))
@@ -64,7 +64,7 @@ def show(
             console.print(Text(f"starts  {plans[name]}"))
         method = settings.tuned_by()
         if method is not None:
-            console.print(Text(f"trains  {_trainable(settings, method)}"))
+            console.print(Text(f"trains  {trainable(settings, method)}"))
         was_shown |= show_row(console, settings, row)
     if row is not None and not was_shown:
         example = "`--row 17` for the first file's, or `--row rows.jsonl:17` (a line, or an item where there are none)"
@@ -72,31 +72,34 @@ def show(
     console.print(Text(safe(f"{recipe.path}: sound"), style="bold"))
 
 
-def _left_out(whole: Any, given: Any, prefix: str = "") -> list[str]:
+def left_out(whole: Any, given: Any, prefix: str = "") -> list[str]:
     """`key value` of each key that is as by default; a section that is not there at all is one of them."""
     found = []
     for key, value in whole.items():
         own = given.get(key) if isinstance(given, dict) else None
         if isinstance(value, dict) and value:
-            found += _left_out(value, own, f"{prefix}{key}.")
+            found += left_out(value, own, f"{prefix}{key}.")
         elif own is None and (not isinstance(given, dict) or key not in given):
             shown = yaml.safe_dump(value, default_flow_style=True, allow_unicode=True).split("\n...")[0].strip()
             found.append(f"{prefix}{key} {shown}")
     return found
 
 
-def _counts(kind: str, data: Data) -> tuple[str, tuple[str, ...]]:
+def counts_of(kind: str, data: Data) -> tuple[str, tuple[str, ...]]:
     """How many rows of what, from where; and sentences about those that did not become an example of their own."""
-    names = ", ".join(source.path for source in data.train)
-    if any(map(is_far, (*data.train, *data.validation))):
-        is_on_hub = any(looks_like_hub_id(source.path) for source in (*data.train, *data.validation))
-        return f"{kind} from the Hub: {names}" if is_on_hub else f"{kind} that are not there now: {names}", ()
-    loaded = load(data, kind)  # type: ignore[call-overload]
-    counts = loaded.counts
-    return f"{counts.num_train} {kind}, {counts.num_validation} held out: {names}", loaded.messages[1:]
+    near = near_part(data)
+    loaded = load(near, kind, whole=data)  # type: ignore[call-overload]
+    far = [source.path for source in (*data.train, *data.validation) if is_far(source)]
+    on_hub = [path for path in far if looks_like_hub_id(path)]
+    gone = [path for path in far if path not in on_hub]
+    counted = f"{loaded.counts.num_train} {kind}, {loaded.counts.num_validation} held out: "
+    said = [counted + ", ".join(source.path for source in near.train)] if near.train else []
+    said += [f"{kind} from the Hub: {', '.join(on_hub)}"] if on_hub else []
+    said += [f"{kind} that are not there now: {', '.join(gone)}"] if gone else []
+    return "; ".join(said), loaded.messages[1:]
 
 
-def _trainable(settings: StageSettings, method: AnyMethod) -> str:
+def trainable(settings: StageSettings, method: AnyMethod) -> str:
     """Counted on a model without storage; nothing is loaded."""
     if not Path(settings.model.base).is_dir():
         return "(the base is on the Hub: counted when it is loaded)"

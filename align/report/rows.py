@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,10 @@ from align.data import (
 )
 from align.data.formats import unused_columns
 from align.data.named import KTO
-from align.errors import BadInput
 from align.identity import has_tokenizer
 from align.report.tables import plain
 from align.settings import Data, Source, StageSettings
+from align.settings.about import Use
 from align.settings.fields import MOST
 from align.wording import safe
 
@@ -45,35 +46,26 @@ def show_row(console: Console, settings: StageSettings, place: str | None = None
     `place`: the row, as `file:number` (of a line, or of an item where a file has no lines), or a number in the first
     file; None is the first that trains. Returns whether there is such a row.
     """
-    for number, (kind, data) in enumerate(settings.data_sections().values()):
+    for number, (key, (kind, data)) in enumerate(settings.data_sections().items()):
         if number and (place is None or place.isdecimal()):
             break
-        near = _near(data)
-        if near is None:
-            continue
+        near = near_part(data)
         sources = (*near.train, *near.validation)
         if place is not None and place.isdecimal():
             sources = data.train[:1] if data.train[0] in near.train else ()
-        try:
-            loaded: Loaded[Any] = load(near, kind)  # type: ignore[call-overload]
-        except BadInput:  # what is here may be too little without the rest
-            if near is data:
-                raise
-            continue
+        loaded: Loaded[Any] = load(near, kind, whole=data)  # type: ignore[call-overload]
+        first = loaded.train[0].where if loaded.train else None
         for source in sources:
             for row in read_rows(source):
-                if row.where == loaded.train[0].where if place is None else _is_at(row, place):
-                    _show(console, settings, kind, source, row, loaded)
+                if row.where == first if place is None else _is_at(row, place):
+                    _show(console, settings, key, source, row, loaded)
                     return True
     return False
 
 
-def _near(data: Data) -> Data | None:
-    """The part of it that is on this disk; None without training rows there."""
-    train, validation = (tuple(s for s in side if not is_far(s)) for side in (data.train, data.validation))
-    if (train, validation) == (data.train, data.validation):
-        return data
-    return data.model_copy(update={"train": train, "validation": validation}) if train else None
+def near_part(data: Data) -> Data:
+    """The part of it that is on this disk."""
+    return data.part(lambda source: not is_far(source))
 
 
 def _is_at(row: Row, place: str) -> bool:
@@ -85,7 +77,8 @@ def _is_at(row: Row, place: str) -> bool:
     return wanted in ("", file) or file.endswith(f"{os.sep}{wanted}")
 
 
-def _show(console: Console, settings: StageSettings, kind: str, source: Source, row: Row, loaded: Loaded[Any]) -> None:
+def _show(console: Console, settings: StageSettings, key: str, source: Source, row: Row, loaded: Loaded[Any]) -> None:
+    kind, use = settings.data_sections()[key][0], settings.use_of(key)
     console.print(Text(safe(f"row     {row.where}")))
     is_plain = source.format == "auto"  # others' functions see the whole row
     unused = unused_columns({k: v for k, v in row.values.items() if v is not None}, kind) if is_plain else []
@@ -98,15 +91,15 @@ def _show(console: Console, settings: StageSettings, kind: str, source: Source, 
         console.print(Text(f"{line}{_fitted(said, room)}{note}", style="dim"))
     if len(row.values) > COLUMNS:
         console.print(Text(f"{INDENT}and {len(row.values) - COLUMNS} more columns", style="dim"))
-    example, fate = _fate(kind, source, row, loaded)
+    example, fate = _fate(kind, use, source, row, loaded)
     if example is None or not Path(settings.model.base).is_dir():
         console.print(Text(safe(f"{INDENT}{fate}")))
         return
     from align.models.tokenizer import tokenizer_of
 
-    speaker = settings.speaker()  # whose folder has no template before it is made
-    tokenizer = tokenizer_of(settings.model, speaker if speaker is not None and has_tokenizer(speaker) else None)
-    length, parts, is_kept = _seen(tokenizer, example, settings)
+    is_there = use.reader is not None and has_tokenizer(use.reader)  # whose folder has no template before it is made
+    tokenizer = tokenizer_of(settings.model, use.reader if is_there else None)
+    length, parts, is_kept = _seen(tokenizer, example, settings, use)
     console.print(Text(safe(f"{INDENT}{fate if is_kept else f'a {kind[:-1]}'}: {length}")))
     for name, tokens in parts:
         text = Text(name)
@@ -124,18 +117,15 @@ def _fitted(said: str, room: int) -> str:
     return shown
 
 
-def _fate(kind: str, source: Source, row: Row, loaded: Loaded[Any]) -> tuple[Any, str]:
+def _fate(kind: str, use: Use, source: Source, row: Row, loaded: Loaded[Any]) -> tuple[Any, str]:
     """The example that the row has become, and which side it is on; or why there is none."""
     what = kind.removesuffix("s")
-    for side, does in (
-        (loaded.train, "trains" if kind != "prompts" else "is answered"),
-        (loaded.validation, "is held out"),
-    ):
+    for side, does in ((loaded.train, use.train), (loaded.validation, use.validation)):
         own = [example for example in side if example.where == row.where]
         if own and source.format == KTO and kind == "preferences" and len(own) > 1:
             return own[0], f"{len(own)} preferences, the first of which {does}"
         if own:
-            times = f", {len(own)} times an epoch" if len(own) > 1 else ""
+            times = f", {len(own)} times{' an epoch' * (does == 'trains')}" if len(own) > 1 else ""
             return own[0], f"a {what} that {does}{times}"
     if row.where in loaded.nothing:
         return None, loaded.nothing[row.where]
@@ -145,11 +135,17 @@ def _fate(kind: str, source: Source, row: Row, loaded: Loaded[Any]) -> tuple[Any
 
 
 def _seen(
-    tokenizer: Any, row: Any, settings: StageSettings
+    tokenizer: Any, row: Any, settings: StageSettings, use: Use
 ) -> tuple[str, list[tuple[str, list[tuple[int, bool]]]], bool]:
     """What a model reads of an example: its length in words; by part the tokens, with whether they carry loss, or are
     scored; and whether the stage keeps it."""
-    max_length = min(settings.lengths().values(), default=MOST)
+    max_length = MOST if use.max_length is None else use.max_length
+    if use.is_scored and isinstance(row, Demonstration):
+        pair = encode_pair(tokenizer, row.as_pair(), max_length)
+        if pair is None:
+            return _too_long(max_length), [], False
+        said = f"{len(pair.prompt_ids):,} tokens, then {len(pair.chosen_ids):,} of the answer"
+        return said, [("sample  ", _marked(pair.prompt_ids, pair.chosen_ids))], True
     if isinstance(row, Demonstration):
         encoded = encode_demonstration(tokenizer, row, max_length)
         learnt = sum(encoded.loss_mask)
@@ -160,14 +156,22 @@ def _seen(
     if isinstance(row, Preference):
         pair = encode_pair(tokenizer, row, max_length)
         if pair is None:
-            return f"dropped, for it is longer than {max_length:,} tokens", [], False
-        shared = [(token, False) for token in pair.prompt_ids]
+            return _too_long(max_length), [], False
         answers = (("chosen   ", pair.chosen_ids), ("rejected ", pair.rejected_ids))
-        said = f"{len(shared):,} tokens, then {len(pair.chosen_ids):,} chosen or {len(pair.rejected_ids):,} rejected"
-        return said, [(name, [*shared, *((token, True) for token in ids)]) for name, ids in answers], True
+        num_chosen, num_rejected = len(pair.chosen_ids), len(pair.rejected_ids)
+        said = f"{len(pair.prompt_ids):,} tokens, then {num_chosen:,} chosen or {num_rejected:,} rejected"
+        return said, [(name, _marked(pair.prompt_ids, ids)) for name, ids in answers], True
     ids, most = encode_prompt(tokenizer, row), getattr(settings, "max_prompt_length", MOST)
     said = f"{len(ids):,} tokens" if len(ids) <= most else f"left out, for its {len(ids):,} tokens are over {most:,}"
     return said, [("prompt  ", [(token, False) for token in ids])], len(ids) <= most
+
+
+def _too_long(max_length: int) -> str:
+    return f"dropped, for it is longer than {max_length:,} tokens"
+
+
+def _marked(prompt_ids: Sequence[int], answer_ids: Sequence[int]) -> list[tuple[int, bool]]:
+    return [*((token, False) for token in prompt_ids), *((token, True) for token in answer_ids)]
 
 
 def _pieces(tokenizer: Any, tokens: list[tuple[int, bool]]) -> list[tuple[str, bool]]:

@@ -93,6 +93,7 @@ def rehearse(step: Step) -> str:
 def capture(step: Step, pool: Any) -> tuple[Step, Any]:
     """What runs the step again, and the memory pool that it takes from. Nothing of it is run here."""
     graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+    pool = pool or torch.cuda.graph_pool_handle()
     try:
         with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
             step()
@@ -101,5 +102,7 @@ def capture(step: Step, pool: Any) -> tuple[Step, Any]:
         with suppress(RuntimeError):  # and its random numbers stay the capture's
             generator = torch.cuda.default_generators[stream.device_index]
             generator.graphsafe_set_state(generator.clone_state())
+        with suppress(RuntimeError, AttributeError):  # and up to 2.12 its memory: no cache would ever be given back
+            torch._C._cuda_endAllocateToPool(stream.device_index, pool)
         raise
-    return graph.replay, graph.pool()
+    return graph.replay, pool

@@ -41,3 +41,13 @@ class Match(NamedTuple):
     who: str
     cure: str  # what follows where they differ
     has_template: bool = False  # whose chat template must be the other's too
+
+
+class Use(NamedTuple):
+    """What a stage does with the rows of a section."""
+
+    train: str  # in words that follow `a row that`: of those to work on
+    validation: str  # and of those held out
+    max_length: int | None  # tokens of a row with its answer; None: any number
+    reader: str | None  # the run whose chat template they are read by; None: the base
+    is_scored: bool = False  # a demonstration: whole, and no token carries loss

@@ -1,6 +1,7 @@
 """What to train on: files and data sets of the Hub, and what of them is held out."""
 
-from typing import Annotated, Any, Literal
+from collections.abc import Callable
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
@@ -61,6 +62,11 @@ class Data(Settings):
         if self.validation and self.validation_split:
             raise ValueError("give `validation` or `validation_split`, not both")
         return self
+
+    def part(self, is_wanted: Callable[[Source], bool]) -> Self:
+        """The same with some of its sources alone, be it none."""
+        sides = {side: tuple(filter(is_wanted, getattr(self, side))) for side in ("train", "validation")}
+        return self.model_copy(update=sides)
 
 
 LossOn = Literal["answers", "last_answer", "all_but_tool_results"]

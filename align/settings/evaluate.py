@@ -4,7 +4,7 @@ from typing import Annotated, ClassVar
 
 from pydantic import AfterValidator, Field, model_validator
 
-from align.settings.about import POLICIES, Match, Parents
+from align.settings.about import POLICIES, Match, Parents, Use
 from align.settings.data import Data
 from align.settings.fields import MOST, AtATime, Count, Location, Settings, told
 from align.settings.judge import JudgeSettings
@@ -84,6 +84,15 @@ class EvaluateSettings(SamplingSettings):
     def data_sections(self) -> dict[str, tuple[str, Data]]:
         own = {} if self.reward is None else {"reward.data": ("preferences", self.reward.data)}
         return super().data_sections() | own
+
+    def use_of(self, key: str) -> Use:
+        """Where some are held out, no others are asked about."""
+        use, data = super().use_of(key), self.data_sections()[key][1]
+        if self.reward is not None and key == "reward.data":
+            use = use._replace(train="is scored", max_length=self.reward.max_length, reader=self.reward.path)
+        if data.validation or data.validation_split:
+            use = use._replace(train="is passed over for those held out", validation=use.train)
+        return use
 
     def lengths(self) -> dict[str, int]:
         return super().lengths() | ({} if self.reward is None else {"`reward.max_length`": self.reward.max_length})

@@ -4,12 +4,13 @@ import json
 from pathlib import Path
 from typing import Annotated, ClassVar
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from align.settings.about import POLICIES, Parents
-from align.settings.fields import AtATime, Count, Interval, Location, NonNegative, PassTokens, Positive, told
+from align.settings.fields import AtATime, Count, Interval, Location, NonNegative, PassTokens, told
 from align.settings.judge import JudgeSettings
 from align.settings.rewards import Reward, learned_parents
+from align.settings.sampling import Temperatures
 from align.settings.stage import StageSettings
 from align.settings.stages import RewardSettings, SamplingSettings
 from align.wording import did_you_mean
@@ -49,8 +50,14 @@ class CollectSettings(SamplingSettings):
         default_factory=dict,
         description="Name -> answers of that policy to each prompt; those not named give 4.",
     )
-    temperatures: Annotated[tuple[Positive, ...], Field(min_length=1)] = told((1.0,), "Of the answers, taken in turn.")
+    temperatures: Temperatures = None
     batch_size: AtATime = None
+
+    @field_validator("temperatures")
+    @classmethod
+    def _else_samplings(cls, value: Temperatures, before: ValidationInfo) -> Temperatures:
+        sampling = before.data.get("sampling")  # none: it is wrong itself
+        return (sampling.temperature,) if value is None and sampling is not None else value
 
     @model_validator(mode="after")
     def _names_are_known(self) -> "CollectSettings":

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, model_validator
 
 from align.settings.data import Data
 from align.settings.fields import (
@@ -23,7 +23,7 @@ from align.settings.fields import (
 )
 from align.settings.judge import JudgeSettings
 from align.settings.rewards import Reward
-from align.settings.sampling import Sampling
+from align.settings.sampling import Sampling, Temperatures
 from align.settings.stage import Model, Track
 
 OURS = {  # keys of a section's stage that the loop itself sets, beside those that every stage has
@@ -40,7 +40,7 @@ class Collect(Settings):
     num_generations: Count = told(4, "Answers of the current policy to each.")
     previous: Interval = told(0, "Answers of the policy before it.")
     sft: Interval = told(0, "Answers of the SFT policy.")
-    temperatures: Annotated[tuple[Positive, ...], Field(min_length=1)] = told((1.0,), "Of the answers, taken in turn.")
+    temperatures: Temperatures = None
     best_worst: bool = told(True, "Pair the best answer with the worst, by the ensemble.")
     random_pairs: Count = told(1, "Further pairs of a prompt, by chance: in round 0 there are no others.")
     batch_size: AtATime = None
@@ -58,9 +58,10 @@ class Route(Settings):
     )
     recheck: Fraction = told(
         0.0,
-        "Share for one person's labels of earlier rounds that the ensemble of then contradicts most.",
+        "Share for one person's labels of earlier rounds that the ensemble of then contradicts most; a second one is "
+        "asked.",
     )
-    overlap: Fraction = told(0.1, "Share of people's pairs that a second person is given too.")
+    overlap: Fraction = told(0.1, "Share of people's pairs that a second person is given too; 0: one person is enough.")
     reasks: Fraction = told(0.05, "Share of people's pairs that the same person is shown again without a word.")
 
     @model_validator(mode="after")
@@ -157,7 +158,9 @@ class LoopSettings(Settings):
     prompts: Data = Field(description="What is answered and learnt on.")
     max_prompt_length: Count = told(512, "Tokens; longer prompts are left out.")
     sampling: Sampling = told(Sampling(), "How answers are drawn.")
-    collect: Collect = told(Collect(), "How many answers a round collects, and which pairs of them.")
+    collect: Annotated[Collect, Field(validate_default=True)] = told(
+        Collect(), "How many answers a round collects, and which pairs of them."
+    )
     judge: JudgeSettings | None = told(None, "The machine that labels beside people; null: none does.")
     route: Route = told(Route(), "How many labels people give in a round, and for which pairs.")
     annotators: Literal["people"] | Simulated = told(
@@ -173,6 +176,14 @@ class LoopSettings(Settings):
     )
     evaluation: Evaluation = Field(description="On which prompts a round's policy is judged, and by whom.")
     stop: Stop = told(Stop(), "What ends the loop before its last round.")
+
+    @field_validator("collect")
+    @classmethod
+    def _collects_as_it_samples(cls, collect: Collect, before: ValidationInfo) -> Collect:
+        sampling = before.data.get("sampling")  # none: it is wrong itself
+        if collect.temperatures is not None or sampling is None:
+            return collect
+        return collect.model_copy(update={"temperatures": (sampling.temperature,)})
 
     @model_validator(mode="after")
     def _pairs_for_two_have_two_people(self) -> "LoopSettings":

@@ -9,6 +9,10 @@ from align.settings.fields import Count, Interval, Location, Positive, Settings,
 from align.wording import did_you_mean
 
 OF_A_SERVER = ("url", "adapter_dir", "api_key_env", "tolerance", "max_retries", "timeout")  # keys that it alone has
+Temperatures = Annotated[
+    Annotated[tuple[Positive, ...], Field(min_length=1)] | None,
+    Field(description="Of the answers, taken in turn; null: `sampling.temperature` alone.", validate_default=True),
+]
 
 
 class Sampling(Settings):

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field, JsonValue, model_validator
 
-from align.settings.about import Curve, Match, Parents, Quality, Tuning
+from align.settings.about import Curve, Match, Parents, Quality, Tuning, Use
 from align.settings.data import Data
 from align.settings.fields import Determinism, Folder, Launch, Location, Seed, Settings, told
 from align.settings.judge import JudgeSettings
@@ -127,6 +127,11 @@ class StageSettings(Settings):
         """Data that this stage reads: recipe key -> (demonstrations | preferences | prompts, section). The first is
         what it is about."""
         return {} if self.reads is None else {self.reads[0]: (self.reads[1], getattr(self, self.reads[0]))}
+
+    def use_of(self, key: str) -> Use:
+        """What is done with the rows of the section at this key of `data_sections`."""
+        does = "is answered" if self.data_sections()[key][0] == "prompts" else "trains"
+        return Use(does, "is held out", min(self.lengths().values(), default=None), self.speaker())
 
     def keeps(self) -> tuple[str, ...]:
         """What its runs are taken for besides what they make: a `critic`."""

@@ -9,7 +9,7 @@ from typing import Annotated, ClassVar
 
 from pydantic import AfterValidator, Field
 
-from align.settings.about import POLICIES, Curve, Match, Parents, Quality, Tuning
+from align.settings.about import POLICIES, Curve, Match, Parents, Quality, Tuning, Use
 from align.settings.data import Data, DemonstrationData, Sources
 from align.settings.fields import MOST, Count, Location, NonNegative, Settings, told
 from align.settings.methods import AnyMethod, Lora, MethodOrLora
@@ -89,6 +89,10 @@ class RewardSettings(SupervisedSettings):
         if self.reference:
             sections["reference"] = ("demonstrations", Data(train=self.reference))
         return sections
+
+    def use_of(self, key: str) -> Use:
+        use = super().use_of(key)
+        return use._replace(train="is scored for the scale", is_scored=True) if key == "reference" else use
 
 
 class Policy(Settings):

@@ -98,6 +98,7 @@ def _answers(
 ) -> list[dict[str, Any]]:
     """One answer to each of `rows`, whose random numbers are theirs alone. All processes call it."""
     temperatures = settings.temperatures
+    assert temperatures is not None  # null is `sampling.temperature`
     sampling = settings.sampling.model_copy(update={"temperature": temperatures[draw % len(temperatures)]})
     seeds = Seeds(settings.seed, STREAM, zlib.crc32(f"{name} {draw}".encode()), rows)
     asked = [prompts[i] for i in rows]

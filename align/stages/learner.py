@@ -7,7 +7,7 @@ applied. Losses are divided beforehand by counts of the whole minibatch, so that
 
 import math
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any
 
@@ -115,6 +115,12 @@ class Learner:
             raise BadInput(
                 f"the checkpoint's optimiser of the {self.name} lets norms and biases decay, as an earlier version of "
                 "align did: finish the run with that version, or delete its `checkpoints` to start it again"
+            )
+        moments: Mapping[str, Any] = next(iter(state["optimizer"]["state"].values()), {})
+        if moments and ("exp_avg" in moments) != isinstance(self.optimizer, torch.optim.AdamW):
+            raise BadInput(
+                f"the checkpoint's optimiser of the {self.name} is another than here (`optim: paged_adamw_32bit` is "
+                "torch's on a CPU and bitsandbytes' on a GPU): go on where it began, or delete its `checkpoints`"
             )
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from align.data import (
-    Demonstration,
     EncodedPair,
     Preference,
     closed,
@@ -218,7 +217,7 @@ def _reference_sequences(settings: RewardSettings, tokenizer: Any, pairs: list[P
         pairs = _spread(pairs, REFERENCE_ROWS // 2)
         return [p.tokens.prompt_ids for p in pairs for _ in range(2)], [a for p in pairs for a in p.tree.branches]
     rows = _spread(load(Data(train=settings.reference), "demonstrations").train, REFERENCE_ROWS)
-    encoded = [encode_pair(tokenizer, _as_pair(row), settings.max_length) for row in rows]
+    encoded = [encode_pair(tokenizer, row.as_pair(), settings.max_length) for row in rows]
     found = [(*pair.prompt_ids, *pair.chosen_ids) for pair in encoded if pair is not None]
     if not found:
         raise BadInput(f"`reference`: no answer is left within `max_length: {settings.max_length}` tokens; raise it")
@@ -228,11 +227,6 @@ def _reference_sequences(settings: RewardSettings, tokenizer: Any, pairs: list[P
 def _spread(rows: Sequence[Row], most: int) -> list[Row]:
     """So many of the rows, evenly from the first to the last: they are in the order of their sources."""
     return [rows[i * len(rows) // most] for i in range(most)] if len(rows) > most else list(rows)
-
-
-def _as_pair(row: Demonstration) -> Preference:
-    """A demonstration as both answers of a pair: it is read as they are."""
-    return Preference(row.prompt, row.completion, row.completion, 1.0, 1.0, 0.0, row.where, row.template)
 
 
 def _check_saved(bases: Bases, folder: Path, role: Role, probe: Sequences, max_batch_tokens: int | None) -> None:

@@ -176,3 +176,17 @@ def test_an_empty_side(tmp_path: Path, rows: Any, held: Any, share: float, expec
     data = Data(train=train, validation=validation, validation_split=share, on_bad_row="skip")
     with pytest.raises(BadInput, match=expected):
         load(data, "prompts")
+
+
+def test_of_a_part_the_sides_that_are_whole_have_rows(tmp_path: Path) -> None:
+    """The rest of a data set, on the Hub or still to be made, may fill the others."""
+    bad, good = write(tmp_path, "bad.jsonl", [{"text": ""}]), write(tmp_path, "good.jsonl", [{"text": "a kite"}])
+    data = Data.model_validate({"train": [bad, "org/far"], "validation": good, "on_bad_row": "skip"})
+    loaded = load(data.part(lambda source: source.path != "org/far"), "demonstrations", whole=data)
+    assert (len(loaded.train), len(loaded.validation), loaded.counts.num_bad) == (0, 1, 1)
+    data = Data.model_validate({"train": [good, "org/far"], "validation": bad, "on_bad_row": "skip"})
+    with pytest.raises(BadInput, match="no demonstrations are left to validate on in"):
+        load(data.part(lambda source: source.path != "org/far"), "demonstrations", whole=data)
+    none = data.part(lambda source: False)
+    assert not (none.train or none.validation)
+    assert load(none, "demonstrations", whole=data).counts.num_read == 0

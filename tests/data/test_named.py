@@ -80,16 +80,22 @@ def test_kto_makes_pairs_of_the_same_prompt_and_demonstrations_of_what_is_good(t
     pairs = loaded(tmp_path, rows, "preferences", "kto")
     assert [(p.prompt, p.chosen, p.rejected) for p in pairs.train] == [("one", "good", "bad"), ("one", "good", "worse")]
     assert (pairs.counts.num_read, pairs.counts.num_left_out) == (5, 2)
-    assert "2 rows left out by the format" in pairs.messages
+    assert [why for why in pairs.messages if "left out" in why] == [
+        "1 rows left out by the format: there is no bad answer to the prompt",
+        "1 rows left out by the format: there is no good answer to the prompt",
+    ]
     shown = loaded(tmp_path, rows, "demonstrations", "kto")
     assert [(d.prompt, d.completion) for d in shown.train] == [("one", "good"), ("two", "fine")]
+    assert "3 rows left out by the format: the answer is a bad one" in shown.messages
     assert [p.prompt for p in loaded(tmp_path, rows, "prompts", "kto").train] == ["one", "two", "three"]
     talk = [[turn(U, "hi")], [turn(U, "hi")]]
     rows = [kto(talk[0], [turn(A, "yes")], True), kto(talk[1], [turn(A, "no")], False)]
     assert said(first(tmp_path, rows, "preferences", "kto").chosen) == [(A, "yes")]
 
 
-@pytest.mark.parametrize("labels", [("True", "False"), ("true", "false"), (1, 0)])
+@pytest.mark.parametrize(
+    "labels", [("True", "False"), ("true", "false"), (1, 0), ("1", "0"), ("1.0", "0.0"), (" 1", "0 "), (1.0, 0.0)]
+)
 def test_ktos_labels_may_be_words_as_a_table_has_them(labels, tmp_path):
     rows = [kto("one", text, label) for text, label in zip(("good", "bad"), labels, strict=True)]
     (pair,) = loaded(tmp_path, rows, "preferences", "kto").train
@@ -320,6 +326,8 @@ def test_a_context_is_no_answer_and_a_ranking_of_three_is_its_ends(tmp_path):
     vote = {"responses": {"better": [{"value": "response_2", "user_id": "u"}]}}
     pair = first(tmp_path, [two | vote], "preferences", "argilla")
     assert (pair.chosen, pair.rejected) == ("b", "a")
+    found = loaded(tmp_path, [two | vote], "preferences", "argilla")
+    assert found.messages[1:] == ("columns that preferences make nothing of: `context` (1)",)
     ranking = {"responses": {"rank": [{"value": ["response_3", "response_1", "response_2"], "user_id": "u"}]}}
     pair = first(tmp_path, [THREE | ranking], "preferences", "argilla")
     assert (pair.chosen, pair.rejected) == ("z", "b")
@@ -347,6 +355,166 @@ def test_what_else_a_row_has_goes_with_it_and_bad_labels_may_be_skipped(tmp_path
     found = loaded(tmp_path, rows, "preferences", "kto", on_bad_row="skip")
     assert (len(found.train), found.counts.num_bad) == (1, 1)
     assert "rows.jsonl:3" in found.counts.first_bad
+
+
+LOOK = {"name": "look", "description": "x", "parameters": {"type": "object"}}
+OLD = {  # as OpenAI's files were before tools
+    "messages": [
+        turn(U, "any kites?"),
+        {"role": A, "content": None, "function_call": {"name": "look", "arguments": '{"at": "the sky"}'}},
+        {"role": "function", "name": "look", "content": "two"},
+        turn(A, "two kites"),
+    ],
+    "functions": [LOOK],
+}
+
+
+def test_openais_functions_are_tools_under_an_older_name(tmp_path):
+    shown = first(tmp_path, [OLD], "demonstrations", "openai")
+    assert shown.template == {"tools": [{"type": "function", "function": LOOK}]}
+    turns = (*shown.prompt, *shown.completion)
+    assert said(turns) == [(U, "any kites?"), (A, ""), ("tool", "two"), (A, "two kites")]
+    call = {"type": "function", "function": {"name": "look", "arguments": {"at": "the sky"}}}
+    assert turns[1]["tool_calls"] == [call] and "function_call" not in turns[1] and turns[2]["name"] == "look"
+    asked = first(tmp_path, [OLD], "prompts", "openai")
+    assert asked.template == shown.template and said(asked.prompt) == said(turns[:3])
+    pair = {
+        "input": {"messages": OLD["messages"][:1], "functions": json.dumps([LOOK])},
+        "preferred_output": OLD["messages"][1:2],
+        "non_preferred_output": [turn(A, "no")],
+    }
+    pair = first(tmp_path, [pair], "preferences", "openai")
+    assert pair.template == shown.template and pair.chosen[0]["tool_calls"] == [call]
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        ({"tools": [{"type": "function", "function": LOOK}]}, "`functions` is an older name of `tools`, and both"),
+        ({"functions": "look"}, "`functions` is text, but not the JSON of a list"),
+        (
+            {"messages": [turn(U, "a"), {"role": A, "function_call": "look"}]},
+            r"`messages\[1\].function_call` is no call",
+        ),
+    ],
+)
+def test_functions_that_are_none_are_one_line(tmp_path, changes, line):
+    with pytest.raises(BadInput, match=line):
+        first(tmp_path, [OLD | changes], "demonstrations", "openai")
+
+
+ASK = [turn(U, "hi"), turn(A, "hello")]
+CHOSE = {"responses": {"better": [{"value": "response_2", "user_id": "u"}]}}
+
+
+@pytest.mark.parametrize(
+    ("row", "kind", "name"),
+    [
+        ({"messages": ASK}, "demonstrations", "openai"),
+        ({"input": {"messages": ASK[:1]}, "preferred_output": ASK[1:], "non_preferred_output": [turn(A, "x")]}, "preferences", "openai"),
+        (HH, "demonstrations", "hh_rlhf"),
+        (HH, "preferences", "hh_rlhf"),
+        (HH, "prompts", "hh_rlhf"),
+        (kto("hi", "yes", True), "demonstrations", "kto"),
+    ],
+)  # fmt: skip
+def test_what_stands_beside_theirs_is_honoured_too(tmp_path, row, kind, name):
+    """As under `auto`: a system message, tools, arguments of the template, and marks of a bad answer."""
+    tools = [{"type": "function", "function": LOOK}]
+    found = first(tmp_path, [row | {"system": "Be kind.", "tools": tools}], kind, name)
+    assert said(found.prompt)[0] == ("system", "Be kind.") and found.template == {"tools": tools}
+    if kind == "demonstrations":
+        with pytest.raises(BadInput, match="an answer marked bad is no demonstration"):
+            first(tmp_path, [row | {"is_bad": True}], kind, name)
+    if kind == "preferences":
+        assert first(tmp_path, [row | {"margin": 2.0, "weight": 3}], kind, name).margin == 2.0
+    if kind == "prompts":
+        assert found.columns["system"] == "Be kind."
+
+
+def test_what_a_task_states_beside_its_answers_is_honoured_too(tmp_path):
+    beside = {"system": "Be kind."}
+    pairs = [(NESTED | {"fields": NESTED["fields"] | beside} | CHOSE, "argilla")]
+    pairs += [(FLAT | beside | {"better.responses": ["response_2"]}, "argilla")]
+    pairs += [(LS | {"data": LS["data"] | beside, "annotations": [chose("right")]}, "label_studio")]
+    pairs += [({"id": 1, "prompt": "q", "answer1": "a", "answer2": "b", "pw": "right"} | beside, "label_studio")]
+    for row, name in pairs:
+        pair = first(tmp_path, [row], "preferences", name)
+        assert said(pair.prompt) == [("system", "Be kind."), (U, "q")]
+        assert (said(pair.chosen), said(pair.rejected)) == ([(A, "b")], [(A, "a")])
+    known = {
+        "probability": 0.1,
+        "margin": 2.0,
+        "chosen_prob": 0.2,
+        "winner": "tie",
+        "score_chosen": 3,
+        "score_rejected": 5,
+    }
+    for row, name in pairs:  # which answer is the better one people have said
+        task = (
+            {"fields": row["fields"] | known}
+            if "fields" in row
+            else {"data": row["data"] | known}
+            if "data" in row
+            else known
+        )
+        pair = first(tmp_path, [row | task], "preferences", name)
+        assert (pair.probability, pair.margin, said(pair.chosen)) == (1.0, 0.0, [(A, "b")])
+    row = {"id": 1, "data": {"prompt": "q"} | beside, "annotations": [{"result": [wrote("answer", "an answer")]}]}
+    shown = first(tmp_path, [row], "demonstrations", "label_studio")
+    assert said(shown.prompt) == [("system", "Be kind."), (U, "q")]
+    more = {"fields": NESTED["fields"] | {"input": "and of what else they saw"}} | CHOSE
+    with pytest.raises(BadInput, match="`input` is no part of the prompt that is read"):
+        first(tmp_path, [NESTED | more], "preferences", "argilla")
+    asked = first(tmp_path, [{"fields": {"prompt": "q", "answer": "4"}}], "prompts", "argilla")
+    assert asked.columns["answer"] == "4"
+
+
+def wrote(name, *texts):
+    return {"type": "textarea", "from_name": name, "to_name": "prompt", "value": {"text": list(texts)}}
+
+
+def test_of_several_texts_the_answers_is_the_demonstration(tmp_path):
+    def row(*results):
+        return {"id": 1, "data": {"prompt": "q"}, "annotations": [{"result": list(results)}]}
+
+    def read(*results):
+        return first(tmp_path, [row(*results)], "demonstrations", "label_studio").completion
+
+    assert read(wrote("note", "hm"), wrote("answer", "one", "two")) == "two"
+    assert read(wrote("answer", "one"), wrote("note", "hm")) == "one"
+    assert read(wrote("note", "one")) == "one"
+    assert read(wrote("note", "one") | {"value": {"text": "in one piece"}}) == "in one piece"
+    with pytest.raises(BadInput, match="it was written in `note`, `remark`, one of which has the answer; call"):
+        read(wrote("note", "hm"), wrote("remark", "hm"))
+
+
+def test_json_min_says_not_what_was_written(tmp_path):
+    row = {"id": 1, "prompt": "q", "answer": "an answer", "annotator": 1, "lead_time": 3.1}
+    with pytest.raises(BadInput, match="JSON-MIN does not say what was written in a `TextArea`; export the tasks as J"):
+        first(tmp_path, [row], "demonstrations", "label_studio", ending=".json")
+
+
+def test_of_what_is_left_out_it_says_why(tmp_path):
+    written = {"id": 1, "data": {"prompt": "q"}, "annotations": [{"result": [wrote("answer", "an answer")]}]}
+    found = loaded(tmp_path, [LS, written], "demonstrations", "label_studio")
+    assert "1 rows left out by the format: nothing was written in a `TextArea`" in found.messages
+    (why,) = found.nothing.values()
+    assert why == "left out by `format: label_studio`: nothing was written in a `TextArea`"
+    with pytest.raises(BadInput, match="rows left out by the format: no response was submitted"):
+        loaded(tmp_path, [NESTED], "preferences", "argilla")
+    other = {"type": "choices", "from_name": "better", "to_name": "prompt", "value": {"choices": ["answer1"]}}
+    with pytest.raises(BadInput, match="rows left out by the format: nothing was selected in a `Pairwise` tag"):
+        loaded(tmp_path, [LS | {"annotations": [{"result": [other]}]}], "preferences", "label_studio")
+
+
+def test_of_a_table_argillas_responses_are_refused_and_label_studios_read(tmp_path):
+    rows = [FLAT | {"better.responses": "['response_2']"}]
+    with pytest.raises(BadInput, match="`better.responses` is text, and holds a list; export the records as JSON"):
+        loaded(tmp_path, rows, "preferences", "argilla")
+    row = {"id": 1, "prompt": "q", "answer1": "a", "answer2": "b", "pw": '[{"selected": "right"}]', "quality": "fair"}
+    pair = first(tmp_path, [row], "preferences", "label_studio")
+    assert (pair.prompt, pair.chosen, pair.rejected) == ("q", "b", "a")
 
 
 # ------------------------------------------------------------------------------------------- ShareGPT's turns of tools

@@ -224,6 +224,13 @@ def test_columns_that_nothing_is_made_of_are_named(tmp_path: Path) -> None:
     data = Data(train=str(tmp_path / "x.jsonl"))  # type: ignore[arg-type]
     assert "columns that demonstrations make nothing of: `id` (2), `note` (1)" in load(data, "demonstrations").messages
     assert len(load(data, "prompts").messages) == 1  # rewards are given them
+    pairs = [
+        {"prompt": f"p{n}", "chosen": "a", "rejected": "b", **tie}
+        for n, tie in enumerate(({"tie": True}, {"winner": "tie"}))
+    ]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))
+    loaded = load(Data(train=str(tmp_path / "pairs.jsonl")), "preferences")  # type: ignore[arg-type]
+    assert len(loaded.messages) == 1 and [pair.probability for pair in loaded.train] == [0.5, 0.5]
     (tmp_path / "own.py").write_text("def whole(row):\n    return {'messages': row['messages']}\n")
     by_function = Data(train=({"path": str(tmp_path / "x.jsonl"), "format": f"{tmp_path}/own.py:whole"},))  # type: ignore[arg-type]
     assert not [

@@ -26,6 +26,7 @@ const leaving = new Set(); // names of pairs whose answer is on its way
 let line = Promise.resolve(); // what is to be saved, one after another
 let unsaved = 0;
 let isDone = false; // the server has nothing more
+let missing = 0; // labels of all people that are not in
 let hasLeft = false; // the session is over
 let strength = null;
 let visible = 0; // milliseconds that the pair has been seen
@@ -224,7 +225,7 @@ function show({ isMoving = false } = {}) {
   since = document.hidden ? 0 : performance.now();
   $("comment").value = item?.comment ?? "";
   $("comment-box").hidden = !$("comment").value;
-  notice(item ? "" : isDone ? "Nothing is left to label for now. This page looks again by itself." : "Loading …");
+  notice(item ? "" : isDone ? nothingLeft() : "Loading …");
   if (!item && isMoving) $("notice").focus();
   if (!item) return;
   item.key ??= newKey();
@@ -238,7 +239,14 @@ function show({ isMoving = false } = {}) {
   if (isMoving) $("pair-name").focus({ preventScroll: true });
 }
 
+// A label that is missing and not asked of this person is in front of somebody, or of a pair that wants a second one.
+function nothingLeft() {
+  const others = missing && !unsaved ? `Labels that other people have to give: ${missing}. ` : "";
+  return `Nothing is left to label for now. ${others}This page looks again by itself.`;
+}
+
 function showProgress({ mine, done, wanted }) {
+  missing = wanted - done;
   $("bar").max = Math.max(wanted, 1);
   $("bar").value = done;
   $("counts").textContent = `${done} of ${wanted} · ${mine} by you`;
