@@ -312,13 +312,16 @@ def _quality(settings: StageSettings) -> float:
 
 
 def _measured(settings: StageSettings) -> dict[str, float]:
-    """What the run found on rows held out: in its manifest, else at its last evaluation."""
+    """What the run found on rows held out: in its manifest, else at its last evaluation; under a KL budget at that of
+    the policy which it kept."""
     assert settings.quality is not None
     found, figure = read_manifest(settings.output)["metrics"], settings.quality.figure
-    if isinstance(found.get("best"), dict):  # of several, as under a KL budget: the one that was kept
-        found = {f"eval_{key}": value for key, value in found["best"].items()}
-    elif figure not in found:
-        found = next((row for row in reversed(read_metrics(settings.output)) if figure in row), {})
+    kept = found.get("best") or found.get("kept")
+    if figure not in found:
+        rows = [row for row in read_metrics(settings.output) if figure in row]
+        if isinstance(kept, dict):
+            rows = [row for row in rows if row["step"] == kept["iteration"]]
+        found = rows[-1] if rows else {}
     return {key: value for key, value in found.items() if isinstance(value, (int, float))}  # null: it was no number
 
 
@@ -352,6 +355,8 @@ def _result(trial: Trial, swept: list[Trial], gold: dict[str, float], quality: Q
     cost: dict[str, float] = {key: value for key, value in told.items() if value is not None}
     measured = _measured(trial.settings) if has_run else {}
     steps = int(trial.settings.value(_tuning(trial.settings).steps))
+    if has_run:  # a KL budget may have ended it earlier
+        steps = int(read_manifest(trial.settings.output)["metrics"].get("iterations", steps))
     others = {key: float(measured[key]) for key in quality.beside if key in measured}
     return Result(
         method=trial.method,

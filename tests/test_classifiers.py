@@ -17,6 +17,8 @@ from transformers import (
 
 from align.data import Prompt
 from align.errors import BadInput, RunFailed
+from align.models.backoff import Phase
+from align.rewards import classifiers
 from align.rewards.answers import Answers
 from align.rewards.learned import learned
 from align.settings import LearnedReward
@@ -116,6 +118,16 @@ def test_a_classifier_over_a_decoder_reads_what_its_template_renders(architectur
     expected = [card(model, chat(tokenizer, text)) for text in given]
     assert scores(tmp_path, answers([(QUESTION,)] * 4, given)) == pytest.approx(expected, abs=1e-5)
     assert scores(tmp_path, answers([(QUESTION,)] * 4, given), max_batch_tokens=1) == pytest.approx(expected, abs=1e-5)
+
+
+def test_a_model_without_a_pad_is_read_at_the_last_token_in_every_call(tmp_path):
+    """Whatever an earlier call padded with: here id 0, with which the second call's texts end."""
+    model = decoder(tmp_path, "llama", tokenizer_of(FAMILIES_HERE["chatml"]), pad="none")
+    calls = [[[5, 6], [7, 8, 9]], [[5, 6, 0], [0], [4, 0, 0, 0]]]
+    expected = [[card(model, {"input_ids": torch.tensor([ids])}) for ids in call] for call in calls]
+    for call, each in zip(calls, expected, strict=True):
+        found = classifiers._scores(model, [{"input_ids": ids} for ids in call], None, Phase("reading"))
+        assert found.tolist() == pytest.approx(each, abs=1e-5)
 
 
 @pytest.mark.parametrize("family", ["chatml", "llama 3", "gemma", "mistral", "no end"])

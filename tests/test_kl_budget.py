@@ -8,6 +8,7 @@ import statistics
 import pytest
 import torch
 
+from align import compare
 from align.errors import BadInput
 from align.manifest import read_manifest
 from align.maths.kl import mean_and_error, moments
@@ -110,6 +111,8 @@ def test_where_none_is_within_the_budget_the_nearest_is_kept_and_it_is_said(base
     nearest = min(rows, key=lambda row: row["eval_kl"])
     assert metrics["best"] is None and metrics["kl_budget"] == "exceeded" and nearest["eval_kl"] > 1e-4
     assert (metrics["kept"]["iteration"], metrics["kept"]["kl"]) == (nearest["step"], nearest["eval_kl"])
+    settings = PpoSettings.model_validate(values | {"reference": {"from": other.output}})
+    assert compare._measured(settings)["eval_score"] == nearest["eval_score"]  # the kept policy's, without a penalty
     printed = " ".join(capsys.readouterr().out.split())
     assert "warning: no policy that was evaluated is within `kl_budget: 0.0001`; kept iteration" in printed
     assert "no policy that was evaluated is within the KL budget" in stage_page.page_of(tmp_path / "ppo").headline
@@ -122,6 +125,8 @@ def test_the_start_is_kept_where_training_only_leaves_the_budget(base, data, run
     tiny.run(PpoSettings.model_validate(recipe(base, data, runs, tmp_path / "ppo", kl_budget=1e-9, kl_estimator="k3")))
     metrics = read_manifest(tmp_path / "ppo")["metrics"]
     assert metrics["best"]["iteration"] == 0 and metrics["kl_budget"] == "within"
+    settings = PpoSettings.model_validate(recipe(base, data, runs, tmp_path / "ppo", kl_budget=1e-9, kl_estimator="k3"))
+    assert compare._measured(settings)["eval_score"] == read_metrics(tmp_path / "ppo")[0]["eval_score"]
     assert "kept iteration 0, the start" in " ".join(capsys.readouterr().out.split())
     assert tiny.largest_difference(runs / "sft", tmp_path / "ppo") == 0.0
 

@@ -253,6 +253,14 @@ def test_moments_of_another_library_are_refused(began, goes_on):
         other.load_state_dict(first.state_dict())
 
 
+def test_nobody_is_heard_after_the_last_step(base, data, tmp_path, monkeypatch):
+    """It is done, and a start that has no step left could not tell what one costs."""
+    heard = []
+    monkeypatch.setattr(Worker, "stop_if_asked", lambda self, save: heard.append(save))
+    tiny.run(tiny.settings("sft", base, data, tmp_path / "sft", train={"max_steps": 3}))
+    assert len(heard) == 2 and read_manifest(tmp_path / "sft")["cost"]["seconds_per_step"] > 0
+
+
 def test_no_rows_are_one_line(base, tmp_path):
     (tmp_path / "pairs.jsonl").write_text(json.dumps({"prompt": "give " * 40, "chosen": "a", "rejected": "b"}) + "\n")
     values = tiny.recipe("reward", base, tmp_path, tmp_path / "toy", max_length=8)

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -213,10 +214,17 @@ def _scores(model: Any, sequences: Sequences, max_batch_tokens: int | None, phas
     return scores
 
 
+_without_pad: WeakSet[Any] = WeakSet()  # models that came with none
+
+
 def _pad_id(model: Any, sequences: Sequences) -> int:
+    """The model's own; of one that has none, what none of these sequences holds, since it reads the last token that is
+    not its pad."""
     config, size = model.config.get_text_config(), model.get_input_embeddings().num_embeddings
-    if config.pad_token_id is not None and 0 <= config.pad_token_id < size:
+    has_own = config.pad_token_id is not None and 0 <= config.pad_token_id < size
+    if has_own and model not in _without_pad:
         return int(config.pad_token_id)
+    _without_pad.add(model)
     used = {token for sequence in sequences for token in sequence["input_ids"]}
     unused = next((token for token in range(size) if token not in used), 0)
     config.pad_token_id = model.config.pad_token_id = unused

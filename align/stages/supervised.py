@@ -228,7 +228,8 @@ def _loop(this: _Run[Any]) -> bool:
             return False
         if t.save_steps and step % t.save_steps == 0 and step < num_steps:
             course.save(step)
-        this.worker.stop_if_asked(partial(course.save, step))
+        if step < num_steps:  # else it is done, and a start that has no step left could not tell what one costs
+            this.worker.stop_if_asked(partial(course.save, step))
     return True
 
 
