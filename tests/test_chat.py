@@ -171,10 +171,7 @@ def test_adapter_and_base_may_be_on_the_hub(base, tmp_path):
     """In its cache, as somebody without a connection has them."""
     edit(adapter(base, tmp_path / "adapter") / "adapter_config.json", base_model_name_or_path="org/base")
     for name, source in (("base", base), ("adapter", tmp_path / "adapter")):
-        repository = tmp_path / "cache" / f"models--org--{name}"
-        shutil.copytree(source, repository / "snapshots" / ("a" * 40))
-        (repository / "refs").mkdir()
-        (repository / "refs" / "main").write_text("a" * 40)
+        tiny.put_in_cache(tmp_path / "cache", name, source)
     environment = os.environ | {"HF_HUB_CACHE": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", "from align.cli import app; app()", "chat", "org/adapter", "--max-new-tokens", "4"]
     done = subprocess.run(command, input="thanks\n", env=environment, capture_output=True, text=True, cwd=tmp_path)

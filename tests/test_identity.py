@@ -523,10 +523,7 @@ def test_base_and_adapter_on_the_hub_are_of_one_commit(base, tmp_path):
     """From the Hub's cache, as it lies on the disk of somebody without a connection."""
     foreign_adapter(base, tmp_path / "adapter")
     for name, source in (("base", base), ("adapter", tmp_path / "adapter")):
-        repository = tmp_path / "cache" / f"models--org--{name}"
-        shutil.copytree(source, repository / "snapshots" / ("a" * 40))
-        (repository / "refs").mkdir()
-        (repository / "refs" / "main").write_text("a" * 40)
+        tiny.put_in_cache(tmp_path / "cache", name, source)
     environment = os.environ | {"HF_HUB_CACHE": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", FROM_THE_HUB], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

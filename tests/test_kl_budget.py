@@ -127,6 +127,9 @@ def test_the_start_is_kept_where_training_only_leaves_the_budget(base, data, run
     assert metrics["best"]["iteration"] == 0 and metrics["kl_budget"] == "within"
     settings = PpoSettings.model_validate(recipe(base, data, runs, tmp_path / "ppo", kl_budget=1e-9, kl_estimator="k3"))
     assert compare._measured(settings)["eval_score"] == read_metrics(tmp_path / "ppo")[0]["eval_score"]
+    told = compare._result(compare.Trial("lora", 0.01, settings, 0.5, has_failed=False), [], {}, settings.quality)
+    pace = read_manifest(tmp_path / "ppo")["cost"]["seconds_per_step"]
+    assert metrics["iterations"] < settings.ppo.num_iterations and told.seconds == metrics["iterations"] * pace
     assert "kept iteration 0, the start" in " ".join(capsys.readouterr().out.split())
     assert tiny.largest_difference(runs / "sft", tmp_path / "ppo") == 0.0
 

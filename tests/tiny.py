@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +79,14 @@ def make_base(folder: Path, *, seed: int = 0, hidden: int = 64, kind: str = "lla
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def put_in_cache(cache: Path, name: str, source: Path) -> None:
+    """A folder as the repository `org/name` in a cache of the Hub's, at one commit."""
+    repository = cache / f"models--org--{name}"
+    shutil.copytree(source, repository / "snapshots" / ("a" * 40))
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("a" * 40)
 
 
 def make_data(folder: Path, *, num_rows: int = 40) -> Path:
